@@ -1,0 +1,128 @@
+"""Optimizer settings, and parameter groups merged by (learning-rate multiplier, weight decay).
+
+ZeRO flattens, pads and reduces every group on its own, so groups are merged as far as they can be:
+two towers with one learning rate each and the usual decay rule give four groups, however deep.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from data_pipeline.settings import Settings
+
+
+class OptimizerSettings(Settings):
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """`adamw` (decoupled weight decay), or `sgd` for parity tests: its steps are linear in the
+    gradient, so a wrong gradient cannot hide."""
+
+    lr: float = Field(default=1e-4, gt=0.0)
+    """Peak learning rate; a parameter's own peak is `lr` times its multiplier."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment, both in [0, 1)."""
+
+    eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW's addend to the root of the second moment."""
+
+    momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """SGD's momentum."""
+
+    weight_decay: float = Field(default=0.05, ge=0.0)
+    """Decay of parameters with two or more dimensions; vectors (biases, norm weights) never
+    decay."""
+
+    clip_norm: float | None = Field(default=1.0, gt=0.0)
+    """Global gradient norm above which gradients are scaled down; null = no clipping."""
+
+    no_decay: tuple[str, ...] = ()
+    """Further parameters without weight decay: patterns over parameter names (`*` also matches
+    dots), e.g. `*.positions`. A pattern that matches nothing is an error."""
+
+    lr_multipliers: dict[str, float] = Field(default_factory=dict)
+    """Name pattern -> factor (> 0) on the learning rate, e.g. `{"objectives.*": 5.0}`. The last
+    pattern that matches a parameter wins. A pattern that matches nothing is an error."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for beta in self.betas:
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"betas must lie in [0, 1), not {list(self.betas)}")
+        for pattern, factor in self.lr_multipliers.items():
+            if not 0.0 < factor < float("inf"):
+                raise ValueError(
+                    f"lr_multipliers: {pattern!r} has factor {factor}; it must be positive and finite"
+                )
+        if self.kind == "adamw" and self.momentum:
+            raise ValueError("momentum belongs to kind=sgd; with kind=adamw set betas instead")
+        return self
+
+
+def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer, in an order that depends on names and settings only.
+
+    Each is {"name", "params": list[Parameter], "lr": peak, "lr_multiplier", "weight_decay"}. Frozen
+    parameters are left out; a shared one appears once and follows a pattern that matches any of its
+    names. Under ZeRO-3 the full shape is read from DeepSpeed's `ds_shape`.
+    Raises ValueError for a pattern that matches no parameter, for a 0-dim parameter (ZeRO cannot
+    partition one), and for a model without trainable parameters.
+    """
+    named = _aliases(model)
+    every_name = [name for names, _ in named for name in names]
+    _check_patterns("no_decay", settings.no_decay, every_name)
+    _check_patterns("lr_multipliers", tuple(settings.lr_multipliers), every_name)
+
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for names, parameter in named:
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if not shape:
+            raise ValueError(
+                f"parameter {names[0]} has no dimension, which ZeRO cannot partition: "
+                "give it shape (1,) in the model"
+            )
+        if not parameter.requires_grad:
+            continue
+        multiplier = 1.0
+        for pattern, factor in settings.lr_multipliers.items():
+            if _matches(names, pattern):
+                multiplier = factor
+        exempt = len(shape) < 2 or any(_matches(names, pattern) for pattern in settings.no_decay)
+        decay = 0.0 if exempt else settings.weight_decay
+        members.setdefault((multiplier, decay), []).append(parameter)
+    if not members:
+        raise ValueError("the model has no trainable parameter")
+    return [
+        {
+            "name": f"lr*{multiplier:g} decay {decay:g}",
+            "params": parameters,
+            "lr": settings.lr * multiplier,
+            "lr_multiplier": multiplier,
+            "weight_decay": decay,
+        }
+        for (multiplier, decay), parameters in sorted(members.items(), key=lambda item: item[0])
+    ]
+
+
+def _aliases(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+    """Every distinct parameter with all the names under which the model holds it."""
+    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(found.values())
+
+
+def _matches(names: Sequence[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _check_patterns(setting: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if _matches(names, pattern):
+            continue
+        near = get_close_matches(pattern.replace("*", ""), names, n=1, cutoff=0.0)
+        example = f"; the nearest name is {near[0]}" if near else ""
+        raise ValueError(f"optimizer.{setting}: pattern {pattern!r} matches no parameter{example}")

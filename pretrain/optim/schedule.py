@@ -1,0 +1,53 @@
+"""Learning-rate schedules: pure functions of the step, so that resuming needs no scheduler state."""
+
+import math
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from data_pipeline.settings import Settings
+
+
+class ScheduleSettings(Settings):
+    kind: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
+    """Shape after the warm-up: `cosine` falls to `final_ratio` at the last step, `constant` stays at
+    the peak, `inverse_sqrt` falls as 1/sqrt(step), never below `final_ratio`."""
+
+    warmup_steps: int = Field(default=500, ge=0)
+    """Linear warm-up: step 0 runs at peak/(warmup_steps + 1), step `warmup_steps` is the first at
+    the peak. 0 = start at the peak."""
+
+    final_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Lowest learning rate after the warm-up, as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _final_ratio_has_an_effect(self) -> Self:
+        if self.kind == "constant" and self.final_ratio not in (0.0, 1.0):
+            raise ValueError(
+                f"final_ratio={self.final_ratio} has no effect with kind=constant: "
+                "remove it, or choose kind=cosine or kind=inverse_sqrt"
+            )
+        return self
+
+
+def lr_factor(step: int, settings: ScheduleSettings, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (counted from 0) as a share of the peak, in [0, 1].
+
+    `total_steps` is the length of the run; a cosine would reach `final_ratio` exactly at
+    `step == total_steps`, so that the last real step still learns. Later steps keep the final value.
+    Raises ValueError for a negative step or a warm-up that does not fit into the run.
+    """
+    warmup = settings.warmup_steps
+    if step < 0:
+        raise ValueError(f"step must be 0 or more, not {step}")
+    if warmup >= total_steps:
+        raise ValueError(f"warmup_steps={warmup} must be smaller than the {total_steps} steps")
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if settings.kind == "constant":
+        return 1.0
+    if settings.kind == "inverse_sqrt":
+        return max(settings.final_ratio, math.sqrt((warmup + 1) / (step + 1)))
+    progress = min(1.0, (step - warmup) / (total_steps - warmup))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.final_ratio + (1.0 - settings.final_ratio) * cosine
