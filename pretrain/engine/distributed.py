@@ -1,0 +1,107 @@
+"""Who this process is among its peers, and the process group that joins them.
+
+Started by `deepspeed`, `torchrun` or `accelerate launch` the ranks come from the environment that
+they set; started by plain `python` the process is rank 0 of 1.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process: `rank` of `world`, `local_rank` of `local_world` on its node."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """True on rank 0, the only one that speaks."""
+        return self.rank == 0
+
+
+def init_distributed(threads_per_rank: int | None = None) -> Ranks:
+    """Read the launcher's environment, choose the device and start the process group.
+
+    Args:
+        threads_per_rank: threads of a CPU rank's operators. None divides the cores of the node
+            among its ranks. Part of what "bitwise" depends on (a reduction's order follows it).
+
+    Raises:
+        RuntimeError: the launcher's variables contradict each other, or there are more ranks on
+            this node than GPUs.
+    """
+    rank, world, local_rank, local_world = _read_environment()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"rank {rank}: local rank {local_rank} has no GPU, this node shows "
+            f"{torch.cuda.device_count()}; start at most that many processes per node"
+        )
+    if not on_gpu:
+        # DeepSpeed counts NUMA nodes unless told the number of ranks, and would choose its
+        # accelerator by probing what happens to be installed.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["LOCAL_SIZE"] = str(local_world)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(threads_per_rank or max(1, (cores or 1) // local_world))
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+
+    import deepspeed
+
+    if not on_gpu:
+        # The shared-memory collective is an optimisation that would start a C++ compiler on every
+        # rank (minutes, and a lock that outlives a killed build).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+    return Ranks(rank, world, local_rank, local_world, device)
+
+
+def shutdown() -> None:
+    """Leave the process group, so that no peer waits for this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _read_environment() -> tuple[int, int, int, int]:
+    environment = os.environ
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        environment.setdefault("MASTER_ADDR", "127.0.0.1")
+        environment["MASTER_PORT"] = str(_free_port())
+    missing = [k for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+               if k not in environment]
+    if missing:
+        raise RuntimeError(
+            f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; start with "
+            "`deepspeed`, `torchrun`, or plain `python` for one process"
+        )
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    local_rank = int(environment["LOCAL_RANK"])
+    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
+    local_world = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world)
+    if not (0 <= rank < world and 0 <= local_rank < local_world):
+        raise RuntimeError(
+            f"impossible ranks from the launcher: RANK={rank} of WORLD_SIZE={world}, "
+            f"LOCAL_RANK={local_rank} of {local_world} on this node"
+        )
+    return rank, world, local_rank, local_world
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
