@@ -1,0 +1,412 @@
+"""Writing and restoring checkpoints: all ranks together, whole or not at all.
+
+Every rank writes its fp32 partitions and optimizer states beside a map of fragments; rank 0 seals a
+manifest of sizes and hashes and renames the folder into place. Because the map names every
+fragment, any number of ranks and any ZeRO stage can read it (checkpoint_files.FragmentReader).
+Why not DeepSpeed's own files: they are pickles, not crash-safe, unchecked, and tied to one world.
+"""
+
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from data_pipeline.settings import Settings
+from pretrain.engine.checkpoint_files import (
+    FORMAT,
+    MANIFEST,
+    MODULE,
+    CheckpointError,
+    FragmentReader,
+    checkpoint_name,
+    file_entry,
+    list_checkpoints,
+    rank_files,
+    read_full_state,
+    read_manifest,
+    seal_manifest,
+    sync_file,
+    sync_folder,
+    verify_file,
+    write_durable,
+)
+from pretrain.engine.partitions import (
+    Partition,
+    gathered,
+    list_partitions,
+    parameter_names,
+    push_masters_to_module,
+)
+
+__all__ = ["CheckpointError", "CheckpointSettings", "Checkpoints", "read_full_state"]
+log = logging.getLogger("omnipretrain.checkpoint")
+
+
+class CheckpointSettings(Settings):
+    """When checkpoints are written and which are kept."""
+
+    every_steps: int = 1000
+    """Write a checkpoint after every so many steps; the last step always writes one."""
+    keep_last: int = 3
+    """Keep this many of the newest checkpoints."""
+    keep_every_steps: int | None = None
+    """Besides, keep for good each checkpoint whose step is a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint says beside the tensors: its step and the trainer's own state."""
+
+    folder: Path
+    step: int
+    trainer: dict
+
+
+class Checkpoints:
+    """The checkpoints of one run, written and read by all ranks together.
+
+    Args:
+        root: folder of the checkpoints; all ranks must see the same one.
+        settings: retention.
+        may_commit: called on rank 0 before a checkpoint becomes visible; raises if this job no
+            longer owns the run.
+        attachments: files kept inside every checkpoint, name in the checkpoint -> source.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        settings: CheckpointSettings,
+        may_commit: Callable[[], None] = lambda: None,
+        attachments: dict[str, Path] | None = None,
+    ) -> None:
+        self.root = root
+        self.settings = settings
+        self._may_commit = may_commit
+        self._attachments = attachments or {}
+        self._rank = dist.get_rank()
+        self._world = dist.get_world_size()
+
+    # ---- writing -----------------------------------------------------------------------------
+
+    def save(self, engine, step: int, trainer: dict) -> Path:
+        """Write the checkpoint after `step` steps. A collective; returns once it is durable.
+
+        Args:
+            engine: the DeepSpeed engine (ZeRO 1, 2 or 3).
+            step: optimizer steps taken.
+            trainer: JSON-serialisable state of the loop (ledger, counters).
+
+        Raises:
+            CheckpointError: on every rank, if any rank could not write; nothing is left behind.
+        """
+        final = self.root / checkpoint_name(step)
+        temporary = self._agree_on(lambda: self._open_temporary(final))
+        module = _module_tensors(engine)  # a collective under ZeRO-3
+        entries = self._agree(lambda: self._write_rank_files(engine, temporary, module), temporary)
+        files = {name: entry for rank in entries for name, entry in rank.items()}
+        self._agree_on(lambda: self._commit(engine, step, trainer, files, temporary, final),
+                       temporary)
+        return final
+
+    def _open_temporary(self, final: Path) -> Path:
+        self.root.mkdir(parents=True, exist_ok=True)
+        for stale in [*self.root.glob(".writing-*"), *self.root.glob(".removing-*")]:
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary = self.root / f".writing-{final.name}-{secrets.token_hex(4)}"
+        temporary.mkdir()
+        return temporary
+
+    def _write_rank_files(self, engine, folder: Path, module: dict) -> dict[str, dict]:
+        tensors, maps = {}, []
+        for index, partition in enumerate(list_partitions(engine)):
+            states, scalars = _states(engine, partition)
+            for name, tensor in states.items():
+                tensors[f"{index}.{name}"] = tensor.detach()
+            maps.append({
+                "group": partition.group, "numel": partition.master.numel(),
+                "tensors": list(states), "scalars": scalars,
+                "fragments": [[f.parameter, f.start, f.offset, f.numel]
+                              for f in partition.fragments],
+            })
+        tensor_file, map_file = (folder / name for name in rank_files(self._rank))
+        save_file(tensors, tensor_file)
+        map_file.write_text(json.dumps({"partitions": maps}))
+        written = [tensor_file, map_file]
+        if self._rank == 0:
+            save_file(module, folder / MODULE)
+            written.append(folder / MODULE)
+            for name, source in self._attachments.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, folder / name)
+                written.append(folder / name)
+        for path in written:
+            sync_file(path)
+        return {str(path.relative_to(folder)): file_entry(path) for path in written}
+
+    def _commit(self, engine, step, trainer, files, temporary: Path, final: Path) -> None:
+        manifest = {
+            "format": FORMAT, "step": step, "world": self._world,
+            "zero_stage": engine.zero_optimization_stage(), "files": files, "trainer": trainer,
+            **_describe_parameters(engine),
+        }
+        (temporary / MANIFEST).write_bytes(seal_manifest(manifest))
+        sync_file(temporary / MANIFEST)
+        sync_folder(temporary)
+        self._may_commit()
+        if final.exists():  # a damaged one of the same step, which this run fell back from
+            _remove(final)
+        os.rename(temporary, final)
+        sync_folder(self.root)
+        write_durable(self.root / "latest", f"{final.name}\n".encode())
+        self._retire()
+
+    def _retire(self) -> None:
+        keep_every = self.settings.keep_every_steps
+        for folder in list_checkpoints(self.root)[self.settings.keep_last :]:
+            step = int(folder.name.removeprefix("step_"))
+            if not (keep_every and step % keep_every == 0):
+                _remove(folder)
+
+    # ---- reading -----------------------------------------------------------------------------
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose every byte is as written. A collective.
+
+        Damaged ones are named in the log and passed over.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is whole.
+        """
+        candidates = self._agree_on(lambda: [str(p) for p in list_checkpoints(self.root)])
+        for name in candidates:
+            problems = self._verify(Path(name))
+            if not problems:
+                return Path(name)
+            if self._rank == 0:
+                for problem in problems:
+                    log.warning("checkpoint %s is passed over: %s", Path(name).name, problem)
+        if candidates:
+            raise CheckpointError(
+                f"none of the {len(candidates)} checkpoints under {self.root} is whole (the log "
+                "names what is damaged); restore one from a backup, or start in a new run_dir"
+            )
+        return None
+
+    def _verify(self, folder: Path) -> list[str]:
+        def mine() -> list[str]:
+            try:
+                manifest = read_manifest(folder)
+            except CheckpointError as error:
+                return [str(error)] if self._rank == 0 else []
+            names = sorted(manifest["files"])[self._rank :: self._world]
+            return [p for n in names if (p := verify_file(folder, n, manifest["files"][n]))]
+
+        return [problem for rank in self._agree(mine) for problem in rank]
+
+    def restore(self, engine, folder: Path) -> Restored:
+        """Fill the engine's weights and optimizer states from a checkpoint. A collective.
+
+        Works at any world size and ZeRO stage; at the one that wrote it, bit for bit.
+
+        Raises:
+            CheckpointError: on every rank, if names or shapes differ from the model's (all named).
+        """
+        reader = self._agree(lambda: self._fill_partitions(engine, folder))[self._rank]
+        _load_module_tensors(engine, reader)
+        push_masters_to_module(engine)
+        return Restored(folder, reader.manifest["step"], reader.manifest["trainer"])
+
+    def _fill_partitions(self, engine, folder: Path) -> FragmentReader:
+        reader = FragmentReader(folder)
+        _check_parameters(engine, reader)
+        for partition in list_partitions(engine):
+            if not partition.fragments:
+                continue
+            names = reader.states(partition.fragments[0].parameter)
+            for name in names:
+                out = torch.zeros_like(partition.master.data)
+                for f in partition.fragments:
+                    reader.read(f.parameter, name, f.start, out[f.offset : f.offset + f.numel])
+                _set_state(engine, partition, name, out)
+            for name, value in reader.scalars.get(partition.group, {}).items():
+                _set_scalar(engine, partition, name, value)
+        return reader
+
+    # ---- agreement ---------------------------------------------------------------------------
+
+    def _agree(self, action: Callable, temporary: Path | None = None) -> list:
+        """Run `action` on every rank; every rank gets all results, or all raise together."""
+        result, error = None, None
+        try:
+            result = action()
+        except Exception as problem:
+            log.exception("rank %d", self._rank)
+            error = f"rank {self._rank}: {type(problem).__name__}: {problem}"
+        # Readers hold open files; only what JSON could hold travels.
+        light = result if isinstance(result, (dict, list, str, type(None))) else None
+        answers: list = [None] * self._world
+        dist.all_gather_object(answers, (light, error))
+        errors = [e for _, e in answers if e]
+        if errors:
+            if temporary is not None and self._rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError("; ".join(errors))
+        results = [r for r, _ in answers]
+        if light is None:
+            results[self._rank] = result
+        return results
+
+    def _agree_on(self, action: Callable, temporary: Path | None = None):
+        """Run `action` on rank 0 alone; every rank gets its result, or all raise together."""
+        return self._agree(action if self._rank == 0 else lambda: None, temporary)[0]
+
+
+def load_weights(engine, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Start from given weights: fp32 masters get them at full precision, then the module.
+
+    Args:
+        tensors: name -> tensor under the model's names; all trained parameters must be there.
+        source: where they come from, for the error.
+
+    Raises:
+        CheckpointError: a name is missing or unexpected, or a shape differs.
+    """
+    described = _describe_parameters(engine)
+    wanted = described["parameters"]
+    names = set(tensors) - set(described["tied"]) - {n for n, _ in engine.module.named_buffers()}
+    problems = [f"missing {n}" for n in sorted(set(wanted) - names)]
+    problems += [f"unexpected {n}" for n in sorted(names - set(wanted))]
+    problems += [
+        f"{n} has shape {list(tensors[n].shape)} instead of {wanted[n]['shape']}"
+        for n in sorted(names & set(wanted)) if list(tensors[n].shape) != wanted[n]["shape"]
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit the model: {_shorten(problems)}")
+    for partition in list_partitions(engine):
+        for f in partition.fragments:
+            flat = tensors[f.parameter].reshape(-1)[f.start : f.start + f.numel]
+            partition.master.data[f.offset : f.offset + f.numel] = flat.to(partition.master)
+    frozen = {n: tensors[n] for n in _untrained(engine) if n in tensors}
+    _copy_into_module(engine, frozen)
+    push_masters_to_module(engine)
+
+
+# ---- the engine's side of the format -------------------------------------------------------------
+
+
+def _optimizer(engine) -> torch.optim.Optimizer:
+    return engine.optimizer.optimizer
+
+
+def _states(engine, partition: Partition) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Flat tensors and scalars of a partition: the master weights and the optimizer's state."""
+    flat, scalars = {"master": partition.master.data}, {}
+    for name, value in _optimizer(engine).state.get(partition.master, {}).items():
+        if torch.is_tensor(value) and value.numel() == partition.master.numel() > 1:
+            flat[name] = value
+        else:
+            scalars[name] = float(value)
+    return flat, scalars
+
+
+def _set_state(engine, partition: Partition, name: str, values: torch.Tensor) -> None:
+    if name == "master":
+        partition.master.data.copy_(values)
+    else:
+        _optimizer(engine).state[partition.master][name] = values
+
+
+def _set_scalar(engine, partition: Partition, name: str, value: float) -> None:
+    optimizer = _optimizer(engine)
+    group = optimizer.param_groups[partition.group]
+    # torch keeps the step counter beside the parameter only for its fused and capturable forms.
+    on_device = group.get("fused") or group.get("capturable")
+    device = partition.master.device if on_device else torch.device("cpu")
+    optimizer.state[partition.master][name] = torch.tensor(
+        value, dtype=torch.float32, device=device
+    )
+
+
+def _describe_parameters(engine) -> dict:
+    model = engine.module
+    names = parameter_names(model)
+    parameters, tied = {}, {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names[id(parameter)]
+        if name != first:
+            tied[name] = first
+        else:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            parameters[name] = {"shape": list(shape), "trained": parameter.requires_grad}
+    groups = [
+        {k: v for k, v in group.items() if isinstance(v, (int, float, str, bool))}
+        for group in engine.optimizer.param_groups
+    ]
+    return {"parameters": parameters, "tied": tied, "groups": groups}
+
+
+def _check_parameters(engine, reader: FragmentReader) -> None:
+    mine = _describe_parameters(engine)["parameters"]
+    theirs = reader.manifest["parameters"]
+    problems = [f"the checkpoint lacks {n}" for n in sorted(set(mine) - set(theirs))]
+    problems += [f"the model lacks {n}" for n in sorted(set(theirs) - set(mine))]
+    problems += [
+        f"{n} is {theirs[n]} in the checkpoint, {mine[n]} in the model"
+        for n in sorted(set(mine) & set(theirs)) if mine[n] != theirs[n]
+    ]
+    if problems:
+        raise CheckpointError(f"{reader.folder} does not fit the model: {_shorten(problems)}")
+
+
+def _untrained(engine) -> list[str]:
+    """Names of frozen parameters and of the buffers that belong to the model's state."""
+    frozen = [n for n, p in engine.module.named_parameters() if not p.requires_grad]
+    parameters = {n for n, _ in engine.module.named_parameters(remove_duplicate=False)}
+    return frozen + [n for n in engine.module.state_dict(keep_vars=True) if n not in parameters]
+
+
+def _tensors_by_name(engine) -> dict[str, torch.Tensor]:
+    model = engine.module
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _module_tensors(engine) -> dict[str, torch.Tensor]:
+    tensors = _tensors_by_name(engine)
+    kept = {}
+    for name in _untrained(engine):
+        with gathered([tensors[name]]):
+            kept[name] = tensors[name].detach().to("cpu", copy=True).contiguous()
+    return kept
+
+
+def _load_module_tensors(engine, reader: FragmentReader) -> None:
+    _copy_into_module(engine, dict(reader.module_tensors()))
+
+
+@torch.no_grad()
+def _copy_into_module(engine, values: dict[str, torch.Tensor]) -> None:
+    tensors = _tensors_by_name(engine)
+    for name, value in values.items():
+        with gathered([tensors[name]], writable=True):
+            tensors[name].copy_(value)
+
+
+def _remove(folder: Path) -> None:
+    """Take a checkpoint away in one step (the rename), then free its space."""
+    doomed = folder.with_name(f".removing-{folder.name}-{secrets.token_hex(4)}")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _shorten(problems: list[str], most: int = 8) -> str:
+    more = len(problems) - most
+    return "; ".join(problems[:most]) + (f"; and {more} more" if more > 0 else "")
