@@ -311,7 +311,7 @@ def _states(engine, partition: Partition) -> tuple[dict[str, torch.Tensor], dict
     """Flat tensors and scalars of a partition: the master weights and the optimizer's state."""
     flat, scalars = {"master": partition.master.data}, {}
     for name, value in _optimizer(engine).state.get(partition.master, {}).items():
-        if torch.is_tensor(value) and value.numel() == partition.master.numel() > 1:
+        if torch.is_tensor(value) and value.shape == partition.master.shape:
             flat[name] = value
         else:
             scalars[name] = float(value)

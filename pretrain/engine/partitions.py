@@ -1,4 +1,4 @@
-"""What this rank owns under ZeRO: flat fp32 partitions, and which parameter each element belongs to.
+"""What this rank owns under ZeRO: flat fp32 partitions, and the parameter of each element.
 
 DeepSpeed keeps the fp32 master weights of a parameter group as one flat tensor per rank (stage 1
 and 2) or as one flat tensor per sub-group and rank (stage 3), cut anywhere in a parameter. This
@@ -38,7 +38,8 @@ class Partition:
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
     """Map id(parameter) to its first name; a tied parameter has one name and one owner."""
-    return {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    named = list(model.named_parameters(remove_duplicate=False))
+    return {id(parameter): name for name, parameter in reversed(named)}
 
 
 def list_partitions(engine) -> list[Partition]:

@@ -1,0 +1,101 @@
+"""From a model and settings to a DeepSpeed ZeRO engine, and one optimizer step on it."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pretrain.engine.partitions import gathered
+from pretrain.models.init import initialise
+from pretrain.optim.groups import OptimizerSettings, parameter_groups
+
+
+def start_engine(
+    build: Callable[[], nn.Module],
+    optimizer: OptimizerSettings,
+    config: dict,
+    seed: int,
+    device: torch.device,
+):
+    """Build the model, draw its weights and hand both to DeepSpeed.
+
+    Args:
+        build: makes the model; under ZeRO-3 it runs inside `deepspeed.zero.Init`, so that no rank
+            ever holds the whole of it.
+        optimizer: settings of the optimizer and its parameter groups.
+        config: a complete DeepSpeed configuration (engine.ds_config.engine_config).
+        seed: seed of the initial weights, which depend on it and their names alone.
+        device: where the model trains.
+
+    Returns:
+        The DeepSpeed engine. Accumulation is ours: the engine is told where a window ends.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    stage = config["zero_optimization"]["stage"]
+    construct = contextlib.nullcontext()
+    if stage == 3:
+        construct = deepspeed.zero.Init(config_dict_or_path=config)
+    with construct:
+        model = build()
+    if stage != 3:
+        model.to(device)
+    initialise(model, seed, gather=partial(gathered, writable=True))
+    groups = parameter_groups(model, optimizer)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=make_optimizer(groups, optimizer), config=config
+    )
+    return engine
+
+
+def make_optimizer(groups: list[dict], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The element-wise optimizer that ZeRO runs on flat fp32 partitions."""
+    if settings.kind == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
+    )
+
+
+def set_learning_rate(engine, base: float, factor: float) -> None:
+    """Give every group its rate for this step: `base` x its multiplier x the schedule's factor."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = base * group["lr_multiplier"] * factor
+
+
+def accumulate_and_step(
+    engine, task: str, micro_batches: Sequence[Mapping], totals: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Forward and backward over one step's window of micro-batches, then the optimizer.
+
+    The gradient is that of one process with the whole global batch: losses are shares of the global
+    loss, so the sum over micro-steps and ranks is what counts, while DeepSpeed averages over ranks.
+
+    Returns:
+        This rank's share of every metric (detached, on the device), summed over the window.
+    """
+    world = dist.get_world_size()
+    sums: dict[str, torch.Tensor] = {}
+    last = len(micro_batches) - 1
+    for index, batch in enumerate(micro_batches):
+        engine.set_gradient_accumulation_boundary(index == last)
+        shares = engine(task, batch, totals)
+        engine.backward(shares["loss"] * world, scale_wrt_gas=False)
+        for name, value in shares.items():
+            value = value.detach()
+            sums[name] = sums[name] + value if name in sums else value
+    engine.step()
+    return sums
+
+
+def to_device(batch: Mapping, device: torch.device) -> dict:
+    """The batch with its tensors on `device` (copied asynchronously from pinned memory)."""
+    return {
+        name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+        for name, value in batch.items()
+    }

@@ -1,0 +1,36 @@
+"""One module with every encoder and every objective of a run, so that one engine trains them all."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+class MultiTaskModel(nn.Module):
+    """Named encoders shared by the objectives of the tasks.
+
+    Args:
+        encoders: name -> module that turns images (B, 3, H, W) into tokens (B, N, D).
+        objectives: task name -> module with `forward(encoders, batch, totals)`; it owns the heads
+            that only its task uses.
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module], objectives: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict(encoders)
+        self.objectives = nn.ModuleDict(objectives)
+
+    def forward(
+        self, task: str, batch: Mapping, totals: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Loss and metrics of one micro-batch of `task`, each as its share of the global batch.
+
+        Args:
+            batch: what the task's loader gives, tensors on the model's device.
+            totals: the objective's counts, summed over the global batch.
+
+        Returns:
+            name -> 0-dim float32 tensor, "loss" with a graph; summed over all micro-steps and ranks
+            each is the value for the global batch.
+        """
+        return self.objectives[task](self.encoders, batch, totals)
