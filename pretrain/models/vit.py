@@ -1,0 +1,222 @@
+"""CLIP-style vision transformer that hands on all of its tokens.
+
+Any image encoder of the project offers what this one does: `forward(images) -> (B, N, D)`, `.width`
+(D), `.dtype` (what images are cast to), and, for accounting, `.tokens(height, width)` (N) and
+`.flops(height, width)`.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data_pipeline.settings import Settings
+
+Activation = Literal["quick_gelu", "gelu"]
+
+# `1.702 * x` is the slope that lets a logistic curve stand in for the normal distribution in GELU.
+_QUICK_GELU_SLOPE = 1.702
+
+
+class VitSettings(Settings):
+    """Shape of a vision transformer; the defaults are CLIP's ViT-B/16."""
+
+    type: Literal["vit"] = "vit"
+    """Selects this encoder among the kinds that a recipe may name."""
+    image_size: int = Field(224, gt=0)
+    """Side in pixels that the position table is made for. Images of other sizes are welcome."""
+    patch_size: int = Field(16, gt=0)
+    """Side of a patch in pixels."""
+    width: int = Field(768, gt=0)
+    """Channels of a token."""
+    layers: int = Field(12, gt=0)
+    """Number of transformer blocks."""
+    heads: int = Field(12, gt=0)
+    """Attention heads; must divide `width`."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden channels of the MLP, as a multiple of `width`."""
+    activation: Activation = "quick_gelu"
+    """Non-linearity of the MLP; `quick_gelu` is what CLIP and GIT weights were trained with."""
+    gradient_checkpointing: bool = False
+    """Recompute the blocks in the backward pass: about a third more time for far less memory."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "VitSettings":
+        if self.width % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"patch_size ({self.patch_size}) must divide image_size ({self.image_size})"
+            )
+        return self
+
+    def build(self) -> "VisionTransformer":
+        """The encoder these settings describe, on torch's default device."""
+        return VisionTransformer(**self.model_dump(exclude={"type"}))
+
+
+class VisionTransformer(nn.Module):
+    """Pre-norm transformer over patches and a class token, normalised before and after the blocks.
+
+    Arguments are the fields of `VitSettings`.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        patch_size: int = 16,
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        activation: Activation = "quick_gelu",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.patch_size = patch_size
+        self.gradient_checkpointing = gradient_checkpointing
+        hidden = round(width * mlp_ratio)
+        self.embedding = PatchEmbedding(image_size, patch_size, width)
+        self.norm_before = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, hidden, activation, layers) for _ in range(layers)
+        )
+        self.norm_after = nn.LayerNorm(width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type that `forward` expects of its images."""
+        return self.norm_after.weight.dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode normalised images.
+
+        images: (B, 3, H, W) in `dtype`. Rows and columns beyond the last whole patch are ignored.
+        Returns (B, 1 + H//p * W//p, width); the class token comes first.
+        """
+        tokens = self.norm_before(self.embedding(images))
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                tokens = checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens)
+        return self.norm_after(tokens)
+
+    def tokens(self, height: int, width: int) -> int:
+        """Number of tokens for an image of `height` x `width` pixels."""
+        return 1 + (height // self.patch_size) * (width // self.patch_size)
+
+    def flops(self, height: int, width: int) -> int:
+        """Floating-point operations of one forward pass over one image (matrix products only)."""
+        tokens, channels = self.tokens(height, width), self.width
+        patches = 2 * (tokens - 1) * 3 * self.patch_size**2 * channels
+        hidden = self.blocks[0].mlp.hidden
+        linear = 2 * tokens * (4 * channels * channels + 2 * channels * hidden)
+        attention = 4 * tokens * tokens * channels
+        return patches + len(self.blocks) * (linear + attention)
+
+
+class PatchEmbedding(nn.Module):
+    """Patches as tokens behind a class token, with learned positions that fit any grid."""
+
+    def __init__(self, image_size: int, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.grid = image_size // patch_size
+        self.patches = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
+        self.class_token = nn.Parameter(torch.zeros(width))
+        self.positions = nn.Parameter(torch.zeros(1 + self.grid**2, width))
+        self.initial_std = {"class_token": width**-0.5, "positions": width**-0.5}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W). Returns (B, 1 + H//p * W//p, width)."""
+        height, width = images.shape[-2:]
+        if height < self.patch_size or width < self.patch_size:
+            raise ValueError(
+                f"an image of {height} x {width} pixels holds no patch of {self.patch_size} x "
+                f"{self.patch_size}; enlarge the images or choose a smaller patch_size"
+            )
+        patches = self.patches(images)
+        positions = self._positions_for(patches.shape[-2], patches.shape[-1])
+        patches = patches.flatten(2).transpose(1, 2)
+        class_token = self.class_token.expand(len(images), 1, -1)
+        return torch.cat([class_token, patches], dim=1) + positions
+
+    def _positions_for(self, rows: int, columns: int) -> Tensor:
+        """The position table, resized to a grid of rows x columns: (1 + rows * columns, width)."""
+        if rows == self.grid and columns == self.grid:
+            return self.positions
+        table = self.positions[1:].reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
+        # Bicubic weights in bfloat16 would move every position; the table is small, so use float32.
+        table = F.interpolate(table.float(), (rows, columns), mode="bicubic", align_corners=False)
+        table = table.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(self.positions.dtype)
+        return torch.cat([self.positions[:1], table])
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, activation: Activation, layers: int
+    ) -> None:
+        super().__init__()
+        # CLIP's scales: what is added to the residual stream shrinks with the depth.
+        residual_std = width**-0.5 * (2 * layers) ** -0.5
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads, residual_std)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = Mlp(width, hidden, activation, residual_std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, N, width). Returns the same shape."""
+        tokens = tokens + self.attention(self.norm_attention(tokens))
+        return tokens + self.mlp(self.norm_mlp(tokens))
+
+
+class SelfAttention(nn.Module):
+    """Full multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int, residual_std: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.qkv.initial_std = {"weight": width**-0.5}
+        self.output.initial_std = {"weight": residual_std}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, N, width). Returns the same shape."""
+        batch, length, width = tokens.shape
+        qkv = self.qkv(tokens).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around the activation."""
+
+    def __init__(
+        self, width: int, hidden: int, activation: Activation, residual_std: float
+    ) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.activation = quick_gelu if activation == "quick_gelu" else F.gelu
+        self.expand = nn.Linear(width, hidden)
+        self.reduce = nn.Linear(hidden, width)
+        self.expand.initial_std = {"weight": (2 * width) ** -0.5}
+        self.reduce.initial_std = {"weight": residual_std}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (..., width). Returns the same shape."""
+        return self.reduce(self.activation(self.expand(tokens)))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), written through `silu` so that backward keeps one tensor, not two."""
+    return F.silu(x * _QUICK_GELU_SLOPE) * (1 / _QUICK_GELU_SLOPE)
