@@ -1,4 +1,4 @@
-"""One module with every encoder and every objective of a run, so that one engine trains them all."""
+"""One module with every encoder and objective of a run, so that one engine trains them all."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,9 @@ class MultiTaskModel(nn.Module):
             that only its task uses.
     """
 
-    def __init__(self, encoders: Mapping[str, nn.Module], objectives: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, encoders: Mapping[str, nn.Module], objectives: Mapping[str, nn.Module]
+    ) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
         self.objectives = nn.ModuleDict(objectives)
