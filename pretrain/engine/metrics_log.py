@@ -1,11 +1,15 @@
 """What a run says: numbers to `metrics.jsonl` and TensorBoard, text to log files and the console.
 
-    <run_dir>/metrics.jsonl            one JSON object per logged step, in step order
+    <run_dir>/metrics.jsonl            one JSON object per logged step and task, in step order
     <run_dir>/tensorboard/events...    the same numbers, and sample images with captions
     <run_dir>/logs/rank_00003.log      every rank's log messages, appended over restarts
 
-A resume from step s removes the lines of later steps, so that `metrics.jsonl` is what an
-uninterrupted run would have written (but for times), and tells TensorBoard to do the same.
+Steps are counted as completed optimizer steps: the line of step 5 was written after the fifth. A
+resume from step s removes the lines of later steps, so that `metrics.jsonl` is what an
+uninterrupted run would have written (but for times), and tells TensorBoard to hide them too.
+
+JSON has no NaN: a value that is not finite is `null` and stands as text under `non_finite`, as in
+`{"step": 5, ..., "loss": null, "non_finite": {"loss": "nan"}}`. TensorBoard gets the value itself.
 """
 
 import json
@@ -16,49 +20,51 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TextIO
 
 import numpy as np
 from pydantic import Field
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipeline.settings import Settings
+from pretrain.engine.progress import ProgressReport
 
 METRICS_FILE = "metrics.jsonl"
 _LOGGER = "omnipretrain"
+_RESERVED = frozenset({"step", "task", "kind", "time", "non_finite"})
+log = logging.getLogger("omnipretrain.metrics")
 
 
 class LoggingSettings(Settings):
     every_steps: int = Field(default=10, ge=1)
-    """Write metrics every so many steps, averaged over nothing: they are those of that step."""
+    """Write metrics after every so many steps, and after the last one."""
 
     tensorboard: bool = True
-    """Also write TensorBoard event files (rank 0, folder `tensorboard` of the run)."""
+    """Also write TensorBoard event files, into the folder `tensorboard` of the run."""
 
     images: int = Field(default=8, ge=0)
-    """Images with captions shown in TensorBoard at each evaluation; 0 = none."""
+    """Images with captions that TensorBoard shows for each evaluation; 0 = none."""
 
     peak_tflops_per_device: float | None = Field(default=None, gt=0.0)
-    """Peak TFLOP/s of one device in the run's precision, for model FLOP utilisation (A100 bf16:
-    312, H100 SXM bf16: 989); null = FLOP/s are logged without MFU."""
+    """Peak TFLOP/s of one device in the precision of the run, for model FLOP utilisation (bf16:
+    A100 312, H100 SXM 989); null = FLOP/s are logged without utilisation."""
 
-    plain_seconds: float = Field(default=15.0, gt=0.0)
-    """Without a terminal, print a line of progress at most every so many seconds."""
+    plain_progress_seconds: float = Field(default=15.0, gt=0.0)
+    """Where no terminal is, a line of progress is printed at most every so many seconds."""
 
 
 class MetricsLog:
-    """All output of one rank; a context manager. Ranks other than 0 write their log file only.
+    """All output of one rank, as a context manager. Other ranks than 0 only write their log file.
 
     Args:
-        run_dir: the run's folder; created if missing.
-        rank: this process.
-        resume_step: number of completed steps; metrics of steps >= resume_step are dropped,
-            since the run will write them again. 0 starts `metrics.jsonl` afresh.
-        total_steps: length of the run, for the progress bar.
-        settings: LoggingSettings.
-        console: where rank 0 prints; by default the standard error stream.
+        run_dir: folder of the run; made if missing.
+        rank: rank of this process.
+        resume_step: completed steps of the checkpoint that the run continues from; lines of later
+            steps are removed. 0 = nothing was completed: all old lines are removed.
+        total_steps: length of the run.
+        settings: what to write and how often.
+        console: where rank 0 prints; the standard error stream if None.
     """
 
     def __init__(
@@ -71,14 +77,13 @@ class MetricsLog:
         console: Console | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
-        self._settings = settings
-        self._leads = rank == 0
+        self.settings = settings
         self._console = console or Console(file=sys.stderr)
-        self._handlers = _attach_handlers(self.run_dir, rank, self._console)
-        self._progress: _Progress | None = None
-        self._file = None
-        self._board = None
-        if not self._leads:
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._progress: ProgressReport | None = None
+        self._handlers = _open_handlers(self.run_dir, rank, self._console)
+        if rank != 0:
             return
         path = self.run_dir / METRICS_FILE
         drop_later_steps(path, resume_step)
@@ -86,9 +91,178 @@ class MetricsLog:
         if settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(
-                str(self.run_dir / "tensorboard"), purge_step=resume_step, flush_secs=30
-            )
-        self._progress = _Progress(
-            self._console, resume_step, total_steps, settings.plain_seconds
+            purge_step = resume_step + 1 if resume_step > 0 else 0
+            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge_step)
+        self._progress = ProgressReport(
+            self._console, resume_step, total_steps, settings.plain_progress_seconds
         )
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """True if the metrics of completed step `step` are to be logged."""
+        return step % self.settings.every_steps == 0 or step == total_steps
+
+    def log(self, step: int, task: str, values: Mapping[str, Any], kind: str = "train") -> None:
+        """Write one line of metrics.
+
+        Args:
+            step: completed steps.
+            task: name of the task that ran.
+            values: name -> number (Python, numpy, or a tensor of one element).
+            kind: `train` or `evaluation`; groups the curves in TensorBoard.
+
+        Raises:
+            ValueError: a name that the line itself uses (step, task, kind, time, non_finite).
+        """
+        if self._file is None:
+            return
+        if clash := _RESERVED.intersection(values):
+            raise ValueError(f"metric names {sorted(clash)} are taken by the line itself")
+        line: dict[str, Any] = {"step": step, "task": task, "kind": kind, "time": time.time()}
+        non_finite: dict[str, str] = {}
+        for name, value in values.items():
+            number = _number(value)
+            if not math.isfinite(number):
+                non_finite[name] = str(float(number))
+            line[name] = None if name in non_finite else number
+            if self._board is not None:
+                self._board.add_scalar(f"{kind}/{task}/{name}", number, global_step=step)
+        if non_finite:
+            line["non_finite"] = non_finite
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def images(
+        self, step: int, task: str, images: Sequence[np.ndarray], captions: Sequence[str]
+    ) -> None:
+        """Show the first `settings.images` images, each with its caption drawn below it.
+
+        Args:
+            step: completed steps.
+            task: name of the task.
+            images: uint8 arrays (H, W, 3), sizes may differ.
+            captions: one text per image; may hold several lines (prediction, references).
+        """
+        if self._board is None or not self.settings.images or not len(images):
+            return
+        from pretrain.engine.captioned_images import contact_strip
+
+        shown = self.settings.images
+        strip = contact_strip(list(images[:shown]), list(captions[:shown]))
+        self._board.add_image(f"examples/{task}", strip, global_step=step, dataformats="HWC")
+        # The picture's font knows Latin letters only; the text page shows every script.
+        listing = "\n\n".join(f"{i}. {text}" for i, text in enumerate(captions[:shown], start=1))
+        self._board.add_text(f"examples/{task}", listing, global_step=step)
+
+    def progress(self, step: int, status: str = "") -> None:
+        """Move the progress bar to `step` completed steps; cheap enough for every step."""
+        if self._progress is not None:
+            self._progress.update(step, status)
+
+    def close(self) -> None:
+        """Flush and close everything; a second call does nothing."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._board is not None:
+            self._board.close()
+        if self._file is not None:
+            self._file.close()
+        self._progress = self._board = self._file = None
+        _close_handlers(self._handlers)
+        self._handlers = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and issubclass(kind, Exception) and self._handlers:
+            # Python prints the traceback to the console itself; the rank's file must have it too.
+            record = log.makeRecord(
+                log.name, logging.ERROR, __file__, 0, "the run ends here", (), (kind, error, trace)
+            )
+            self._handlers[0].handle(record)
+        self.close()
+
+
+def drop_later_steps(path: Path, resume_step: int) -> None:
+    """Remove the lines of steps after `resume_step` from a metrics file (all of them for step 0).
+
+    A last line that a crash cut short is removed too. The file is replaced in one rename, so that
+    a second crash leaves either the old or the new one. A missing file is left missing.
+    """
+    if not path.exists():
+        return
+    kept: list[str] = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s:%d: not a line of metrics, removed", path, number)
+                continue
+            if 0 < resume_step and step <= resume_step and line.endswith("\n"):
+                kept.append(line)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as out:
+        out.writelines(kept)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, path)
+
+
+def _number(value: Any) -> int | float:
+    """A plain number; bool counts as 0 or 1."""
+    if isinstance(value, int | float):
+        return value + 0 if isinstance(value, bool) else value
+    return value.item()
+
+
+# ------------------------------------------------------------------------------------------- text
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints above the progress bar, in one piece, without wrapping or colouring paths."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
+def _open_handlers(run_dir: Path, rank: int, console: Console) -> list[logging.Handler]:
+    """Attach the rank's file (first in the list) and, on rank 0, the console."""
+    folder = run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(folder / f"rank_{rank:05d}.log", encoding="utf-8")
+    to_file.setFormatter(
+        logging.Formatter(f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s")
+    )
+    handlers: list[logging.Handler] = [to_file]
+    if rank == 0:
+        to_console = _ConsoleHandler(console)
+        to_console.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        handlers.append(to_console)
+    logger = logging.getLogger(_LOGGER)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a library that configures the root logger must not double our lines
+    for handler in handlers:
+        logger.addHandler(handler)
+    return handlers
+
+
+def _close_handlers(handlers: list[logging.Handler]) -> None:
+    logger = logging.getLogger(_LOGGER)
+    for handler in handlers:
+        logger.removeHandler(handler)
+        handler.close()
+    if handlers:
+        logger.propagate = True

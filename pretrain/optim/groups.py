@@ -55,7 +55,7 @@ class OptimizerSettings(Settings):
         for pattern, factor in self.lr_multipliers.items():
             if not 0.0 < factor < float("inf"):
                 raise ValueError(
-                    f"lr_multipliers: {pattern!r} has factor {factor}; it must be positive and finite"
+                    f"lr_multipliers: factor {factor} of {pattern!r} must be positive and finite"
                 )
         if self.kind == "adamw" and self.momentum:
             raise ValueError("momentum belongs to kind=sgd; with kind=adamw set betas instead")

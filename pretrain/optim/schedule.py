@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, so that resuming needs no scheduler state."""
+"""Learning-rate schedules: pure functions of the step, so that a resume needs no state."""
 
 import math
 from typing import Literal, Self
@@ -10,8 +10,8 @@ from data_pipeline.settings import Settings
 
 class ScheduleSettings(Settings):
     kind: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
-    """Shape after the warm-up: `cosine` falls to `final_ratio` at the last step, `constant` stays at
-    the peak, `inverse_sqrt` falls as 1/sqrt(step), never below `final_ratio`."""
+    """Shape after the warm-up: `cosine` falls to `final_ratio` at the end of the run, `constant`
+    stays at the peak, `inverse_sqrt` falls as 1/sqrt(step), never below `final_ratio`."""
 
     warmup_steps: int = Field(default=500, ge=0)
     """Linear warm-up: step 0 runs at peak/(warmup_steps + 1), step `warmup_steps` is the first at
@@ -34,7 +34,7 @@ def lr_factor(step: int, settings: ScheduleSettings, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (counted from 0) as a share of the peak, in [0, 1].
 
     `total_steps` is the length of the run; a cosine would reach `final_ratio` exactly at
-    `step == total_steps`, so that the last real step still learns. Later steps keep the final value.
+    `step == total_steps`, so that the last real step still learns; later steps keep that value.
     Raises ValueError for a negative step or a warm-up that does not fit into the run.
     """
     warmup = settings.warmup_steps
