@@ -1,4 +1,4 @@
-"""Reading a settings schema: one-line errors with "did you mean", and the reference of all fields."""
+"""Reading a settings schema: one-line errors with suggestions, and the reference of all fields."""
 
 import types
 from collections.abc import Iterator

@@ -204,7 +204,7 @@ def drop_later_steps(path: Path, resume_step: int) -> None:
             except (ValueError, KeyError, TypeError):
                 log.warning("%s:%d: not a line of metrics, removed", path, number)
                 continue
-            if 0 < resume_step and step <= resume_step and line.endswith("\n"):
+            if resume_step > 0 and step <= resume_step and line.endswith("\n"):
                 kept.append(line)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as out:

@@ -1,0 +1,312 @@
+"""The recipe: one YAML file describes one run.
+
+    base: git_digits                  # another recipe below this one: a path, or a shipped name
+    steps: 2000
+    tasks:
+      caption:
+        data: {shards: [data/coco/train]}
+
+Files are laid over each other as described in `pretrain.overlay`; overrides such as
+`tasks.caption.micro_batch=8` come last. `null` sets None, and in a mapping whose names are free
+(`model.encoders`, `tasks`, `optimizer.lr_multipliers`) it removes the entry that a base made.
+`${NAME}` in any string is replaced from the environment; paths may start with `~`, and are made
+absolute on loading (relative to the current directory), so that a resume works from anywhere.
+
+Every fault is a line `file:line: key.path: what is wrong`, found before any process group starts.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from data_pipeline.captions import CaptionDataSettings
+from data_pipeline.loader import LoaderSettings
+from data_pipeline.settings import Settings
+from data_pipeline.tokenizer import TokenizerSettings
+from data_pipeline.transforms import ImageSettings
+from pretrain import recipe_checks
+from pretrain.engine.checkpoint import CheckpointSettings
+from pretrain.engine.metrics_log import LoggingSettings
+from pretrain.models.vit import VitSettings
+from pretrain.objectives.captioning import CaptioningSettings
+from pretrain.optim.groups import OptimizerSettings
+from pretrain.optim.schedule import ScheduleSettings
+from pretrain.overlay import (
+    Layer,
+    RecipeError,
+    expand_variables,
+    find_recipe,
+    map_strings,
+    merge,
+    parse_override,
+    parse_yaml,
+    read_recipe_layers,
+    to_yaml,
+)
+from pretrain.schema import allows_none, choose_class, entries_of, error_lines
+
+__all__ = [
+    "EvaluationSettings",
+    "FailureSettings",
+    "ModelSettings",
+    "Recipe",
+    "RecipeError",
+    "TaskSettings",
+    "load_layers",
+    "load_recipe",
+    "load_resolved",
+    "validate",
+]
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+_PATHS = (
+    "run_dir",
+    "initial_weights",
+    "tokenizer.path",
+    "tasks.*.data.shards",
+    "tasks.*.evaluation.shards",
+)
+
+
+class ModelSettings(Settings):
+    encoders: dict[str, VitSettings] = Field(min_length=1)
+    """Name -> encoder. Objectives name the encoder that they use; several may share one."""
+
+
+class EvaluationSettings(Settings):
+    shards: list[str] = Field(min_length=1)
+    """Held-out shards: folders, tars, globs or brace patterns; every row is used once."""
+
+    max_samples: int | None = Field(default=None, ge=1)
+    """Only the first so many rows; null = all."""
+
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Samples per rank and forward pass; null = the task's `micro_batch`."""
+
+    image: ImageSettings | None = None
+    """Preprocessing; null = a centre crop of the training size."""
+
+
+class TaskSettings(Settings):
+    objective: CaptioningSettings
+    """The loss, and the heads that it owns."""
+
+    data: CaptionDataSettings
+    """Where its samples come from and how they are prepared."""
+
+    weight: float = Field(default=1.0, gt=0.0)
+    """Share of the steps that run this task, relative to the weights of the other tasks."""
+
+    global_batch: int = Field(ge=2)
+    """Samples per optimizer step over all ranks; even, since neighbours in the data order are
+    partners that stay together."""
+
+    micro_batch: int = Field(ge=1)
+    """Most samples per rank and forward pass: 1, or even. Accumulation follows from it, from
+    `global_batch` and from the number of ranks."""
+
+    evaluation: EvaluationSettings | None = None
+    """Held-out data for this task; null = no evaluation."""
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Self:
+        problems = []
+        if self.global_batch % 2:
+            problems.append(
+                f"global_batch={self.global_batch} must be even: "
+                f"use {self.global_batch + 1} or {self.global_batch - 1}"
+            )
+        if self.micro_batch > 1 and self.micro_batch % 2:
+            problems.append(
+                f"micro_batch={self.micro_batch} must be 1 or even: use {self.micro_batch - 1}"
+            )
+        if self.micro_batch > self.global_batch:
+            problems.append(
+                f"micro_batch={self.micro_batch} is larger than global_batch={self.global_batch}: "
+                "lower micro_batch"
+            )
+        if self.data.image.mode == "keep_aspect" and self.micro_batch > 1:
+            problems.append(
+                "data.image.mode=keep_aspect gives images of different sizes, so micro_batch must "
+                f"be 1, not {self.micro_batch}"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class FailureSettings(Settings):
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """So many optimizer steps in a row may be skipped for a non-finite gradient; one more ends the
+    run."""
+
+
+class Recipe(Settings):
+    """Everything that one run is made from."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run: letters, digits, `.`, `_`, `-`."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seeds the initial weights, the data order, augmentation, dropout and the task schedule."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run."""
+
+    run_dir: str = ""
+    """Folder for checkpoints, metrics and logs; empty = `runs/<name>`."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations in the forward and backward pass; master weights, losses
+    and norms are float32 in any case."""
+
+    deepspeed: str = "zero1"
+    """Engine settings: the name of a file in `ds_configs/`, or the path of a DeepSpeed JSON."""
+
+    threads_per_rank: int | None = Field(default=None, ge=1)
+    """CPU threads of each rank; null = the cores of the node divided by its ranks."""
+
+    initial_weights: str | None = None
+    """A safetensors file with weights in our names, read at the start of the run (not on a
+    resume); every parameter must be in it. null = draw them from `seed`."""
+
+    tokenizer: TokenizerSettings
+    """Text to token ids."""
+
+    model: ModelSettings
+    """The encoders."""
+
+    tasks: dict[str, TaskSettings] = Field(min_length=1)
+    """Name -> task. Every optimizer step runs one task on all ranks."""
+
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """How gradients change weights."""
+
+    schedule: ScheduleSettings = ScheduleSettings()
+    """Learning rate over steps."""
+
+    loader: LoaderSettings = LoaderSettings()
+    """Worker processes that prepare batches."""
+
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """When checkpoints are written and how many stay."""
+
+    evaluation_every_steps: int | None = Field(default=None, ge=1)
+    """Evaluate each task that has `evaluation` after every so many steps and at the end; null =
+    only at the end."""
+
+    logging: LoggingSettings = LoggingSettings()
+    """Metrics and progress."""
+
+    failure: FailureSettings = FailureSettings()
+    """When a run gives up."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_run_dir(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("run_dir") and isinstance(data.get("name"), str):
+            return {**data, "run_dir": os.path.join("runs", data["name"])}
+        return data
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        found = recipe_checks.problems(self)
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+    def to_yaml(self) -> str:
+        """YAML with every field, which `load_resolved` reads back as an equal recipe."""
+        return to_yaml(self.model_dump(mode="json"))
+
+    def dump(self, path: str | Path) -> None:
+        """Write `to_yaml()` to a file, in one rename."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(self.to_yaml(), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load, overlay and validate a recipe.
+
+    Args:
+        path: a YAML file, or the name of a shipped recipe.
+        overrides: `key.path=value` texts, applied in order; values are YAML.
+
+    Raises:
+        RecipeError: with one line per fault.
+    """
+    return validate(load_layers(path, overrides))
+
+
+def load_layers(path: str | Path, overrides: Sequence[str] = ()) -> Layer:
+    """A recipe as plain data: merged, variables expanded, paths absolute; not yet validated."""
+    file = find_recipe(str(path), Path(), SHIPPED)
+    layer = read_recipe_layers(file, SHIPPED)
+    for override in overrides:
+        layer = merge(layer, parse_override(override))
+    layer = expand_variables(layer)
+    data = _without_removed(layer.data, Recipe)
+    if not data.get("run_dir") and isinstance(data.get("name"), str):
+        data["run_dir"] = os.path.join("runs", data["name"])
+    return Layer(_absolute_paths(data), layer.written)
+
+
+def load_resolved(path: str | Path) -> Recipe:
+    """Load what `Recipe.dump` wrote: complete, nothing below it, nothing to expand."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    return validate(parse_yaml(text, str(path)))
+
+
+def validate(layer: Layer) -> Recipe:
+    """Plain data -> recipe. Types are strict: `true` is no number and `"10"` is text."""
+    try:
+        return Recipe.model_validate_json(json.dumps(layer.data), strict=True)
+    except ValidationError as error:
+        raise RecipeError("\n".join(error_lines(error, Recipe, layer))) from None
+
+
+def _without_removed(data: Any, annotation: Any) -> Any:
+    """Drop entries that an overlay set to null from mappings whose names are free."""
+    if not isinstance(data, dict):
+        return data
+    if (values := entries_of(annotation)) is not None:
+        return {
+            key: _without_removed(value, values)
+            for key, value in data.items()
+            if value is not None or allows_none(values)
+        }
+    model = choose_class(annotation, data)
+    fields = model.model_fields if model is not None else {}
+    return {
+        key: _without_removed(value, fields[key].annotation) if key in fields else value
+        for key, value in data.items()
+    }
+
+
+def _absolute_paths(data: dict[str, Any]) -> dict[str, Any]:
+    data = map_strings(data, _PATHS, _absolute)
+    engine = data.get("deepspeed")
+    if isinstance(engine, str) and (engine.endswith(".json") or os.sep in engine):
+        data["deepspeed"] = _absolute(engine)
+    return data
+
+
+def _absolute(path: str) -> str:
+    """Absolute form of a local path or pattern; addresses such as s3://... stay as they are."""
+    if not path or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path):
+        return path
+    return os.path.abspath(os.path.expanduser(path))

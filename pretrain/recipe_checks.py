@@ -1,0 +1,105 @@
+"""What no single block of a recipe can know: combinations of blocks that cannot work.
+
+Every function returns lines that name both fields and the way out; `problems` collects them all.
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from pretrain.recipe import Recipe, TaskSettings
+
+
+def problems(recipe: "Recipe") -> list[str]:
+    """One line per combination that cannot work; empty if the recipe is sound."""
+    return [line for check in _CHECKS for line in check(recipe)]
+
+
+def _check_names(recipe: "Recipe") -> list[str]:
+    """Encoder and task names become parts of parameter names."""
+    found = []
+    for block, names in (("model.encoders", recipe.model.encoders), ("tasks", recipe.tasks)):
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z]\w*", name, flags=re.ASCII):
+                found.append(f"{block}: the name {name!r} must be letters, digits and _ only")
+            elif hasattr(nn.ModuleDict, name):
+                found.append(f"{block}: the name {name!r} is taken by torch; choose another")
+    return found
+
+
+def _check_task_count(recipe: "Recipe") -> list[str]:
+    """The one place that keeps runs to a single task."""
+    if len(recipe.tasks) > 1:
+        return [
+            f"tasks: {', '.join(recipe.tasks)}: training several tasks in one run is not enabled "
+            "yet; keep one (an override such as tasks.NAME=null removes the others)"
+        ]
+    return []
+
+
+def _check_schedule(recipe: "Recipe") -> list[str]:
+    warmup = recipe.schedule.warmup_steps
+    if warmup >= recipe.steps:
+        return [
+            f"schedule.warmup_steps={warmup} must be smaller than steps={recipe.steps}: "
+            "lower warmup_steps"
+        ]
+    return []
+
+
+def _check_captioning(recipe: "Recipe") -> list[str]:
+    found = []
+    for name, task in recipe.tasks.items():
+        where, objective = f"tasks.{name}", task.objective
+        encoder = recipe.model.encoders.get(objective.encoder)
+        if encoder is None:
+            found.append(
+                f"{where}.objective.encoder={objective.encoder!r} is not among model.encoders: "
+                f"{', '.join(recipe.model.encoders)}"
+            )
+        else:
+            found += _check_image_sizes(where, task, encoder.patch_size, objective.encoder)
+        positions = objective.decoder.max_positions
+        if task.data.text_length > positions:
+            found.append(
+                f"{where}.data.text_length={task.data.text_length} exceeds "
+                f"{where}.objective.decoder.max_positions={positions}: raise max_positions or "
+                "lower text_length"
+            )
+    return found
+
+
+def _check_image_sizes(where: str, task: "TaskSettings", patch: int, encoder: str) -> list[str]:
+    images = {f"{where}.data.image": task.data.image}
+    if task.evaluation is not None and task.evaluation.image is not None:
+        images[f"{where}.evaluation.image"] = task.evaluation.image
+    return [
+        f"{key}.size={image.size} is not a multiple of model.encoders.{encoder}.patch_size={patch}:"
+        f" use {image.size // patch * patch or patch} or {(image.size // patch + 1) * patch}"
+        for key, image in images.items()
+        if image.size % patch
+    ]
+
+
+def _check_evaluation(recipe: "Recipe") -> list[str]:
+    found = []
+    tested = [name for name, task in recipe.tasks.items() if task.evaluation is not None]
+    if recipe.evaluation_every_steps is not None and not tested:
+        found.append(
+            f"evaluation_every_steps={recipe.evaluation_every_steps}, but no task has an "
+            "`evaluation` block: add one, or set evaluation_every_steps=null"
+        )
+    for name in tested:
+        task = recipe.tasks[name]
+        image = task.evaluation.image or task.data.image
+        size = task.evaluation.micro_batch or task.micro_batch
+        if image.mode == "keep_aspect" and size > 1:
+            found.append(
+                f"tasks.{name}.evaluation.micro_batch={size} must be 1 with image mode keep_aspect"
+            )
+    return found
+
+
+_CHECKS = (_check_names, _check_task_count, _check_schedule, _check_captioning, _check_evaluation)
