@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data_pipeline.settings import Settings
@@ -46,7 +47,7 @@ from pretrain.engine.partitions import (
     push_masters_to_module,
 )
 
-__all__ = ["CheckpointError", "CheckpointSettings", "Checkpoints", "read_full_state"]
+__all__ = ["CheckpointError", "CheckpointSettings", "Checkpoints", "fill_masters", "read_full_state"]
 log = logging.getLogger("omnipretrain.checkpoint")
 
 
@@ -270,33 +271,18 @@ class Checkpoints:
         return self._agree(action if self._rank == 0 else lambda: None, temporary)[0]
 
 
-def load_weights(engine, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Start from given weights: fp32 masters get them at full precision, then the module.
+def fill_masters(engine, weights: Path) -> None:
+    """Give the fp32 masters the full precision of a file that the module was started from.
 
-    Args:
-        tensors: name -> tensor under the model's names; all trained parameters must be there.
-        source: where they come from, for the error.
-
-    Raises:
-        CheckpointError: a name is missing or unexpected, or a shape differs.
+    In bf16 training DeepSpeed makes its masters from the rounded module; `models.init.load_weights`
+    has checked names and shapes, this restores the digits.
     """
-    described = _describe_parameters(engine)
-    wanted = described["parameters"]
-    names = set(tensors) - set(described["tied"]) - {n for n, _ in engine.module.named_buffers()}
-    problems = [f"missing {n}" for n in sorted(set(wanted) - names)]
-    problems += [f"unexpected {n}" for n in sorted(names - set(wanted))]
-    problems += [
-        f"{n} has shape {list(tensors[n].shape)} instead of {wanted[n]['shape']}"
-        for n in sorted(names & set(wanted)) if list(tensors[n].shape) != wanted[n]["shape"]
-    ]
-    if problems:
-        raise CheckpointError(f"{source} does not fit the model: {_shorten(problems)}")
-    for partition in list_partitions(engine):
-        for f in partition.fragments:
-            flat = tensors[f.parameter].reshape(-1)[f.start : f.start + f.numel]
-            partition.master.data[f.offset : f.offset + f.numel] = flat.to(partition.master)
-    frozen = {n: tensors[n] for n in _untrained(engine) if n in tensors}
-    _copy_into_module(engine, frozen)
+    with safe_open(weights, framework="pt") as file:
+        held = set(file.keys())
+        for partition in list_partitions(engine):
+            for f in (f for f in partition.fragments if f.parameter in held):
+                flat = file.get_tensor(f.parameter).reshape(-1)[f.start : f.start + f.numel]
+                partition.master.data[f.offset : f.offset + f.numel] = flat.to(partition.master)
     push_masters_to_module(engine)
 
 

@@ -1,0 +1,303 @@
+"""Captioning: predict each word of a caption from the image and the words before it (GIT)."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from data_pipeline.settings import Settings
+from pretrain.models.generation import alone, generate_greedy, words_of
+from pretrain.models.git import GitDecoder, GitDecoderSettings
+from pretrain.models.pixels import normalise_pixels
+from pretrain.objectives.caption_metrics import caption_scores
+from pretrain.objectives.token_loss import smoothed_cross_entropy
+
+
+class Vocabulary(Protocol):
+    """What captioning needs to know of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class CaptioningSettings(Settings):
+    """Captioning with a GIT decoder on the tokens of one of the run's encoders."""
+
+    type: Literal["captioning"] = "captioning"
+    """Selects this objective among the kinds that a recipe may name."""
+    encoder: str = "image"
+    """Name of the encoder in `model.encoders` whose tokens the decoder reads."""
+    decoder: GitDecoderSettings = GitDecoderSettings()
+    """The text decoder, which belongs to this task."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Share of the target spread over the words that are not the label."""
+    max_new_tokens: int = Field(40, gt=0)
+    """Longest caption that generation writes, in tokens, EOS counted."""
+
+    def build(
+        self,
+        encoders: Mapping[str, nn.Module],
+        vocabulary: Vocabulary,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> "Captioning":
+        """The objective for these encoders, a tokenizer and the pixel statistics of the data.
+
+        Raises:
+            ValueError: `encoder` names none of the encoders, or captions cannot be that long.
+        """
+        if self.encoder not in encoders:
+            raise ValueError(
+                f"encoder {self.encoder!r} is not in model.encoders ({', '.join(encoders)})"
+            )
+        if self.max_new_tokens > self.decoder.max_positions:
+            raise ValueError(
+                f"max_new_tokens ({self.max_new_tokens}) exceeds decoder.max_positions "
+                f"({self.decoder.max_positions})"
+            )
+        encoder = encoders[self.encoder]
+        return Captioning(
+            self.decoder.build(vocabulary.vocab_size, encoder.width),
+            encoder=self.encoder,
+            encoder_cost=lambda height, width: (
+                encoder.tokens(height, width),
+                encoder.flops(height, width),
+            ),
+            visual_width=encoder.width,
+            bos_id=vocabulary.bos_id,
+            eos_id=vocabulary.eos_id,
+            pad_id=vocabulary.pad_id,
+            image_mean=image_mean,
+            image_std=image_std,
+            label_smoothing=self.label_smoothing,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class CaptionExample:
+    """One evaluated image."""
+
+    row: int
+    key: str
+    caption: str
+    references: list[str]
+    image: Tensor | None = None
+    """(3, H, W) uint8 as the model saw it; only the first few of this rank keep theirs."""
+
+
+class Captioning(nn.Module):
+    """Decoder, loss, generation and evaluation of captioning.
+
+    Args:
+        decoder: the text decoder; its parameters are the ones this objective owns.
+        encoder: name of the encoder that `forward` picks from those it is given.
+        encoder_cost: (height, width) -> (tokens, FLOPs of a forward pass) for one image.
+        visual_width: channels of the encoder's tokens.
+        image_mean, image_std: per channel, in units of the full range.
+    """
+
+    def __init__(
+        self,
+        decoder: GitDecoder,
+        *,
+        encoder: str,
+        encoder_cost: Callable[[int, int], tuple[int, int]],
+        visual_width: int,
+        bos_id: int,
+        eos_id: int,
+        pad_id: int,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        label_smoothing: float = 0.1,
+        max_new_tokens: int = 40,
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.encoder = encoder
+        self.encoder_cost = encoder_cost
+        self.visual_width = visual_width
+        self.special_ids = {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id}
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.label_smoothing = label_smoothing
+        self.max_new_tokens = max_new_tokens
+
+    def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """Images and supervised tokens of a micro-batch; their global sums are `totals`."""
+        return {
+            "images": int(batch["valid"].sum()),
+            "tokens": int(batch["loss_mask"][..., 1:].sum()),
+        }
+
+    def forward(
+        self,
+        encoders: Mapping[str, nn.Module],
+        batch: Mapping[str, Any],
+        totals: Mapping[str, float | Tensor],
+    ) -> dict[str, Tensor]:
+        """This micro-batch's share of the global batch's loss and metrics.
+
+        batch: images (B, 3, H, W) uint8; tokens (B, K, T) int64, K captions per image, padded on
+            the right; loss_mask (B, K, T) bool, True at tokens to be predicted.
+        totals: "tokens", the supervised tokens of the global batch.
+
+        Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
+        the supervised tokens of the global batch. Only "loss" carries a gradient.
+        """
+        image_tokens = self._encode(encoders, batch["images"])
+        loss, cross_entropy, correct = self._token_sums(image_tokens, batch)
+        tokens = torch.as_tensor(totals["tokens"], dtype=torch.float32, device=loss.device)
+        tokens = tokens.clamp(min=1.0)
+        return {
+            "loss": loss / tokens,
+            "cross_entropy": cross_entropy / tokens,
+            "token_accuracy": correct / tokens,
+        }
+
+    def flops(self, batch: Mapping[str, Any]) -> int:
+        """Model FLOPs, forward and backward, that this micro-batch asks for.
+
+        Padding rows and recomputation do not count: this is the work that trains the model.
+        """
+        counts = self.count(batch)
+        images = counts["images"]
+        if images == 0:
+            return 0
+        tokens, encoder_flops = self.encoder_cost(*batch["images"].shape[-2:])
+        _, captions, length = batch["tokens"].shape
+        scored = counts["tokens"] / images
+        decoder_flops = self.decoder.flops(tokens, self.visual_width, captions, length - 1, scored)
+        return 3 * images * (encoder_flops + decoder_flops)
+
+    def generate(
+        self,
+        encoders: Mapping[str, nn.Module],
+        images: Tensor,
+        max_new_tokens: int | None = None,
+        agree: Callable[[bool], bool] = alone,
+    ) -> Tensor:
+        """Greedy captions of images (B, 3, H, W) uint8: ids (B, 1 + n) int64, from BOS on.
+
+        `agree` is explained at `generate_greedy`.
+        """
+        with torch.no_grad(), evaluating(self, encoders[self.encoder]):
+            return self._generate(self._encode(encoders, images), max_new_tokens, agree)
+
+    def evaluate(
+        self,
+        encoders: Mapping[str, nn.Module],
+        loader: Iterable[Mapping[str, Any]],
+        vocabulary: Vocabulary,
+        device: torch.device,
+        reduce: Callable[[Any], list[Any]] = lambda value: [value],
+        keep_images: int = 16,
+    ) -> tuple[dict[str, float], list[CaptionExample]]:
+        """Caption every image of `loader` and compare with its references.
+
+        loader: evaluation batches on the CPU, with the same number of batches on every rank; beside
+            what `forward` reads: valid, row, key, and captions (a list of references per image).
+        reduce: one JSON-like value per rank -> the values of all ranks in rank order, on every
+            rank. It is called for every generated token, and for the results at the end.
+
+        Returns the metrics of the whole set, and one example per image in row order. They are the
+        same on every rank, but for the images kept.
+        """
+        sums = torch.zeros(3, dtype=torch.float64)
+        records: list[dict[str, Any]] = []
+        kept: dict[int, Tensor] = {}
+        supervised = 0
+        with torch.no_grad(), evaluating(self, encoders[self.encoder]):
+            for batch in loader:
+                supervised += self.count(batch)["tokens"]
+                inputs = {k: batch[k].to(device) for k in ("images", "tokens", "loss_mask")}
+                image_tokens = self._encode(encoders, inputs["images"])
+                sums += torch.stack(self._token_sums(image_tokens, inputs)).cpu().double()
+                ids = self._generate(image_tokens, None, lambda done: all(reduce(done)))
+                for record, image in self._records(batch, ids.tolist(), vocabulary):
+                    records.append(record)
+                    if len(kept) < keep_images:
+                        kept[record["row"]] = image
+        parts = reduce({"sums": [*sums.tolist(), supervised], "records": records})
+        loss, cross_entropy, correct, tokens = (
+            sum(column) for column in zip(*(part["sums"] for part in parts), strict=True)
+        )
+        merged = sorted((r for part in parts for r in part["records"]), key=lambda r: r["row"])
+        tokens = max(1, tokens)
+        metrics = {
+            "loss": loss / tokens,
+            "cross_entropy": cross_entropy / tokens,
+            "token_accuracy": correct / tokens,
+            "images": float(len(merged)),
+        }
+        if judged := [r for r in merged if r["references"]]:
+            captions = [r["caption"] for r in judged]
+            metrics |= caption_scores(captions, [r["references"] for r in judged]).means
+        return metrics, [CaptionExample(**r, image=kept.get(r["row"])) for r in merged]
+
+    def _encode(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+        encoder = encoders[self.encoder]
+        return encoder(normalise_pixels(images, self.image_mean, self.image_std, encoder.dtype))
+
+    def _token_sums(
+        self, image_tokens: Tensor, batch: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Smoothed loss, cross-entropy and correct guesses, summed over supervised tokens."""
+        tokens, loss_mask = batch["tokens"], batch["loss_mask"]
+        # The scores after token t are held against token t + 1; after the last there is nothing.
+        targets = tokens[..., 1:].reshape(-1)
+        positions = loss_mask[..., 1:].reshape(-1).nonzero()[:, 0]
+        weights = torch.ones(len(positions), device=tokens.device)
+        if len(positions) == 0:
+            # One position without weight keeps every parameter in the graph with a gradient of
+            # zero, which is what the other ranks' collectives wait for.
+            positions, weights = positions.new_zeros(1), weights.new_zeros(1)
+        logits = self.decoder(image_tokens, tokens[..., :-1], positions)
+        targets = targets.index_select(0, positions)
+        return smoothed_cross_entropy(logits, targets, weights, self.label_smoothing)
+
+    def _generate(
+        self, image_tokens: Tensor, max_new_tokens: int | None, agree: Callable[[bool], bool]
+    ) -> Tensor:
+        return generate_greedy(
+            self.decoder,
+            image_tokens,
+            **self.special_ids,
+            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            agree=agree,
+        )
+
+    def _records(
+        self, batch: Mapping[str, Any], ids: list[list[int]], vocabulary: Vocabulary
+    ) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """The valid images of a batch: what is reported of each, and its pixels."""
+        for i, valid in enumerate(batch["valid"].tolist()):
+            if valid:
+                record = {
+                    "row": int(batch["row"][i]),
+                    "key": batch["key"][i],
+                    "caption": vocabulary.decode(words_of(ids[i], **self.special_ids)),
+                    "references": list(batch["captions"][i]),
+                }
+                yield record, batch["images"][i]
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put modules into eval mode, and those that were training back afterwards."""
+    training = [module for root in modules for module in root.modules() if module.training]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

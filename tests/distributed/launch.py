@@ -1,0 +1,72 @@
+"""Start a few gloo ranks of a worker module and wait for them, with a hard time limit."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What a launcher would set; one thread, so that results do not depend on the machine."""
+    return {
+        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_ranks(module: str, arguments: list[str], world: int, log_dir: Path) -> list:
+    """Start `python -m module arguments` as `world` ranks in sessions of their own."""
+    port = free_port()
+    log_dir.mkdir(parents=True, exist_ok=True)
+    processes = []
+    for rank in range(world):
+        with open(log_dir / f"out_{rank}.txt", "w") as out:
+            processes.append(subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT,
+                env=rank_environment(rank, world, port), stdout=out, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            ))
+    return processes
+
+
+def kill_ranks(processes: list) -> None:
+    """SIGKILL every rank and its loader workers."""
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+
+def run_ranks(
+    module: str, arguments: list, world: int, log_dir: Path, timeout_s: float = 300
+) -> list[int]:
+    """Run to the end; returns the exit codes. Output is in `log_dir` and shown on time-out."""
+    processes = start_ranks(module, arguments, world, log_dir)
+    try:
+        return [process.wait(timeout=timeout_s) for process in processes]
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"ranks hung after {timeout_s} s\n{tails(log_dir)}") from None
+    finally:
+        kill_ranks(processes)
+
+
+def tails(log_dir: Path, lines: int = 40) -> str:
+    """The end of every rank's output."""
+    parts = []
+    for path in sorted(log_dir.glob("out_*.txt")):
+        text = path.read_text(errors="replace").splitlines()
+        parts.append(f"--- {path.name}\n" + "\n".join(text[-lines:]))
+    return "\n".join(parts)
