@@ -47,7 +47,9 @@ from pretrain.engine.partitions import (
     push_masters_to_module,
 )
 
-__all__ = ["CheckpointError", "CheckpointSettings", "Checkpoints", "fill_masters", "read_full_state"]
+__all__ = [
+    "CheckpointError", "CheckpointSettings", "Checkpoints", "fill_masters", "read_full_state",
+]
 log = logging.getLogger("omnipretrain.checkpoint")
 
 

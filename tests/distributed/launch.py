@@ -1,5 +1,6 @@
 """Start a few gloo ranks of a worker module and wait for them, with a hard time limit."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -43,10 +44,8 @@ def start_ranks(module: str, arguments: list[str], world: int, log_dir: Path) ->
 def kill_ranks(processes: list) -> None:
     """SIGKILL every rank and its loader workers."""
     for process in processes:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 

@@ -92,6 +92,12 @@ def test_bf16_stages_agree(launched):
         torch.testing.assert_close(other, runs[0], rtol=1e-3, atol=0)
 
 
-def test_training_moves(references):
-    for losses, *_ in references.values():
-        assert losses[-1] < losses[0]
+def test_weights_move(references):
+    """The comparison above is not one of models that stand still."""
+    for _, norms, _, weights in references.values():
+        start = toy_model()
+        initialise(start, SEED)
+        moved = max((weights[n] - p.detach().flatten()).abs().max()
+                    for n, p in start.named_parameters())
+        assert moved > 0.05
+        assert min(norms) > 1e-3

@@ -63,7 +63,7 @@ def gathered_partitions(engine, pick) -> dict[str, torch.Tensor]:
             for name, parts in merged.items()}
 
 
-def run_cell(ranks, stage: int, precision: str, optimizer: str, micro_steps: int, out: Path) -> dict:
+def run_cell(ranks, stage: int, precision: str, optimizer: str, micro_steps: int, out: Path):
     settings = OPTIMIZERS[optimizer]
     engine = start_engine(toy_model, settings, deepspeed_config(stage, precision, settings), SEED,
                           ranks.device)
