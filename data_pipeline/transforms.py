@@ -11,7 +11,14 @@ import cv2
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_pipeline.decode import ImageHeader, Scratch, decode, largest_factor, read_header
+from data_pipeline.decode import (
+    DecodeError,
+    ImageHeader,
+    Scratch,
+    decode,
+    largest_factor,
+    read_header,
+)
 from data_pipeline.settings import Settings
 from data_pipeline.timing import StageClock
 
@@ -139,14 +146,22 @@ class ImageTransform:
         if settings.mode == "random_resized_crop" and train:
             return resize(region, settings.size, settings.size, out)
         if settings.mode == "keep_aspect":
-            height, width = keep_aspect_size(*region.shape[:2], settings.size, settings.max_size)
+            height, width = self._shorter_side_to_size(region, settings.max_size)
             return resize(region, height, width)
-        height, width = keep_aspect_size(*region.shape[:2], settings.size, None)
+        height, width = self._shorter_side_to_size(region, None)
         top, left = (height - settings.size) // 2, (width - settings.size) // 2
         buffer = self._resized.take(height * width * 3)[: height * width * 3]
         resized = resize(region, height, width, buffer.reshape(height, width, 3))
         out[:] = resized[top : top + settings.size, left : left + settings.size]
         return out
+
+    def _shorter_side_to_size(self, image: np.ndarray, max_size: int | None) -> tuple[int, int]:
+        height, width = keep_aspect_size(*image.shape[:2], self.settings.size, max_size)
+        if height * width > self.settings.max_pixels:  # a line of pixels, blown up
+            raise DecodeError(
+                f"image of {image.shape[1]} x {image.shape[0]} would be resized to {width} x {height}"
+            )
+        return height, width
 
     def _augment(self, image: np.ndarray, rng: np.random.Generator) -> None:
         settings = self.settings
