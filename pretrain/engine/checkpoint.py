@@ -223,7 +223,9 @@ class Checkpoints:
         Raises:
             CheckpointError: on every rank, if names or shapes differ from the model's (all named).
         """
-        reader = self._agree(lambda: self._fill_partitions(engine, folder))[self._rank]
+        opened: list[FragmentReader] = []  # stays here: only plain results travel between ranks
+        self._agree(lambda: opened.append(self._fill_partitions(engine, folder)))
+        (reader,) = opened
         _load_module_tensors(engine, reader)
         push_masters_to_module(engine)
         return Restored(folder, reader.manifest["step"], reader.manifest["trainer"])
@@ -254,19 +256,14 @@ class Checkpoints:
         except Exception as problem:
             log.exception("rank %d", self._rank)
             error = f"rank {self._rank}: {type(problem).__name__}: {problem}"
-        # Readers hold open files; only what JSON could hold travels.
-        light = result if isinstance(result, (dict, list, str, type(None))) else None
         answers: list = [None] * self._world
-        dist.all_gather_object(answers, (light, error))
+        dist.all_gather_object(answers, (result, error))
         errors = [e for _, e in answers if e]
         if errors:
             if temporary is not None and self._rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError("; ".join(errors))
-        results = [r for r, _ in answers]
-        if light is None:
-            results[self._rank] = result
-        return results
+        return [result for result, _ in answers]
 
     def _agree_on(self, action: Callable, temporary: Path | None = None):
         """Run `action` on rank 0 alone; every rank gets its result, or all raise together."""

@@ -1,0 +1,113 @@
+"""One rank of the checkpoint cells: save, restore into a fresh engine, go on; every ZeRO stage.
+
+Usage: python -m tests.distributed.restore_worker write|read DIR
+`write` trains 6 steps per stage with a checkpoint after 3, restores that one and repeats the last
+3 steps; `read` restores the checkpoints of `write` (maybe of another world) into every stage.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pretrain.engine.checkpoint import Checkpoints, CheckpointSettings
+from pretrain.engine.distributed import init_distributed, shutdown
+from pretrain.engine.partitions import gathered
+from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
+from tests.distributed.toy import share_of, toy_batch, toy_model
+from tests.distributed.zero_worker import (
+    ADAMW,
+    SEED,
+    deepspeed_config,
+    gathered_partitions,
+)
+
+CELLS = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
+HALF, ALL = 3, 6
+
+
+def fresh_engine(ranks, stage: int, precision: str, seed: int = SEED):
+    return start_engine(toy_model, ADAMW, deepspeed_config(stage, precision, ADAMW), seed,
+                        ranks.device)
+
+
+def train(engine, ranks, first: int, last: int) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        batch = toy_batch(step)
+        set_learning_rate(engine, ADAMW.lr, 1.0 / (1 + step))
+        total = {"images": batch["valid"].sum().float()}
+        shares = accumulate_and_step(engine, "words", share_of(batch, ranks.rank, ranks.world, 1),
+                                     total)
+        loss = shares["loss"].double()
+        dist.all_reduce(loss)
+        losses.append(loss.item())
+    return losses
+
+
+def weights(engine) -> dict[str, list[float]]:
+    masters = gathered_partitions(engine, lambda p: p.master)
+    return {name: values.tolist() for name, values in masters.items()}
+
+
+def module_weights(engine) -> dict[str, list[float]]:
+    """What the forward pass uses, frozen parameters too."""
+    out = {}
+    for name, parameter in engine.module.named_parameters():
+        with gathered([parameter]):
+            out[name] = parameter.detach().float().flatten().tolist()
+    return out
+
+
+def write_cell(ranks, folder: Path, stage: int, precision: str) -> dict:
+    store = Checkpoints(folder / f"zero{stage}_{precision}", CheckpointSettings(keep_last=1))
+    engine = fresh_engine(ranks, stage, precision)
+    before = train(engine, ranks, 0, HALF)
+    store.save(engine, HALF, {"ledger": [{"note": "kept"}]})
+    straight = train(engine, ranks, HALF, ALL)
+    ended, module = weights(engine), module_weights(engine)
+    engine.destroy()
+    again = fresh_engine(ranks, stage, precision, seed=SEED + 1)  # other weights: all must come back
+    restored = store.restore(again, store.newest())
+    resumed = train(again, ranks, restored.step, ALL)
+    result = {
+        "before": before, "straight": straight, "resumed": resumed, "trainer": restored.trainer,
+        "same_weights": weights(again) == ended, "same_module": module_weights(again) == module,
+        "weights": ended,
+    }
+    again.destroy()
+    gc.collect()
+    return result
+
+
+def read_cell(ranks, folder: Path, source: str, stage: int, precision: str) -> dict:
+    store = Checkpoints(folder / source, CheckpointSettings())
+    engine = fresh_engine(ranks, stage, precision, seed=SEED + 1)
+    restored = store.restore(engine, store.newest())
+    result = {"resumed": train(engine, ranks, restored.step, ALL), "weights": weights(engine)}
+    engine.destroy()
+    gc.collect()
+    return result
+
+
+def main() -> None:
+    mode, folder = sys.argv[1], Path(sys.argv[2])
+    ranks = init_distributed(threads_per_rank=1)
+    if mode == "write":
+        results = {f"zero{s}_{p}": write_cell(ranks, folder, s, p) for s, p in CELLS}
+    else:
+        results = {
+            f"zero{a}_fp32 -> zero{b}": read_cell(ranks, folder, f"zero{a}_fp32", b, "fp32")
+            for a in (1, 2, 3) for b in (1, 2, 3)
+        }
+    if ranks.leads:
+        (folder / f"{mode}_world{ranks.world}.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()
