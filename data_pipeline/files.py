@@ -1,0 +1,102 @@
+"""Files that are either whole or absent, and a lock that a crash cannot leave behind."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+TEMPORARY_SUFFIX = ".tmp"
+
+# File systems without working flock (some NFS and Lustre mounts) answer with one of these.
+_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a hidden, unused name in the folder of `path`: a rename to `path` is atomic."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+
+
+def leftovers(path: Path) -> list[Path]:
+    """List temporary files that killed writers of `path` left in its folder."""
+    start = f".{path.name}."
+    with os.scandir(path.parent) as entries:
+        names = [entry.name for entry in entries]
+    return [
+        path.with_name(name)
+        for name in names
+        if name.startswith(start) and name.endswith(TEMPORARY_SUFFIX)
+    ]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write `chunks` to `path`, one after the other; readers see the old file or all of the new.
+
+    Errors: OSError if the folder cannot be written; no temporary file is left behind.
+    """
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file `<path>.lock` for the duration of the block.
+
+    The kernel releases the lock when its owner dies, so a crash never blocks the next one; a lock
+    file that a killed owner left behind is taken over and removed.
+
+    Yields True, or False on a file system without locks: work done under this lock must be correct
+    (only wasteful) when two processes do it at the same time.
+    Errors: OSError if the folder cannot be written; BlockingIOError if `wait` is False and the lock
+    is taken.
+    """
+    lock_path = path.with_name(path.name + ".lock")
+    descriptor, locked = _acquire(lock_path, wait)
+    try:
+        yield locked
+    finally:
+        # Removed while still held: whoever waits on the removed file notices and starts again.
+        lock_path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(lock_path: Path, wait: bool) -> tuple[int, bool]:
+    while True:
+        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError as error:
+            if error.errno in _NO_LOCKS_HERE:
+                return descriptor, False
+            os.close(descriptor)
+            raise
+        try:
+            if os.fstat(descriptor).st_ino == os.stat(lock_path).st_ino:
+                return descriptor, True
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)

@@ -1,0 +1,125 @@
+"""Check every byte of a shard against its index."""
+
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import BinaryIO
+
+from data_pipeline.index import ShardIndex
+from data_pipeline.tar_headers import BLOCK, ShardError, iter_members
+
+_CHUNK = 1 << 20
+
+
+@dataclass
+class Report:
+    """What verify_shard found."""
+
+    path: str
+    samples: int
+    bytes: int
+    sha256: str
+    """Of the file as it is."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Key of each damaged sample -> its first fault."""
+    faults: list[str] = field(default_factory=list)
+    """Faults of the file as a whole: its size, its headers, its end."""
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.damaged and not self.faults
+
+
+def verify_shard(
+    path: str, index: ShardIndex, progress: Callable[[int], None] | None = None
+) -> Report:
+    """Compare all headers and payloads of a shard with its index; lists all faults, not the first.
+
+    Args: progress: called with the number of bytes passed since its last call.
+    Errors: OSError if the shard cannot be read. Damage is no error here; it is what is reported.
+    """
+    with open(path, "rb", buffering=_CHUNK) as file:
+        total = os.fstat(file.fileno()).st_size
+        hashed = _HashedFile(file, progress)
+        report = Report(path, len(index), total, "")
+        try:
+            index.check_shard_size(path, total)
+        except ShardError as error:
+            report.faults.append(str(error))
+        for row in range(len(index)):
+            fault = _first_fault(hashed, index, row, total)
+            if fault is not None:
+                key = index.key(row)
+                # The same key may stand for two samples; keep both in the report.
+                report.damaged[key if key not in report.damaged else f"{key} (row {row})"] = fault
+        hashed.pass_to(total)
+        report.sha256 = hashed.digest.hexdigest()
+        _check_structure(file, index, report)
+    return report
+
+
+class _HashedFile:
+    """Sequential reading that hashes all bytes on the way."""
+
+    def __init__(self, file: BinaryIO, progress: Callable[[int], None] | None) -> None:
+        self.digest = sha256()
+        self._file = file
+        self._position = 0
+        self._progress = progress
+
+    def crc32(self, size: int) -> int:
+        """Return the crc32 of the next `size` bytes, or of those that are left in the file."""
+        value = 0
+        while size > 0 and (chunk := self._file.read(min(size, _CHUNK))):
+            self.digest.update(chunk)
+            value = zlib.crc32(chunk, value)
+            size -= len(chunk)
+            self._position += len(chunk)
+            if self._progress is not None:
+                self._progress(len(chunk))
+        return value
+
+    def pass_to(self, position: int) -> None:
+        """Hash everything up to `position`."""
+        self.crc32(position - self._position)
+
+
+def _first_fault(file: _HashedFile, index: ShardIndex, row: int, total: int) -> str | None:
+    fault = None
+    for extension, offset, size, crc32, header_crc32 in index.members(row):
+        file.pass_to(min(offset - BLOCK, total))
+        header = file.crc32(BLOCK)
+        payload = file.crc32(size)
+        if fault is not None:
+            continue  # the rest is read for the hash only
+        if offset + size > total:
+            fault = f"member .{extension}: cut, the file ends at byte {total}"
+        elif header != header_crc32:
+            fault = f"member .{extension}: damaged tar header at byte {offset - BLOCK}"
+        elif payload != crc32:
+            fault = f"member .{extension}: damaged payload ({size} bytes at byte {offset})"
+    return fault
+
+
+def _check_structure(file: BinaryIO, index: ShardIndex, report: Report) -> None:
+    """Walk the headers as any tar reader does: what the index skips must be sound as well."""
+    offsets = set(index.arrays["member_offset"].tolist())
+    others = 0
+    try:
+        file.seek(0)
+        for member in iter_members(file, report.path, report.bytes):
+            if member.offset in offsets:
+                offsets.remove(member.offset)
+            else:
+                others += 1
+    except ShardError as error:
+        report.faults.append(str(error))
+        return
+    if offsets or others != index.passed_over:
+        report.faults.append(
+            f"{report.path}: {len(offsets)} members of its index are not in the tar, and "
+            f"{others - index.passed_over} members of the tar are not in its index"
+        )
