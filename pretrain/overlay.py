@@ -2,7 +2,7 @@
 
 A layer remembers where every value was written (file and line, or the override), so that an error
 can point there. The YAML dialect is the safe subset that recipes need, with YAML 1.2 scalars:
-`1e-5` is a number (PyYAML alone reads a string) and `on`, `no`, `12:30` are strings.
+`1e-5` is a number (PyYAML alone reads a string), `1e5` a whole one; `on`, `no`, `12:30` are strings.
 
 Merge rules: mappings merge key by key; everything else, lists included, is replaced. A mapping
 whose `type` differs from the one below replaces it whole, since its old fields belong to another
@@ -72,6 +72,15 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """`1e5` is a whole number of steps; `1e-5` and `1.0` are not whole."""
+    value = loader.construct_yaml_float(node)
+    is_whole = "." not in node.value and value.is_integer() and abs(value) < 2**53
+    return int(value) if is_whole else value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 for _tag, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):

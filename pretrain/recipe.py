@@ -159,8 +159,10 @@ class Recipe(Settings):
     steps: int = Field(ge=1)
     """Optimizer steps of the whole run."""
 
-    run_dir: str = ""
-    """Folder for checkpoints, metrics and logs; empty = `runs/<name>`."""
+    run_dir: str = Field(
+        default_factory=lambda data: os.path.join("runs", data.get("name", "<name>")), min_length=1
+    )
+    """Folder for checkpoints, metrics and logs."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations in the forward and backward pass; master weights, losses
@@ -174,7 +176,8 @@ class Recipe(Settings):
 
     initial_weights: str | None = None
     """A safetensors file with weights in our names, read at the start of the run (not on a
-    resume); every parameter must be in it. null = draw them from `seed`."""
+    resume). Every tensor in it must belong to the model; parameters that it lacks are drawn from
+    `seed`, as all are with null."""
 
     tokenizer: TokenizerSettings
     """Text to token ids."""
@@ -206,13 +209,6 @@ class Recipe(Settings):
 
     failure: FailureSettings = FailureSettings()
     """When a run gives up."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_run_dir(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("run_dir") and isinstance(data.get("name"), str):
-            return {**data, "run_dir": os.path.join("runs", data["name"])}
-        return data
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -257,7 +253,7 @@ def load_layers(path: str | Path, overrides: Sequence[str] = ()) -> Layer:
         layer = merge(layer, parse_override(override))
     layer = expand_variables(layer)
     data = _without_removed(layer.data, Recipe)
-    if not data.get("run_dir") and isinstance(data.get("name"), str):
+    if "run_dir" not in data and isinstance(data.get("name"), str):
         data["run_dir"] = os.path.join("runs", data["name"])
     return Layer(_absolute_paths(data), layer.written)
 

@@ -1,5 +1,6 @@
 """Reading a settings schema: one-line errors with suggestions, and the reference of all fields."""
 
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,15 +116,25 @@ def error_lines(error: ValidationError, model: type[BaseModel], layer: Layer) ->
     lines: dict[str, None] = {}  # ordered set: union members repeat the same fault
     for detail in error.errors(include_url=False):
         path, parent = _locate(model, detail["loc"])
+        if detail["type"].startswith("union_tag"):
+            path = (*path, "type")
         for message in _messages(detail, path, parent, model):
-            key = ".".join(_key_of(detail, path)).replace(".[", "[")
-            place = f"{key}: " if key else ""
-            lines[f"{layer.source(_key_of(detail, path))}: {place}{message}"] = None
+            source = layer.source((*path, *_key_in(message, detail)))
+            key = _written_key(path)
+            lines[f"{source}: {key}: {message}" if key else f"{source}: {message}"] = None
     return list(lines)
 
 
-def _key_of(detail: ErrorDetails, path: KeyPath) -> KeyPath:
-    return (*path, "type") if detail["type"].startswith("union_tag") else path
+def _key_in(message: str, detail: ErrorDetails) -> KeyPath:
+    """Checks across fields begin with the key that they blame; the line number follows it."""
+    match = re.match(r"\w+(\.\w+)*(?=[=:])", message)
+    return tuple(match[0].split(".")) if match and detail["type"] == "value_error" else ()
+
+
+def _written_key(path: KeyPath) -> str:
+    """The key path as an override would name it: names with dots in quotes."""
+    quoted = [f'"{key}"' if "." in key else key for key in path]
+    return ".".join(quoted).replace(".[", "[")
 
 
 def _messages(detail: ErrorDetails, path: KeyPath, parent: Any, root: type[BaseModel]) -> list[str]:
@@ -142,6 +153,14 @@ def _messages(detail: ErrorDetails, path: KeyPath, parent: Any, root: type[BaseM
     if kind == "literal_error":
         return [_unknown_choice(detail["input"], _choices(parent, path))]
     message = detail["msg"][0].lower() + detail["msg"][1:]
+    for theirs, ours in (
+        ("valid array", "list"),
+        ("an object", "a block"),
+        ("dictionary", "block"),
+    ):
+        message = message.replace(theirs, ours)
+    if kind in ("too_short", "too_long"):
+        return [message.replace(" after validation", "")]
     value = repr(detail["input"])
     return [f"{message}, not {value if len(value) <= 60 else value[:57] + '...'}"]
 
