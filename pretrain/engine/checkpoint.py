@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -56,11 +57,11 @@ log = logging.getLogger("omnipretrain.checkpoint")
 class CheckpointSettings(Settings):
     """When checkpoints are written and which are kept."""
 
-    every_steps: int = 1000
+    every_steps: int = Field(1000, ge=1)
     """Write a checkpoint after every so many steps; the last step always writes one."""
-    keep_last: int = 3
+    keep_last: int = Field(3, ge=1)
     """Keep this many of the newest checkpoints."""
-    keep_every_steps: int | None = None
+    keep_every_steps: int | None = Field(None, ge=1)
     """Besides, keep for good each checkpoint whose step is a multiple of this."""
 
 

@@ -98,3 +98,15 @@ class ControlFolder:
         status = {"state": state, "step": step, "reason": reason,
                   "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         write_durable(self.path / "status.json", json.dumps(status).encode())
+
+    def failed(self, reason: str) -> None:
+        """Say that the run failed, from any rank; the first one to say so names the cause.
+
+        Ranks that fail later do so mostly because the first one left them alone.
+        """
+        try:
+            status = json.loads((self.path / "status.json").read_bytes())
+        except (OSError, ValueError):
+            status = {"state": "starting", "step": 0}
+        if status["state"] != "failed":
+            self.status("failed", status["step"], reason)

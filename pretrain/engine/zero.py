@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pretrain.engine.partitions import gathered
-from pretrain.models.init import initialise
+from pretrain.models.init import initialise, load_weights
 from pretrain.optim.groups import OptimizerSettings, parameter_groups
 
 
@@ -20,6 +20,7 @@ def start_engine(
     config: dict,
     seed: int,
     device: torch.device,
+    initial_weights: str | None = None,
 ):
     """Build the model, draw its weights and hand both to DeepSpeed.
 
@@ -30,6 +31,7 @@ def start_engine(
         config: a complete DeepSpeed configuration (engine.ds_config.engine_config).
         seed: seed of the initial weights, which depend on it and their names alone.
         device: where the model trains.
+        initial_weights: safetensors file whose tensors replace the drawn ones.
 
     Returns:
         The DeepSpeed engine. Accumulation is ours: the engine is told where a window ends.
@@ -45,7 +47,10 @@ def start_engine(
         model = build()
     if stage != 3:
         model.to(device)
-    initialise(model, seed, gather=partial(gathered, writable=True))
+    writable = partial(gathered, writable=True)
+    initialise(model, seed, gather=writable)
+    if initial_weights:
+        load_weights(model, initial_weights, gather=writable)
     groups = parameter_groups(model, optimizer)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(groups, optimizer), config=config

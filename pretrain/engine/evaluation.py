@@ -1,0 +1,58 @@
+"""Evaluation between steps: every task's held-out data, on all ranks, numbers and pictures."""
+
+import logging
+from typing import Any
+
+import torch.distributed as dist
+
+from pretrain import build
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.metrics_log import MetricsLog
+from pretrain.recipe import Recipe
+
+log = logging.getLogger("omnipretrain.evaluation")
+
+
+class Evaluator:
+    """Evaluates each task that names held-out data."""
+
+    def __init__(
+        self, recipe: Recipe, ranks: Ranks, engine, tokenizer, metrics: MetricsLog
+    ) -> None:
+        self.recipe = recipe
+        self.ranks = ranks
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+
+    def evaluate(self, step: int) -> dict[str, dict[str, float]]:
+        """Evaluate after `step` steps. A collective. Returns task -> metrics."""
+        results = {}
+        for name, task in self.recipe.tasks.items():
+            if task.evaluation is None:
+                continue
+            loader = build.build_evaluation_loader(
+                self.recipe, name, self.tokenizer, rank=self.ranks.rank, world=self.ranks.world
+            )
+            model = self.engine.module
+            values, examples = model.objectives[name].evaluate(
+                model.encoders, loader, self.tokenizer, self.ranks.device, reduce=self._share,
+                keep_images=self.recipe.logging.images,
+            )
+            self.metrics.log(step, name, values, kind="evaluation")
+            shown = [e for e in examples if e.image is not None]
+            self.metrics.images(
+                step, name, [e.image.permute(1, 2, 0).numpy() for e in shown],
+                [f"{e.caption}\n({e.references[0] if e.references else 'no reference'})"
+                 for e in shown],
+            )
+            log.info("step %d, %s on %d held-out samples: %s", step, name, len(examples),
+                     ", ".join(f"{k} {v:.4g}" for k, v in sorted(values.items())))
+            results[name] = values
+        return results
+
+    def _share(self, value: Any) -> list[Any]:
+        """One value of each rank, on every rank."""
+        values: list[Any] = [None] * self.ranks.world
+        dist.all_gather_object(values, value)
+        return values

@@ -1,0 +1,55 @@
+"""From counts and times of a step to rates that can be compared: samples/s, FLOP/s, MFU, memory."""
+
+import resource
+import sys
+
+import torch
+import torch.distributed as dist
+
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.loop import StepReport
+
+
+class Throughput:
+    """Adds rates over all ranks to a step's metrics.
+
+    Args:
+        ranks: this process.
+        peak_tflops_per_device: what the device could do; without it no MFU is given.
+    """
+
+    def __init__(self, ranks: Ranks, peak_tflops_per_device: float | None) -> None:
+        self.ranks = ranks
+        self.peak = peak_tflops_per_device
+
+    def describe(self, report: StepReport) -> dict[str, float]:
+        """The report as flat metrics. A collective; every rank gets the same values.
+
+        Times are the slowest rank's seconds per step; memory is the largest rank's peak in GiB.
+        """
+        metrics = dict(report.metrics)
+        flops = metrics.pop("flops")
+        names = sorted(report.seconds)
+        worst = torch.tensor(
+            [*(report.seconds[name] for name in names), self._peak_memory_gib()],
+            dtype=torch.float64, device=self.ranks.device,
+        )
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        work = torch.tensor(float(flops), dtype=torch.float64, device=self.ranks.device)
+        dist.all_reduce(work)
+        *times, memory = worst.tolist()
+        metrics |= {f"seconds_{name}": value for name, value in zip(names, times, strict=True)}
+        total = metrics["seconds_total"]
+        metrics["samples_per_second"] = metrics["samples"] / total
+        rate = float(work) / total / self.ranks.world
+        metrics["model_tflops_per_device"] = rate / 1e12
+        if self.peak:
+            metrics["mfu"] = rate / 1e12 / self.peak
+        metrics["peak_memory_gib"] = memory
+        return metrics
+
+    def _peak_memory_gib(self) -> float:
+        if self.ranks.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

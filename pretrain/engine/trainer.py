@@ -1,0 +1,230 @@
+"""One run on this rank, from start to end: set up, restore, loop, evaluate, save, report."""
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.loader import StepLoader
+from data_pipeline.tokenizer import Tokenizer
+from pretrain import build
+from pretrain.engine.checkpoint import Checkpoints, fill_masters
+from pretrain.engine.control import ControlFolder, StopSignals
+from pretrain.engine.distributed import Ranks, init_distributed, shutdown
+from pretrain.engine.ds_config import engine_config
+from pretrain.engine.evaluation import Evaluator
+from pretrain.engine.loop import Loop, StepReport, TrainerState
+from pretrain.engine.metrics_log import MetricsLog
+from pretrain.engine.run_dir import RunDirError, record_start
+from pretrain.engine.throughput import Throughput
+from pretrain.engine.zero import start_engine
+from pretrain.optim.schedule import lr_factor
+from pretrain.recipe import Recipe
+
+log = logging.getLogger("omnipretrain.train")
+
+
+def train_recipe(recipe: Recipe, resume: bool) -> int:
+    """Run a recipe on this process and its peers; returns the exit code (0 or 1)."""
+    signals = StopSignals()
+    rank = os.environ.get("RANK", "0")
+    run_dir = Path(recipe.run_dir)
+    try:
+        ranks = init_distributed(recipe.threads_per_rank)
+        prepare_run_dir(recipe, ranks, resume)
+        Trainer(recipe, ranks, signals).run()
+    except Exception as error:
+        # Peers wait in a collective for this rank: leave the reason on disk, then leave at once,
+        # so that the launcher ends them.
+        reason = f"{type(error).__name__}: {error}"
+        note_failure(run_dir, rank, reason)
+        print(f"rank {rank}: {reason}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+    shutdown()
+    return 0
+
+
+def note_failure(run_dir: Path, rank: str, reason: str) -> None:
+    """Write `control/failure_rank_N.json` with the reason and the stack, if the disk allows."""
+    try:
+        folder = run_dir / "control"
+        folder.mkdir(parents=True, exist_ok=True)
+        note = {"rank": int(rank), "reason": reason, "stack": traceback.format_exc(),
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        (folder / f"failure_rank_{int(rank):05d}.json").write_text(json.dumps(note, indent=1))
+        ControlFolder(run_dir).failed(f"rank {rank}: {reason}")
+    except OSError as error:
+        print(f"rank {rank}: cannot note the failure: {error}", file=sys.stderr)
+
+
+def prepare_run_dir(recipe: Recipe, ranks: Ranks, resume: bool) -> None:
+    """Rank 0 lays the run directory out; the others wait until it is there, or fail alike."""
+    errors: list[str | None] = [None]
+    if ranks.leads:
+        try:
+            run_dir = Path(recipe.run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            for old in run_dir.glob("control/failure_rank_*.json"):
+                old.unlink()
+            own_tokenizer = run_dir / "tokenizer"
+            if not resume:
+                Tokenizer.load(recipe.tokenizer.path).save(own_tokenizer)
+            recipe.dump(run_dir / "recipe.yaml")
+        except Exception as error:
+            errors[0] = f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(errors, src=0)
+    if errors[0]:
+        raise RunDirError(errors[0])
+
+
+class Trainer:
+    """The parts of a run on this rank, and what happens between its steps."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, signals: StopSignals) -> None:
+        self.recipe = recipe
+        self.ranks = ranks
+        self.signals = signals
+        self.run_dir = Path(recipe.run_dir)
+        self.control = ControlFolder(self.run_dir)
+        if ranks.leads:
+            self.control.take_ownership()
+        self.tokenizer = Tokenizer.load(str(self.run_dir / "tokenizer"))
+        self.config = engine_config(recipe, ranks.world)
+        self.state = TrainerState()
+        self.saved_step = 0
+        self.checkpoints = Checkpoints(
+            self.run_dir / "checkpoints",
+            recipe.checkpoint,
+            may_commit=self.control.check_ownership,
+            attachments={
+                f"tokenizer/{path.name}": path
+                for path in sorted((self.run_dir / "tokenizer").iterdir())
+            } | {"recipe.yaml": self.run_dir / "recipe.yaml"},
+        )
+
+    def run(self) -> None:
+        """Train to the end of the recipe, or until a stop is asked for."""
+        recipe, ranks = self.recipe, self.ranks
+        newest = self.checkpoints.newest()
+        self.engine = start_engine(
+            lambda: build.build_model(recipe, self.tokenizer), recipe.optimizer, self.config,
+            recipe.seed, ranks.device, initial_weights=None if newest else recipe.initial_weights,
+        )
+        if newest is not None:
+            self._restore(newest)
+        elif recipe.initial_weights:
+            fill_masters(self.engine, Path(recipe.initial_weights))
+        step = self.state.step
+        with MetricsLog(self.run_dir, ranks.rank, step, recipe.steps, recipe.logging) as self.log:
+            if ranks.leads:
+                stage = self.engine.zero_optimization_stage()
+                record_start(self.run_dir, ranks.world, stage, str(ranks.device), step)
+                self.control.status("running", step)
+            self._announce(newest)
+            self.evaluator = Evaluator(recipe, ranks, self.engine, self.tokenizer, self.log)
+            self._train()
+
+    def _train(self) -> None:
+        recipe, state = self.recipe, self.state
+        streams = build.build_streams(recipe, self.tokenizer)
+        self.throughput = Throughput(self.ranks, recipe.logging.peak_tflops_per_device)
+        loop = Loop(
+            self.engine, self.ranks, recipe.seed,
+            (recipe.optimizer.lr, lambda step: lr_factor(step, recipe.schedule, recipe.steps)),
+            recipe.failure.max_skipped_steps,
+            {name: task.global_batch for name, task in recipe.tasks.items()},
+            self.control, self.signals,
+        )
+        stopped = None
+        if state.step < recipe.steps:
+            self.loader = StepLoader(
+                streams, build.build_schedule(recipe), recipe.loader, rank=self.ranks.rank,
+                world=self.ranks.world, start_step=state.step, stop_step=recipe.steps,
+                pin_memory=self.ranks.device.type == "cuda",
+            )
+            with self.loader:
+                stopped = loop.run(
+                    self.loader, state, wants_report=self._wants_report,
+                    on_report=self._on_report, after_step=self._after_step,
+                )
+        self._save()
+        if self.ranks.leads:
+            self.control.status("stopped" if stopped else "finished", state.step, stopped or "")
+        if stopped:
+            log.info("stopped after step %d (%s); go on with --resume %s", state.step, stopped,
+                     self.run_dir)
+        else:
+            log.info("finished %d steps; checkpoint %s", state.step, self.run_dir / "checkpoints")
+
+    # ---- between steps ---------------------------------------------------------------------------
+
+    def _wants_report(self, step: int, task: str) -> bool:
+        return self.log.due(step + 1, self.recipe.steps)
+
+    def _on_report(self, state: TrainerState, report: StepReport) -> None:
+        metrics = self.throughput.describe(report)
+        metrics["epoch"] = self.loader.streams[report.task].epochs(state.samples[report.task])
+        metrics["skipped_steps"] = state.skipped_steps
+        metrics["replaced_samples"] = self._replaced(report.task)
+        self.log.log(state.step, report.task, metrics)
+        self.status_line = f"{report.task} loss {metrics['loss']:.4f}"
+
+    def _after_step(self, state: TrainerState, save_asked: bool) -> None:
+        recipe = self.recipe
+        self.log.progress(state.step, getattr(self, "status_line", ""))
+        every = recipe.evaluation_every_steps
+        if (every and state.step % every == 0) or state.step == recipe.steps:
+            self.evaluator.evaluate(state.step)
+        if save_asked or state.step % recipe.checkpoint.every_steps == 0:
+            self._save()
+            if save_asked and self.ranks.leads:
+                self.control.save_done()
+
+    def _replaced(self, task: str) -> int:
+        """Samples of a task that were replaced since this start, over all ranks."""
+        count = torch.tensor([self.loader.faults().get(task, 0)], device=self.ranks.device)
+        dist.all_reduce(count)
+        return int(count)
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.saved_step == self.state.step:
+            return
+        trainer = {**vars(self.state), "tokenizer": self.tokenizer.digest, "seed": self.recipe.seed}
+        self.checkpoints.save(self.engine, self.state.step, trainer)
+        self.saved_step = self.state.step
+
+    def _restore(self, folder: Path) -> None:
+        restored = self.checkpoints.restore(self.engine, folder)
+        trainer = dict(restored.trainer)
+        digest, seed = trainer.pop("tokenizer"), trainer.pop("seed")
+        if digest != self.tokenizer.digest:
+            raise RunDirError(
+                f"the tokenizer in {self.run_dir / 'tokenizer'} is not the one that {folder.name} "
+                f"was trained with; put the files of {folder / 'tokenizer'} back"
+            )
+        if seed != self.recipe.seed:
+            raise RunDirError(
+                f"{folder.name} belongs to seed {seed}, the recipe in {self.run_dir} says "
+                f"{self.recipe.seed}: the data order would change"
+            )
+        self.state = TrainerState(**trainer)
+        self.saved_step = self.state.step
+
+    def _announce(self, restored: Path | None) -> None:
+        names = self.engine.module.named_parameters()
+        count = sum(getattr(p, "ds_numel", p.numel()) for _, p in names)
+        log.info(
+            "%s: %.1f M parameters, ZeRO-%d, %s, %d process(es) on %s; %s", self.recipe.name,
+            count / 1e6, self.engine.zero_optimization_stage(), self.recipe.precision,
+            self.ranks.world, self.ranks.device.type,
+            f"resumed from {restored.name}" if restored else "from the start",
+        )

@@ -1,0 +1,99 @@
+"""Train what a recipe describes, on however many processes the launcher starts.
+
+    python -m pretrain.train RECIPE [key.path=value ...]            one process
+    torchrun --nproc-per-node 8 -m pretrain.train RECIPE            one node
+    deepspeed --num_gpus 8 --module pretrain.train RECIPE           the same by DeepSpeed's launcher
+    ... -m pretrain.train --resume RUN_DIR                          go on where the run stopped
+
+Exit code 0: finished, or stopped as asked with a checkpoint (control/status.json says which);
+1: failed; 2: the recipe or the arguments are wrong (said before any process group starts).
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pretrain.engine.run_dir import RunDirError, check_new, check_resumable
+from pretrain.recipe import Recipe, RecipeError, load_layers, load_recipe, load_resolved, validate
+
+log = logging.getLogger("omnipretrain.train")
+
+# What may change on a resume: nothing of it decides what is computed, only where and how.
+CHANGEABLE = (
+    "loader.*",
+    "logging.*",
+    "checkpoint.*",
+    "failure.*",
+    "threads_per_rank",
+    "deepspeed",
+    "evaluation_every_steps",
+    "tasks.*.evaluation.*",
+    "tasks.*.micro_batch",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = parse_arguments(argv)
+    try:
+        recipe = read_recipe(arguments)
+    except (RecipeError, RunDirError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return 2
+    from pretrain.engine.trainer import train_recipe  # imports DeepSpeed, which takes seconds
+
+    return train_recipe(recipe, resume=arguments.resume is not None)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="pretrain.train", description=__doc__.split("\n\n")[0])
+    parser.add_argument("recipe", nargs="?", help="a YAML file or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--resume", metavar="RUN_DIR", type=Path, help="continue this run")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
+    arguments = parser.parse_args(argv)
+    if arguments.resume is not None and arguments.recipe is not None:
+        arguments.overrides.insert(0, arguments.recipe)  # there the first word is an override too
+        arguments.recipe = None
+    if (arguments.recipe is None) == (arguments.resume is None):
+        parser.error("give a recipe, or --resume RUN_DIR")
+    return arguments
+
+
+def read_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe of a new run, or of the run to resume with the allowed changes.
+
+    Raises:
+        RecipeError, RunDirError: with all that the user needs to know.
+    """
+    if arguments.resume is None:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        check_new(Path(recipe.run_dir))
+        return recipe
+    path = check_resumable(arguments.resume)
+    if not arguments.overrides:
+        return moved(load_resolved(path), arguments.resume)
+    for override in arguments.overrides:
+        key = override.split("=", 1)[0]
+        if not any(fnmatch(key, pattern) for pattern in CHANGEABLE):
+            raise RecipeError(
+                f"{key} cannot change on a resume: the run would not be the one that its "
+                f"checkpoints belong to. Changeable: {', '.join(CHANGEABLE)}. For anything else "
+                "start a new run from this one's weights (initial_weights)"
+            )
+    return moved(validate(load_layers(path, arguments.overrides)), arguments.resume)
+
+
+def moved(recipe: Recipe, run_dir: Path) -> Recipe:
+    """The recipe with its run directory where it lies now; a run may be moved as a whole."""
+    return recipe.model_copy(update={"run_dir": str(run_dir.resolve())})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
