@@ -1,9 +1,22 @@
-"""Caption data: from one sample of a shard to image, token and mask arrays."""
+"""Caption data: from one sample of a shard to image, token and mask arrays, and to a batch."""
 
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
 from pydantic import Field, field_validator
 
+from data_pipeline.decode import DecodeError
+from data_pipeline.reader import BadSample, Sample
 from data_pipeline.settings import Settings
-from data_pipeline.transforms import ImageSettings
+from data_pipeline.timing import StageClock
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.transforms import ImageSettings, ImageTransform
+
+# Texts are padded to a multiple of this, so that few different shapes occur.
+TEXT_MULTIPLE = 8
 
 
 class CaptionDataSettings(Settings):
@@ -30,3 +43,174 @@ class CaptionDataSettings(Settings):
         if not extension or (separator and not all(key.split("."))):
             raise ValueError(f"caption_source {value!r}: write an extension, or json:KEY")
         return value
+
+
+class CaptionFields:
+    """Turns samples into arrays and arrays into a batch; the caption side of a `TaskStream`."""
+
+    def __init__(self, settings: CaptionDataSettings, tokenizer: Tokenizer, train: bool) -> None:
+        self.settings, self.tokenizer, self.train = settings, tokenizer, train
+        self.transform = ImageTransform(settings.image)
+        extension, _, key = settings.caption_source.partition(":")
+        self._caption_extension = extension.lower()
+        self._caption_keys = key.split(".") if key else []
+
+    @property
+    def extensions(self) -> frozenset[str]:
+        """Members that are needed; a reader may leave out the others."""
+        return frozenset([*self.settings.image_extensions, self._caption_extension])
+
+    def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the uint8 batch arrays that `sample` can write rows of in place."""
+        if not self.transform.fixed_size:
+            return {}
+        size = self.settings.image.size
+        return {"images": (count, size, size, 3)}
+
+    def sample(
+        self,
+        sample: Sample,
+        rng_for: Callable[[str], np.random.Generator],
+        out: dict[str, np.ndarray] | None = None,
+        clock: StageClock | None = None,
+    ) -> dict[str, Any]:
+        """Arrays of one sample.
+
+        Args:
+            sample: with the members of `extensions`.
+            rng_for: purpose -> generator of this sample; not used in evaluation.
+            out: this sample's rows of the arrays that `buffers` names.
+            clock: books "decode" and "transform" (which includes text).
+
+        Returns:
+            images (H, W, 3) uint8; tokens (K, text_length) int64; lengths (K,) int64, 0 where the
+            image has fewer than K captions; captions: all of them, list of str.
+
+        Raises:
+            BadSample: no usable image or caption.
+        """
+        captions = self._captions(sample)
+        rng = rng_for("image") if self.train else None
+        try:
+            image = self.transform(
+                self._image_bytes(sample), rng, None if out is None else out["images"], clock
+            )
+        except DecodeError as error:
+            raise BadSample(str(error), sample.shard, sample.key, sample.row) from error
+        count, length = self.settings.captions_per_image, self.settings.text_length
+        tokens = np.full((count, length), self.tokenizer.pad_id, dtype=np.int64)
+        tokens[:, 0], tokens[:, 1] = self.tokenizer.bos_id, self.tokenizer.eos_id
+        lengths = np.zeros(count, dtype=np.int64)
+        for place, caption in enumerate(self._choose(captions, rng_for)):
+            ids = self.tokenizer.encode(caption)[: length - 2]
+            tokens[place, 1 : 1 + len(ids)] = ids
+            tokens[place, 1 + len(ids)] = self.tokenizer.eos_id
+            lengths[place] = len(ids) + 2
+        if clock is not None:
+            clock.lap("transform")
+        return {"images": image, "tokens": tokens, "lengths": lengths, "captions": captions}
+
+    def collate(
+        self,
+        items: Sequence[dict[str, Any] | None],
+        valid: Sequence[bool],
+        buffers: dict[str, torch.Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """Batch of the results of `sample`; None stands for a padding row.
+
+        Returns:
+            images (B, 3, H, W) uint8, channels_last in memory; tokens (B, K, T) int64, rows
+            BOS w.. EOS pad.., T the longest text rounded up to 8, at most text_length;
+            loss_mask (B, K, T) bool, True at tokens that are predicted (words and EOS);
+            valid (B,) bool; captions: list of B lists of str (evaluation only).
+
+        Raises:
+            ValueError: images of different size (mode keep_aspect) in one batch.
+        """
+        shape = (len(items), self.settings.captions_per_image, self.settings.text_length)
+        tokens = np.full(shape, self.tokenizer.pad_id, dtype=np.int64)
+        tokens[:, :, 0], tokens[:, :, 1] = self.tokenizer.bos_id, self.tokenizer.eos_id
+        lengths = np.zeros(shape[:2], dtype=np.int64)
+        for row, item in enumerate(items):
+            if item is not None:
+                tokens[row], lengths[row] = item["tokens"], item["lengths"]
+        longest = max(int(lengths.max()), 2)
+        width = min(-(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE, shape[2])
+        places = np.arange(width)
+        batch: dict[str, Any] = {
+            "images": self._images(items, buffers).permute(0, 3, 1, 2),
+            "tokens": torch.from_numpy(np.ascontiguousarray(tokens[:, :, :width])),
+            "loss_mask": torch.from_numpy((places > 0) & (places < lengths[:, :, None])),
+            "valid": torch.tensor(list(valid), dtype=torch.bool),
+        }
+        if not self.train:
+            batch["captions"] = [[] if item is None else item["captions"] for item in items]
+        return batch
+
+    def _images(
+        self, items: Sequence[dict[str, Any] | None], buffers: dict[str, torch.Tensor] | None
+    ) -> torch.Tensor:
+        if buffers:
+            images = buffers["images"]
+            for row, item in enumerate(items):
+                if item is None:
+                    images[row].zero_()
+            return images
+        arrays = [item["images"] for item in items if item is not None]
+        sizes = {array.shape for array in arrays}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"images of different size {sorted(sizes)} cannot share a micro-batch: with "
+                "image.mode keep_aspect set micro_batch to 1"
+            )
+        size = self.settings.image.size
+        blank = np.zeros(sizes.pop() if sizes else (size, size, 3), dtype=np.uint8)
+        rows = [blank if item is None else item["images"] for item in items]
+        return torch.from_numpy(np.stack(rows))
+
+    def _choose(
+        self, captions: list[str], rng_for: Callable[[str], np.random.Generator]
+    ) -> list[str]:
+        count = self.settings.captions_per_image
+        if not self.train or len(captions) == 1:
+            return captions[:count]
+        draws = rng_for("caption").random(len(captions))
+        return [captions[place] for place in np.argsort(draws)[:count]]
+
+    def _image_bytes(self, sample: Sample) -> bytes:
+        for extension in self.settings.image_extensions:
+            if extension in sample.members:
+                return sample.members[extension]
+        raise self._bad(sample, f"has no member {' or '.join(self.settings.image_extensions)}")
+
+    def _captions(self, sample: Sample) -> list[str]:
+        """All captions with white space folded; at least one.
+
+        The caption is read before the image is decoded: a sample without one costs little.
+        """
+        data = sample.members.get(self._caption_extension)
+        if data is None:
+            raise self._bad(sample, f"has no member {self._caption_extension}")
+        try:
+            found: Any = data.decode("utf-8")
+            if self._caption_keys:
+                found = json.loads(found)
+                for key in self._caption_keys:
+                    found = found[key]
+        except UnicodeDecodeError as error:
+            raise self._bad(sample, f"member {self._caption_extension}: {error}") from error
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            reason = f"{self.settings.caption_source}: {type(error).__name__}: {error}"
+            raise self._bad(sample, reason) from error
+        found = [found] if isinstance(found, str) else found
+        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+            source = self.settings.caption_source
+            raise self._bad(sample, f"{source} is neither a string nor a list of strings")
+        captions = [folded for text in found if (folded := " ".join(text.split()))]
+        if not captions:
+            raise self._bad(sample, f"{self.settings.caption_source} holds no caption")
+        return captions
+
+    @staticmethod
+    def _bad(sample: Sample, reason: str) -> BadSample:
+        return BadSample(reason, sample.shard, sample.key, sample.row)

@@ -90,8 +90,8 @@ def decode(
     try:
         pixels = _decode_jpeg(data, header, factor, scratch)
     except ValueError:
-        # Strict mode also stops at harmless warnings (bytes after the end, odd marker lengths), with
-        # which Pillow lives. It reports what is truly cut or damaged.
+        # Strict mode also stops at harmless warnings (bytes after the end, odd marker lengths).
+        # Pillow lives with those, and reports what is truly cut or damaged.
         return _decode_pillow(_open(data), factor)
     return _apply_orientation(pixels, header.orientation)
 
@@ -211,7 +211,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         high_bytes = np.clip(np.asarray(picture, dtype=np.int64) >> 8, 0, 255)
         picture = Image.fromarray(high_bytes.astype(np.uint8))
     elif mode == "F":
-        raise DecodeError("floating-point images have no defined range; convert them before packing")
+        raise DecodeError("floating-point image: its range is not defined")
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))

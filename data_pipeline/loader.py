@@ -1,10 +1,42 @@
-"""One loader for all tasks of a run: a DataLoader whose sampler knows the schedule."""
+"""One loader for all tasks of a run.
 
-from typing import Literal
+A plain torch DataLoader whose sampler yields requests (step, micro-step, task, positions) in
+schedule order: more tasks never mean more worker pools, and the loader has no state to save. Its
+position is the step it was started at.
 
+    loader = StepLoader(streams, schedule, settings, rank, world, start_step, stop_step)
+    for window in loader:           # all micro-batches of one optimizer step
+        ...
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
 from pydantic import Field
 
+from data_pipeline.evaluation import EvaluationLoader
+from data_pipeline.faults import FaultCount, FaultPolicy
 from data_pipeline.settings import Settings
+from data_pipeline.stall import StallWatch
+from data_pipeline.step_sampler import MicroBatch, Schedule, StepSampler
+from data_pipeline.stream import DataError, Fault, TaskStream
+from data_pipeline.workers import Outstanding, data_loader, unpack
+
+__all__ = [
+    "DataError",
+    "EvaluationLoader",
+    "Fault",
+    "FaultCount",
+    "LoaderSettings",
+    "MicroBatch",
+    "StepLoader",
+    "StepSampler",
+    "StepWindow",
+    "TaskStream",
+]
 
 
 class LoaderSettings(Settings):
@@ -17,8 +49,117 @@ class LoaderSettings(Settings):
     start_method: Literal["fork", "forkserver", "spawn"] = "fork"
     """How workers start; choose forkserver or spawn where forking a process with threads hangs."""
     max_bad_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Share of a task's samples that may be replaced before the run ends (from 100 faults on)."""
+    """Share of a task's samples on one rank that may be replaced before the run ends (judged from
+    50 bad samples on; 0: none may)."""
     max_bad_run: int = Field(default=20, ge=1)
     """Bad samples in a row, in one task on one rank, that end the run."""
     stall_seconds: float = Field(default=120.0, gt=0.0)
     """Waiting longer than this for a batch logs which positions are being processed."""
+
+
+@dataclass
+class StepWindow:
+    """Everything one rank needs for one optimizer step."""
+
+    step: int
+    task: str
+    micro_batches: list[dict[str, Any]]
+    """Batches of the task's fields, with position, row and key; equal shapes on all ranks, but for
+    the length of texts."""
+    seconds: dict[str, float]
+    """Worker time by stage (read, decode, transform, collate), and wait: the trainer's own."""
+
+
+class StepLoader:
+    """Iterates the StepWindows of one rank from `start_step` to `stop_step`, once."""
+
+    def __init__(
+        self,
+        streams: Mapping[str, TaskStream],
+        schedule: Schedule,
+        settings: LoaderSettings,
+        rank: int,
+        world: int,
+        start_step: int,
+        stop_step: int,
+        pin_memory: bool = False,
+    ) -> None:
+        """Assemble the loader; workers start with the iteration.
+
+        Args:
+            streams: task -> stream.
+            schedule: step -> (task, visit), a pure function.
+            settings: workers and limits.
+            rank, world: this process and how many there are.
+            start_step: first step to load: 0, or the step that a resumed run continues with.
+            stop_step: end of the run (not loaded).
+            pin_memory: page-lock images for asynchronous copies; needs CUDA.
+        """
+        self.settings, self.rank = settings, rank
+        self.streams = dict(streams)
+        self.sampler = StepSampler(schedule, self.streams, rank, world, start_step, stop_step)
+        self._policy = FaultPolicy(settings.max_bad_fraction, settings.max_bad_run, rank)
+        self._pin_memory = pin_memory
+
+    def faults(self) -> dict[str, FaultCount]:
+        """Bad samples met by this rank so far, by task."""
+        return self._policy.counts
+
+    def __iter__(self) -> Iterator[StepWindow]:
+        settings = self.settings
+        requests = Outstanding(self.sampler)
+        batches = iter(
+            data_loader(
+                self.streams,
+                requests,
+                self.rank,
+                workers=settings.workers,
+                prefetch_batches=settings.prefetch_batches,
+                start_method=settings.start_method,
+                pin_memory=self._pin_memory,
+            )
+        )
+        micro_steps = {task: self.sampler.micro_steps(task) for task in self.streams}
+        with StallWatch(settings.stall_seconds, lambda: self._describe(requests)) as watch:
+            while True:
+                window = self._next_window(batches, requests, micro_steps, watch)
+                if window is None:
+                    return
+                yield window
+
+    def _next_window(
+        self,
+        batches: Iterator[dict[str, Any]],
+        requests: Outstanding,
+        micro_steps: dict[str, int],
+        watch: StallWatch,
+    ) -> StepWindow | None:
+        window: StepWindow | None = None
+        while window is None or len(window.micro_batches) < micro_steps[window.task]:
+            started = time.perf_counter()
+            with watch.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                return None
+            request = requests.waiting.popleft()
+            if window is None:
+                window = StepWindow(request.step, request.task, [], {"wait": 0.0})
+            batch = unpack(batch)
+            seconds = batch.pop("seconds") | {"wait": time.perf_counter() - started}
+            for stage, spent in seconds.items():
+                window.seconds[stage] = window.seconds.get(stage, 0.0) + spent
+            self._policy.record(request.task, batch)
+            window.micro_batches.append(batch)
+        return window
+
+    def _describe(self, requests: Outstanding) -> str:
+        """The requests being processed, oldest first, one per worker."""
+        lines = []
+        for request in list(requests.waiting)[: max(self.settings.workers, 1)]:
+            positions = [p for p, valid in zip(*request[3:], strict=True) if valid]
+            shards = self.streams[request.task].locate(np.array(positions, dtype=np.int64))
+            lines.append(
+                f"step {request.step} micro {request.micro} task {request.task} positions "
+                f"{positions} in {sorted(set(shards))}"
+            )
+        return "; ".join(lines)

@@ -1,11 +1,11 @@
 """Which row stands at which position: a closed form, so the state of a stream is one integer.
 
-The rows of a data set are cut into chunks of K neighbours. L = J * T lanes read chunks side by side:
-position p goes to row lane j = p mod J in phase t = (p div J) mod T, and every lane walks through
-its chunks row by row. L consecutive positions therefore come from L chunks that a keyed permutation
-chose: shuffled like single rows, read like files. With L of about 4,096 any window of 1,024
-positions is as diverse as a full permutation, even over shards sorted by class and for any batch
-size, and no shuffle buffer exists. Nothing here knows ranks, workers or micro-batches.
+The rows of a data set are cut into chunks of K neighbours. L = J * T lanes read chunks side by
+side: position p goes to row lane j = p mod J in phase t = (p div J) mod T, and every lane walks
+through its chunks row by row. L consecutive positions therefore come from L chunks that a keyed
+permutation chose: shuffled like single rows, read like files. With L of about 4,096 any window of
+1,024 positions is as diverse as a full permutation, even over shards sorted by class and for any
+batch size, and no shuffle buffer exists. Nothing here knows ranks, workers or micro-batches.
 
 An epoch has three parts:
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from data_pipeline.rng import keyed_u64, mix64, permute
 
-# Substitutes of one batch's positions never meet before this many attempts (see Order._substitutes).
+# Substitutes of one batch's positions do not meet before this many attempts.
 SUBSTITUTE_STRIDES = 16
 
 TARGET_LANES = 4096
@@ -162,9 +162,7 @@ class Order:
     def _first_pass(self, p: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         lanes, walked = self._walk(p, self._first_chunks_per_lane * self.chunk_rows)
         ordinals, offsets = np.divmod(walked, self.chunk_rows)
-        chunks = permute(
-            ordinals * self.lanes + lanes, self._chunks, self._keys(epochs, "chunks")
-        )
+        chunks = permute(ordinals * self.lanes + lanes, self._chunks, self._keys(epochs, "chunks"))
         return chunks * self.chunk_rows + offsets
 
     def _listed(self, p: np.ndarray, epochs: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Random numbers as functions of names: no state, so nothing to save and nothing to restore.
 
-`sample_rng(seed, task, position, purpose)` gives the same draws on any rank, in any worker and after
-any resume. `mix64` and `permute` are the vectorised side: a keyed hash and a keyed permutation.
+`sample_rng(seed, task, position, purpose)` gives the same draws on any rank, in any worker and
+after any resume. `mix64` and `permute` are the vectorised side: a hash and a keyed permutation.
 """
 
 import hashlib
@@ -72,7 +72,7 @@ def _network(values: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray
     for round_number in range(ROUNDS):
         # uint64 arrays wrap silently; the constant is 2**64 / golden ratio.
         key = keys + np.uint64((round_number + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        # One bit is dropped so that adding the other half cannot wrap, which would not be reversible.
+        # One bit is dropped so that the sum cannot wrap: that would not be reversible.
         if round_number % 2 == 0:
             high = (high + (mix64(mix64(low + key) ^ key) >> np.uint64(1))) % np.uint64(a)
         else:

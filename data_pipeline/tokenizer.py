@@ -1,9 +1,9 @@
 """Text to token ids and back, from local files only.
 
-Reads a `tokenizer.json` of the `tokenizers` library (our byte-level BPE is one), a local Hugging Face
-tokenizer folder, or a WordPiece `vocab.txt`. Which tokens begin, end and fill a text is read from the
-files, never assumed from ids. A tokenizer is identified by a digest of its content, so that a resumed
-run can refuse another one.
+Reads a `tokenizer.json` of the `tokenizers` library (our byte-level BPE is one), a local Hugging
+Face tokenizer folder, or a WordPiece `vocab.txt`. Which tokens begin, end and fill a text is read
+from the files, never assumed from ids. A tokenizer is identified by a digest of its content, so
+that a resumed run can refuse another one.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class TokenizerSettings(Settings):
     eos_token: str | None = None
     """Token that ends every text; none: read from the files ([SEP] in BERT vocabularies)."""
     pad_token: str | None = None
-    """Token that fills short rows; none: read from the files, or the end token if they name none."""
+    """Token that fills short rows; none: read from the files, or else the end token."""
 
 
 class TokenizerError(ValueError):
@@ -106,9 +106,7 @@ class Tokenizer:
     @classmethod
     def from_settings(cls, settings: TokenizerSettings) -> "Tokenizer":
         """`load` with the fields of `settings`."""
-        return cls.load(
-            settings.path, settings.bos_token, settings.eos_token, settings.pad_token
-        )
+        return cls.load(settings.path, settings.bos_token, settings.eos_token, settings.pad_token)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special token."""
@@ -189,8 +187,8 @@ def _read_files(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parsed tokenizer.json (or an equal one) and the configuration beside it, {} if none."""
     if not path.exists():
         raise TokenizerError(
-            f"tokenizer {path} does not exist; train one with `python -m tools.train_tokenizer`, or "
-            "give a tokenizer.json, a local tokenizer folder, or a vocab.txt"
+            f"tokenizer {path} does not exist; give a tokenizer.json, a local tokenizer folder or "
+            "a vocab.txt, or train one with `python -m tools.train_tokenizer`"
         )
     folder = path if path.is_dir() else path.parent
     config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}

@@ -1,7 +1,7 @@
 """Image settings and the transform that turns encoded bytes into one uint8 image.
 
-Every random choice comes from the generator that is passed in, as draws from [0, 1): the same pixels
-for the same generator on any machine and in any worker.
+Every random choice comes from the generator that is passed in, as draws from [0, 1): the same
+pixels for the same generator on any machine and in any worker.
 """
 
 import math
@@ -159,7 +159,7 @@ class ImageTransform:
         height, width = keep_aspect_size(*image.shape[:2], self.settings.size, max_size)
         if height * width > self.settings.max_pixels:  # a line of pixels, blown up
             raise DecodeError(
-                f"image of {image.shape[1]} x {image.shape[0]} would be resized to {width} x {height}"
+                f"image of shape {image.shape[:2]} would be resized to {(height, width)}"
             )
         return height, width
 
@@ -198,9 +198,7 @@ def random_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def keep_aspect_size(
-    height: int, width: int, size: int, max_size: int | None
-) -> tuple[int, int]:
+def keep_aspect_size(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
     """(height, width) with the shorter side at `size` unless the longer would pass `max_size`.
 
     GIT's test-time rule: the bound first lowers the shorter side to a rounded value, from which the
@@ -215,9 +213,7 @@ def keep_aspect_size(
     return (other, size) if width < height else (size, other)
 
 
-def resize(
-    image: np.ndarray, height: int, width: int, out: np.ndarray | None = None
-) -> np.ndarray:
+def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
     """Resize (H, W, 3) uint8: area averages where it shrinks, bicubic where it grows."""
     image = np.ascontiguousarray(image) if min(image.strides) < 0 else image
     rows, columns = image.shape[:2]

@@ -1,0 +1,88 @@
+"""Every sample of a data set once, over all ranks, in equal batch counts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.faults import FaultCount, FaultPolicy
+from data_pipeline.step_sampler import MicroBatch
+from data_pipeline.stream import TaskStream
+from data_pipeline.workers import data_loader, unpack
+
+
+class EvaluationLoader:
+    """Iterates the batches of one rank; start over as often as you like.
+
+    A bad sample is left out (its row is not valid), counted and logged: evaluation never
+    substitutes.
+    """
+
+    def __init__(
+        self,
+        stream: TaskStream,
+        rank: int,
+        world: int,
+        workers: int = 0,
+        max_samples: int | None = None,
+        *,
+        prefetch_batches: int = 2,
+        start_method: str = "fork",
+        max_bad_fraction: float = 0.01,
+        max_bad_run: int = 20,
+        pin_memory: bool = False,
+    ) -> None:
+        """Assemble the loader; worker processes live as long as one iteration.
+
+        Args:
+            stream: made with order=None; its micro_batch is the batch size.
+            rank, world: this process and how many there are.
+            workers: worker processes, 0 for none.
+            max_samples: at most so many samples, spread evenly over the data set.
+            prefetch_batches, start_method, max_bad_fraction, max_bad_run: as in LoaderSettings.
+            pin_memory: page-lock images; needs CUDA.
+        """
+        if stream.order is not None:
+            raise ValueError(f"task {stream.name}: evaluation needs a stream without an order")
+        self.stream, self.rank, self.world = stream, rank, world
+        self._options = {
+            "workers": workers,
+            "prefetch_batches": prefetch_batches,
+            "start_method": start_method,
+            "pin_memory": pin_memory,
+        }
+        self._limits = (max_bad_fraction, max_bad_run)
+        self._policy = FaultPolicy(*self._limits, rank)
+        self.samples = min(stream.n_rows, max_samples or stream.n_rows)
+
+    def __len__(self) -> int:
+        """Batches per rank, equal on all."""
+        return -(-self.samples // (self.stream.micro_batch * self.world))
+
+    def faults(self) -> dict[str, FaultCount]:
+        """Bad samples of the last iteration, by task."""
+        return self._policy.counts
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._policy = FaultPolicy(*self._limits, self.rank)
+        batches = data_loader(
+            {self.stream.name: self.stream}, list(self.requests()), self.rank, **self._options
+        )
+        for batch in batches:
+            batch = unpack(batch)
+            batch.pop("seconds")
+            self._policy.record(self.stream.name, batch)
+            yield batch
+
+    def requests(self) -> Iterator[MicroBatch]:
+        """The batches of this rank: as large as those of all ranks, filled up with padding rows."""
+        size = self.stream.micro_batch
+        for number in range(len(self)):
+            first = number * size * self.world
+            length = min(size, self.samples - first)  # of rank 0, which is never shorter
+            places = first + self.rank * size + np.arange(length)
+            valid = places < self.samples
+            rows = np.where(valid, places * self.stream.n_rows // self.samples, -1)
+            yield MicroBatch(
+                number, 0, self.stream.name, tuple(rows.tolist()), tuple(valid.tolist())
+            )

@@ -1,0 +1,247 @@
+"""One task's data: positions in, batch out, damaged samples replaced on the way."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from data_pipeline.order import Order
+from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
+from data_pipeline.rng import sample_rng
+from data_pipeline.step_sampler import MicroBatch
+from data_pipeline.timing import StageClock
+
+# A position is given up after this many substitutes: by then no data set is worth reading on.
+MAX_ATTEMPTS = 100
+
+
+RngFor = Callable[[str], np.random.Generator]
+"""purpose -> generator of one sample."""
+
+
+class DataError(RuntimeError):
+    """Loading cannot go on; the text names task, rank, position, shard and key."""
+
+
+class Fault(NamedTuple):
+    """One sample that could not be used."""
+
+    task: str
+    position: int
+    attempt: int
+    """0: the sample that the order names; a: its a-th substitute."""
+    row: int
+    shard: str
+    key: str
+    reason: str
+
+
+class Fields(Protocol):
+    """What a kind of data does with a sample; see `captions.CaptionFields`."""
+
+    @property
+    def extensions(self) -> frozenset[str]:
+        """Members of a sample that are needed."""
+
+    def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the uint8 arrays of a batch that `sample` writes in place, a row each."""
+
+    def sample(
+        self,
+        sample: Sample,
+        rng_for: RngFor,
+        out: dict[str, np.ndarray] | None,
+        clock: StageClock | None,
+    ) -> dict[str, Any]:
+        """Arrays of one sample, or BadSample."""
+
+    def collate(
+        self,
+        items: Sequence[dict[str, Any] | None],
+        valid: Sequence[bool],
+        buffers: dict[str, torch.Tensor],
+    ) -> dict[str, Any]:
+        """The batch; None stands for a padding row."""
+
+
+class TaskStream:
+    """Loads micro-batches of one task. Holds no position: each request carries its own."""
+
+    def __init__(
+        self,
+        name: str,
+        reader: SampleReader,
+        order: Order | None,
+        fields: Fields,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+    ) -> None:
+        """Assemble a stream.
+
+        Args:
+            name: the task; it keys the random draws of its samples.
+            order: position -> row; none for evaluation, where positions are rows, nothing is
+                drawn at random, and a bad sample becomes a row that is not valid.
+            seed: key of the samples' random draws.
+            global_batch: samples per step over all ranks.
+            micro_batch: most samples per forward pass on one rank.
+        """
+        self.name, self.reader, self.order, self.fields = name, reader, order, fields
+        self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
+        if order is not None and order.n_rows != self.n_rows:
+            raise ValueError(
+                f"task {name}: the order was planned for {order.n_rows} samples, the shards hold "
+                f"{self.n_rows}"
+            )
+
+    @property
+    def n_rows(self) -> int:
+        """Samples in the data set."""
+        return len(self.reader.shards)
+
+    def epochs(self, visits: int) -> float:
+        """Passes over the data set after `visits` steps of this task."""
+        return visits * self.global_batch / self.n_rows
+
+    def load(self, request: MicroBatch) -> dict[str, Any]:
+        """Read, decode and collate one micro-batch.
+
+        Returns:
+            the batch of the fields' `collate`, with B = len(request.positions), and
+            position (B,) int64 and row (B,) int64, -1 in padding rows; key: list of B str;
+            seconds: dict stage -> float; faults: list of Fault in the order they were met.
+
+        Raises:
+            DataError: nothing usable could be found for a position.
+            TransientReadError: storage failed and stayed so.
+        """
+        clock = StageClock()
+        positions = np.array(request.positions, dtype=np.int64)
+        rows = np.full_like(positions, -1)
+        wanted = np.flatnonzero(request.valid)
+        rows[wanted] = self._rows(positions[wanted])
+        buffers = {
+            name: empty_for_transfer(shape)
+            for name, shape in self.fields.buffers(len(positions)).items()
+        }
+        arrays = {name: buffer.numpy() for name, buffer in buffers.items()}
+        clock.lap("collate")
+        items: list[dict[str, Any] | None] = [None] * len(positions)
+        keys = [""] * len(positions)
+        faults: list[Fault] = []
+        for place in wanted.tolist():
+            out = {name: array[place] for name, array in arrays.items()} or None
+            found = self._usable(int(positions[place]), int(rows[place]), out, clock, faults)
+            if found is None:
+                rows[place] = -1
+            else:
+                items[place], rows[place], keys[place] = found
+        batch = self.fields.collate(items, [item is not None for item in items], buffers)
+        positions[rows < 0] = -1
+        batch |= {
+            "position": torch.from_numpy(positions),
+            "row": torch.from_numpy(rows),
+            "key": keys,
+            "seconds": clock.seconds,
+            "faults": faults,
+        }
+        clock.lap("collate")
+        return batch
+
+    def locate(self, positions: np.ndarray) -> list[str]:
+        """Shard of each position, for messages."""
+        shards = self.reader.shards
+        return [shards.shards[shards.locate(int(row))[0]].path for row in self._rows(positions)]
+
+    def _rows(self, positions: np.ndarray) -> np.ndarray:
+        return positions if self.order is None else self.order.rows(positions)
+
+    def _usable(
+        self,
+        position: int,
+        row: int,
+        out: dict[str, np.ndarray] | None,
+        clock: StageClock,
+        faults: list[Fault],
+    ) -> tuple[dict[str, Any], int, str] | None:
+        """Arrays, row and key of the sample at `position` or of its first usable substitute; None
+        for a bad sample in evaluation."""
+
+        def rng_for(purpose: str) -> np.random.Generator:
+            # Keyed by the position, also for substitutes: resuming draws the same again.
+            return sample_rng(self.seed, self.name, position, purpose)
+
+        for attempt in range(MAX_ATTEMPTS + 1):
+            if attempt:
+                candidate = self._substitute(position, attempt)
+                if candidate is None:
+                    continue
+                row = candidate
+            try:
+                sample = self._read(row, position)
+                clock.lap("read")
+                item = self._fields_of(sample, position, rng_for, out, clock)
+                return item, row, sample.key
+            except BadSample as bad:
+                clock.lap("read")
+                faults.append(
+                    Fault(self.name, position, attempt, row, bad.shard, bad.key, bad.reason)
+                )
+                if self.order is None:
+                    return None
+        raise DataError(
+            f"task {self.name}, position {position}: {len(faults)} samples could not be used and "
+            f"{MAX_ATTEMPTS} substitutes gave nothing usable; last: {faults[-1].shard}, key "
+            f"{faults[-1].key!r}: {faults[-1].reason}"
+        )
+
+    def _read(self, row: int, position: int) -> Sample:
+        try:
+            return self.reader.read(row, self.fields.extensions)
+        except TransientReadError as error:
+            raise TransientReadError(
+                f"task {self.name}, position {position}, row {row}: {error}"
+            ) from error
+
+    def _fields_of(
+        self,
+        sample: Sample,
+        position: int,
+        rng_for: RngFor,
+        out: dict[str, np.ndarray] | None,
+        clock: StageClock,
+    ) -> dict[str, Any]:
+        try:
+            return self.fields.sample(sample, rng_for, out, clock)
+        except BadSample:
+            raise
+        except Exception as error:  # a defect, not a bad sample: say where, and stop
+            raise DataError(
+                f"task {self.name}, position {position}, row {sample.row}: {sample.shard}, key "
+                f"{sample.key!r}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _substitute(self, position: int, attempt: int) -> int | None:
+        """Row of a substitute, or None if this one stands in the same global batch anyway."""
+        row = int(self.order.rows(np.array([position]), attempt)[0])
+        # A batch that holds more than half of a data set cannot avoid repeating its rows.
+        if self.n_rows >= 2 * self.global_batch:
+            first = position // self.global_batch * self.global_batch
+            batch = self.order.rows(np.arange(first, first + self.global_batch))
+            if (batch == row).any():
+                return None
+        return row
+
+
+def empty_for_transfer(shape: tuple[int, ...]) -> torch.Tensor:
+    """Uninitialised uint8 tensor; in a worker process, in memory that the trainer can map.
+
+    Pixels are written where the trainer will read them: a batch is never copied between processes.
+    """
+    count = int(np.prod(shape))
+    if torch.utils.data.get_worker_info() is None or count == 0:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(count)  # what torch's own collate function uses
+    return torch.empty(0, dtype=torch.uint8).set_(storage).reshape(shape)
