@@ -154,7 +154,7 @@ class Captioning(nn.Module):
         the supervised tokens of the global batch. Only "loss" carries a gradient.
         """
         image_tokens = self._encode(encoders, batch["images"])
-        loss, cross_entropy, correct = self._token_sums(image_tokens, batch)
+        loss, cross_entropy, correct = self.token_sums(image_tokens, batch)
         tokens = torch.as_tensor(totals["tokens"], dtype=torch.float32, device=loss.device)
         tokens = tokens.clamp(min=1.0)
         return {
@@ -162,6 +162,27 @@ class Captioning(nn.Module):
             "cross_entropy": cross_entropy / tokens,
             "token_accuracy": correct / tokens,
         }
+
+    def token_sums(
+        self, image_tokens: Tensor, batch: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Smoothed loss, cross-entropy and correct guesses, summed over supervised tokens.
+
+        image_tokens: (B, N, D) of the encoder; of `batch` only tokens and loss_mask are read.
+        Returns three 0-dim float32 tensors; the first carries a gradient.
+        """
+        tokens, loss_mask = batch["tokens"], batch["loss_mask"]
+        # The scores after token t are held against token t + 1; after the last there is nothing.
+        targets = tokens[..., 1:].reshape(-1)
+        positions = loss_mask[..., 1:].reshape(-1).nonzero()[:, 0]
+        weights = torch.ones(len(positions), device=tokens.device)
+        if len(positions) == 0:
+            # One position without weight keeps every parameter in the graph with a gradient of
+            # zero, which is what the other ranks' collectives wait for.
+            positions, weights = positions.new_zeros(1), weights.new_zeros(1)
+        logits = self.decoder(image_tokens, tokens[..., :-1], positions)
+        targets = targets.index_select(0, positions)
+        return smoothed_cross_entropy(logits, targets, weights, self.label_smoothing)
 
     def flops(self, batch: Mapping[str, Any]) -> int:
         """Model FLOPs, forward and backward, that this micro-batch asks for.
@@ -220,7 +241,7 @@ class Captioning(nn.Module):
                 supervised += self.count(batch)["tokens"]
                 inputs = {k: batch[k].to(device) for k in ("images", "tokens", "loss_mask")}
                 image_tokens = self._encode(encoders, inputs["images"])
-                sums += torch.stack(self._token_sums(image_tokens, inputs)).cpu().double()
+                sums += torch.stack(self.token_sums(image_tokens, inputs)).cpu().double()
                 ids = self._generate(image_tokens, None, lambda done: all(reduce(done)))
                 for record, image in self._records(batch, ids.tolist(), vocabulary):
                     records.append(record)
@@ -246,23 +267,6 @@ class Captioning(nn.Module):
     def _encode(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         encoder = encoders[self.encoder]
         return encoder(normalise_pixels(images, self.image_mean, self.image_std, encoder.dtype))
-
-    def _token_sums(
-        self, image_tokens: Tensor, batch: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Smoothed loss, cross-entropy and correct guesses, summed over supervised tokens."""
-        tokens, loss_mask = batch["tokens"], batch["loss_mask"]
-        # The scores after token t are held against token t + 1; after the last there is nothing.
-        targets = tokens[..., 1:].reshape(-1)
-        positions = loss_mask[..., 1:].reshape(-1).nonzero()[:, 0]
-        weights = torch.ones(len(positions), device=tokens.device)
-        if len(positions) == 0:
-            # One position without weight keeps every parameter in the graph with a gradient of
-            # zero, which is what the other ranks' collectives wait for.
-            positions, weights = positions.new_zeros(1), weights.new_zeros(1)
-        logits = self.decoder(image_tokens, tokens[..., :-1], positions)
-        targets = targets.index_select(0, positions)
-        return smoothed_cross_entropy(logits, targets, weights, self.label_smoothing)
 
     def _generate(
         self, image_tokens: Tensor, max_new_tokens: int | None, agree: Callable[[bool], bool]

@@ -1,0 +1,257 @@
+"""GIT weights of the original repository and of transformers, to our names and back.
+
+One table says which tensor is which. A conversion is strict: every tensor has its counterpart, or
+the error names those that have none. Tensors only: reading and writing files is the caller's work.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Format = Literal["original", "transformers"]
+
+# Ours, original, transformers. <E> and <D> are the prefixes of our encoder and decoder, <I> and <V>
+# those of the image encoders there; {b} counts encoder blocks, {l} decoder layers, {p} is weight or
+# bias. Where transformers keeps three tensors we and the original keep one: rows q, k, v.
+_Q_K_V = tuple(f"<V>.encoder.layers.{{b}}.self_attn.{part}_proj.{{p}}" for part in "qkv")
+_TABLE: tuple[tuple[str, str, str | tuple[str, ...]], ...] = (
+    ("<E>.embedding.class_token", "<I>.class_embedding", "<V>.embeddings.class_embedding"),
+    (
+        "<E>.embedding.positions",
+        "<I>.positional_embedding",
+        "<V>.embeddings.position_embedding.weight",
+    ),
+    ("<E>.embedding.patches.weight", "<I>.conv1.weight", "<V>.embeddings.patch_embedding.weight"),
+    ("<E>.norm_before.{p}", "<I>.ln_pre.{p}", "<V>.pre_layrnorm.{p}"),
+    ("<E>.norm_after.{p}", "<I>.ln_post.{p}", "<V>.post_layernorm.{p}"),
+    ("<E>.blocks.{b}.attention.qkv.{p}", "<B>.attn.in_proj_{p}", _Q_K_V),
+    (
+        "<E>.blocks.{b}.attention.output.{p}",
+        "<B>.attn.out_proj.{p}",
+        "<V>.encoder.layers.{b}.self_attn.out_proj.{p}",
+    ),
+    (
+        "<E>.blocks.{b}.norm_attention.{p}",
+        "<B>.ln_1.{p}",
+        "<V>.encoder.layers.{b}.layer_norm1.{p}",
+    ),
+    ("<E>.blocks.{b}.norm_mlp.{p}", "<B>.ln_2.{p}", "<V>.encoder.layers.{b}.layer_norm2.{p}"),
+    ("<E>.blocks.{b}.mlp.expand.{p}", "<B>.mlp.c_fc.{p}", "<V>.encoder.layers.{b}.mlp.fc1.{p}"),
+    ("<E>.blocks.{b}.mlp.reduce.{p}", "<B>.mlp.c_proj.{p}", "<V>.encoder.layers.{b}.mlp.fc2.{p}"),
+    (
+        "<D>.projection.linear.{p}",
+        "textual.visual_projection.0.{p}",
+        "git.visual_projection.visual_projection.0.{p}",
+    ),
+    (
+        "<D>.projection.norm.{p}",
+        "textual.visual_projection.1.{p}",
+        "git.visual_projection.visual_projection.1.{p}",
+    ),
+    (
+        "<D>.embedding.words.weight",
+        "textual.embedding.words.weight",
+        "git.embeddings.word_embeddings.weight",
+    ),
+    (
+        "<D>.embedding.positions.weight",
+        "textual.embedding.positions.weight",
+        "git.embeddings.position_embeddings.weight",
+    ),
+    (
+        "<D>.embedding.norm.{p}",
+        "textual.embedding.layer_norm.{p}",
+        "git.embeddings.LayerNorm.{p}",
+    ),
+    *(
+        (
+            f"<D>.layers.{{l}}.{ours}.{{p}}",
+            f"textual.transformer.encoder.layer.{{l}}.{theirs}.{{p}}",
+            f"git.encoder.layer.{{l}}.{theirs}.{{p}}",
+        )
+        for ours, theirs in (
+            ("attention.query", "attention.self.query"),
+            ("attention.key", "attention.self.key"),
+            ("attention.value", "attention.self.value"),
+            ("attention.output", "attention.output.dense"),
+            ("norm_attention", "attention.output.LayerNorm"),
+            ("expand", "intermediate.dense"),
+            ("reduce", "output.dense"),
+            ("norm_mlp", "output.LayerNorm"),
+        )
+    ),
+    ("<D>.output.{p}", "textual.output.{p}", "output.{p}"),
+)
+
+_SHORT = {
+    "<B>": "<I>.transformer.resblocks.{b}",
+    "<I>": "image_encoder",
+    "<V>": "git.image_encoder.vision_model",
+}
+
+# Held by some files, but no part of what the model computes.
+_IGNORED = re.compile(r"(.*\.)?position_ids|image_encoder\.proj")
+# Both spellings occur; video checkpoints hold one vector per frame.
+_TEMPORAL = re.compile(r"(git\.)?img_temp[eo]ral_embedding\.\d+")
+
+
+def detect_format(names: Iterable[str]) -> Format:
+    """Which of the two formats the tensor names are.
+
+    Raises:
+        ValueError: neither.
+    """
+    names = [name.removeprefix("module.") for name in names]
+    if any(name.startswith("git.") for name in names):
+        return "transformers"
+    if any(name.startswith("textual.") for name in names):
+        return "original"
+    raise ValueError(
+        "these are not weights of GIT: no tensor name starts with `git.` (transformers) or "
+        f"`textual.` (original); the file has {', '.join(sorted(names)[:5]) or 'no tensors'}"
+    )
+
+
+def import_git(
+    state: Mapping[str, Tensor], encoder: str = "image", task: str = "caption"
+) -> dict[str, Tensor]:
+    """Foreign GIT weights under our names.
+
+    state: a state dict of `microsoft/GenerativeImage2Text` (with or without the `module.` that
+        data-parallel training left in the names) or of transformers' `GitForCausalLM`.
+    encoder, task: names of the encoder and the captioning task in the recipe.
+
+    Returns name -> tensor as in `model.named_parameters()`: the output matrix is left out when it
+    is, or equals, the word embeddings (`tied_output: true`).
+
+    Raises:
+        ValueError: tensors are missing, unknown, or belong to a video model.
+    """
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    source = detect_format(state)
+    if frames := sorted(name for name in state if _TEMPORAL.fullmatch(name)):
+        raise ValueError(
+            f"these are weights of a video model ({len(frames)} temporal embeddings, "
+            f"{frames[0]} ...), which is not supported yet; use weights of an image model"
+        )
+    state = {name: tensor for name, tensor in state.items() if not _IGNORED.fullmatch(name)}
+    words, output = _names_of(source, "<D>.embedding.words.weight", "<D>.output.weight")
+    if words in state:
+        state.setdefault(output, state[words])
+    table = _expand(source, state, encoder, task)
+    _check_complete(state, {name for theirs in table.values() for name in theirs}, source)
+    ours = {
+        name: torch.cat([state[part] for part in theirs]) if len(theirs) > 1 else state[theirs[0]]
+        for name, theirs in table.items()
+    }
+    decoder = _prefixes(encoder, task)["<D>"]
+    if torch.equal(ours[f"{decoder}.output.weight"], ours[f"{decoder}.embedding.words.weight"]):
+        del ours[f"{decoder}.output.weight"]
+    return ours
+
+
+def export_git(
+    tensors: Mapping[str, Tensor],
+    target: Format,
+    encoder: str = "image",
+    task: str = "caption",
+) -> dict[str, Tensor]:
+    """Our weights under foreign names: the inverse of `import_git`.
+
+    tensors: a model's tensors under our names; those of other encoders and tasks are left out.
+    The output matrix is always part of the result; tied, it is the word embeddings' own tensor.
+
+    Raises:
+        ValueError: tensors are missing, or of no counterpart in a GIT model.
+    """
+    prefixes = _prefixes(encoder, task)
+    chosen = tuple(f"{prefix}." for prefix in prefixes.values())
+    ours = {name: tensor for name, tensor in tensors.items() if name.startswith(chosen)}
+    if not ours:
+        raise ValueError(
+            f"no tensor belongs to encoder {encoder!r} and task {task!r}; the checkpoint has "
+            + (", ".join(sorted({".".join(name.split(".")[:2]) for name in tensors})) or "nothing")
+        )
+    decoder = prefixes["<D>"]
+    words, output = f"{decoder}.embedding.words.weight", f"{decoder}.output.weight"
+    if words in ours:
+        ours.setdefault(output, ours[words])
+    table = _expand(target, ours, encoder, task)
+    _check_complete(ours, set(table), "omnipretrain")
+    foreign: dict[str, Tensor] = {}
+    for name, theirs in table.items():
+        parts = ours[name].chunk(len(theirs)) if len(theirs) > 1 else (ours[name],)
+        foreign.update(zip(theirs, parts, strict=True))
+    return foreign
+
+
+def _prefixes(encoder: str, task: str) -> dict[str, str]:
+    return {"<E>": f"encoders.{encoder}", "<D>": f"objectives.{task}.decoder"}
+
+
+def _names_of(source: Format, *ours: str) -> list[str]:
+    """Foreign names of some of our tensors that are kept one to one."""
+    column = 1 if source == "original" else 2
+    rows = {
+        row[0].replace("{p}", p): str(row[column]).replace("{p}", p)
+        for row in _TABLE
+        for p in ("weight", "bias")
+    }
+    return [rows[name] for name in ours]
+
+
+def _expand(
+    other: Format, state: Mapping[str, Tensor], encoder: str, task: str
+) -> dict[str, tuple[str, ...]]:
+    """The table for a model of as many layers as `state` has: our name -> foreign names."""
+    column = 1 if other == "original" else 2
+    short = {**_prefixes(encoder, task), **_SHORT}
+    rows: dict[str, tuple[str, ...]] = {}
+    for row in _TABLE:
+        theirs = row[column] if isinstance(row[column], tuple) else (row[column],)
+        names = [_spell_out(name, short) for name in (row[0], *theirs)]
+        for counter in _counters(names, state):
+            rows[names[0].format(**counter)] = tuple(name.format(**counter) for name in names[1:])
+    return rows
+
+
+def _spell_out(name: str, short: Mapping[str, str]) -> str:
+    for mark in ("<B>", "<E>", "<D>", "<I>", "<V>"):
+        name = name.replace(mark, short[mark])
+    return name
+
+
+def _counters(names: list[str], state: Mapping[str, Tensor]) -> list[dict[str, str | int]]:
+    """Values for the placeholders of a row, over the layers that `state` holds."""
+    counters: list[dict[str, str | int]] = [{}]
+    for mark in ("b", "l"):
+        if f"{{{mark}}}" in names[0]:
+            stems = {name.partition(f"{{{mark}}}")[0] for name in names}
+            counters = [{mark: i} for i in range(_layers(state, stems))]
+    if "{p}" in names[0]:
+        counters = [{**c, "p": p} for c in counters for p in ("weight", "bias")]
+    return counters
+
+
+def _layers(state: Mapping[str, Tensor], stems: set[str]) -> int:
+    """One more than the highest layer number found after any of the stems; at least 1."""
+    highest = 0
+    for stem in stems:
+        for name in state:
+            if name.startswith(stem) and (number := re.match(r"\d+", name[len(stem) :])):
+                highest = max(highest, int(number[0]))
+    return highest + 1
+
+
+def _check_complete(state: Mapping[str, Tensor], expected: set[str], kind: str) -> None:
+    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+    complaints = [
+        f"{len(names)} {what} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        for names, what in ((missing, "tensors are missing"), (unexpected, "tensors are unknown"))
+        if names
+    ]
+    if complaints:
+        raise ValueError(f"not a complete GIT model in {kind} names: {'; '.join(complaints)}")

@@ -1,0 +1,187 @@
+"""Small captioning models for tests: from golden files, and from plain numbers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pretrain.models.git import GitDecoderSettings
+from pretrain.models.git_weights import import_git
+from pretrain.models.init import initialise
+from pretrain.models.multitask import MultiTaskModel
+from pretrain.models.vit import VitSettings
+from pretrain.objectives.captioning import CaptioningSettings
+
+GOLDENS = Path(__file__).parents[2] / "goldens"
+_VIT_ONLY = VitSettings.model_fields.keys() - GitDecoderSettings.model_fields.keys()
+_BOTH = {"gradient_checkpointing"}
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+@dataclass
+class Words:
+    """A vocabulary without text: ids print as numbers."""
+
+    vocab_size: int = 97
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+
+    def decode(self, ids) -> str:
+        return " ".join(f"w{i}" for i in ids)
+
+
+@dataclass
+class Golden:
+    info: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def load(cls, name: str) -> "Golden":
+        info = json.loads((GOLDENS / f"{name}.json").read_text())
+        return cls(info, load_file(GOLDENS / f"{name}.safetensors"))
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under a prefix, without it."""
+        return {
+            key[len(prefix) + 1 :]: tensor
+            for key, tensor in self.tensors.items()
+            if key.startswith(prefix + ".")
+        }
+
+    @property
+    def text(self) -> dict[str, Tensor]:
+        """Tokens (B, 1, T) and loss mask of the case, in the form that the objective reads."""
+        inputs = self.part("in")
+        if "labels" in inputs:
+            tokens, mask = inputs["input_ids"], inputs["labels"] != -100
+        else:
+            tokens, mask = inputs["caption_tokens"], inputs["need_predict"] == 1
+        return {"tokens": tokens[:, None], "loss_mask": mask[:, None]}
+
+    @property
+    def pixels(self) -> Tensor:
+        inputs = self.part("in")
+        return inputs["pixel_values"] if "pixel_values" in inputs else inputs["image"]
+
+    def model(self, label_smoothing: float) -> MultiTaskModel:
+        """Our model with the golden weights."""
+        read = _transformers_settings if "vision_config" in self.info["config"] else _original
+        vit, decoder, words = read(self.info["config"])
+        model = build(vit, decoder, words, label_smoothing)
+        parameters = dict(model.named_parameters())
+        weights = import_git(self.part("w"))
+        assert weights.keys() == parameters.keys()
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                parameters[name].copy_(tensor)
+        return model
+
+
+def _transformers_settings(config: dict) -> tuple[VitSettings, GitDecoderSettings, Words]:
+    vision = config["vision_config"]
+    vit = VitSettings(
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        width=vision["hidden_size"],
+        layers=vision["num_hidden_layers"],
+        heads=vision["num_attention_heads"],
+        mlp_ratio=vision["intermediate_size"] / vision["hidden_size"],
+        activation=vision["hidden_act"],
+    )
+    decoder = GitDecoderSettings(
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp_width=config["intermediate_size"],
+        max_positions=config["max_position_embeddings"],
+        dropout=0.0,
+        tied_output=config["tie_word_embeddings"],
+        embedding_norm_eps=config["layer_norm_eps"],
+    )
+    special = [config[f"{role}_token_id"] for role in ("pad", "bos", "eos")]
+    return vit, decoder, Words(config["vocab_size"], *special)
+
+
+def _original(config: dict) -> tuple[VitSettings, GitDecoderSettings, Words]:
+    vision, text = config["vision"], config["decoder"]
+    vit = VitSettings(
+        image_size=vision["resolution"],
+        patch_size=vision["patch"],
+        width=vision["width"],
+        layers=vision["layers"],
+        heads=vision["heads"],
+        mlp_ratio=vision["mlp"] / vision["width"],
+    )
+    decoder = GitDecoderSettings(
+        width=text["hidden"],
+        layers=text["layers"],
+        heads=text["heads"],
+        mlp_width=text["ffn"],
+        max_positions=text["max_positions"],
+        dropout=0.0,
+        tied_output=config["tied_output"],
+        embedding_norm_eps=text["ln_eps_embedding"],
+    )
+    return vit, decoder, Words(text["vocab"], config["pad"], config["bos"], config["eos"])
+
+
+def build(
+    vit: VitSettings, decoder: GitDecoderSettings, words: Words, label_smoothing: float = 0.1
+) -> MultiTaskModel:
+    """Encoder `image` and task `caption`, with torch's own initial values."""
+    encoders = {"image": vit.build()}
+    settings = CaptioningSettings(
+        decoder=decoder, label_smoothing=label_smoothing, max_new_tokens=12
+    )
+    objective = settings.build(encoders, words, MEAN, STD)
+    return MultiTaskModel(encoders, {"caption": objective})
+
+
+def small_model(seed: int = 0, label_smoothing: float = 0.1, **changes: Any) -> MultiTaskModel:
+    """Two small towers; `changes` are fields of the encoder, or else of the decoder."""
+    vit = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "heads": 4}
+    text = {"width": 24, "layers": 3, "heads": 4, "mlp_width": 48, "max_positions": 20}
+    vit |= {key: value for key, value in changes.items() if key in _VIT_ONLY | _BOTH}
+    text |= {"dropout": 0.0}
+    text |= {key: value for key, value in changes.items() if key not in _VIT_ONLY}
+    model = build(VitSettings(**vit), GitDecoderSettings(**text), Words(), label_smoothing)
+    initialise(model, seed)
+    return model
+
+
+def small_batch(seed: int = 0, images: int = 3, captions: int = 2, length: int = 8, size: int = 16):
+    """Random images with right-padded captions of 1 to `length` - 2 words."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (images, 3, size, size), generator=generator, dtype=torch.uint8)
+    tokens = torch.zeros(images, captions, length, dtype=torch.int64)
+    mask = torch.zeros(images, captions, length, dtype=torch.bool)
+    for caption, supervised in zip(tokens.view(-1, length), mask.view(-1, length), strict=True):
+        words = int(torch.randint(1, length - 1, (1,), generator=generator))
+        caption[0] = 1
+        caption[1 : 1 + words] = torch.randint(3, 97, (words,), generator=generator)
+        caption[1 + words] = 2
+        supervised[1 : 2 + words] = True
+    return {
+        "images": pixels,
+        "tokens": tokens,
+        "loss_mask": mask,
+        "valid": torch.ones(images, dtype=torch.bool),
+        "position": torch.arange(images),
+        "row": torch.arange(images),
+        "key": [f"{i:04}" for i in range(images)],
+    }
+
+
+def loss_and_gradients(model: MultiTaskModel, batch: dict, total: float | None = None):
+    """Loss and gradients by parameter name; totals are this batch's own unless given."""
+    model.zero_grad()
+    objective = model.objectives["caption"]
+    totals = {"tokens": objective.count(batch)["tokens"] if total is None else total}
+    out = model("caption", batch, totals)
+    out["loss"].backward()
+    return out, {name: p.grad.clone() for name, p in model.named_parameters()}
