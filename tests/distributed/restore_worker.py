@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pretrain.engine.checkpoint import Checkpoints, CheckpointSettings
+from pretrain.engine.checkpoint import CheckpointError, Checkpoints, CheckpointSettings
 from pretrain.engine.distributed import init_distributed, shutdown
 from pretrain.engine.partitions import gathered
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
@@ -70,7 +70,7 @@ def write_cell(ranks, folder: Path, stage: int, precision: str) -> dict:
     straight = train(engine, ranks, HALF, ALL)
     ended, module = weights(engine), module_weights(engine)
     engine.destroy()
-    again = fresh_engine(ranks, stage, precision, seed=SEED + 1)  # other weights: all must come back
+    again = fresh_engine(ranks, stage, precision, seed=SEED + 1)  # so all of it must come back
     restored = store.restore(again, store.newest())
     resumed = train(again, ranks, restored.step, ALL)
     result = {
@@ -93,11 +93,68 @@ def read_cell(ranks, folder: Path, source: str, stage: int, precision: str) -> d
     return result
 
 
+def fault_cell(ranks, folder: Path) -> dict:
+    """What happens when a save goes wrong, and when checkpoints are damaged afterwards."""
+    root = folder / "faults"
+    settings = CheckpointSettings(keep_last=2, keep_every_steps=4)
+    store = Checkpoints(root, settings)
+    engine = fresh_engine(ranks, 2, "fp32")
+    train(engine, ranks, 0, 1)
+    for step in range(1, 8):
+        store.save(engine, step, {})
+    kept = sorted(p.name for p in root.glob("step_*"))
+
+    def broken_write(*_):
+        raise OSError(28, "No space left on device")
+
+    result = {"kept": kept, "latest": (root / "latest").read_text().strip()}
+    if ranks.rank == 1:
+        store._write_rank_files = broken_write
+    result["full_disk"] = error_of(lambda: store.save(engine, 8, {}))
+    owner_gone = Checkpoints(root, settings, may_commit=disowned)
+    result["disowned"] = error_of(lambda: owner_gone.save(engine, 9, {}))
+    result["left_behind"] = sorted(p.name for p in root.iterdir())
+
+    def damage(name: str) -> None:
+        dist.barrier()
+        if ranks.leads:
+            path = root / name / "rank_00001.safetensors"
+            data = bytearray(path.read_bytes())
+            data[-5] ^= 64
+            path.write_bytes(data)
+        dist.barrier()
+
+    store = Checkpoints(root, settings)
+    damage("step_000000007")
+    result["after_one"] = store.newest().name
+    store.save(engine, 7, {})  # the same step again: the damaged folder is replaced
+    result["replaced"] = store.newest().name
+    for name in ("step_000000004", "step_000000006", "step_000000007"):
+        damage(name)
+    result["after_all"] = error_of(store.newest)
+    result["empty"] = Checkpoints(folder / "nothing", settings).newest()
+    engine.destroy()
+    return result
+
+
+def disowned() -> None:
+    raise RuntimeError("another job owns this run")
+
+
+def error_of(action) -> str:
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
 def main() -> None:
     mode, folder = sys.argv[1], Path(sys.argv[2])
     ranks = init_distributed(threads_per_rank=1)
     if mode == "write":
         results = {f"zero{s}_{p}": write_cell(ranks, folder, s, p) for s, p in CELLS}
+        results["faults"] = fault_cell(ranks, folder)
     else:
         results = {
             f"zero{a}_fp32 -> zero{b}": read_cell(ranks, folder, f"zero{a}_fp32", b, "fp32")

@@ -37,8 +37,8 @@ def test_other_world_and_stage_continue_alike(written):
         torch.testing.assert_close(result["resumed"], straight["straight"], rtol=1e-6, atol=1e-6,
                                    msg=lambda m, c=cell: f"{c}: {m}")
         for name, values in result["weights"].items():
-            torch.testing.assert_close(torch.tensor(values), torch.tensor(straight["weights"][name]),
-                                       rtol=1e-4, atol=1e-5)
+            expected = torch.tensor(straight["weights"][name])
+            torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -75,3 +75,24 @@ def test_damage_is_named(written, tmp_path):
         read_full_state(folder)
     manifest.write_text(text)
     read_full_state(folder)
+
+
+def test_a_failed_save_leaves_nothing_and_every_rank_knows(written):
+    faults = written[1]["faults"]
+    assert "rank 1" in faults["full_disk"] and "No space left" in faults["full_disk"]
+    assert "another job owns this run" in faults["disowned"]
+    assert faults["left_behind"] == ["latest", *faults["kept"]]
+
+
+def test_retention(written):
+    faults = written[1]["faults"]
+    assert faults["kept"] == ["step_000000004", "step_000000006", "step_000000007"]
+    assert faults["latest"] == "step_000000007"
+
+
+def test_damaged_checkpoints_are_passed_over(written):
+    faults = written[1]["faults"]
+    assert faults["after_one"] == "step_000000006"
+    assert faults["replaced"] == "step_000000007"
+    assert "none of the 3 checkpoints" in faults["after_all"]
+    assert faults["empty"] is None

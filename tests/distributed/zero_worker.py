@@ -37,10 +37,12 @@ def cell_name(stage: int, precision: str, optimizer: str, micro_steps: int) -> s
     return f"zero{stage}_{precision}_{optimizer}_micro{micro_steps}"
 
 
-def deepspeed_config(stage: int, precision: str, settings: OptimizerSettings) -> dict:
+def deepspeed_config(
+    stage: int, precision: str, settings: OptimizerSettings, micro_steps: int = 1
+) -> dict:
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": settings.clip_norm or 0.0,
         "bf16": {"enabled": precision == "bf16"},
         "zero_allow_untested_optimizer": True,
@@ -65,8 +67,8 @@ def gathered_partitions(engine, pick) -> dict[str, torch.Tensor]:
 
 def run_cell(ranks, stage: int, precision: str, optimizer: str, micro_steps: int, out: Path):
     settings = OPTIMIZERS[optimizer]
-    engine = start_engine(toy_model, settings, deepspeed_config(stage, precision, settings), SEED,
-                          ranks.device)
+    config = deepspeed_config(stage, precision, settings, micro_steps)
+    engine = start_engine(toy_model, settings, config, SEED, ranks.device)
     gradients: dict[int, torch.Tensor] = {}
 
     def note_gradients(inner, *_):
