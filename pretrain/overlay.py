@@ -2,7 +2,8 @@
 
 A layer remembers where every value was written (file and line, or the override), so that an error
 can point there. The YAML dialect is the safe subset that recipes need, with YAML 1.2 scalars:
-`1e-5` is a number (PyYAML alone reads a string), `1e5` a whole one; `on`, `no`, `12:30` are strings.
+`1e-5` is a number (PyYAML alone reads a string), `1e5` a whole one, and `on`, `no`, `12:30` are
+strings.
 
 Merge rules: mappings merge key by key; everything else, lists included, is replaced. A mapping
 whose `type` differs from the one below replaces it whole, since its old fields belong to another

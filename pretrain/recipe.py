@@ -84,13 +84,13 @@ class EvaluationSettings(Settings):
     """Held-out shards: folders, tars, globs or brace patterns; every row is used once."""
 
     max_samples: int | None = Field(default=None, ge=1)
-    """Only the first so many rows; null = all."""
+    """At most so many samples, spread evenly over the shards; null = all."""
 
     micro_batch: int | None = Field(default=None, ge=1)
     """Samples per rank and forward pass; null = the task's `micro_batch`."""
 
     image: ImageSettings | None = None
-    """Preprocessing; null = a centre crop of the training size."""
+    """Preprocessing; null = as in training, with a centre crop for the random one."""
 
 
 class TaskSettings(Settings):

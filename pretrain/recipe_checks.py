@@ -68,6 +68,18 @@ def _check_captioning(recipe: "Recipe") -> list[str]:
                 f"{where}.objective.decoder.max_positions={positions}: raise max_positions or "
                 "lower text_length"
             )
+        if objective.max_new_tokens > positions:
+            found.append(
+                f"{where}.objective.max_new_tokens={objective.max_new_tokens} exceeds "
+                f"{where}.objective.decoder.max_positions={positions}: lower max_new_tokens"
+            )
+    used = {task.objective.encoder for task in recipe.tasks.values()}
+    for name in recipe.model.encoders:
+        if name not in used:
+            found.append(
+                f"model.encoders.{name}: no task uses this encoder, so it would only decay: "
+                "remove it, or name it in a task's objective.encoder"
+            )
     return found
 
 
@@ -79,7 +91,7 @@ def _check_image_sizes(where: str, task: "TaskSettings", patch: int, encoder: st
         f"{key}.size={image.size} is not a multiple of model.encoders.{encoder}.patch_size={patch}:"
         f" use {image.size // patch * patch or patch} or {(image.size // patch + 1) * patch}"
         for key, image in images.items()
-        if image.size % patch
+        if image.size % patch and image.mode != "keep_aspect"
     ]
 
 
@@ -98,6 +110,12 @@ def _check_evaluation(recipe: "Recipe") -> list[str]:
         if image.mode == "keep_aspect" and size > 1:
             found.append(
                 f"tasks.{name}.evaluation.micro_batch={size} must be 1 with image mode keep_aspect"
+            )
+        trained = task.data.image
+        if (image.mean, image.std) != (trained.mean, trained.std):
+            found.append(
+                f"tasks.{name}.evaluation.image.mean and .std differ from those of "
+                f"tasks.{name}.data.image, which the model is trained with: remove them"
             )
     return found
 

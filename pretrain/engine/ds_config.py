@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ds_configs
+from data_pipeline.step_sampler import deal
 
 if TYPE_CHECKING:
     from pretrain.recipe import Recipe
@@ -91,13 +92,8 @@ def engine_config(recipe: "Recipe", world: int) -> dict[str, Any]:
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, world: int) -> int:
-    """Micro-steps that the busiest rank needs for one step (all ranks take that many).
-
-    Pairs of neighbouring positions go to the ranks in turn, and each rank cuts its share into
-    micro-batches.
-    """
-    pairs_per_rank = -(-(global_batch // 2) // world)
-    return -(-2 * pairs_per_rank // micro_batch)
+    """Micro-steps of one optimizer step, the same on every rank."""
+    return len(deal(global_batch, micro_batch, 0, world))
 
 
 def find_engine_file(name: str) -> Path:

@@ -1,0 +1,105 @@
+"""From a recipe to objects. The only place that knows both: components take plain arguments."""
+
+from data_pipeline.captions import CaptionFields
+from data_pipeline.loader import EvaluationLoader, TaskStream
+from data_pipeline.order import Order
+from data_pipeline.reader import SampleReader
+from data_pipeline.rng import keyed_u64
+from data_pipeline.shards import ShardSet
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.transforms import ImageSettings
+from pretrain.models.multitask import MultiTaskModel
+from pretrain.recipe import Recipe, TaskSettings
+from pretrain.sampler import Schedule
+
+
+def build_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer that the recipe names. Raises TokenizerError."""
+    return Tokenizer.from_settings(recipe.tokenizer)
+
+
+def build_schedule(recipe: Recipe) -> Schedule:
+    """Which task runs at which step."""
+    return Schedule({name: task.weight for name, task in recipe.tasks.items()}, recipe.seed)
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
+    """All encoders, and the objective of every task, on torch's default device.
+
+    Weights are not drawn yet: `pretrain.models.init.initialise` does that by seed and name.
+    """
+    encoders = {name: settings.build() for name, settings in recipe.model.encoders.items()}
+    objectives = {
+        name: task.objective.build(encoders, tokenizer, task.data.image.mean, task.data.image.std)
+        for name, task in recipe.tasks.items()
+    }
+    return MultiTaskModel(encoders, objectives)
+
+
+def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream]:
+    """Training data of every task, in its own order; no rank or position is part of it.
+
+    Opens the shards (and indexes foreign ones). Raises FileNotFoundError, ShardError.
+    """
+    streams = {}
+    for name, task in recipe.tasks.items():
+        shards = ShardSet.open(task.data.shards)
+        # Keyed by name, so that two tasks on the same shards do not see the same images together.
+        seed = keyed_u64(recipe.seed, "order", name) >> 1
+        streams[name] = TaskStream(
+            name,
+            SampleReader(shards),
+            Order.plan(len(shards), seed, task.global_batch),
+            CaptionFields(task.data, tokenizer, train=True),
+            recipe.seed,
+            task.global_batch,
+            task.micro_batch,
+        )
+    return streams
+
+
+def build_evaluation_loader(
+    recipe: Recipe, name: str, tokenizer: Tokenizer, rank: int = 0, world: int = 1
+) -> EvaluationLoader:
+    """Held-out data of task `name` for one rank; every rank gets the same number of batches.
+
+    Raises ValueError if the task has no `evaluation`, FileNotFoundError, ShardError.
+    """
+    task = recipe.tasks[name]
+    if task.evaluation is None:
+        raise ValueError(f"tasks.{name}.evaluation: this task has no held-out data")
+    data = task.data.model_copy(
+        update={"shards": task.evaluation.shards, "image": evaluation_image(task)}
+    )
+    micro_batch = task.evaluation.micro_batch or task.micro_batch
+    stream = TaskStream(
+        name,
+        SampleReader(ShardSet.open(task.evaluation.shards)),
+        None,
+        CaptionFields(data, tokenizer, train=False),
+        recipe.seed,
+        micro_batch * world,
+        micro_batch,
+    )
+    loader = recipe.loader
+    return EvaluationLoader(
+        stream,
+        rank,
+        world,
+        workers=loader.workers,
+        max_samples=task.evaluation.max_samples,
+        prefetch_batches=loader.prefetch_batches,
+        start_method=loader.start_method,
+        max_bad_fraction=loader.max_bad_fraction,
+        max_bad_run=loader.max_bad_run,
+    )
+
+
+def evaluation_image(task: TaskSettings) -> ImageSettings:
+    """Preprocessing of held-out images: as the recipe says, else a centre crop of that size."""
+    if task.evaluation is not None and task.evaluation.image is not None:
+        return task.evaluation.image
+    image = task.data.image
+    if image.mode != "random_resized_crop":
+        return image
+    return image.model_copy(update={"mode": "center_crop"})
