@@ -81,8 +81,18 @@ class GitDecoder(nn.Module):
             DecoderLayer(width, heads, mlp_width, dropout) for _ in range(layers)
         )
         self.output = nn.Linear(width, vocab_size)
-        if tied_output:
+        self.tied_output = tied_output
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.tied_output:
             self.output.weight = self.embedding.words.weight
+
+    def _apply(self, fn, recurse=True):
+        # Leaving the meta device makes new parameters module by module, which would part the two.
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
 
     def forward(self, image_tokens: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
         """Scores for the word after each of the chosen text positions.

@@ -17,8 +17,6 @@ from pretrain.models.vit import VitSettings
 from pretrain.objectives.captioning import CaptioningSettings
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
-_VIT_ONLY = VitSettings.model_fields.keys() - GitDecoderSettings.model_fields.keys()
-_BOTH = {"gradient_checkpointing"}
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
@@ -143,15 +141,25 @@ def build(
 
 
 def small_model(seed: int = 0, label_smoothing: float = 0.1, **changes: Any) -> MultiTaskModel:
-    """Two small towers; `changes` are fields of the encoder, or else of the decoder."""
-    vit = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "heads": 4}
-    text = {"width": 24, "layers": 3, "heads": 4, "mlp_width": 48, "max_positions": 20}
-    vit |= {key: value for key, value in changes.items() if key in _VIT_ONLY | _BOTH}
-    text |= {"dropout": 0.0}
-    text |= {key: value for key, value in changes.items() if key not in _VIT_ONLY}
-    model = build(VitSettings(**vit), GitDecoderSettings(**text), Words(), label_smoothing)
+    """A model of two small towers; `changes` are fields of the decoder's settings."""
+    model = small_model_without_values(label_smoothing, **changes)
     initialise(model, seed)
     return model
+
+
+def small_model_without_values(label_smoothing: float = 0.1, **changes: Any) -> MultiTaskModel:
+    checkpointing = changes.get("gradient_checkpointing", False)
+    vit = VitSettings(
+        image_size=16,
+        patch_size=8,
+        width=32,
+        layers=2,
+        heads=4,
+        gradient_checkpointing=checkpointing,
+    )
+    text = {"width": 24, "layers": 3, "heads": 4, "mlp_width": 48, "max_positions": 20}
+    decoder = GitDecoderSettings(**text | {"dropout": 0.0} | changes)
+    return build(vit, decoder, Words(), label_smoothing)
 
 
 def small_batch(seed: int = 0, images: int = 3, captions: int = 2, length: int = 8, size: int = 16):

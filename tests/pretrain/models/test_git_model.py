@@ -88,11 +88,11 @@ def test_cached_greedy_equals_recomputing() -> None:
 
 def test_generation_pads_ended_rows_and_stops_when_told() -> None:
     model = Golden.load("git_caption").model(0.1)
-    decoder, ids = model.objectives["caption"].decoder, {"bos_id": 1, "eos_id": 2, "pad_id": 0}
+    decoder, ids = model.objectives["caption"].decoder, {"bos_id": 1, "eos_id": -1, "pad_id": 0}
     torch.manual_seed(0)
     image_tokens = model.encoders["image"](torch.randn(8, 3, 32, 32)).detach()
     free = generate_greedy(decoder, image_tokens, **ids, max_new_tokens=6)
-    # Make the second word of the first row the end word: rows that reach it stop there.
+    # Without an end word rows run on; then the first row's second word becomes the end word.
     ids["eos_id"] = int(free[0, 2])
     answers = []
     stopped = generate_greedy(
