@@ -160,7 +160,9 @@ class ShardWriter:
 
         Errors: ValueError as ShardFile.add.
         """
-        if self._shard is not None and self._is_full(sample_bytes(key, members)):
+        if self._shard is not None and self._is_full(
+            sample_bytes(key, {e: len(p) for e, p in members.items()})
+        ):
             self._finish_shard()
         if self._shard is None:
             self._shard = ShardFile(self.folder / shard_name(self._prefix, len(self._written)))
@@ -216,11 +218,11 @@ def shard_name(prefix: str, number: int) -> str:
     return f"{prefix}-{number:06d}.tar"
 
 
-def sample_bytes(key: str, members: Mapping[str, bytes]) -> int:
-    """Return how many bytes a sample takes in a tar."""
+def sample_bytes(key: str, sizes: Mapping[str, int]) -> int:
+    """Return how many bytes a sample takes in a tar, from the payload size of each extension."""
     return sum(
-        len(_tar_header(f"{key}.{extension}", len(payload))) + padded(len(payload))
-        for extension, payload in members.items()
+        len(_tar_header(f"{key}.{extension}", size)) + padded(size)
+        for extension, size in sizes.items()
     )
 
 

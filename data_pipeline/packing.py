@@ -1,0 +1,296 @@
+"""Pack a list of items into shards: parallel, resumable, and byte-identical however it went.
+
+A shard is a function of its slice of the item list alone. So several processes may each write
+whole shards, a killed job continues with the shards that are missing, and neither changes a byte.
+"""
+
+import concurrent.futures
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files import TEMPORARY_SUFFIX, exclusive, write_atomically
+from data_pipeline.index import ShardIndex, index_path
+from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardRecord
+from data_pipeline.packer import (
+    END_OF_ARCHIVE,
+    ShardFile,
+    WrittenShard,
+    check_sample,
+    make_manifest,
+    shard_name,
+)
+from data_pipeline.tar_headers import ShardError
+from data_pipeline.verify import verify_shard
+
+Build = Callable[[Any], Mapping[str, bytes]]
+Progress = Callable[[int], None]
+
+_REPORT_EVERY_SAMPLES = 16
+_log = logging.getLogger(__name__)
+
+
+class SampleFault(ValueError):
+    """An item that cannot become a sample. The message names the item, its origin and the fault."""
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """What is packed. All but `folder` determines the bytes of the result."""
+
+    folder: Path
+    prefix: str
+    keys: Sequence[str]
+    items: Sequence[Any]
+    """One per key, in storage order; anything with a `repr` that tells its whole content."""
+    ranges: Sequence[tuple[int, int]]
+    """First and behind-last item of each shard, see plan_ranges."""
+    build: Build
+    """Makes the members of a sample from an item; picklable. It raises SampleFault."""
+    skip_faults: bool = False
+    """Leave items with a SampleFault out, and count them, instead of stopping."""
+    licence: str = ""
+    command: str = ""
+    classes: list[str] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """sha256 over the plan: equal if a rerun would write the same bytes."""
+        digest = sha256(
+            json.dumps(
+                [self.prefix, list(self.ranges), self.skip_faults, dict(self.details), self.classes]
+            ).encode()
+        )
+        digest.update(repr(self.build).encode())
+        for key, item in zip(self.keys, self.items, strict=True):
+            digest.update(f"\n{key}\0{item!r}".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """What pack did."""
+
+    manifest: Manifest
+    skipped: list[str]
+    """Keys of the items that were left out, in storage order."""
+    reused_shards: int
+    """Shards that an earlier run had finished."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    path: Path
+    keys: Sequence[str]
+    items: Sequence[Any]
+    build: Build
+    skip_faults: bool
+
+
+def plan_ranges(
+    sizes: Iterable[int], max_samples: int, max_bytes: int | None = None
+) -> list[tuple[int, int]]:
+    """Cut items into consecutive shards of at most max_samples and max_bytes.
+
+    Args: sizes: bytes that each sample takes in a tar at most, see packer.sample_bytes. A sample
+    larger than max_bytes gets a shard of its own.
+    """
+    if max_samples < 1 or (max_bytes is not None and max_bytes < 1):
+        raise ValueError(f"max_samples {max_samples}, max_bytes {max_bytes}: must be positive")
+    ranges: list[tuple[int, int]] = []
+    begin, total, end = 0, len(END_OF_ARCHIVE), 0
+    for number, size in enumerate(sizes):
+        full = number - begin == max_samples
+        if max_bytes is not None and number > begin and total + size > max_bytes:
+            full = True
+        if full:
+            ranges.append((begin, number))
+            begin, total = number, len(END_OF_ARCHIVE)
+        total += size
+        end = number + 1
+    if end > begin:
+        ranges.append((begin, end))
+    return ranges
+
+
+def pack(job: PackJob, *, processes: int = 1, progress: Progress | None = None) -> PackResult:
+    """Write all shards of a job, their indices and the manifest; continue what was begun before.
+
+    Shards of an earlier run are kept if they are whole, checked byte by byte; others are written
+    again. Until the manifest stands, `packing.json` marks the folder as unfinished.
+
+    Args: processes: worker processes, each writing whole shards; progress: called with numbers of
+    finished samples.
+    Errors: SampleFault (unless skip_faults); FileExistsError if the folder holds other shards, or
+    another process packs into it; ValueError for bad or repeated keys; OSError.
+    """
+    _check_keys(job)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    plan = job.digest()
+    try:
+        with exclusive(job.folder / PLAN_NAME, wait=False):
+            _claim_folder(job, plan)
+            tasks = [
+                _Task(
+                    job.folder / shard_name(job.prefix, number),
+                    job.keys[begin:end],
+                    job.items[begin:end],
+                    job.build,
+                    job.skip_faults,
+                )
+                for number, (begin, end) in enumerate(job.ranges)
+            ]
+            done = _run(tasks, processes, progress or (lambda count: None))
+            return _finish(job, plan, done)
+    except BlockingIOError:
+        raise FileExistsError(f"{job.folder}: another process is packing into it") from None
+
+
+def _check_keys(job: PackJob) -> None:
+    if not len(job.items):
+        raise ValueError("nothing to pack")
+    seen = set()
+    for key in job.keys:
+        check_sample(key, {"json": b""})
+        if key in seen:
+            raise ValueError(f"the key {key!r} stands for two items; keys must be unique")
+        seen.add(key)
+
+
+def _claim_folder(job: PackJob, plan: str) -> None:
+    """Make sure that what the folder holds is of the same job, and remove broken-off files."""
+    found = None
+    for name in (FILE_NAME, PLAN_NAME):
+        if (job.folder / name).exists():
+            content = json.loads((job.folder / name).read_bytes())
+            found = content.get("details", content).get("plan")
+            break
+    else:
+        if any(job.folder.glob("*.tar")):
+            found = "tars without a plan"
+        else:
+            text = json.dumps({"plan": plan, "command": job.command}, indent=1) + "\n"
+            write_atomically(job.folder / PLAN_NAME, [text.encode()])
+            found = plan
+    if found != plan:
+        raise FileExistsError(
+            f"{job.folder}: holds shards of another packing (other input, seed or options): pack "
+            "into an empty folder, or remove this one"
+        )
+    with os.scandir(job.folder) as entries:
+        broken = [e.path for e in entries if e.name.endswith(TEMPORARY_SUFFIX)]
+    for path in broken:
+        os.unlink(path)
+
+
+def _finish(job: PackJob, plan: str, done: list[tuple[WrittenShard, bool]]) -> PackResult:
+    skipped = []
+    for (begin, end), (written, _) in zip(job.ranges, done, strict=True):
+        packed = set(written.index.keys())
+        skipped += [key for key in job.keys[begin:end] if key not in packed]
+    if len(skipped) == len(job.items):
+        raise SampleFault(f"none of the {len(skipped)} items could be packed")
+    details = {**job.details, "left_out": len(skipped), "plan": plan}
+    manifest = make_manifest(
+        [written for written, _ in done],
+        licence=job.licence,
+        command=job.command,
+        classes=job.classes,
+        details=details,
+    )
+    manifest.save(job.folder)
+    (job.folder / PLAN_NAME).unlink(missing_ok=True)
+    return PackResult(manifest, skipped, sum(reused for _, reused in done))
+
+
+def _run(tasks: list[_Task], processes: int, progress: Progress) -> list[tuple[WrittenShard, bool]]:
+    if processes == 1 or len(tasks) == 1:
+        return [_pack_shard(task, progress) for task in tasks]
+    # Spawned, not forked: the parent may run threads (a progress bar).
+    context = multiprocessing.get_context("spawn")
+    counts = context.SimpleQueue()
+    executor = concurrent.futures.ProcessPoolExecutor(
+        min(processes, len(tasks)), context, initializer=_start_worker, initargs=(counts,)
+    )
+    try:
+        futures = [executor.submit(_pack_shard_in_worker, task) for task in tasks]
+        waiting = set(futures)
+        while waiting:
+            finished, waiting = concurrent.futures.wait(
+                waiting, timeout=0.1, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            while not counts.empty():
+                progress(counts.get())
+            for future in finished:
+                future.result()  # raises the first error
+        return [future.result() for future in futures]
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+_counts: Any = None
+"""Queue of a worker process to its parent for numbers of finished samples."""
+
+
+def _start_worker(counts: Any) -> None:
+    global _counts
+    _counts = counts
+
+
+def _pack_shard_in_worker(task: _Task) -> tuple[WrittenShard, bool]:
+    return _pack_shard(task, _counts.put)
+
+
+def _pack_shard(task: _Task, progress: Progress) -> tuple[WrittenShard, bool]:
+    """Return the shard, and whether an earlier run had written it."""
+    existing = _existing_shard(task)
+    if existing is not None:
+        progress(len(task.items))
+        return existing, True
+    shard = ShardFile(task.path)
+    unreported = 0
+    try:
+        for key, item in zip(task.keys, task.items, strict=True):
+            try:
+                shard.add(key, task.build(item))
+            except SampleFault as fault:
+                if not task.skip_faults:
+                    raise
+                _log.warning("left out: %s", fault)
+            unreported += 1
+            if unreported == _REPORT_EVERY_SAMPLES:
+                progress(unreported)
+                unreported = 0
+        progress(unreported)
+        return shard.commit(), False
+    except BaseException:
+        shard.discard()
+        raise
+
+
+def _existing_shard(task: _Task) -> WrittenShard | None:
+    """Return the shard of an earlier run if every byte and key of it is what it must be."""
+    path = os.fspath(task.path)
+    try:
+        index = ShardIndex.load(index_path(path))
+        report = verify_shard(path, index)
+    except FileNotFoundError:
+        return None
+    except ShardError as error:
+        _log.warning("written again: %s", error)
+        return None
+    keys = index.keys()
+    found = set(keys)
+    # With skip_faults, items may be missing, but what is there must be in the planned order.
+    expected = [key for key in task.keys if key in found or not task.skip_faults]
+    if not report.intact or keys != expected:
+        _log.warning("written again: %s is damaged or incomplete", path)
+        return None
+    record = ShardRecord(task.path.name, len(index), report.bytes, report.sha256, index.digest)
+    return WrittenShard(record, index)
