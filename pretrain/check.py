@@ -1,0 +1,151 @@
+"""What can be known of a run before it starts: data, batches, engine settings, size and memory."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from data_pipeline.shards import ShardSet
+from data_pipeline.step_sampler import deal
+from pretrain.build import build_model, build_schedule, build_tokenizer
+from pretrain.engine.ds_config import engine_config, find_engine_file
+from pretrain.optim.groups import parameter_groups
+from pretrain.recipe import Recipe, TaskSettings
+
+if TYPE_CHECKING:
+    from data_pipeline.tokenizer import Tokenizer
+    from pretrain.models.multitask import MultiTaskModel
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `ok` is False where a run would fail."""
+
+    ok: bool
+    text: str
+
+
+def report(recipe: Recipe, world: int) -> list[Finding]:
+    """Check everything that needs no process group; later checks go on after a fault.
+
+    Args:
+        recipe: a valid recipe.
+        world: number of ranks to plan for.
+    """
+    findings = [Finding(True, f"recipe {recipe.name}: {recipe.steps} steps on {world} rank(s)")]
+
+    def attempt(what: str, action: Callable[[], list[str]]) -> None:
+        try:
+            findings.extend(Finding(True, line) for line in action())
+        except Exception as error:  # whatever a run would raise there is a line of this report
+            findings.extend(Finding(False, f"{what}: {line}") for line in _lines_of(error))
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed probes, and warns
+    stage: list[int] = []
+    tokenizers: list[Tokenizer] = []
+    attempt("engine", lambda: _engine(recipe, world, stage))
+    attempt("tokenizer", lambda: _tokenizer(recipe, tokenizers))
+    if len(recipe.tasks) > 1:
+        attempt("schedule", lambda: [build_schedule(recipe).describe()])
+    for name, task in recipe.tasks.items():
+        attempt(f"tasks.{name}", lambda n=name, t=task: _task(recipe, n, t, world))
+    if tokenizers and stage:
+        attempt("model", lambda: _model(recipe, tokenizers[0], stage[0], world))
+    return findings
+
+
+def _lines_of(error: Exception) -> list[str]:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return [f"{error.strerror}: {error.filename}"]
+    return str(error).splitlines() or [type(error).__name__]
+
+
+def _engine(recipe: Recipe, world: int, stage: list[int]) -> list[str]:
+    config = engine_config(recipe, world)
+    stage.append(config["zero_optimization"]["stage"])
+    file = find_engine_file(recipe.deepspeed)
+    return [f"engine: ZeRO stage {stage[0]}, {recipe.precision} ({file})"]
+
+
+def _tokenizer(recipe: Recipe, found: list["Tokenizer"]) -> list[str]:
+    tokenizer = build_tokenizer(recipe)
+    found.append(tokenizer)
+    return [f"tokenizer: {tokenizer.vocab_size} entries, digest {tokenizer.digest[:12]}"]
+
+
+def _task(recipe: Recipe, name: str, task: TaskSettings, world: int) -> Iterator[str]:
+    dealt = [len(places) for places in deal(task.global_batch, task.micro_batch, 0, world)]
+    padded = world * sum(dealt) - task.global_batch
+    yield (
+        f"tasks.{name}: global batch {task.global_batch} = {world} rank(s) x {len(dealt)} "
+        f"micro-step(s) of up to {max(dealt)}" + (f", less {padded} padding rows" if padded else "")
+    )
+    shards = ShardSet.open(task.data.shards)
+    visits = build_schedule(recipe).visits(recipe.steps)[name]
+    per_epoch = len(shards) / task.global_batch
+    yield (
+        f"tasks.{name}: {len(shards)} samples in {len(shards.shards)} shard(s); "
+        f"{per_epoch:.1f} steps an epoch, {visits} steps = {visits / per_epoch:.2f} epochs"
+    )
+    if task.evaluation is not None:
+        held_out = ShardSet.open(task.evaluation.shards)
+        used = min(len(held_out), task.evaluation.max_samples or len(held_out))
+        yield f"tasks.{name}: evaluation on {used} of {len(held_out)} samples"
+
+
+def _model(recipe: Recipe, tokenizer: "Tokenizer", stage: int, world: int) -> Iterator[str]:
+    with torch.device("meta"):
+        model = build_model(recipe, tokenizer)
+    total = _count(model)
+    yield f"model: {_millions(total)} parameters ({_parts(model)})"
+    groups = parameter_groups(model, recipe.optimizer)
+    yield "optimizer groups: " + "; ".join(
+        f"{group['name']}: {_millions(sum(p.numel() for p in group['params']))}" for group in groups
+    )
+    momenta = _momenta(recipe)
+    size = state_bytes(total, stage, world, recipe.precision, momenta)
+    yield (
+        f"memory per rank: about {size / 2**30:.2f} GiB for weights, gradients and optimizer "
+        "(ds_configs/README.md); activations, buckets and the framework come on top"
+    )
+
+
+def state_bytes(parameters: int, stage: int, world: int, precision: str, momenta: int) -> float:
+    """Bytes a rank keeps for weights, gradients and optimizer under ZeRO (ds_configs/README.md).
+
+    Args:
+        parameters: trainable parameters of the model.
+        stage: ZeRO stage 1, 2 or 3.
+        world: ranks.
+        precision: bf16 or fp32.
+        momenta: float32 values that the optimizer keeps per parameter: 2 for AdamW.
+    """
+    width = 2 if precision == "bf16" else 4
+    weights = width / world if stage == 3 else width
+    gradients = width if stage == 1 else width / world
+    # The partition of this rank: float32 master weights, momenta, and gradients during the step.
+    partition = (4 + 4 * momenta + 4) / world
+    return parameters * (weights + gradients + partition)
+
+
+def _momenta(recipe: Recipe) -> int:
+    if recipe.optimizer.kind == "adamw":
+        return 2
+    return 1 if recipe.optimizer.momentum else 0
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _parts(model: "MultiTaskModel") -> str:
+    parts = [(f"encoders.{name}", part) for name, part in model.encoders.items()]
+    parts += [(f"objectives.{name}", part) for name, part in model.objectives.items()]
+    return ", ".join(f"{name} {_millions(_count(part))}" for name, part in parts)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"
