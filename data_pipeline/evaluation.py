@@ -8,7 +8,7 @@ import numpy as np
 from data_pipeline.faults import FaultCount, FaultPolicy
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.stream import TaskStream
-from data_pipeline.workers import data_loader, unpack
+from data_pipeline.workers import load_batches
 
 
 class EvaluationLoader:
@@ -45,7 +45,7 @@ class EvaluationLoader:
         if stream.order is not None:
             raise ValueError(f"task {stream.name}: evaluation needs a stream without an order")
         self.stream, self.rank, self.world = stream, rank, world
-        self._options = {
+        self._options: dict[str, Any] = {
             "workers": workers,
             "prefetch_batches": prefetch_batches,
             "start_method": start_method,
@@ -65,11 +65,10 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._policy = FaultPolicy(*self._limits, self.rank)
-        batches = data_loader(
-            {self.stream.name: self.stream}, list(self.requests()), self.rank, **self._options
+        batches = load_batches(
+            {self.stream.name: self.stream}, self.requests(), self.rank, **self._options, window=1
         )
         for batch in batches:
-            batch = unpack(batch)
             batch.pop("seconds")
             self._policy.record(self.stream.name, batch)
             yield batch

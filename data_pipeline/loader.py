@@ -23,7 +23,7 @@ from data_pipeline.settings import Settings
 from data_pipeline.stall import StallWatch
 from data_pipeline.step_sampler import MicroBatch, Schedule, StepSampler
 from data_pipeline.stream import DataError, Fault, TaskStream
-from data_pipeline.workers import Outstanding, data_loader, unpack
+from data_pipeline.workers import Requests, load_batches
 
 __all__ = [
     "DataError",
@@ -107,19 +107,18 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[StepWindow]:
         settings = self.settings
-        requests = Outstanding(self.sampler)
-        batches = iter(
-            data_loader(
-                self.streams,
-                requests,
-                self.rank,
-                workers=settings.workers,
-                prefetch_batches=settings.prefetch_batches,
-                start_method=settings.start_method,
-                pin_memory=self._pin_memory,
-            )
-        )
+        requests = Requests(self.sampler)
         micro_steps = {task: self.sampler.micro_steps(task) for task in self.streams}
+        batches = load_batches(
+            self.streams,
+            requests,
+            self.rank,
+            workers=settings.workers,
+            prefetch_batches=settings.prefetch_batches,
+            start_method=settings.start_method,
+            pin_memory=self._pin_memory,
+            window=max(micro_steps.values()),
+        )
         with StallWatch(settings.stall_seconds, lambda: self._describe(requests)) as watch:
             while True:
                 window = self._next_window(batches, requests, micro_steps, watch)
@@ -130,7 +129,7 @@ class StepLoader:
     def _next_window(
         self,
         batches: Iterator[dict[str, Any]],
-        requests: Outstanding,
+        requests: Requests,
         micro_steps: dict[str, int],
         watch: StallWatch,
     ) -> StepWindow | None:
@@ -144,7 +143,6 @@ class StepLoader:
             request = requests.waiting.popleft()
             if window is None:
                 window = StepWindow(request.step, request.task, [], {"wait": 0.0})
-            batch = unpack(batch)
             seconds = batch.pop("seconds") | {"wait": time.perf_counter() - started}
             for stage, spent in seconds.items():
                 window.seconds[stage] = window.seconds.get(stage, 0.0) + spent
@@ -152,7 +150,7 @@ class StepLoader:
             window.micro_batches.append(batch)
         return window
 
-    def _describe(self, requests: Outstanding) -> str:
+    def _describe(self, requests: Requests) -> str:
         """The requests being processed, oldest first, one per worker."""
         lines = []
         for request in list(requests.waiting)[: max(self.settings.workers, 1)]:

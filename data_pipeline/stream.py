@@ -1,6 +1,6 @@
 """One task's data: positions in, batch out, damaged samples replaced on the way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +18,10 @@ MAX_ATTEMPTS = 100
 
 RngFor = Callable[[str], np.random.Generator]
 """purpose -> generator of one sample."""
+
+
+Allocate = Callable[[Mapping[str, tuple[int, ...]]], dict[str, torch.Tensor]]
+"""name -> shape in, name -> uint8 tensor out."""
 
 
 class DataError(RuntimeError):
@@ -105,8 +109,12 @@ class TaskStream:
         """Passes over the data set after `visits` steps of this task."""
         return visits * self.global_batch / self.n_rows
 
-    def load(self, request: MicroBatch) -> dict[str, Any]:
+    def load(self, request: MicroBatch, allocate: Allocate | None = None) -> dict[str, Any]:
         """Read, decode and collate one micro-batch.
+
+        Args:
+            request: positions, and which of them are padding.
+            allocate: gives memory for the arrays that are written in place.
 
         Returns:
             the batch of the fields' `collate`, with B = len(request.positions), and
@@ -122,10 +130,7 @@ class TaskStream:
         rows = np.full_like(positions, -1)
         wanted = np.flatnonzero(request.valid)
         rows[wanted] = self._rows(positions[wanted])
-        buffers = {
-            name: empty_for_transfer(shape)
-            for name, shape in self.fields.buffers(len(positions)).items()
-        }
+        buffers = (allocate or empty)(self.fields.buffers(len(positions)))
         arrays = {name: buffer.numpy() for name, buffer in buffers.items()}
         clock.lap("collate")
         items: list[dict[str, Any] | None] = [None] * len(positions)
@@ -235,13 +240,6 @@ class TaskStream:
         return row
 
 
-def empty_for_transfer(shape: tuple[int, ...]) -> torch.Tensor:
-    """Uninitialised uint8 tensor; in a worker process, in memory that the trainer can map.
-
-    Pixels are written where the trainer will read them: a batch is never copied between processes.
-    """
-    count = int(np.prod(shape))
-    if torch.utils.data.get_worker_info() is None or count == 0:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(count)  # what torch's own collate function uses
-    return torch.empty(0, dtype=torch.uint8).set_(storage).reshape(shape)
+def empty(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Uninitialised uint8 tensors."""
+    return {name: torch.empty(shape, dtype=torch.uint8) for name, shape in shapes.items()}

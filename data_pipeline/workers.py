@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data_pipeline.arena import Arena, InArena
 from data_pipeline.reader import TransientReadError
 from data_pipeline.step_sampler import MicroBatch
-from data_pipeline.stream import DataError, TaskStream
+from data_pipeline.stream import DataError, TaskStream, empty
 
-# Every tensor that is sent costs a file descriptor and about a millisecond; small ones are cheaper
+# A tensor that is sent costs a file descriptor and about a millisecond; small ones are cheaper
 # inside the message itself.
 LEAST_SHARED_BYTES = 1 << 18
 
@@ -23,12 +24,12 @@ LEAST_SHARED_BYTES = 1 << 18
 class RequestDataset(Dataset):
     """Answers MicroBatch requests; the object that worker processes hold."""
 
-    def __init__(self, streams: Mapping[str, TaskStream], rank: int) -> None:
-        self.streams, self.rank = dict(streams), rank
+    def __init__(self, streams: Mapping[str, TaskStream], rank: int, arena: Arena | None) -> None:
+        self.streams, self.rank, self.arena = dict(streams), rank, arena
 
     def __getitem__(self, request: MicroBatch) -> dict[str, Any]:
         try:
-            return pack(self.streams[request.task].load(request))
+            return self._pack(self.streams[request.task].load(request, self._allocate))
         except (DataError, TransientReadError) as error:
             raise type(error)(f"rank {self.rank}, step {request.step}: {error}") from error
         except Exception as error:
@@ -37,8 +38,23 @@ class RequestDataset(Dataset):
                 f"{request.positions}: {type(error).__name__}: {error}"
             ) from error
 
+    def _allocate(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+        taken = None if self.arena is None else self.arena.take(shapes)
+        return empty(shapes) if taken is None else taken
 
-class Outstanding:
+    def _pack(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: self._pack_tensor(value) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+    def _pack_tensor(self, tensor: torch.Tensor) -> torch.Tensor | np.ndarray | InArena:
+        if self.arena is not None and (described := self.arena.describe(tensor)) is not None:
+            return described
+        return tensor.numpy() if tensor.nbytes < LEAST_SHARED_BYTES else tensor
+
+
+class Requests:
     """Passes requests on and remembers which have not come back yet, oldest first."""
 
     def __init__(self, requests: Iterable[MicroBatch]) -> None:
@@ -51,7 +67,7 @@ class Outstanding:
             yield request
 
 
-def data_loader(
+def load_batches(
     streams: Mapping[str, TaskStream],
     requests: Iterable[MicroBatch],
     rank: int,
@@ -60,24 +76,35 @@ def data_loader(
     prefetch_batches: int,
     start_method: str,
     pin_memory: bool,
-) -> DataLoader:
-    """A plain DataLoader: request i goes to worker i mod `workers`, answers come back in order."""
+    window: int,
+) -> Iterator[dict[str, Any]]:
+    """Batches in the order of the requests, through a plain DataLoader.
+
+    Request i goes to worker i mod `workers`. `window` is how many batches the trainer holds at a
+    time; it sizes the shared memory, nothing else.
+    """
     options: dict[str, Any] = {}
+    arena = None
     if workers:
         options = {
             "prefetch_factor": prefetch_batches,
             "multiprocessing_context": start_method,
             "worker_init_fn": start_worker,
         }
-    return DataLoader(
-        RequestDataset(streams, rank),
+        # In use at a time: one being written, those waiting, and two windows (the trainer still
+        # holds the last one when it asks for the next).
+        slots = 1 + prefetch_batches + -(-2 * window // workers)
+        arena = _arena(streams.values(), workers, slots)
+    loader = DataLoader(
+        RequestDataset(streams, rank, arena),
         batch_size=None,
         sampler=requests,
         collate_fn=_unchanged,
         num_workers=workers,
-        pin_memory=pin_memory,
         **options,
     )
+    for packed in loader:
+        yield {name: _unpacked(value, arena, pin_memory) for name, value in packed.items()}
 
 
 def start_worker(worker_number: int) -> None:
@@ -90,22 +117,23 @@ def start_worker(worker_number: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def pack(batch: dict[str, Any]) -> dict[str, Any]:
-    """Turn small tensors into arrays, which travel inside the message."""
-    return {
-        name: value.numpy()
-        if isinstance(value, torch.Tensor) and value.nbytes < LEAST_SHARED_BYTES
-        else value
-        for name, value in batch.items()
-    }
+def _arena(streams: Iterable[TaskStream], workers: int, slots: int) -> Arena | None:
+    needed = max(
+        sum(int(np.prod(shape)) for shape in stream.fields.buffers(stream.micro_batch).values())
+        for stream in streams
+    )
+    return Arena(workers, slots, needed) if needed and Arena.supported() else None
 
 
-def unpack(batch: dict[str, Any]) -> dict[str, Any]:
-    """Undo `pack`."""
-    return {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in batch.items()
-    }
+def _unpacked(value: Any, arena: Arena | None, pin_memory: bool) -> Any:
+    if isinstance(value, InArena):
+        value = arena.place(value)
+    elif isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if pin_memory and isinstance(value, torch.Tensor):
+        # A copy, so that the slot is free for the worker while the device still reads.
+        return value.pin_memory()
+    return value
 
 
 def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
