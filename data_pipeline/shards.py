@@ -197,10 +197,10 @@ def load_or_build_index(
     Errors: OSError; ShardError if the shard is damaged, or is not the one that was indexed.
     """
     size = os.stat(shard_path).st_size
-    places = [index_path(shard_path), _cache_path(shard_path)]
-    if not force and (index := _first_stored(places)) is not None:
+    if not force and (index := stored_index(shard_path)) is not None:
         index.check_shard_size(shard_path, size)
         return index
+    places = _index_places(shard_path)
     place = next((place for place in places if _can_write_beside(place)), None)
     if place is None:
         raise ShardError(
@@ -208,7 +208,7 @@ def load_or_build_index(
             f"written: set {CACHE_VARIABLE} to a folder that can"
         )
     with exclusive(place) as locked:
-        if not force and (index := _first_stored([place])) is not None:
+        if not force and (index := stored_index(shard_path)) is not None:
             return index  # another process built it while this one waited
         if locked:
             for leftover in leftovers(place):
@@ -219,13 +219,21 @@ def load_or_build_index(
         return index
 
 
-def _first_stored(places: list[Path]) -> ShardIndex | None:
-    for place in places:
+def stored_index(shard_path: str) -> ShardIndex | None:
+    """Return the index that lies beside a shard or in the cache folder, if there is one.
+
+    Errors: ShardError if the index file is damaged. The shard itself is not looked at.
+    """
+    for place in _index_places(shard_path):
         try:
             return ShardIndex.load(place)
         except FileNotFoundError:
             continue
     return None
+
+
+def _index_places(shard_path: str) -> list[Path]:
+    return [index_path(shard_path), _cache_path(shard_path)]
 
 
 def _cache_path(shard_path: str) -> Path:
