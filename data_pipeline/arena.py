@@ -1,8 +1,8 @@
 """Memory that workers and trainer share, handed out in slots and used again and again.
 
-A worker writes pixels where the trainer reads them: no copy, no fresh pages to fault in (which cost
+A worker writes pixels where the trainer reads them: no copy, no fresh pages to fault in (they cost
 as much as resizing the images), and no limit by the size of /dev/shm. A slot becomes free when the
-last tensor that looks into it is gone, whoever holds it and however long; while none is free a batch
+last tensor that looks into it is gone, whoever holds it, however long; while none is free a batch
 simply travels as an ordinary tensor.
 """
 

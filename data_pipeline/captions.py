@@ -45,20 +45,53 @@ class CaptionDataSettings(Settings):
         return value
 
 
+class CaptionSource:
+    """Finds the captions of a sample; see `CaptionDataSettings.caption_source`."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        extension, _, key = source.partition(":")
+        self.extension = extension.lower()
+        self._keys = key.split(".") if key else []
+
+    def read(self, sample: Sample) -> list[str]:
+        """All captions, at least one, with white space folded.
+
+        Raises:
+            BadSample: no such member or key, not text, or nothing but white space.
+        """
+        data = sample.members.get(self.extension)
+        if data is None:
+            raise _bad(sample, f"has no member {self.extension}")
+        try:
+            found: Any = data.decode("utf-8")
+            if self._keys:
+                found = json.loads(found)
+                for key in self._keys:
+                    found = found[key]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _bad(sample, f"{self.source}: {type(error).__name__}: {error}") from error
+        found = [found] if isinstance(found, str) else found
+        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+            raise _bad(sample, f"{self.source} is neither a string nor a list of strings")
+        captions = [folded for text in found if (folded := " ".join(text.split()))]
+        if not captions:
+            raise _bad(sample, f"{self.source} holds no caption")
+        return captions
+
+
 class CaptionFields:
     """Turns samples into arrays and arrays into a batch; the caption side of a `TaskStream`."""
 
     def __init__(self, settings: CaptionDataSettings, tokenizer: Tokenizer, train: bool) -> None:
         self.settings, self.tokenizer, self.train = settings, tokenizer, train
         self.transform = ImageTransform(settings.image)
-        extension, _, key = settings.caption_source.partition(":")
-        self._caption_extension = extension.lower()
-        self._caption_keys = key.split(".") if key else []
+        self.source = CaptionSource(settings.caption_source)
 
     @property
     def extensions(self) -> frozenset[str]:
         """Members that are needed; a reader may leave out the others."""
-        return frozenset([*self.settings.image_extensions, self._caption_extension])
+        return frozenset([*self.settings.image_extensions, self.source.extension])
 
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the uint8 batch arrays that `sample` can write rows of in place."""
@@ -89,7 +122,7 @@ class CaptionFields:
         Raises:
             BadSample: no usable image or caption.
         """
-        captions = self._captions(sample)
+        captions = self.source.read(sample)  # first: a sample without one is not decoded
         rng = rng_for("image") if self.train else None
         try:
             image = self.transform(
@@ -181,36 +214,8 @@ class CaptionFields:
         for extension in self.settings.image_extensions:
             if extension in sample.members:
                 return sample.members[extension]
-        raise self._bad(sample, f"has no member {' or '.join(self.settings.image_extensions)}")
+        raise _bad(sample, f"has no member {' or '.join(self.settings.image_extensions)}")
 
-    def _captions(self, sample: Sample) -> list[str]:
-        """All captions with white space folded; at least one.
 
-        The caption is read before the image is decoded: a sample without one costs little.
-        """
-        data = sample.members.get(self._caption_extension)
-        if data is None:
-            raise self._bad(sample, f"has no member {self._caption_extension}")
-        try:
-            found: Any = data.decode("utf-8")
-            if self._caption_keys:
-                found = json.loads(found)
-                for key in self._caption_keys:
-                    found = found[key]
-        except UnicodeDecodeError as error:
-            raise self._bad(sample, f"member {self._caption_extension}: {error}") from error
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            reason = f"{self.settings.caption_source}: {type(error).__name__}: {error}"
-            raise self._bad(sample, reason) from error
-        found = [found] if isinstance(found, str) else found
-        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-            source = self.settings.caption_source
-            raise self._bad(sample, f"{source} is neither a string nor a list of strings")
-        captions = [folded for text in found if (folded := " ".join(text.split()))]
-        if not captions:
-            raise self._bad(sample, f"{self.settings.caption_source} holds no caption")
-        return captions
-
-    @staticmethod
-    def _bad(sample: Sample, reason: str) -> BadSample:
-        return BadSample(reason, sample.shard, sample.key, sample.row)
+def _bad(sample: Sample, reason: str) -> BadSample:
+    return BadSample(reason, sample.shard, sample.key, sample.row)

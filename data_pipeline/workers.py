@@ -101,6 +101,7 @@ def load_batches(
         sampler=requests,
         collate_fn=_unchanged,
         num_workers=workers,
+        generator=torch.Generator(),  # leaves the trainer's own random state alone
         **options,
     )
     for packed in loader:

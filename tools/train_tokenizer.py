@@ -1,0 +1,94 @@
+"""Train a byte-level BPE tokenizer on captions.
+
+    python -m tools.train_tokenizer runs/tokenizer --shards data/train --vocab-size 8192
+    python -m tools.train_tokenizer runs/tokenizer --text captions.txt
+
+Writes a folder that recipes name as `tokenizer.path` and that transformers can load. The same
+captions and options give the same bytes.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from data_pipeline.captions import CaptionSource
+from data_pipeline.reader import BadSample, SampleReader
+from data_pipeline.shards import ShardSet
+from data_pipeline.tar_headers import ShardError
+from data_pipeline.tokenizer import TokenizerError, train_byte_level_bpe
+
+console = Console(stderr=True)
+
+
+def captions_of_shards(specs: list[str], source: str, max_samples: int | None) -> Iterator[str]:
+    """Captions of all samples, or of `max_samples` spread evenly; damaged ones are left out.
+
+    Raises:
+        BadSample: not a single sample has a caption.
+    """
+    shards = ShardSet.open(specs)
+    captions = CaptionSource(source)
+    count = min(len(shards), max_samples or len(shards))
+    faults: list[BadSample] = []
+    with SampleReader(shards) as reader:
+        for place in track(range(count), "reading captions", console=console):
+            try:
+                sample = reader.read(place * len(shards) // count, {captions.extension})
+                yield from captions.read(sample)
+            except BadSample as fault:
+                faults.append(fault)
+    if len(faults) == count:
+        raise faults[0]
+    if faults:
+        console.print(f"left out {len(faults)} of {count} samples; first: {faults[0]}")
+
+
+def lines_of_files(paths: Iterable[Path]) -> Iterator[str]:
+    """Non-empty lines of UTF-8 text files."""
+    for path in paths:
+        with path.open(encoding="utf-8") as file:
+            yield from (line.strip() for line in file if line.strip())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.train_tokenizer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="where the tokenizer is written")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--shards", nargs="+", help="folders, tars, globs or brace patterns")
+    given.add_argument("--text", nargs="+", type=Path, help="text files, one caption a line")
+    parser.add_argument("--caption-source", default="txt", help="as in recipes: txt or json:KEY")
+    parser.add_argument("--max-samples", type=int, help="read only so many samples of the shards")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="entries, 259 at least")
+    parser.add_argument("--min-frequency", type=int, default=2, help="rarer pairs stay apart")
+    parser.add_argument("--lowercase", action="store_true", help="fold case")
+    options = parser.parse_args(arguments)
+
+    if options.text:
+        texts = lines_of_files(options.text)
+    else:
+        texts = captions_of_shards(options.shards, options.caption_source, options.max_samples)
+    try:
+        tokenizer = train_byte_level_bpe(
+            texts, options.vocab_size, options.min_frequency, options.lowercase
+        )
+    except (BadSample, OSError, ShardError, TokenizerError, UnicodeDecodeError) as error:
+        console.print(f"[red]error:[/] {error}", highlight=False)
+        return 1
+    tokenizer.save(options.folder)
+    console.print(
+        f"{options.folder}: {tokenizer.vocab_size} tokens, digest {tokenizer.digest[:16]}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
