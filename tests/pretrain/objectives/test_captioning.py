@@ -1,0 +1,276 @@
+"""The captioning objective: shares, empty batches, transformers as an oracle, evaluation."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.models.git import GitDecoderSettings
+from pretrain.models.git_weights import export_git
+from pretrain.models.pixels import normalise_pixels
+from pretrain.models.vit import VitSettings
+from pretrain.objectives.caption_metrics import caption_scores
+from pretrain.objectives.captioning import CaptioningSettings
+from tests.pretrain.models.git_models import (
+    MEAN,
+    STD,
+    Words,
+    build,
+    initialise,
+    loss_and_gradients,
+    small_batch,
+    small_model,
+)
+
+
+def rows_of(batch: dict, rows: slice) -> dict:
+    return {key: value[rows] for key, value in batch.items()}
+
+
+def test_shares_sum_to_the_whole() -> None:
+    model, batch = small_model(), small_batch(images=5)
+    objective = model.objectives["caption"]
+    whole, gradients = loss_and_gradients(model, batch)
+    total = objective.count(batch)["tokens"]
+    assert total == int(batch["loss_mask"].sum())
+    # Uneven parts: 1 image and 4, with different numbers of words.
+    parts = [rows_of(batch, slice(0, 1)), rows_of(batch, slice(1, 5))]
+    assert sum(objective.count(part)["tokens"] for part in parts) == total
+    shares = [loss_and_gradients(model, part, total) for part in parts]
+    for key in whole:
+        assert sum(s[0][key].item() for s in shares) == pytest.approx(whole[key].item(), rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(sum(s[1][name] for s in shares), gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_totals_may_be_tensors() -> None:
+    model, batch = small_model(), small_batch()
+    number = loss_and_gradients(model, batch, 20)[0]["loss"]
+    tensor = loss_and_gradients(model, batch, torch.tensor(20))[0]["loss"]
+    assert number == tensor
+
+
+def test_padding_rows_and_tokens_have_no_influence() -> None:
+    model, batch = small_model(), small_batch(images=4)
+    batch["loss_mask"][2:] = False
+    batch["valid"] = torch.tensor([True, True, False, False])
+    padded, gradients = loss_and_gradients(model, batch)
+    alone, gradients_alone = loss_and_gradients(model, rows_of(batch, slice(0, 2)))
+    assert model.objectives["caption"].count(batch)["images"] == 2
+    assert padded["loss"].item() == pytest.approx(alone["loss"].item(), rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, gradients_alone[name], atol=1e-7, rtol=1e-4)
+    # Other pixels, and other words behind each caption's end, change nothing at all.
+    noisy = {key: value.clone() for key, value in batch.items() if torch.is_tensor(value)}
+    noisy["images"][2:] = 255 - noisy["images"][2:]
+    behind = ~noisy["loss_mask"]
+    behind[..., 0] = False
+    noisy["tokens"][behind] = 55
+    other, gradients_other = loss_and_gradients(model, noisy)
+    assert other["loss"] == padded["loss"]
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, gradients_other[name], atol=1e-8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("total", [0, 17])
+def test_a_batch_without_captions_runs_all_heads(total: int) -> None:
+    model, batch = small_model(), small_batch()
+    batch["loss_mask"][:] = False
+    out, gradients = loss_and_gradients(model, batch, total)
+    assert all(value.item() == 0 for value in out.values())
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    assert all(not gradient.any() for gradient in gradients.values())
+
+
+def test_pixels_are_normalised_in_float32() -> None:
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    expected = (images / 255.0 - mean) / std
+    torch.testing.assert_close(normalise_pixels(images, MEAN, STD, torch.float32), expected)
+    assert torch.equal(
+        normalise_pixels(images, MEAN, STD, torch.bfloat16),
+        normalise_pixels(images, MEAN, STD, torch.float32).bfloat16(),
+    )
+    with pytest.raises(TypeError, match="uint8"):
+        normalise_pixels(images.float(), MEAN, STD, torch.float32)
+
+
+def test_settings_name_what_does_not_fit() -> None:
+    encoders = {"image": VitSettings(image_size=16, patch_size=8, width=32, heads=4).build()}
+    with pytest.raises(ValueError, match=r"encoder 'picture' is not in model\.encoders \(image\)"):
+        CaptioningSettings(encoder="picture").build(encoders, Words(), MEAN, STD)
+    short = CaptioningSettings(decoder=GitDecoderSettings(max_positions=30))
+    with pytest.raises(ValueError, match=r"max_new_tokens \(40\) exceeds"):
+        short.build(encoders, Words(), MEAN, STD)
+
+
+# ------------------------------------------------------------------------------ transformers
+
+
+def transformers_twin(vit: VitSettings, decoder: GitDecoderSettings, weights: dict):
+    from transformers import GitConfig, GitForCausalLM
+
+    config = GitConfig(
+        vision_config={
+            "image_size": vit.image_size,
+            "patch_size": vit.patch_size,
+            "hidden_size": vit.width,
+            "num_hidden_layers": vit.layers,
+            "num_attention_heads": vit.heads,
+            "intermediate_size": round(vit.width * vit.mlp_ratio),
+            "hidden_act": vit.activation,
+        },
+        vocab_size=97,
+        hidden_size=decoder.width,
+        num_hidden_layers=decoder.layers,
+        num_attention_heads=decoder.heads,
+        intermediate_size=decoder.mlp_width,
+        max_position_embeddings=decoder.max_positions,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        tie_word_embeddings=decoder.tied_output,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    twin = GitForCausalLM(config)
+    twin.load_state_dict(weights)
+    return twin
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_agrees_with_transformers(seed: int) -> None:
+    """Loss, gradients, logits and greedy words on shapes that are not the golden ones."""
+    pick = torch.Generator().manual_seed(seed)
+    choose = lambda *options: options[int(torch.randint(len(options), (1,), generator=pick))]  # noqa: E731
+    heads = choose(1, 2, 3)
+    vit = VitSettings(
+        image_size=choose(12, 24), patch_size=choose(4, 6), width=heads * choose(8, 12),
+        layers=choose(1, 3), heads=heads, mlp_ratio=choose(2.0, 3.0),
+        activation=choose("gelu", "quick_gelu"),
+    )  # fmt: skip
+    decoder = GitDecoderSettings(
+        width=heads * choose(8, 16), layers=choose(1, 2, 4), heads=heads, mlp_width=choose(20, 64),
+        max_positions=16, dropout=0.0, tied_output=choose(True, False), embedding_norm_eps=1e-12,
+    )  # fmt: skip
+    model = build(vit, decoder, Words(), label_smoothing=0.0)
+    initialise(model, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=pick) * 0.1)
+    weights = export_git({n: p.detach() for n, p in model.named_parameters()}, "transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin = transformers_twin(vit, decoder, weights)
+    batch = small_batch(seed, captions=2, size=vit.image_size)
+    out, gradients = loss_and_gradients(model, batch)
+
+    pixels = normalise_pixels(batch["images"], MEAN, STD, torch.float32)
+    tokens, mask = (batch[key].flatten(0, 1) for key in ("tokens", "loss_mask"))
+    theirs = twin(
+        pixel_values=pixels.repeat_interleave(2, dim=0),
+        input_ids=tokens,
+        attention_mask=((tokens != 0) | mask).long(),
+        labels=tokens.masked_fill(~mask, -100),
+        use_cache=False,
+    )
+    theirs.loss.backward()
+    assert out["loss"].item() == pytest.approx(theirs.loss.item(), abs=1e-5)
+    assert out["cross_entropy"].item() == pytest.approx(theirs.loss.item(), abs=1e-5)
+    image_part = theirs.logits.shape[1] - tokens.shape[1]
+    guesses = theirs.logits[:, image_part:-1].argmax(-1)[mask[:, 1:]]
+    hits = (guesses == tokens[:, 1:][mask[:, 1:]]).float().mean()
+    assert out["token_accuracy"].item() == pytest.approx(hits.item(), abs=1e-6)
+    foreign = export_git(gradients, "transformers")
+    for name, parameter in twin.named_parameters():
+        if not name.endswith("word_embeddings.weight"):  # pad's row is frozen there
+            torch.testing.assert_close(parameter.grad, foreign[name], atol=1e-5, rtol=1e-3)
+
+    ids = model.objectives["caption"].generate(model.encoders, batch["images"], 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = twin.eval().generate(pixel_values=pixels, max_new_tokens=8, do_sample=False)
+    assert F.pad(ids, (0, expected.shape[1] - ids.shape[1])).tolist() == expected.tolist()
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+def evaluation_batches(images: int, size: int) -> list[dict]:
+    """Batches of `size` rows; the last is filled up with rows that do not count."""
+    batches = []
+    for start in range(0, images, size):
+        batch = small_batch(start, images=size, captions=1)
+        batch["row"] = torch.arange(start, start + size)
+        batch["valid"] = batch["row"] < images
+        batch["loss_mask"] &= batch["valid"][:, None, None]
+        batch["key"] = [f"key{row}" for row in batch["row"].tolist()]
+        batch["captions"] = [[f"w{row + 3} w4", "w4 w5 w6"] for row in batch["row"].tolist()]
+        batches.append(batch)
+    return batches
+
+
+def evaluate(model, batches, reduce=lambda value: [value], **options):
+    objective, device = model.objectives["caption"], torch.device("cpu")
+    return objective.evaluate(model.encoders, batches, Words(), device, reduce, **options)
+
+
+def test_evaluation_reports_every_valid_image_once() -> None:
+    model, batches = small_model(dropout=0.2), evaluation_batches(7, 4)
+    metrics, examples = evaluate(model, batches, keep_images=2)
+    assert [e.row for e in examples] == list(range(7))
+    assert [e.key for e in examples] == [f"key{row}" for row in range(7)]
+    assert [e.row for e in examples if e.image is not None] == [0, 1]
+    assert torch.equal(examples[1].image, batches[0]["images"][1])
+    assert metrics["images"] == 7
+    scores = caption_scores([e.caption for e in examples], [e.references for e in examples])
+    assert {key: metrics[key] for key in scores.means} == scores.means
+    assert all(module.training for module in model.modules())
+    ids = model.objectives["caption"].generate(model.encoders, batches[0]["images"])
+    assert examples[0].caption == Words().decode(
+        [i for i in ids[0].tolist()[1:] if i not in (0, 2)]
+    )
+    sums = [0.0, 0.0]
+    model.eval()
+    for batch in batches:
+        count = model.objectives["caption"].count(batch)["tokens"]
+        out, _ = loss_and_gradients(model, batch)
+        sums = [sums[0] + out["cross_entropy"].item() * count, sums[1] + count]
+    assert metrics["cross_entropy"] == pytest.approx(sums[0] / sums[1], rel=1e-5)
+
+
+def test_evaluation_on_two_ranks_equals_one() -> None:
+    """Both ranks run in one thread each and meet in `reduce`, as they would in a collective."""
+    from threading import Barrier, Thread
+
+    model, batches = small_model(), evaluation_batches(7, 2)
+    alone = evaluate(model, batches)
+    meeting, board, results = Barrier(2, timeout=60), [None, None], [None, None]
+
+    def run(rank: int) -> None:
+        def reduce(value):
+            board[rank] = value
+            meeting.wait()
+            values = list(board)
+            meeting.wait()
+            return values
+
+        twin = small_model()
+        results[rank] = evaluate(twin, batches[rank::2], reduce, keep_images=0)
+
+    threads = [Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results[0] == results[1]
+    assert results[0][0] == pytest.approx(alone[0], rel=1e-6)
+    assert [e.caption for e in results[0][1]] == [e.caption for e in alone[1]]
+
+
+def test_evaluation_without_references_gives_no_caption_scores() -> None:
+    batches = evaluation_batches(4, 4)
+    batches[0]["captions"] = [[] for _ in range(4)]
+    metrics, examples = evaluate(small_model(), batches)
+    assert "cider_d" not in metrics and metrics["images"] == 4 and len(examples) == 4
