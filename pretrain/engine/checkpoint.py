@@ -98,6 +98,7 @@ class Checkpoints:
         self._attachments = attachments or {}
         self._rank = dist.get_rank()
         self._world = dist.get_world_size()
+        self.passed_over: list[str] = []
 
     # ---- writing -----------------------------------------------------------------------------
 
@@ -185,23 +186,22 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest checkpoint whose every byte is as written. A collective.
 
-        Damaged ones are named in the log and passed over.
+        Damaged ones are passed over, and what is wrong with them stands in `passed_over`.
 
         Raises:
             CheckpointError: there are checkpoints, but none is whole.
         """
-        candidates = self._agree_on(lambda: [str(p) for p in list_checkpoints(self.root)])
-        for name in candidates:
-            problems = self._verify(Path(name))
+        candidates = self._agree_on(lambda: list_checkpoints(self.root))
+        self.passed_over = []
+        for folder in candidates:
+            problems = self._verify(folder)
             if not problems:
-                return Path(name)
-            if self._rank == 0:
-                for problem in problems:
-                    log.warning("checkpoint %s is passed over: %s", Path(name).name, problem)
+                return folder
+            self.passed_over += [f"{folder.name} is passed over: {p}" for p in problems]
         if candidates:
             raise CheckpointError(
-                f"none of the {len(candidates)} checkpoints under {self.root} is whole (the log "
-                "names what is damaged); restore one from a backup, or start in a new run_dir"
+                f"none of the {len(candidates)} checkpoints under {self.root} is whole; restore "
+                "one from a backup, or start in a new run_dir: " + "; ".join(self.passed_over)
             )
         return None
 

@@ -149,11 +149,10 @@ class Trainer:
                 world=self.ranks.world, start_step=state.step, stop_step=recipe.steps,
                 pin_memory=self.ranks.device.type == "cuda",
             )
-            with self.loader:
-                stopped = loop.run(
-                    self.loader, state, wants_report=self._wants_report,
-                    on_report=self._on_report, after_step=self._after_step,
-                )
+            stopped = loop.run(
+                self.loader, state, wants_report=self._wants_report,
+                on_report=self._on_report, after_step=self._after_step,
+            )
         self._save()
         if self.ranks.leads:
             self.control.status("stopped" if stopped else "finished", state.step, stopped or "")
@@ -170,7 +169,8 @@ class Trainer:
 
     def _on_report(self, state: TrainerState, report: StepReport) -> None:
         metrics = self.throughput.describe(report)
-        metrics["epoch"] = self.loader.streams[report.task].epochs(state.samples[report.task])
+        rows = self.loader.streams[report.task].n_rows
+        metrics["epoch"] = state.samples[report.task] / rows
         metrics["skipped_steps"] = state.skipped_steps
         metrics["replaced_samples"] = self._replaced(report.task)
         self.log.log(state.step, report.task, metrics)
@@ -189,7 +189,9 @@ class Trainer:
 
     def _replaced(self, task: str) -> int:
         """Samples of a task that were replaced since this start, over all ranks."""
-        count = torch.tensor([self.loader.faults().get(task, 0)], device=self.ranks.device)
+        counts = self.loader.faults()
+        mine = counts[task].replaced if task in counts else 0
+        count = torch.tensor([mine], device=self.ranks.device)
         dist.all_reduce(count)
         return int(count)
 
@@ -220,6 +222,8 @@ class Trainer:
         self.saved_step = self.state.step
 
     def _announce(self, restored: Path | None) -> None:
+        for problem in self.checkpoints.passed_over:
+            log.warning("checkpoint %s", problem)
         names = self.engine.module.named_parameters()
         count = sum(getattr(p, "ds_numel", p.numel()) for _, p in names)
         log.info(

@@ -1,0 +1,170 @@
+"""Runs of `pretrain.train` that are killed, stopped, damaged and resumed, against one that is not.
+
+Equal means bit for bit: every logged loss and gradient norm, and the final weights.
+"""
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.engine.checkpoint_files import newest_whole, read_full_state
+from tests.distributed.launch import kill_ranks, run_ranks, start_ranks, tails
+from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
+
+EXACT = ("loss", "cross_entropy", "token_accuracy", "gradient_norm", "learning_rate", "epoch")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    pack_scenes(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """stage -> run directory of an uninterrupted run; made when asked for."""
+    done: dict[int, Path] = {}
+
+    def run(stage: int) -> Path:
+        if stage not in done:
+            folder = tmp_path_factory.mktemp(f"straight{stage}")
+            done[stage] = folder / "run"
+            recipe = tiny_recipe(data, done[stage], deepspeed=f"zero{stage}")
+            finish(write_recipe(folder / "recipe.yaml", recipe), folder)
+        return done[stage]
+
+    return run
+
+
+def finish(recipe: Path, logs: Path, *more: str, world: int = 2) -> None:
+    codes = run_ranks("pretrain.train", [recipe, *more], world, logs)
+    assert codes == [0] * world, tails(logs)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for a, b in zip(metrics(one), metrics(other), strict=True):
+        assert (a["step"], a["kind"]) == (b["step"], b["kind"])
+        assert {k: a.get(k) for k in EXACT} == {k: b.get(k) for k in EXACT}, f"step {a['step']}"
+    weights = [read_full_state(newest_whole(run / "checkpoints")) for run in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]), name
+
+
+def steps_logged(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"kind": "train"') if path.exists() else 0
+
+
+def kill_when(condition, processes, timeout_s: float = 120) -> bool:
+    """SIGKILL all ranks as soon as `condition()`; False if they ended before."""
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        if condition():
+            kill_ranks(processes)
+            return True
+        if all(p.poll() is not None for p in processes):
+            return False
+        time.sleep(0.001)
+    kill_ranks(processes)
+    raise AssertionError("the moment to kill never came")
+
+
+def kill_and_resume(data, folder: Path, stage: int, moments) -> Path:
+    """Start a run, kill it at each of the moments (resuming in between), then let it finish."""
+    run = folder / "run"
+    recipe = tiny_recipe(data, run, deepspeed=f"zero{stage}")
+    arguments = [str(write_recipe(folder / "recipe.yaml", recipe))]
+    for number, moment in enumerate(moments):
+        logs = folder / f"start{number}"
+        processes = start_ranks("pretrain.train", arguments, 2, logs)
+        kill_when(lambda moment=moment: moment(run), processes)
+        if (run / "recipe.yaml").exists() and list(run.glob("checkpoints/step_*")):
+            arguments = ["--resume", str(run)]
+    finish(Path(arguments[0]), folder / "last", *arguments[1:])
+    return run
+
+
+def inside_a_save(run: Path) -> bool:
+    return any(run.glob("checkpoints/.writing-*/*"))
+
+
+def after_steps(count: int):
+    return lambda run: steps_logged(run) >= count
+
+
+def test_killed_between_steps_and_inside_a_save(data, straight, tmp_path):
+    moments = [inside_a_save, after_steps(random.randint(5, 11))]
+    assert_same_run(straight(2), kill_and_resume(data, tmp_path, 2, moments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_killed_many_times(data, straight, tmp_path, stage):
+    moments = [after_steps(random.randint(1, 11)) if random.random() < 0.5 else inside_a_save
+               for _ in range(6)]
+    assert_same_run(straight(stage), kill_and_resume(data, tmp_path, stage, moments))
+
+
+def test_stopped_by_a_signal_to_one_rank(data, straight, tmp_path):
+    """SIGTERM reaches rank 1 alone; both ranks save the same step and leave with 0."""
+    run = tmp_path / "run"
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(data, run))
+    processes = start_ranks("pretrain.train", [recipe], 2, tmp_path)
+    try:
+        until = time.monotonic() + 120
+        while steps_logged(run) < 2 and time.monotonic() < until:
+            time.sleep(0.005)
+        processes[1].send_signal(signal.SIGTERM)
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        kill_ranks(processes)
+    assert codes == [0, 0], tails(tmp_path)
+    status = json.loads((run / "control/status.json").read_text())
+    assert status["state"] == "stopped" and status["reason"] == "SIGTERM"
+    assert 2 <= status["step"] < 12
+    assert (run / f"checkpoints/step_{status['step']:09d}/manifest.json").exists()
+    finish(Path("--resume"), tmp_path / "again", str(run))
+    assert json.loads((run / "control/status.json").read_text())["state"] == "finished"
+    assert_same_run(straight(2), run)
+
+
+def test_other_world_and_stage_see_the_same_batches(data, straight, tmp_path):
+    """Stopped by file at world 2, resumed at world 1 under ZeRO-3 with another micro-batch."""
+    run = tmp_path / "run"
+    recipe = tiny_recipe(data, run, tasks__caption__objective__decoder__dropout=0.0)
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    processes = start_ranks("pretrain.train", [path], 2, tmp_path)
+    kill_when(lambda: steps_logged(run) >= 6, processes)
+    finish(Path("--resume"), tmp_path / "again", str(run), "deepspeed=zero3",
+           "tasks.caption.micro_batch=8", world=1)
+    whole = tmp_path / "whole"
+    recipe["run_dir"] = str(whole)
+    finish(write_recipe(tmp_path / "whole.yaml", recipe), tmp_path / "whole_logs", world=1)
+    for a, b in zip(metrics(run), metrics(whole), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-5), f"step {a['step']}"
+
+
+def test_a_damaged_checkpoint_is_passed_over(data, straight, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(straight(2), run)
+    newest = newest_whole(run / "checkpoints") / "rank_00001.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    finish(Path("--resume"), tmp_path / "again", str(run))
+    log = (run / "logs/rank_00000.log").read_text()
+    assert "step_000000012 is passed over" in log and "rank_00001.safetensors is damaged" in log
+    assert_same_run(straight(2), run)
