@@ -1,0 +1,134 @@
+"""Runs that cannot go on: they end, on every rank, and say why, where and what to do."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.train import main
+from tests.distributed.launch import (
+    ROOT,
+    kill_ranks,
+    rank_environment,
+    run_ranks,
+    start_ranks,
+    tails,
+)
+from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    pack_scenes(folder)
+    return folder
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "control/status.json").read_text())
+
+
+def test_a_run_whose_gradients_are_not_finite_ends(data, tmp_path):
+    run = tmp_path / "run"
+    recipe = tiny_recipe(data, run, optimizer__lr=1e30, schedule__warmup_steps=0,
+                         failure={"max_skipped_steps": 2})
+    codes = run_ranks("pretrain.train", [write_recipe(tmp_path / "r.yaml", recipe)], 2, tmp_path)
+    assert codes == [1, 1], tails(tmp_path)
+    assert status(run)["state"] == "failed"
+    assert "3 steps in a row" in status(run)["reason"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines][-3:] == [1, 1, 1]
+    assert lines[-1]["skipped_steps"] == 3 and lines[-1]["loss"] is None
+    assert (run / "control/failure_rank_00001.json").exists()
+    assert "was skipped: its gradient is not finite" in (run / "logs/rank_00001.log").read_text()
+
+
+def test_rotten_data_ends_every_rank_and_names_the_shard(data, tmp_path):
+    rotten = tmp_path / "train"
+    rotten.mkdir()
+    for path in (data / "train").iterdir():
+        content = bytearray(path.read_bytes())
+        if path.suffix == ".tar":
+            content[600::700] = bytes(len(content[600::700]))
+        (rotten / path.name).write_bytes(content)
+    run = tmp_path / "run"
+    recipe = tiny_recipe(data, run, loader={"workers": 1, "max_bad_run": 3})
+    recipe["tasks"]["caption"]["data"]["shards"] = [str(rotten)]
+    codes = run_ranks("pretrain.train", [write_recipe(tmp_path / "r.yaml", recipe)], 2, tmp_path)
+    assert codes == [1, 1], tails(tmp_path)
+    assert status(run)["state"] == "failed"
+    reasons = " ".join(json.loads(path.read_text())["reason"]
+                       for path in (run / "control").glob("failure_rank_*.json"))
+    assert "train-00000" in reasons and "rank" in reasons
+
+
+def test_a_job_that_lost_the_run_commits_nothing(data, tmp_path):
+    run = tmp_path / "run"
+    recipe = tiny_recipe(data, run, steps=400, checkpoint={"every_steps": 400})
+    path = write_recipe(tmp_path / "r.yaml", recipe)
+    processes = start_ranks("pretrain.train", [path], 1, tmp_path)
+    try:
+        until = time.monotonic() + 60
+        while not (run / "control/heartbeat").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        owner = json.loads((run / "control/owner.json").read_text())
+        owner |= {"token": "another", "host": "elsewhere"}
+        (run / "control/owner.json").write_text(json.dumps(owner))
+        (run / "control/save").touch()
+        assert processes[0].wait(timeout=120) == 1
+    finally:
+        kill_ranks(processes)
+    assert "on elsewhere has taken over this run" in tails(tmp_path)
+    assert not list((run / "checkpoints").glob("step_*"))
+
+
+def test_arguments_and_recipes_are_judged_before_anything_starts(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    path = write_recipe(tmp_path / "r.yaml", tiny_recipe(data, run))
+    assert main([str(path), "tasks.caption.micro_batsh=4"]) == 2
+    assert "micro_batch" in capsys.readouterr().err
+    (run / "checkpoints/step_000000004").mkdir(parents=True)
+    assert main([str(path)]) == 2
+    assert f"--resume {run}" in capsys.readouterr().err
+    assert main(["--resume", str(tmp_path / "nothing")]) == 2
+    assert "no recipe.yaml" in capsys.readouterr().err
+    (run / "recipe.yaml").write_text(path.read_text())
+    assert main(["--resume", str(run), "seed=5"]) == 2
+    assert "seed cannot change on a resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([])
+
+
+LAUNCHERS = {
+    "python": [sys.executable, "-m", "pretrain.train"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                 "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m",
+                 "pretrain.train"],
+    "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2",
+                  "--master_port", "0", "--module", "pretrain.train"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers(data, tmp_path, launcher):
+    run = tmp_path / "run"
+    recipe = tiny_recipe(data, run, steps=2, schedule__warmup_steps=1)
+    path = write_recipe(tmp_path / "r.yaml", recipe)
+    command = list(LAUNCHERS[launcher])
+    if launcher == "deepspeed":
+        from tests.distributed.launch import free_port
+
+        command[command.index("0")] = str(free_port())
+    environment = {k: v for k, v in rank_environment(0, 1, 0).items()
+                   if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+                                "MASTER_ADDR", "MASTER_PORT")}
+    done = subprocess.run([*command, str(path)], cwd=ROOT, env=environment, capture_output=True,
+                          text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    start = json.loads((run / "starts.jsonl").read_text())
+    assert start["world"] == (1 if launcher == "python" else 2)
+    assert start["packages"]["torch"] and start["from_step"] == 0
+    assert status(run)["state"] == "finished"
