@@ -59,6 +59,9 @@ _SCALARS: list[tuple[str, str, list[str]]] = [
 ]
 
 
+_PLAIN_TAGS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars."""
 
@@ -126,6 +129,9 @@ def _construct(
     loader: _Loader, node: yaml.Node, path: KeyPath, source: str, written: dict[KeyPath, str]
 ) -> Any:
     """Node -> plain data, refusing what a plain dict would swallow: doubled or non-text keys."""
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
+        line = f"{source}:{node.start_mark.line + 1}"
+        raise RecipeError(f"{line}: {'.'.join(path)}: the YAML tag {node.tag} is not allowed")
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, item, (*path, "[]"), source, {}) for item in node.value]
     if not isinstance(node, yaml.MappingNode):
@@ -218,7 +224,7 @@ def parse_override(text: str) -> Layer:
     while match := _SEGMENT.match(text, position):
         path.append(match[1] or match[2])
         position = match.end()
-        if text[position : position + 1] != ".":
+        if not _SEGMENT.match(text, position + 1) or text[position] != ".":
             break
         position += 1
     if not path or text[position : position + 1] != "=":
