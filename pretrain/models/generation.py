@@ -57,12 +57,3 @@ def generate_greedy(
         if agree(bool(ended.all())):
             break
     return ids[:, : step + 2]
-
-
-def words_of(ids: list[int], bos_id: int, eos_id: int, pad_id: int) -> list[int]:
-    """The ids of one generated row between BOS and EOS."""
-    if ids and ids[0] == bos_id:
-        ids = ids[1:]
-    if eos_id in ids:
-        ids = ids[: ids.index(eos_id)]
-    return [i for i in ids if i != pad_id]

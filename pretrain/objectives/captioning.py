@@ -2,30 +2,23 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from data_pipeline.settings import Settings
-from pretrain.models.generation import alone, generate_greedy, words_of
+from pretrain.models.generation import alone, generate_greedy
 from pretrain.models.git import GitDecoder, GitDecoderSettings
 from pretrain.models.pixels import normalise_pixels
-from pretrain.objectives.caption_metrics import caption_scores
+from pretrain.objectives.caption_evaluation import (
+    CaptionExample,
+    Gather,
+    Vocabulary,
+    evaluate_captions,
+)
 from pretrain.objectives.token_loss import smoothed_cross_entropy
-
-
-class Vocabulary(Protocol):
-    """What captioning needs to know of a tokenizer."""
-
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    pad_id: int
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 class CaptioningSettings(Settings):
@@ -80,18 +73,6 @@ class CaptioningSettings(Settings):
             label_smoothing=self.label_smoothing,
             max_new_tokens=self.max_new_tokens,
         )
-
-
-@dataclass(frozen=True)
-class CaptionExample:
-    """One evaluated image."""
-
-    row: int
-    key: str
-    caption: str
-    references: list[str]
-    image: Tensor | None = None
-    """(3, H, W) uint8 as the model saw it; only the first few of this rank keep theirs."""
 
 
 class Captioning(nn.Module):
@@ -219,50 +200,25 @@ class Captioning(nn.Module):
         loader: Iterable[Mapping[str, Any]],
         vocabulary: Vocabulary,
         device: torch.device,
-        reduce: Callable[[Any], list[Any]] = lambda value: [value],
+        reduce: Gather = lambda value: [value],
         keep_images: int = 16,
     ) -> tuple[dict[str, float], list[CaptionExample]]:
         """Caption every image of `loader` and compare with its references.
 
-        loader: evaluation batches on the CPU, with the same number of batches on every rank; beside
-            what `forward` reads: valid, row, key, and captions (a list of references per image).
-        reduce: one JSON-like value per rank -> the values of all ranks in rank order, on every
-            rank. It is called for every generated token, and for the results at the end.
-
-        Returns the metrics of the whole set, and one example per image in row order. They are the
-        same on every rank, but for the images kept.
+        Arguments and results as in `evaluate_captions`; `reduce` is also called for every generated
+        token. The metrics are loss, cross_entropy, token_accuracy, images and the caption scores.
         """
-        sums = torch.zeros(3, dtype=torch.float64)
-        records: list[dict[str, Any]] = []
-        kept: dict[int, Tensor] = {}
-        supervised = 0
+
+        def judge(batch: Mapping[str, Any]) -> tuple[dict[str, float], list[list[int]]]:
+            inputs = {k: batch[k].to(device) for k in ("images", "tokens", "loss_mask")}
+            image_tokens = self._encode(encoders, inputs["images"])
+            sums = torch.stack(self.token_sums(image_tokens, inputs)).tolist()
+            ids = self._generate(image_tokens, None, lambda done: all(reduce(done)))
+            names = ("loss", "cross_entropy", "token_accuracy")
+            return dict(zip(names, sums, strict=True)), ids.tolist()
+
         with torch.no_grad(), evaluating(self, encoders[self.encoder]):
-            for batch in loader:
-                supervised += self.count(batch)["tokens"]
-                inputs = {k: batch[k].to(device) for k in ("images", "tokens", "loss_mask")}
-                image_tokens = self._encode(encoders, inputs["images"])
-                sums += torch.stack(self.token_sums(image_tokens, inputs)).cpu().double()
-                ids = self._generate(image_tokens, None, lambda done: all(reduce(done)))
-                for record, image in self._records(batch, ids.tolist(), vocabulary):
-                    records.append(record)
-                    if len(kept) < keep_images:
-                        kept[record["row"]] = image
-        parts = reduce({"sums": [*sums.tolist(), supervised], "records": records})
-        loss, cross_entropy, correct, tokens = (
-            sum(column) for column in zip(*(part["sums"] for part in parts), strict=True)
-        )
-        merged = sorted((r for part in parts for r in part["records"]), key=lambda r: r["row"])
-        tokens = max(1, tokens)
-        metrics = {
-            "loss": loss / tokens,
-            "cross_entropy": cross_entropy / tokens,
-            "token_accuracy": correct / tokens,
-            "images": float(len(merged)),
-        }
-        if judged := [r for r in merged if r["references"]]:
-            captions = [r["caption"] for r in judged]
-            metrics |= caption_scores(captions, [r["references"] for r in judged]).means
-        return metrics, [CaptionExample(**r, image=kept.get(r["row"])) for r in merged]
+            return evaluate_captions(judge, loader, vocabulary, reduce, keep_images)
 
     def _encode(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         encoder = encoders[self.encoder]
@@ -278,20 +234,6 @@ class Captioning(nn.Module):
             max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
             agree=agree,
         )
-
-    def _records(
-        self, batch: Mapping[str, Any], ids: list[list[int]], vocabulary: Vocabulary
-    ) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """The valid images of a batch: what is reported of each, and its pixels."""
-        for i, valid in enumerate(batch["valid"].tolist()):
-            if valid:
-                record = {
-                    "row": int(batch["row"][i]),
-                    "key": batch["key"][i],
-                    "caption": vocabulary.decode(words_of(ids[i], **self.special_ids)),
-                    "references": list(batch["captions"][i]),
-                }
-                yield record, batch["images"][i]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,10 @@ class Words:
     eos_id: int = 2
 
     def decode(self, ids) -> str:
-        return " ".join(f"w{i}" for i in ids)
+        ids = list(ids)
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return " ".join(f"w{i}" for i in ids if i not in (self.bos_id, self.pad_id))
 
 
 @dataclass

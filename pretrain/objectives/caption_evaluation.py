@@ -1,0 +1,82 @@
+"""Caption a whole data set, on all ranks, and compare with its references."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pretrain.objectives.caption_metrics import caption_scores
+
+Gather = Callable[[Any], list[Any]]
+
+
+class Vocabulary(Protocol):
+    """What captioning needs to know of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids between BOS and the first EOS, without special tokens."""
+
+
+@dataclass(frozen=True)
+class CaptionExample:
+    """One evaluated image."""
+
+    row: int
+    key: str
+    caption: str
+    references: list[str]
+    image: Tensor | None = None
+    """(3, H, W) uint8 as the model saw it; only the first few of this rank keep theirs."""
+
+
+def evaluate_captions(
+    judge: Callable[[Mapping[str, Any]], tuple[Mapping[str, float], list[list[int]]]],
+    loader: Iterable[Mapping[str, Any]],
+    vocabulary: Vocabulary,
+    reduce: Gather = lambda value: [value],
+    keep_images: int = 16,
+) -> tuple[dict[str, float], list[CaptionExample]]:
+    """Run `judge` over all batches and put the ranks' results together.
+
+    judge: batch -> (sums over its supervised tokens, generated ids from BOS on for each row).
+    loader: evaluation batches on the CPU, with the same number of batches on every rank; read here
+        are images, loss_mask, valid, row, key, and captions (a list of references per image).
+    reduce: one JSON-like value per rank -> the values of all ranks in rank order, on every rank.
+
+    Returns the metrics of the whole set (the sums divided by the number of supervised tokens;
+    `images`; and, where there are references, the scores of `caption_scores`) and one example per
+    image in row order. Both are the same on every rank, but for the images kept.
+    """
+    sums: dict[str, float] = {}
+    tokens = 0
+    records: list[dict[str, Any]] = []
+    kept: dict[int, Tensor] = {}
+    for batch in loader:
+        tokens += int(batch["loss_mask"][..., 1:].sum())
+        batch_sums, ids = judge(batch)
+        for name, value in batch_sums.items():
+            sums[name] = sums.get(name, 0.0) + value
+        for i in batch["valid"].nonzero()[:, 0].tolist():
+            row = int(batch["row"][i])
+            record = {"row": row, "key": batch["key"][i], "references": list(batch["captions"][i])}
+            records.append(record | {"caption": vocabulary.decode(ids[i])})
+            if len(kept) < keep_images:
+                kept[row] = batch["images"][i].clone()
+    parts = reduce({"sums": sums, "tokens": tokens, "records": records})
+    total = max(1, sum(part["tokens"] for part in parts))
+    metrics = {
+        name: sum(part["sums"].get(name, 0.0) for part in parts) / total
+        for name in dict.fromkeys(name for part in parts for name in part["sums"])
+    }
+    merged = sorted((r for part in parts for r in part["records"]), key=lambda r: r["row"])
+    metrics["images"] = float(len(merged))
+    if judged := [r for r in merged if r["references"]]:
+        captions = [r["caption"] for r in judged]
+        metrics |= caption_scores(captions, [r["references"] for r in judged]).means
+    return metrics, [CaptionExample(**r, image=kept.get(r["row"])) for r in merged]
