@@ -1,0 +1,296 @@
+"""`python -m tools.benchmark data`: how fast images become batches, and what bounds it.
+
+All loaders read the same shards, draw a random-resized crop of each image, encode its caption, and
+hand over batches of 64. The limit is what two processes reach that decode and resize images which
+they hold in memory, and do nothing else.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from rich.console import Console
+
+from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.loader import LoaderSettings, StepLoader, TaskStream
+from data_pipeline.order import Order
+from data_pipeline.packer import ShardWriter
+from data_pipeline.reader import Sample, SampleReader
+from data_pipeline.rng import sample_rng
+from data_pipeline.shards import ShardSet
+from data_pipeline.tokenizer import train_byte_level_bpe
+from data_pipeline.transforms import ImageSettings, ImageTransform, random_box
+from tools.bench_measure import Measurement, interleaved, median_rate, ratio
+
+WORKERS = 2
+BATCH = 64
+SHARDS = 8
+CAPTION = b"a photograph of something that is worth a caption"
+# Photographs on the web carry this much; decoding is bound by it, not by the number of pixels.
+BITS_PER_PIXEL = 4.4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    parser.add_argument(
+        "--images", type=Path, help="folder of JPEGs, or of shards; default: made-up photographs"
+    )
+    parser.add_argument("--samples", type=int, default=2400, help="images per repetition")
+    parser.add_argument("--size", type=int, default=224, help="output pixels")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure; see `tools.benchmark` for the form of the result."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)  # as in the workers
+    with tempfile.TemporaryDirectory() as folder:
+        jpegs = photographs(args.images)
+        shards = pack(jpegs, Path(folder) / "shards", args.samples)
+        bench = DataBench(shards, jpegs, args.size)
+        cases = {
+            "omnipretrain": bench.ours,
+            "webdataset, same decoder": partial(bench.webdataset, bench.decode_fast),
+            "webdataset + Pillow": partial(bench.webdataset, bench.decode_pillow),
+            "limit: decode + resize in memory": bench.limit,
+            "limit: decode in memory": partial(bench.limit, decode_only=True),
+            "reading only, omnipretrain": bench.read_ours,
+            "reading only, webdataset": bench.read_webdataset,
+            "order, 128 positions a call": bench.order,
+        }
+        with Console(stderr=True).status("packing") as status:
+            results = interleaved(cases, args.repeats, status.update)
+        return report(results, bench, jpegs)
+
+
+def report(
+    results: dict[str, list[Measurement]], bench: "DataBench", jpegs: list[bytes]
+) -> dict[str, Any]:
+    """Table, bars and notes from the measurements."""
+    ours, (same, pillow, limit) = results["omnipretrain"], list(results.values())[1:4]
+    rows = [
+        {
+            "case": name,
+            "items/s": median_rate(measured),
+            "items per CPU-s": median_rate(measured, "cpu_seconds"),
+            "us per item (CPU)": 1e6 / median_rate(measured, "cpu_seconds"),
+            "ours / this": ratio(ours, measured) if position < 5 else None,
+            "ours / this (CPU)": ratio(ours, measured, "cpu_seconds") if position < 5 else None,
+        }
+        for position, (name, measured) in enumerate(results.items())
+    ]
+    cost = {name: 1e6 / median_rate(m, "cpu_seconds") for name, m in results.items()}
+
+    def bar(what: str, measured: float, value: float, at_least: bool) -> dict[str, Any]:
+        return {"what": what, "measured": measured, "bar": value, "at_least": at_least}
+
+    reading = cost["reading only, omnipretrain"]
+    bars = [
+        bar("webdataset, same decoder: ratio", ratio(ours, same), 1.2, True),
+        bar("webdataset + Pillow: ratio", ratio(ours, pillow), 1.9, True),
+        bar("share of the in-memory limit", ratio(ours, limit), 0.85, True),
+        bar("order: us per sample", cost["order, 128 positions a call"], 10.0, False),
+        bar("reading from tars: us per sample, with checksums", reading, 25.0, False),
+    ]
+    pixels = [simplejpeg.decode_jpeg_header(jpeg)[:2] for jpeg in jpegs]
+    megapixels = [h * w / 1e6 for h, w in pixels]
+    bits = [8 * len(j) / (m * 1e6) for j, m in zip(jpegs, megapixels, strict=True)]
+    return {
+        "title": f"loading JPEGs, {WORKERS} workers, {bench.size} px random-resized crops",
+        "rows": rows,
+        "bars": bars,
+        "notes": [
+            f"{len(jpegs)} JPEGs, repeated to {bench.samples}: median {np.median(megapixels):.3f} "
+            f"megapixels, {np.mean([len(j) for j in jpegs]) / 1e3:.0f} kB, "
+            f"{np.median(bits):.2f} bits per pixel; full-size decoding in all cases",
+            "wall time includes starting the workers; CPU time is that of all processes",
+        ],
+    }
+
+
+class DataBench:
+    """The cases; each method does one repetition and returns the number of items."""
+
+    def __init__(self, shards: ShardSet, jpegs: list[bytes], size: int) -> None:
+        self.shards, self.jpegs, self.size = shards, jpegs, size
+        self.samples = len(shards)
+        self.image = ImageSettings(size=size, flip_probability=0.5, scaled_decode_margin=None)
+        self.tokenizer = train_byte_level_bpe([CAPTION.decode()] * 2, 300)
+        data = CaptionDataSettings(shards=["unused"], image=self.image)
+        self.fields = CaptionFields(data, self.tokenizer, train=True)
+        self.transform = ImageTransform(self.image)
+        self.big_order = Order.plan(10**9, 0, 1024)
+
+    def ours(self) -> float:
+        """The loader of this project."""
+        order = Order.plan(self.samples, 0, BATCH)
+        stream = TaskStream("bench", SampleReader(self.shards), order, self.fields, 0, BATCH, BATCH)
+        settings = LoaderSettings(workers=WORKERS, prefetch_batches=2)
+        steps = self.samples // BATCH
+        loader = StepLoader(
+            {"bench": stream}, lambda step: ("bench", step), settings, 0, 1, 0, steps
+        )
+        return _drain(window.micro_batches[0] for window in loader)
+
+    def webdataset(self, decode) -> float:
+        """A webdataset pipeline with shard shuffle and a buffer of 1,000 samples."""
+        import webdataset
+
+        urls = [shard.path for shard in self.shards.shards]
+        pipeline = (
+            webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
+            .shuffle(1000)
+            .map(decode)
+            .batched(BATCH, collation_fn=self._collate, partial=True)
+        )
+        loader = torch.utils.data.DataLoader(
+            pipeline, batch_size=None, num_workers=WORKERS, prefetch_factor=2
+        )
+        return _drain(iter(loader))
+
+    def decode_fast(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """The very code that the loader of this project runs on a sample."""
+        key, members = sample["__key__"], {"jpg": sample["jpg"], "txt": sample["txt"]}
+        return self.fields.sample(Sample(0, "", key, members), self._rng_for(key))
+
+    def decode_pillow(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Decode, crop and resize (bicubic) with Pillow."""
+        import io
+
+        key = sample["__key__"]
+        rng = sample_rng(0, "bench", int(key), "image")
+        with Image.open(io.BytesIO(sample["jpg"])) as opened:
+            picture = opened.convert("RGB")
+        x, y, w, h = random_box(*picture.size, self.image.scale, self.image.ratio, rng)
+        side = (self.size, self.size)
+        picture = picture.resize(side, Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
+        if rng.random() < self.image.flip_probability:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        tokens = np.zeros((1, 40), dtype=np.int64)
+        ids = self.tokenizer.encode(sample["txt"].decode())[:38]
+        tokens[0, 1 : 1 + len(ids)] = ids
+        lengths = np.array([len(ids) + 2])
+        return {"images": np.asarray(picture), "tokens": tokens, "lengths": lengths}
+
+    def limit(self, decode_only: bool = False) -> float:
+        """Decode (and crop, resize, flip) from memory in as many processes, keeping nothing."""
+        context = multiprocessing.get_context("fork")
+        parts = [range(worker, self.samples, WORKERS) for worker in range(WORKERS)]
+        work = self._decode if decode_only else self._decode_and_resize
+        processes = [context.Process(target=work, args=(part,)) for part in parts]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError("a process of the in-memory case failed")
+        return self.samples
+
+    def read_ours(self) -> float:
+        """Read all members of all samples, in the order of training."""
+        with SampleReader(self.shards) as reader:
+            for row in Order.plan(self.samples, 0, BATCH).rows(np.arange(self.samples)).tolist():
+                reader.read(row)
+        return self.samples
+
+    def read_webdataset(self) -> float:
+        """Read all members of all samples, in storage order."""
+        import webdataset
+
+        urls = [shard.path for shard in self.shards.shards]
+        return sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+
+    def order(self) -> float:
+        """Evaluate the order of a billion rows, 128 positions at a time."""
+        calls = 500
+        for call in range(calls):
+            self.big_order.rows(np.arange(call * 128, call * 128 + 128) + 123_456_789)
+        return calls * 128
+
+    def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.fields.collate(items, [True] * len(items))
+
+    def _rng_for(self, key: str):
+        return lambda purpose: sample_rng(0, "bench", int(key), purpose)
+
+    def _decode(self, part: range) -> None:
+        buffer = np.empty(max(h * w * 3 for h, w in map(_size, self.jpegs)), dtype=np.uint8)
+        for number in part:
+            simplejpeg.decode_jpeg(self.jpegs[number % len(self.jpegs)], "RGB", buffer=buffer)
+
+    def _decode_and_resize(self, part: range) -> None:
+        out = np.empty((self.size, self.size, 3), dtype=np.uint8)
+        for number in part:
+            jpeg = self.jpegs[number % len(self.jpegs)]
+            self.transform(jpeg, sample_rng(0, "bench", number, "image"), out)
+
+
+def photographs(source: Path | None) -> list[bytes]:
+    """JPEGs of a folder or of shards; without either, 200 made-up ones of 500 x 375 pixels."""
+    if source is None:
+        return made_up_photographs(200, 375, 500)
+    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    if files:
+        return [path.read_bytes() for path in files]
+    reader = SampleReader(ShardSet.open(str(source)))
+    rows = range(min(len(reader.shards), 1000))
+    found = [reader.read(row, {"jpg", "jpeg"}).members for row in rows]
+    jpegs = [jpeg for members in found for jpeg in members.values()]
+    if not jpegs:
+        raise SystemExit(f"{source}: holds no JPEG, neither as files nor in shards")
+    return jpegs
+
+
+def made_up_photographs(count: int, height: int, width: int) -> list[bytes]:
+    """Noise with the spectrum of photographs (amplitude falls as 1 / frequency), as JPEGs 4:4:4
+    whose quality gives BITS_PER_PIXEL."""
+    quality = min(
+        range(50, 100),
+        key=lambda q: abs(
+            8 * len(_noise_jpeg(0, height, width, q)) - BITS_PER_PIXEL * height * width
+        ),
+    )
+    return [_noise_jpeg(seed, height, width, quality) for seed in range(count)]
+
+
+def pack(jpegs: list[bytes], folder: Path, samples: int) -> ShardSet:
+    """Shards of `samples` samples (jpg, txt, json), the images repeated in turn."""
+    per_shard = -(-samples // SHARDS)
+    with ShardWriter(folder, "bench", max_samples=per_shard) as writer:
+        for number in range(per_shard * SHARDS):
+            members = {"jpg": jpegs[number % len(jpegs)], "txt": CAPTION, "json": b'{"label": 1}'}
+            writer.write(f"{number:08d}", members)
+    return ShardSet.open(str(folder))
+
+
+def _noise_jpeg(seed: int, height: int, width: int, quality: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height)))
+    frequency[0, 0] = 1.0
+    spectrum = np.fft.fft2(rng.standard_normal((3, height, width))) / frequency
+    planes = np.fft.ifft2(spectrum).real
+    planes = planes[0] + 0.3 * planes  # channels of a photograph resemble each other
+    planes = 128 + 50 * (planes - planes.mean()) / planes.std()
+    pixels = np.ascontiguousarray(np.clip(planes, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+    return simplejpeg.encode_jpeg(pixels, quality=quality, colorsubsampling="444")
+
+
+def _size(jpeg: bytes) -> tuple[int, int]:
+    return simplejpeg.decode_jpeg_header(jpeg)[:2]
+
+
+def _drain(batches: Iterator[dict[str, Any]]) -> float:
+    """Take all batches, touching each as a copy to the device would begin to."""
+    count = 0
+    for batch in batches:
+        count += len(batch["images"])
+        batch["images"][-1, 0, 0, 0].item()
+    return count

@@ -1,0 +1,119 @@
+"""Measuring: interleaved repetitions, wall and CPU seconds, and what machine it was."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+LEAST_REPEATS = 5
+LIBRARIES = (
+    "torch", "numpy", "deepspeed", "transformers", "webdataset", "simplejpeg", "pillow",
+    "opencv-python-headless", "tokenizers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One repetition of one case."""
+
+    items: float
+    """What was done: images, samples, steps."""
+    wall_seconds: float
+    cpu_seconds: float
+    """Of this process and of its children that have ended meanwhile."""
+
+
+def measure(case: Callable[[], float]) -> Measurement:
+    """Run `case`, which returns how many items it did."""
+    wall, cpu = time.perf_counter(), _cpu_seconds()
+    items = case()
+    return Measurement(items, time.perf_counter() - wall, _cpu_seconds() - cpu)
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], float]], repeats: int, progress: Callable[[str], None]
+) -> dict[str, list[Measurement]]:
+    """Run every case `repeats` times, in turns, so that a slow spell of the machine hits them all.
+
+    One unmeasured round comes first (imports, page cache). Repetition i of two cases ran next to
+    each other: compare them pairwise (`ratio`).
+    """
+    if repeats < LEAST_REPEATS:
+        raise ValueError(f"repeats {repeats}: medians need at least {LEAST_REPEATS}")
+    results: dict[str, list[Measurement]] = {name: [] for name in cases}
+    for turn in range(repeats + 1):
+        for name, case in cases.items():
+            progress(f"{'warm-up' if turn == 0 else f'{turn}/{repeats}'}: {name}")
+            measured = measure(case)
+            if turn:
+                results[name].append(measured)
+    return results
+
+
+def median_rate(measurements: list[Measurement], clock: str = "wall_seconds") -> float:
+    """Median items per second of `clock` (wall_seconds or cpu_seconds)."""
+    return median(m.items / getattr(m, clock) for m in measurements)
+
+
+def ratio(ours: list[Measurement], theirs: list[Measurement], clock: str = "wall_seconds") -> float:
+    """Median over the repetitions of our rate / their rate."""
+    pairs = zip(ours, theirs, strict=True)
+    return median((a.items / getattr(a, clock)) / (b.items / getattr(b, clock)) for a, b in pairs)
+
+
+def machine(command: str) -> dict[str, Any]:
+    """What was measured where, for a reader who was not there."""
+    return {
+        "command": command,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "cpu": _cpu_name(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "accelerators": _accelerators(),
+        "commit": _commit(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+    }
+
+
+def _cpu_seconds() -> float:
+    usages = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _accelerators() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

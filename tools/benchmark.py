@@ -1,0 +1,122 @@
+"""Measure this project against what else there is, on your machine.
+
+    python -m tools.benchmark data --images photos/
+    python -m tools.benchmark git --json git.json
+    python -m tools.benchmark engine
+
+Ratios compare cases of the same run, which take turns; figures are medians of at least five
+repetitions. Each benchmark is a module `tools/bench_<name>.py` with `add_arguments(parser)` and
+`run(args) -> dict`:
+
+    title: str
+    rows:  list of dicts with equal keys; the keys become the columns of the table
+    bars:  list of {"what": str, "measured": float, "bar": float, "at_least": bool}
+    notes: list of str (optional)
+"""
+
+import argparse
+import importlib
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tools.bench_measure import LEAST_REPEATS, machine
+
+BENCHMARKS = {
+    "data": "loading images: against webdataset, and against the limit set by decoding",
+    "git": "the captioning model: against transformers, with one and five captions an image",
+    "engine": "the training loop: against the bare DeepSpeed engine on the same work",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    for name, text in BENCHMARKS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--repeats", type=int, default=7, help="repetitions, 5 or more")
+        command.add_argument("--json", type=Path, help="also write the result to this file")
+        # Only the chosen one is imported: each needs libraries that take seconds to load.
+        if name in arguments[:1]:
+            importlib.import_module(f"tools.bench_{name}").add_arguments(command)
+    options = parser.parse_args(arguments)
+    if options.repeats < LEAST_REPEATS:
+        parser.error(f"--repeats {options.repeats}: at least {LEAST_REPEATS}")
+
+    described = machine(shlex.join(["python", "-m", "tools.benchmark", *arguments]))
+    result = importlib.import_module(f"tools.bench_{options.benchmark}").run(options)
+    show(result, described)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({**result, "machine": described}, indent=1) + "\n")
+    return 0
+
+
+def show(result: dict[str, Any], described: dict[str, Any]) -> None:
+    """Print rows, bars, notes and the machine."""
+    console = Console()
+    console.print(_rows_table(result))
+    if result.get("bars"):
+        console.print(_bars_table(result["bars"]))
+    for note in result.get("notes", []):
+        console.print(f"- {note}", highlight=False)
+    libraries = ", ".join(f"{name} {version}" for name, version in described["libraries"].items())
+    console.print(
+        f"{described['command']}\n{described['cpu']}, {described['usable_cores']} usable cores, "
+        f"load {described['load_average']}; Python {described['python']}, {libraries}; "
+        f"commit {described['commit']}",
+        style="dim",
+        highlight=False,
+    )
+
+
+def met(bar: dict[str, Any]) -> bool:
+    """Whether a measured figure reaches its bar."""
+    if bar["at_least"]:
+        return bar["measured"] >= bar["bar"]
+    return bar["measured"] <= bar["bar"]
+
+
+def _rows_table(result: dict[str, Any]) -> Table:
+    table = Table(title=result["title"])
+    columns = list(result["rows"][0])
+    for column in columns:
+        numeric = all(isinstance(row[column], int | float | None) for row in result["rows"])
+        table.add_column(column, justify="right" if numeric else "left")
+    for row in result["rows"]:
+        table.add_row(*(_text(row[column]) for column in columns))
+    return table
+
+
+def _bars_table(bars: list[dict[str, Any]]) -> Table:
+    table = Table(title="bars")
+    for column in ("what", "measured", "bar", ""):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for bar in bars:
+        sign = "at least" if bar["at_least"] else "at most"
+        verdict = "[green]met[/]" if met(bar) else "[red]missed[/]"
+        table.add_row(bar["what"], _text(bar["measured"]), f"{sign} {_text(bar['bar'])}", verdict)
+    return table
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
