@@ -1,0 +1,200 @@
+"""Objects from a recipe, on real shards: model, streams, evaluation, and the check command."""
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.loader import StepSampler
+from pretrain.__main__ import main
+from pretrain.build import (
+    build_evaluation_loader,
+    build_model,
+    build_schedule,
+    build_streams,
+    build_tokenizer,
+    evaluation_image,
+)
+from pretrain.check import state_bytes
+from pretrain.models.init import initialise
+from pretrain.overlay import parse_yaml
+from pretrain.recipe import load_recipe, validate
+from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    pack_scenes(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe_file(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    return write_recipe(tmp_path / "tiny.yaml", tiny_recipe(data, tmp_path / "run"))
+
+
+def test_model_learns_from_the_streams_of_its_recipe(recipe_file):
+    """All parts fit together: a few plain steps on the batches of the recipe lower its loss."""
+    recipe = load_recipe(recipe_file, ["tasks.caption.micro_batch=8"])
+    tokenizer = build_tokenizer(recipe)
+    model = build_model(recipe, tokenizer)
+    initialise(model, recipe.seed)
+    stream = build_streams(recipe, tokenizer)["caption"]
+    schedule = build_schedule(recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for request in StepSampler(schedule, {"caption": stream}, 0, 1, 0, 25):
+        batch = stream.load(request)
+        totals = model.objectives["caption"].count(batch)
+        loss = model("caption", batch, totals)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert len(losses) == 25
+    assert np.mean(losses[-3:]) < 0.75 * np.mean(losses[:3])
+
+
+def test_streams_depend_on_seed_and_task_name(data, tmp_path):
+    def rows(**changes):
+        recipe = tiny_recipe(data, tmp_path, **changes)
+        task = recipe["tasks"].pop("caption")
+        recipe["tasks"][changes.get("name", "caption")] = task
+        layer = parse_yaml(write_recipe(tmp_path / "r.yaml", recipe).read_text(), "r")
+        loaded = validate(layer)
+        (stream,) = build_streams(loaded, build_tokenizer(loaded)).values()
+        return stream.order.rows(np.arange(60)).tolist()
+
+    assert sorted(rows()) == list(range(60))
+    assert rows() == rows()
+    assert rows() != rows(seed=4)
+    assert rows() != rows(name="other")
+
+
+def test_evaluation_covers_held_out_data_once_without_augmentation(recipe_file):
+    recipe = load_recipe(recipe_file)
+    tokenizer = build_tokenizer(recipe)
+    loaders = [build_evaluation_loader(recipe, "caption", tokenizer, rank, 3) for rank in range(3)]
+    assert len({len(loader) for loader in loaders}) == 1
+    batches = [batch for loader in loaders for batch in loader]
+    samples = [
+        (int(row), captions)
+        for batch in batches
+        for row, valid, captions in zip(
+            batch["row"], batch["valid"], batch["captions"], strict=True
+        )
+        if valid
+    ]
+    assert sorted(row for row, _ in samples) == list(range(10))
+    assert all(len(captions) == 5 for _, captions in samples)
+    again = next(iter(build_evaluation_loader(recipe, "caption", tokenizer, 0, 3)))
+    assert torch.equal(again["images"], batches[0]["images"])
+    image = evaluation_image(recipe.tasks["caption"])
+    assert (image.mode, image.size) == ("center_crop", 32)
+
+
+def test_evaluation_settings_win(recipe_file):
+    overrides = [
+        "tasks.caption.evaluation.micro_batch=5",
+        "tasks.caption.evaluation.max_samples=7",
+        "tasks.caption.evaluation.image={size: 64, mode: center_crop}",
+    ]
+    recipe = load_recipe(recipe_file, overrides)
+    loader = build_evaluation_loader(recipe, "caption", build_tokenizer(recipe))
+    batches = list(loader)
+    assert [len(batch["valid"]) for batch in batches] == [5, 2]
+    assert batches[0]["images"].shape == (5, 3, 64, 64)
+    none = load_recipe(recipe_file, ["tasks.caption.evaluation=null"])
+    with pytest.raises(ValueError, match=r"tasks\.caption\.evaluation: this task has no held-out"):
+        build_evaluation_loader(none, "caption", build_tokenizer(none))
+
+
+def test_check_reports_what_a_run_would_do(recipe_file, capsys):
+    assert main(["check", str(recipe_file), "--world", "3"]) == 0
+    text = capsys.readouterr().out
+    assert all(line.startswith("ok ") for line in text.splitlines())
+    assert "ZeRO stage 2, fp32" in text
+    assert "global batch 8 = 3 rank(s) x 2 micro-step(s) of up to 2, less 4 padding rows" in text
+    assert "60 samples in 3 shard(s); 7.5 steps an epoch, 12 steps = 1.60 epochs" in text
+    assert "evaluation on 10 of 10 samples" in text
+
+
+def test_check_counts_the_parameters_that_the_model_has(recipe_file, capsys):
+    recipe = load_recipe(recipe_file)
+    model = build_model(recipe, build_tokenizer(recipe))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    main(["check", str(recipe_file)])
+    assert f"model: {total / 1e6:.2f} M parameters" in capsys.readouterr().out
+
+
+def test_check_goes_on_after_a_fault(recipe_file, capsys):
+    overrides = ["tasks.caption.data.shards=[nowhere]", "deepspeed=zero9", "tokenizer.path=/none"]
+    assert main(["check", str(recipe_file), *overrides]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    faults = [line for line in lines if line.startswith("FAULT")]
+    assert len(faults) == 3
+    assert any("no file zero9.json" in line for line in faults)
+    assert any("tasks.caption: " in line and "nowhere" in line for line in faults)
+    assert any(line.startswith("FAULT tokenizer: ") and "/none" in line for line in faults)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "world", "bytes_per_parameter"),
+    [
+        (1, "bf16", 1, 20),
+        (1, "bf16", 8, 2 + 2 + 16 / 8),
+        (2, "bf16", 8, 2 + 18 / 8),
+        (3, "bf16", 8, 20 / 8),
+        (2, "fp32", 4, 4 + 20 / 4),
+    ],
+)
+def test_memory_formula(stage, precision, world, bytes_per_parameter):
+    assert state_bytes(1000, stage, world, precision, 2) == pytest.approx(
+        1000 * bytes_per_parameter
+    )
+
+
+def test_recipes_lists_all(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "git_base",
+        "git_coco_small",
+        "git_digits",
+        "git_large",
+    ]
+    assert all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
+
+
+def test_show_prints_a_recipe_that_loads_again(capsys, tmp_path):
+    override = 'optimizer.lr_multipliers."objectives.*"=2.5'
+    assert main(["show", "git_coco_small", override]) == 0
+    text = capsys.readouterr().out
+    path = tmp_path / "shown.yaml"
+    path.write_text(text)
+    assert load_recipe(path) == load_recipe("git_coco_small", [override])
+    (line,) = [line for line in text.splitlines() if line.strip().startswith("objectives.*")]
+    assert line.endswith(f"# override {override!r}")
+    (line,) = [line for line in text.splitlines() if line.strip().startswith("warmup_steps")]
+    assert "git_coco_small.yaml:" in line
+
+
+def test_show_fields_documents_every_field(capsys):
+    assert main(["show", "--fields"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    docs = dict(zip(lines[::2], lines[1::2], strict=True))
+    assert all(doc.startswith("    ") and len(doc) > 12 for doc in docs.values())
+    assert "tasks.<name>.micro_batch: int = required" in docs
+    assert "precision: bf16 | fp32 = bf16" in docs
+    assert "model.encoders.<name>.patch_size: int = 16" in docs
+
+
+def test_a_faulty_recipe_is_told_on_stderr(capsys):
+    assert main(["show", "git_digits", "stepz=1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "did you mean 'steps'?" in captured.err
+    with pytest.raises(SystemExit, match="2"):
+        main(["show"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", "git_digits", "--world", "0"])

@@ -1,0 +1,267 @@
+"""Recipes: the shipped ones, overlays, paths, one clear line for each thing that cannot work."""
+
+import os
+import re
+
+import pytest
+
+from pretrain.recipe import SHIPPED, RecipeError, load_recipe, load_resolved
+
+NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def faults(*overrides: str, recipe="git_digits") -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides)
+    return str(caught.value).splitlines()
+
+
+def fault(*overrides: str) -> str:
+    """The only fault, without the place that leads it."""
+    (line,) = faults(*overrides)
+    places = [rf"{re.escape(str(SHIPPED))}/git_digits\.yaml(:\d+)?"]
+    places += [re.escape(f"override {override!r}") for override in overrides]
+    match = re.match(f"({'|'.join(places)}): ", line)
+    assert match, line
+    return line[match.end() :]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_recipes_are_valid_and_round_trip(name, tmp_path):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    path = tmp_path / "resolved.yaml"
+    recipe.dump(path)
+    assert load_resolved(path) == recipe
+    assert os.listdir(tmp_path) == ["resolved.yaml"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_recipes_say_what_a_reader_asks_first(name):
+    header = (SHIPPED / f"{name}.yaml").read_text().split("\n\n", 1)[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    for word in ("Source", "Expect", "Hardware", "Sure?", "Command"):
+        assert f"\n# {word}" in header, f"{name}: {word} is missing"
+
+
+def test_published_settings_of_git():
+    base, large = load_recipe("git_base"), load_recipe("git_large")
+    for recipe in (base, large):
+        task = recipe.tasks["caption"]
+        assert recipe.optimizer.lr == 1e-5
+        assert recipe.optimizer.lr_multipliers == {"objectives.*": 5.0}
+        assert (recipe.schedule.kind, recipe.schedule.warmup_steps) == ("cosine", 500)
+        assert task.objective.label_smoothing == 0.1
+        assert (task.data.image.size, task.data.image.scale) == (224, (0.8, 1.0))
+        assert task.data.text_length == 40
+    vit = large.model.encoders["image"]
+    assert (vit.width, vit.layers, vit.heads, vit.patch_size) == (1024, 24, 16, 14)
+    assert base.model.encoders["image"].patch_size == 16
+
+
+def test_a_file_of_the_user_over_a_shipped_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", "/mnt/data")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text(
+        "base: git_digits\n"
+        "name: mine\n"
+        "steps: 1e3\n"
+        "initial_weights: ~/start.safetensors\n"
+        "tokenizer: {path: ./tok}\n"
+        "tasks:\n"
+        "  caption:\n"
+        "    data:\n"
+        "      shards: ['${DATA}/{000..099}.tar', 's3://bucket/x', local]\n"
+        "    evaluation: null\n"
+        "evaluation_every_steps: null\n"
+    )
+    recipe = load_recipe("recipes/mine.yaml", ["optimizer.lr=3e-4", "deepspeed=ds/mine.json"])
+    here = str(tmp_path)
+    assert recipe.steps == 1000 and recipe.optimizer.lr == 3e-4
+    assert recipe.run_dir == f"{here}/runs/mine"
+    assert recipe.tokenizer.path == f"{here}/tok"
+    assert recipe.initial_weights == "/home/me/start.safetensors"
+    assert recipe.deepspeed == f"{here}/ds/mine.json"
+    task = recipe.tasks["caption"]
+    assert task.data.shards == ["/mnt/data/{000..099}.tar", "s3://bucket/x", f"{here}/local"]
+    assert task.evaluation is None
+    assert task.objective.decoder.width == 128, "what the base says stays"
+
+
+def test_a_resolved_recipe_is_taken_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("y", "z")
+    recipe = load_recipe("git_digits", ["tokenizer.path='/x/${y}'"])
+    recipe = recipe.model_copy(update={"run_dir": "relative/${gone}"})
+    recipe.dump(tmp_path / "r.yaml")
+    assert load_resolved(tmp_path / "r.yaml").run_dir == "relative/${gone}"
+    assert load_resolved(tmp_path / "r.yaml").tokenizer.path == "/x/z"
+    with pytest.raises(RecipeError, match="cannot be read: No such file"):
+        load_resolved(tmp_path / "none.yaml")
+
+
+def test_null_removes_from_free_mappings_and_sets_none_elsewhere():
+    recipe = load_recipe(
+        "git_base",
+        ['optimizer.lr_multipliers."objectives.*"=null', "optimizer.clip_norm=null"],
+    )
+    assert recipe.optimizer.lr_multipliers == {}
+    assert recipe.optimizer.clip_norm is None
+    renamed = load_recipe(
+        "git_digits",
+        [
+            "model.encoders.eye={image_size: 64, patch_size: 16}",
+            "model.encoders.image=null",
+            "tasks.caption.objective.encoder=eye",
+        ],
+    )
+    assert list(renamed.model.encoders) == ["eye"]
+
+
+def test_the_source_of_a_fault_is_the_layer_that_wrote_it(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("base: git_digits\nsteps: 100\n\nlogging:\n  evry_steps: 3\n")
+    assert faults(recipe=path) == [
+        f"{path}:5: logging.evry_steps: unknown key; did you mean 'every_steps'?"
+    ]
+    assert faults("loader.workers=two", recipe=path)[0].startswith("override 'loader.workers=two':")
+
+
+def test_every_fault_is_reported_at_once():
+    found = faults("optimizer.lr=-1", "stepz=3", "precision=half")
+    assert len(found) == 3
+    assert any("stepz: unknown key; did you mean 'steps'?" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["micro_batch=4"],
+            "micro_batch: unknown key; that key belongs to tasks.<name>.micro_batch or "
+            "tasks.<name>.evaluation.micro_batch",
+        ),
+        (["steps=true"], "steps: input should be a valid integer, not True"),
+        (["steps='10'"], "steps: input should be a valid integer, not '10'"),
+        (["precision=bf61"], "precision: 'bf61' is not one of bf16, fp32; did you mean 'bf16'?"),
+        (
+            ["tasks.caption.objective.type=captoning"],
+            "tasks.caption.objective.type: 'captoning' is not one of captioning; "
+            "did you mean 'captioning'?",
+        ),
+        (
+            ["model.encoders.image.heds=4"],
+            "model.encoders.image.heds: unknown key; did you mean 'heads'?",
+        ),
+        (
+            ["tasks.caption.data.image.sise=4"],
+            "tasks.caption.data.image.sise: unknown key; did you mean 'size'?",
+        ),
+        (
+            ["tasks.caption.micro_batch=128"],
+            "tasks.caption: micro_batch=128 is larger than global_batch=64: lower micro_batch",
+        ),
+        (
+            ["tasks.caption.micro_batch=7"],
+            "tasks.caption: micro_batch=7 must be 1 or even: use 6",
+        ),
+        (
+            ["tasks.caption.global_batch=65"],
+            "tasks.caption: global_batch=65 must be even: use 66 or 64",
+        ),
+        (
+            ["tasks.caption.data.image.mode=keep_aspect"],
+            "tasks.caption: data.image.mode=keep_aspect gives images of different sizes, so "
+            "micro_batch must be 1, not 32",
+        ),
+        (
+            ["tasks.caption.data.image.size=60"],
+            "tasks.caption.data.image.size=60 is not a multiple of "
+            "model.encoders.image.patch_size=8: use 56 or 64",
+        ),
+        (
+            ["tasks.caption.data.text_length=65"],
+            "tasks.caption.data.text_length=65 exceeds "
+            "tasks.caption.objective.decoder.max_positions=64: raise max_positions or lower "
+            "text_length",
+        ),
+        (
+            ["tasks.caption.objective.max_new_tokens=65"],
+            "tasks.caption.objective.max_new_tokens=65 exceeds "
+            "tasks.caption.objective.decoder.max_positions=64: lower max_new_tokens",
+        ),
+        (
+            ["model.encoders.image.heads=3"],
+            "model.encoders.image: heads (3) must divide width (128)",
+        ),
+        (
+            ["tasks.caption.objective.decoder.heads=3"],
+            "tasks.caption.objective.decoder: heads (3) must divide width (128)",
+        ),
+        (
+            ["steps=30"],
+            "schedule.warmup_steps=30 must be smaller than steps=30: lower warmup_steps",
+        ),
+        (
+            ["model.encoders.other={}"],
+            "model.encoders.other: no task uses this encoder, so it would only decay: remove it, "
+            "or name it in a task's objective.encoder",
+        ),
+        (
+            ["tasks.caption.evaluation=null"],
+            "evaluation_every_steps=150, but no task has an `evaluation` block: add one, or set "
+            "evaluation_every_steps=null",
+        ),
+        (
+            ["tasks.caption.evaluation.image={size: 64, mean: [0, 0, 0]}"],
+            "tasks.caption.evaluation.image.mean and .std differ from those of "
+            "tasks.caption.data.image, which the model is trained with: remove them",
+        ),
+        (
+            ["tasks.caption.evaluation.image={size: 64, mode: keep_aspect}"],
+            "tasks.caption.evaluation.micro_batch=32 must be 1 with image mode keep_aspect",
+        ),
+        (
+            ["name=a/b"],
+            "name: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', not 'a/b'",
+        ),
+        (
+            ["tasks={}", "tasks.caption=null", "evaluation_every_steps=null"],
+            "tasks: block should have at least 1 item, not 0",
+        ),
+    ],
+)
+def test_what_cannot_work_is_one_line_with_the_way_out(overrides, expected):
+    assert fault(*overrides) == expected
+
+
+def test_an_objective_must_name_an_encoder():
+    assert [line.split(": ", 1)[1] for line in faults("tasks.caption.objective.encoder=imge")] == [
+        "tasks.caption.objective.encoder='imge' is not among model.encoders: image",
+        "model.encoders.image: no task uses this encoder, so it would only decay: remove it, or "
+        "name it in a task's objective.encoder",
+    ]
+
+
+def test_names_become_parts_of_parameter_names():
+    assert "must be letters, digits and _ only" in fault(
+        'model.encoders."a.b"={image_size: 64}',
+        "model.encoders.image=null",
+        "tasks.caption.objective.encoder=a.b",
+    )
+    assert "the name 'keys' is taken by torch" in fault(
+        "model.encoders.keys={}",
+        "model.encoders.image=null",
+        "tasks.caption.objective.encoder=keys",
+    )
+
+
+def test_several_tasks_wait_for_their_time():
+    text = (
+        "tasks.second={objective: {}, data: {shards: [x], image: {size: 64}}, "
+        "global_batch: 2, micro_batch: 2}"
+    )
+    assert fault(text).startswith(
+        "tasks: caption, second: training several tasks in one run is not enabled yet"
+    )
