@@ -5,9 +5,11 @@ metadata at random, and equal content shall give equal bytes; they are read here
 the arrays instead of mapping them.
 """
 
+import ctypes
 import json
 import mmap
 import os
+import weakref
 from collections.abc import Mapping
 
 import numpy as np
@@ -56,11 +58,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, np.nda
 
     Errors: OSError; ValueError saying what is wrong if the file is cut or not of this kind.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            raise ValueError(f"it has {size} bytes")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    data = _map(path)
+    size = len(data)
     start = 8 + int.from_bytes(data[:8], "little")
     if start > size:
         raise ValueError("its header is cut")
@@ -75,6 +74,31 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, np.nda
             if not 0 <= begin <= end <= size - start or end - begin != count * dtype.itemsize:
                 raise ValueError(f"array {name!r} is cut")
             arrays[name] = np.frombuffer(data, dtype, count, start + begin)
+            arrays[name].flags.writeable = False
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"its header is malformed ({error!r})") from None
     return metadata, arrays
+
+
+def _map(path: str | os.PathLike[str]) -> ctypes.Array:
+    """Map a file read-only; it is unmapped when the last array over it is gone.
+
+    Python's `mmap` keeps a file descriptor open for each mapping, and thousands of indices are
+    mapped at a time: that would be more than most systems allow.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise ValueError(f"it has {size} bytes")
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), os.fspath(path))
+    data = (ctypes.c_char * size).from_address(address)
+    # Not at exit: arrays may outlive the finalizers, and the process frees everything anyway.
+    weakref.finalize(data, libc.munmap, address, size).atexit = False
+    return data

@@ -55,7 +55,7 @@ _ARRAYS = {
     "member_crc32": np.uint32,
     "member_header_crc32": np.uint32,
 }
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -68,7 +68,9 @@ def split_name(name: str) -> tuple[str, str] | None:
     """Split a member name into (key, extension), by the rule of the webdataset library.
 
     The key keeps its folders; the first dot of the base name splits; the extension is lower-cased.
-    None for names that webdataset passes over: no dot, hidden files, `__meta__` entries.
+    None for names that webdataset passes over: no dot, hidden files, `__meta__` entries. One rule
+    differs: hidden files in folders (`a/.DS_Store`) are passed over too, where webdataset makes
+    samples of them.
     """
     match = _NAME.fullmatch(name)
     if match is None or _META.match(name):

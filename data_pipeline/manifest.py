@@ -5,9 +5,9 @@ With a manifest, opening a data set reads one file however many shards there are
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.files import write_atomically
 from data_pipeline.tar_headers import ShardError
@@ -19,8 +19,7 @@ FORMAT = "omnipretrain.shards"
 VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class ShardRecord:
+class ShardRecord(NamedTuple):
     """What the manifest knows about one shard."""
 
     name: str
@@ -67,7 +66,7 @@ class Manifest:
         rest = {k: v for k, v in vars(self).items() if k != "shards" and v is not None}
         # One shard a line: short to diff, and still plain JSON.
         lines = ",\n".join(
-            "  " + json.dumps(asdict(shard), ensure_ascii=False) for shard in self.shards
+            "  " + json.dumps(shard._asdict(), ensure_ascii=False) for shard in self.shards
         )
         text = json.dumps(head | rest, indent=1, ensure_ascii=False)
         text = text.removesuffix("\n}") + ',\n "shards": [\n' + lines + "\n ]\n}\n"

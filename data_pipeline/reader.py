@@ -1,17 +1,16 @@
 """Read single samples by row number: one pread each, and no byte that was not checked."""
 
+import itertools
 import os
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TypeVar
 
 from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import BLOCK, ShardError, parse_header
 
-_T = TypeVar("_T")
 # Unwanted bytes up to this many are read along rather than skipped by a second system call.
 _LARGEST_GAP_BYTES = 64 * 1024
 
@@ -77,33 +76,18 @@ class SampleReader:
         Errors: IndexError for a row that does not exist; BadSample for a permanent fault of the
         data; TransientReadError if the file system fails.
         """
-        number, local = self.shards.locate(row)
-        path = self.shards.shards[number].path
-        try:
-            index = self._retried(path, lambda: self.shards.index(number))
-        except ShardError as error:
-            raise BadSample(str(error), path, "?", row) from error
-        wanted = index.members(local)
-        if extensions is not None:
-            wanted = [member for member in wanted if member[0] in extensions]
-        members: dict[str, bytes] = {}
-        try:
-            for begin, end, run in _runs(wanted):
-                data = self._retried(path, lambda b=begin, e=end: self._pread(number, b, e))
-                view = memoryview(data)
-                for extension, offset, size, crc32, header_crc32 in run:
-                    at = offset - begin
-                    if zlib.crc32(view[at - BLOCK : at]) != header_crc32:
-                        raise ShardError(_header_fault(data[at - BLOCK : at], offset - BLOCK))
-                    members[extension] = payload = data[at : at + size]
-                    if zlib.crc32(payload) != crc32:
-                        raise ShardError(
-                            f"member .{extension} ({size} bytes at byte {offset}) is damaged: its "
-                            "crc32 is not that of the index"
-                        )
-        except ShardError as error:
-            raise BadSample(str(error), path, index.key(local), row) from error
-        return Sample(row, path, index.key(local), members)
+        for attempt in itertools.count():
+            try:
+                return self._read_once(row, extensions)
+            except OSError as error:
+                self.close()  # a stale handle heals only if the file is opened again
+                if attempt == self.retries:
+                    path = self.shards.shards[self.shards.locate(row)[0]].path
+                    raise TransientReadError(
+                        f"{path}: {error.strerror or error} (tried {attempt + 1} times)"
+                    ) from error
+            time.sleep(self.first_wait_s * 2**attempt)
+        raise AssertionError("unreachable")
 
     def close(self) -> None:
         """Close all shards; reading again opens them again."""
@@ -123,19 +107,32 @@ class SampleReader:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_descriptors": OrderedDict()}
 
-    def _retried(self, path: str, action: Callable[[], _T]) -> _T:
-        for attempt in range(self.retries + 1):
-            try:
-                return action()
-            except OSError as error:
-                # A stale handle heals only if the file is opened again.
-                self.close()
-                if attempt == self.retries:
-                    raise TransientReadError(
-                        f"{path}: {error.strerror or error} (tried {attempt + 1} times)"
-                    ) from error
-                time.sleep(self.first_wait_s * 2**attempt)
-        raise AssertionError("unreachable")
+    def _read_once(self, row: int, extensions: Collection[str] | None) -> Sample:
+        number, local = self.shards.locate(row)
+        path, key = self.shards.shards[number].path, "?"
+        members: dict[str, bytes] = {}
+        try:
+            index = self.shards.index(number)
+            key = index.key(local)
+            wanted = index.members(local)
+            if extensions is not None:
+                wanted = [member for member in wanted if member[0] in extensions]
+            for begin, end, run in _runs(wanted):
+                data = self._pread(number, begin, end)
+                view = memoryview(data)
+                for extension, offset, size, crc32, header_crc32 in run:
+                    at = offset - begin
+                    if zlib.crc32(view[at - BLOCK : at]) != header_crc32:
+                        raise ShardError(_header_fault(data[at - BLOCK : at], offset - BLOCK))
+                    members[extension] = payload = data[at : at + size]
+                    if zlib.crc32(payload) != crc32:
+                        raise ShardError(
+                            f"member .{extension} ({size} bytes at byte {offset}) is damaged: its "
+                            "crc32 is not that of the index"
+                        )
+        except ShardError as error:
+            raise BadSample(str(error), path, key, row) from error
+        return Sample(row, path, key, members)
 
     def _descriptor(self, number: int) -> int:
         descriptors = self._descriptors

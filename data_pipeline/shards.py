@@ -30,6 +30,8 @@ CACHE_VARIABLE = "OMNIPRETRAIN_CACHE"
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 Progress = Callable[[int], None]
+_Records = dict[str, dict[str, manifests.ShardRecord] | None]
+"""Manifests read so far: folder -> shard name -> record; None for folders without a manifest."""
 _log = logging.getLogger(__name__)
 
 
@@ -76,17 +78,13 @@ class ShardSet:
 
         Errors: FileNotFoundError if a spec matches nothing; ShardError naming the damaged file.
         """
-        manifest_of: dict[str, dict[str, manifests.ShardRecord]] = {}
-        shards = [
-            _open_shard(path, _records(os.path.dirname(path), manifest_of))
-            for path in expand_specs(specs)
-        ]
-        twice = {shard.path for shard in shards}
-        if len(twice) != len(shards):
-            paths = [shard.path for shard in shards]
-            repeated = next(path for path in paths if paths.count(path) > 1)
-            raise ShardError(f"{repeated}: is listed twice")
-        return cls(shards)
+        known: _Records = {}
+        shards: dict[str, Shard] = {}
+        for path in _expand_all(specs, known):
+            if path in shards:
+                raise ShardError(f"{path}: is listed twice")
+            shards[path] = _open_shard(path, known)
+        return cls(shards.values())
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -175,15 +173,7 @@ def expand_specs(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
 
     Errors: FileNotFoundError if one matches nothing; ShardError for URLs and unfinished folders.
     """
-    if isinstance(specs, str | os.PathLike):
-        specs = [specs]
-    paths: list[str] = []
-    for spec in map(os.fspath, specs):
-        if spec.startswith("pipe:") or "://" in spec:
-            raise ShardError(f"{spec}: only local shards are read; copy them to a disk first")
-        for pattern in braceexpand.braceexpand(os.path.expanduser(spec)):
-            paths.extend(_expand(pattern, spec))
-    return paths
+    return _expand_all(specs, {})
 
 
 def load_or_build_index(
@@ -244,17 +234,29 @@ def _cache_path(shard_path: str) -> Path:
     return Path(home) / "indices" / f"{digest}-{os.path.basename(real)}{SUFFIX}"
 
 
-def _expand(pattern: str, spec: str) -> list[str]:
-    paths = [pattern]
-    if glob.has_magic(pattern) and not os.path.exists(pattern):
-        paths = sorted(path for path in glob.glob(pattern) if not path.endswith(SUFFIX))
-        if not paths:
-            raise FileNotFoundError(f"{spec}: no file matches")
-    return [
-        shard
-        for path in paths
-        for shard in (_shards_of_folder(path) if os.path.isdir(path) else [path])
-    ]
+def _expand_all(
+    specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], known: _Records
+) -> list[str]:
+    if isinstance(specs, str | os.PathLike):
+        specs = [specs]
+    paths: list[str] = []
+    for spec in map(os.fspath, specs):
+        if spec.startswith("pipe:") or "://" in spec:
+            raise ShardError(f"{spec}: only local shards are read; copy them to a disk first")
+        path = os.path.expanduser(spec)
+        for pattern in [path] if os.path.exists(path) else braceexpand.braceexpand(path):
+            for path in _glob(pattern, spec):
+                paths += _shards_of_folder(path, known) if os.path.isdir(path) else [path]
+    return paths
+
+
+def _glob(pattern: str, spec: str) -> list[str]:
+    if os.path.exists(pattern) or not glob.has_magic(pattern):
+        return [pattern]
+    found = sorted(path for path in glob.glob(pattern) if not path.endswith(SUFFIX))
+    if not found:
+        raise FileNotFoundError(f"{spec}: no file matches")
+    return found
 
 
 def _can_write_beside(place: Path) -> bool:
@@ -270,32 +272,32 @@ def _can_write_beside(place: Path) -> bool:
     return True
 
 
-def _shards_of_folder(folder: str) -> list[str]:
+def _shards_of_folder(folder: str, known: _Records) -> list[str]:
     if os.path.exists(os.path.join(folder, manifests.PLAN_NAME)):
         raise ShardError(f"{folder}: its packing is not finished: run the same command again")
-    try:
-        records = manifests.Manifest.load(folder).shards
-        return [os.path.join(folder, record.name) for record in records]
-    except FileNotFoundError:
-        found = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    records = _records(folder, known)
+    if records is not None:
+        return [os.path.join(folder, name) for name in records]
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
     if not found:
         raise FileNotFoundError(f"{folder}: holds neither a manifest.json nor a *.tar")
     return found
 
 
-def _records(
-    folder: str, known: dict[str, dict[str, manifests.ShardRecord]]
-) -> dict[str, manifests.ShardRecord]:
-    """Return the manifest records of a folder by shard name; none without a manifest."""
+def _records(folder: str, known: _Records) -> dict[str, manifests.ShardRecord] | None:
+    """Return the manifest records of a folder by shard name; None without a manifest."""
+    folder = os.path.normpath(folder or ".")
     if folder not in known:
         try:
-            known[folder] = {r.name: r for r in manifests.Manifest.load(folder or ".").shards}
+            loaded = manifests.Manifest.load(folder)
+            known[folder] = {record.name: record for record in loaded.shards}
         except FileNotFoundError:
-            known[folder] = {}
+            known[folder] = None
     return known[folder]
 
 
-def _open_shard(path: str, records: dict[str, manifests.ShardRecord]) -> Shard:
+def _open_shard(path: str, known: _Records) -> Shard:
+    records = _records(os.path.dirname(path), known) or {}
     record = records.get(os.path.basename(path))
     if record is not None:
         return Shard(path, record.samples, record.bytes, record.index_digest)
