@@ -121,9 +121,10 @@ class ImageTransform:
             )
             factor = self._decode_factor(header, width, height)
             pixels = decode(data, header, factor, self._pixels)
-            # The box moves to the grid of the reduced image: a fractional box would blur.
-            x, y = x // factor, y // factor
-            region = pixels[y : y + max(height // factor, 1), x : x + max(width // factor, 1)]
+            # The edges move to the nearest line of the reduced image's grid.
+            left, right = round(x / factor), round((x + width) / factor)
+            top, bottom = round(y / factor), round((y + height) / factor)
+            region = pixels[top:bottom, left:right]
         else:
             region = decode(data, header, 1, self._pixels)
         if clock is not None:
@@ -232,7 +233,7 @@ def color_jitter(image: np.ndarray, brightness: float, contrast: float, saturati
     Each step rounds and clips to 0..255, as if it stood alone. Grey is 0.299 R + 0.587 G + 0.114 B.
     """
     grey = np.array([[0.299, 0.587, 0.114]], dtype=np.float32)
-    levels = np.arange(256, dtype=np.float32)
+    levels = np.arange(256, dtype=np.float64)
     if brightness != 1:
         cv2.LUT(image, _to_uint8(levels * brightness), dst=image)
     if contrast != 1:
