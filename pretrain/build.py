@@ -41,21 +41,24 @@ def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream]
 
     Opens the shards (and indexes foreign ones). Raises FileNotFoundError, ShardError.
     """
-    streams = {}
-    for name, task in recipe.tasks.items():
-        shards = ShardSet.open(task.data.shards)
-        # Keyed by name, so that two tasks on the same shards do not see the same images together.
-        seed = keyed_u64(recipe.seed, "order", name) >> 1
-        streams[name] = TaskStream(
-            name,
-            SampleReader(shards),
-            Order.plan(len(shards), seed, task.global_batch),
-            CaptionFields(task.data, tokenizer, train=True),
-            recipe.seed,
-            task.global_batch,
-            task.micro_batch,
-        )
-    return streams
+    return {name: build_stream(recipe, name, tokenizer) for name in recipe.tasks}
+
+
+def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
+    """Training data of task `name`, as `build_streams`."""
+    task = recipe.tasks[name]
+    shards = ShardSet.open(task.data.shards)
+    # Keyed by name, so that two tasks on the same shards do not see the same images together.
+    seed = keyed_u64(recipe.seed, "order", name) >> 1
+    return TaskStream(
+        name,
+        SampleReader(shards),
+        Order.plan(len(shards), seed, task.global_batch),
+        CaptionFields(task.data, tokenizer, train=True),
+        recipe.seed,
+        task.global_batch,
+        task.micro_batch,
+    )
 
 
 def build_evaluation_loader(

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 
 from data_pipeline.shards import ShardSet
-from data_pipeline.step_sampler import deal
-from pretrain.build import build_model, build_schedule, build_tokenizer
+from data_pipeline.step_sampler import MicroBatch, deal
+from pretrain.build import build_model, build_schedule, build_stream, build_tokenizer
 from pretrain.engine.ds_config import engine_config, find_engine_file
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import Recipe, TaskSettings
@@ -52,6 +53,8 @@ def report(recipe: Recipe, world: int) -> list[Finding]:
         attempt("schedule", lambda: [build_schedule(recipe).describe()])
     for name, task in recipe.tasks.items():
         attempt(f"tasks.{name}", lambda n=name, t=task: _task(recipe, n, t, world))
+    for name in recipe.tasks if tokenizers else ():
+        attempt(f"tasks.{name}", lambda n=name: _first_samples(recipe, n, tokenizers[0]))
     if tokenizers and stage:
         attempt("model", lambda: _model(recipe, tokenizers[0], stage[0], world))
     return findings
@@ -96,11 +99,39 @@ def _task(recipe: Recipe, name: str, task: TaskSettings, world: int) -> Iterator
         yield f"tasks.{name}: evaluation on {used} of {len(held_out)} samples"
 
 
+def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer") -> Iterator[str]:
+    """Load the first two samples as training will: members, captions and pixels are there."""
+    stream = build_stream(recipe, name, tokenizer)
+    batch = stream.load(MicroBatch(0, 0, name, (0, 1), (True, True)))
+    shapes = ", ".join(
+        f"{key} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        for key, value in batch.items()
+        if torch.is_tensor(value) and value.dim() > 1
+    )
+    yield f"tasks.{name}: first samples {', '.join(batch['key'])}: {shapes}"
+
+
+def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
+    """Names and shapes of the file against the model; `models.init.load_weights` does the rest."""
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    with safe_open(path, framework="pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    wrong = [name for name, shape in found.items() if shapes.get(name) != shape]
+    if wrong:
+        raise ValueError(
+            f"initial_weights: {len(wrong)} of {len(found)} tensors have no place in this model, "
+            f"among them {wrong[0]} {tuple(found[wrong[0]])}"
+        )
+    return f"initial_weights: {len(found)} of {len(shapes)} parameters from {path}"
+
+
 def _model(recipe: Recipe, tokenizer: "Tokenizer", stage: int, world: int) -> Iterator[str]:
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
     total = _count(model)
     yield f"model: {_millions(total)} parameters ({_parts(model)})"
+    if recipe.initial_weights is not None:
+        yield _check_initial_weights(model, recipe.initial_weights)
     groups = parameter_groups(model, recipe.optimizer)
     yield "optimizer groups: " + "; ".join(
         f"{group['name']}: {_millions(sum(p.numel() for p in group['params']))}" for group in groups

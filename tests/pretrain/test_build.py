@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from data_pipeline.loader import StepSampler
 from pretrain.__main__ import main
@@ -126,6 +127,29 @@ def test_check_counts_the_parameters_that_the_model_has(recipe_file, capsys):
     total = sum(parameter.numel() for parameter in model.parameters())
     main(["check", str(recipe_file)])
     assert f"model: {total / 1e6:.2f} M parameters" in capsys.readouterr().out
+
+
+def test_check_reads_samples_as_training_will(recipe_file, capsys):
+    assert main(["check", str(recipe_file)]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "first samples" in x]
+    assert "images (2, 3, 32, 32) uint8, tokens (2, 2, " in line
+    assert main(["check", str(recipe_file), "tasks.caption.data.caption_source=txt"]) == 1
+    assert "FAULT tasks.caption: task caption, position 0: " in capsys.readouterr().out
+
+
+def test_check_compares_initial_weights(recipe_file, tmp_path, capsys):
+    recipe = load_recipe(recipe_file)
+    model = build_model(recipe, build_tokenizer(recipe))
+    part = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith("encoders.")}
+    path = tmp_path / "part.safetensors"
+    save_file(part, path)
+    assert main(["check", str(recipe_file), f"initial_weights={path}"]) == 0
+    assert f"initial_weights: {len(part)} of " in capsys.readouterr().out
+    save_file({**part, "encoders.image.positions": torch.zeros(2, 2)}, path)
+    assert main(["check", str(recipe_file), f"initial_weights={path}"]) == 1
+    text = capsys.readouterr().out
+    assert f"initial_weights: 1 of {len(part) + 1} tensors have no place" in text
+    assert "encoders.image.positions (2, 2)" in text
 
 
 def test_check_goes_on_after_a_fault(recipe_file, capsys):
