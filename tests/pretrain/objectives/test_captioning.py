@@ -22,6 +22,7 @@ from tests.pretrain.models.git_models import (
     small_batch,
     small_model,
 )
+from tools.transformers_git import SpecialIds, transformers_model
 
 
 def rows_of(batch: dict, rows: slice) -> dict:
@@ -108,37 +109,6 @@ def test_settings_name_what_does_not_fit() -> None:
 # ------------------------------------------------------------------------------ transformers
 
 
-def transformers_twin(vit: VitSettings, decoder: GitDecoderSettings, weights: dict):
-    from transformers import GitConfig, GitForCausalLM
-
-    config = GitConfig(
-        vision_config={
-            "image_size": vit.image_size,
-            "patch_size": vit.patch_size,
-            "hidden_size": vit.width,
-            "num_hidden_layers": vit.layers,
-            "num_attention_heads": vit.heads,
-            "intermediate_size": round(vit.width * vit.mlp_ratio),
-            "hidden_act": vit.activation,
-        },
-        vocab_size=97,
-        hidden_size=decoder.width,
-        num_hidden_layers=decoder.layers,
-        num_attention_heads=decoder.heads,
-        intermediate_size=decoder.mlp_width,
-        max_position_embeddings=decoder.max_positions,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        tie_word_embeddings=decoder.tied_output,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    twin = GitForCausalLM(config)
-    twin.load_state_dict(weights)
-    return twin
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_agrees_with_transformers(seed: int) -> None:
     """Loss, gradients, logits and greedy words on shapes that are not the golden ones."""
@@ -159,10 +129,8 @@ def test_agrees_with_transformers(seed: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=pick) * 0.1)
-    weights = export_git({n: p.detach() for n, p in model.named_parameters()}, "transformers")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        twin = transformers_twin(vit, decoder, weights)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    twin = transformers_model(weights, vit, decoder, SpecialIds(1, 2, 0)).train()
     batch = small_batch(seed, captions=2, size=vit.image_size)
     out, gradients = loss_and_gradients(model, batch)
 

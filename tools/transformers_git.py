@@ -1,0 +1,73 @@
+"""Our captioner as a model of transformers."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import GitConfig, GitForCausalLM
+
+from pretrain.models.git import GitDecoderSettings
+from pretrain.models.git_weights import export_git
+from pretrain.models.vit import VitSettings
+
+
+class SpecialIds(NamedTuple):
+    """Ids of the tokens that begin, end and fill a caption."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+
+def transformers_model(
+    tensors: Mapping[str, Tensor],
+    vit: VitSettings,
+    decoder: GitDecoderSettings,
+    ids: SpecialIds,
+    encoder: str = "image",
+    task: str = "caption",
+) -> GitForCausalLM:
+    """A `GitForCausalLM` in eval mode with a copy of these weights.
+
+    tensors: weights under our names; those of other encoders and tasks are left out.
+
+    The epsilon of the text embedding's LayerNorm is 1e-12 there, as in all layers of the decoder;
+    a model trained with 1e-8 gives the same scores to about 1e-6.
+
+    Raises:
+        ValueError: the tensors are not those of a GIT model (see `export_git`).
+    """
+    weights = export_git(tensors, "transformers", encoder, task)
+    config = transformers_config(vit, decoder, len(weights["output.bias"]), ids)
+    model = GitForCausalLM(config)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def transformers_config(
+    vit: VitSettings, decoder: GitDecoderSettings, vocab_size: int, ids: SpecialIds
+) -> GitConfig:
+    """The configuration that describes these two towers."""
+    return GitConfig(
+        vision_config={
+            "image_size": vit.image_size,
+            "patch_size": vit.patch_size,
+            "hidden_size": vit.width,
+            "num_hidden_layers": vit.layers,
+            "num_attention_heads": vit.heads,
+            "intermediate_size": round(vit.width * vit.mlp_ratio),
+            "hidden_act": vit.activation,
+        },
+        vocab_size=vocab_size,
+        hidden_size=decoder.width,
+        num_hidden_layers=decoder.layers,
+        num_attention_heads=decoder.heads,
+        intermediate_size=decoder.mlp_width,
+        max_position_embeddings=decoder.max_positions,
+        hidden_dropout_prob=decoder.dropout,
+        attention_probs_dropout_prob=decoder.dropout,
+        tie_word_embeddings=decoder.tied_output,
+        bos_token_id=ids.bos_id,
+        eos_token_id=ids.eos_id,
+        pad_token_id=ids.pad_id,
+    )
