@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pretrain import build
@@ -37,7 +38,7 @@ class Evaluator:
             model = self.engine.module
             values, examples = model.objectives[name].evaluate(
                 model.encoders, loader, self.tokenizer, self.ranks.device, reduce=self._share,
-                keep_images=self.recipe.logging.images,
+                keep_images=self.recipe.logging.images, agree=self._all_agree,
             )
             self.metrics.log(step, name, values, kind="evaluation")
             shown = [e for e in examples if e.image is not None]
@@ -56,3 +57,11 @@ class Evaluator:
         values: list[Any] = [None] * self.ranks.world
         dist.all_gather_object(values, value)
         return values
+
+    def _all_agree(self, done: bool) -> bool:
+        """Whether all ranks say so; asked for every generated token, so one number travels."""
+        if self.ranks.world == 1:
+            return done
+        answer = torch.tensor(int(done), dtype=torch.int32, device=self.ranks.device)
+        dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+        return bool(answer)

@@ -202,18 +202,20 @@ class Captioning(nn.Module):
         device: torch.device,
         reduce: Gather = lambda value: [value],
         keep_images: int = 16,
+        agree: Callable[[bool], bool] = alone,
     ) -> tuple[dict[str, float], list[CaptionExample]]:
         """Caption every image of `loader` and compare with its references.
 
-        Arguments and results as in `evaluate_captions`; `reduce` is also called for every generated
-        token. The metrics are loss, cross_entropy, token_accuracy, images and the caption scores.
+        Arguments and results as in `evaluate_captions`; `agree` is asked after every generated
+        token, as in `generate_greedy`. The metrics are loss, cross_entropy, token_accuracy, images
+        and the caption scores.
         """
 
         def judge(batch: Mapping[str, Any]) -> tuple[dict[str, float], list[list[int]]]:
             inputs = {k: batch[k].to(device) for k in ("images", "tokens", "loss_mask")}
             image_tokens = self._encode(encoders, inputs["images"])
             sums = torch.stack(self.token_sums(image_tokens, inputs)).tolist()
-            ids = self._generate(image_tokens, None, lambda done: all(reduce(done)))
+            ids = self._generate(image_tokens, None, agree)
             names = ("loss", "cross_entropy", "token_accuracy")
             return dict(zip(names, sums, strict=True)), ids.tolist()
 

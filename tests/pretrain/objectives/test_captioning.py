@@ -233,7 +233,9 @@ def test_evaluation_on_two_ranks_equals_one() -> None:
             return values
 
         twin = talking_model()
-        results[rank] = evaluate(twin, batches[rank::2], reduce, keep_images=0)
+        results[rank] = evaluate(
+            twin, batches[rank::2], reduce, keep_images=0, agree=lambda done: all(reduce(done))
+        )
 
     threads = [Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
