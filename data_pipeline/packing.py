@@ -61,12 +61,13 @@ class PackJob:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """sha256 over the plan: equal if a rerun would write the same bytes."""
-        digest = sha256(
-            json.dumps(
-                [self.prefix, list(self.ranges), self.skip_faults, dict(self.details), self.classes]
-            ).encode()
-        )
+        """sha256 over the plan: equal if a rerun would write the same bytes.
+
+        Whether faults are skipped does not count: shards without any are the same either way, so
+        that a packing that a fault has stopped may go on with skip_faults.
+        """
+        plan = [self.prefix, list(self.ranges), dict(self.details), self.classes]
+        digest = sha256(json.dumps(plan).encode())
         digest.update(repr(self.build).encode())
         for key, item in zip(self.keys, self.items, strict=True):
             digest.update(f"\n{key}\0{item!r}".encode())

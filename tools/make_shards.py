@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = options.run(options)
         result = _pack_with_progress(job, options.processes, console)
     except (SampleFault, ShardError, OSError, ValueError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("stopped; the same command continues with the shards that are missing")
@@ -158,14 +158,14 @@ def _image_job(options: argparse.Namespace, source: Source) -> PackJob:
 
 def _pack_with_progress(job: PackJob, processes: int, console: Console) -> PackResult:
     with Progress(
-        TextColumn("packing {task.fields[folder]}"),
+        TextColumn("packing {task.fields[split]}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
     ) as bar:
-        task = bar.add_task("", total=len(job.items), folder=job.folder)
+        task = bar.add_task("", total=len(job.items), split=job.folder.name)
         return pack(job, processes=processes, progress=functools.partial(bar.advance, task))
 
 
@@ -177,7 +177,7 @@ def _report(job: PackJob, result: PackResult, console: Console) -> None:
     )
     if result.reused_shards:
         text += f" ({result.reused_shards} shards kept from an earlier run)"
-    console.print(text, markup=False, highlight=False)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     left_out = len(result.skipped) + job.details.get("missing", 0)
     if left_out:
         shown = ", ".join(result.skipped[:_SKIPPED_SHOWN])
@@ -186,6 +186,7 @@ def _report(job: PackJob, result: PackResult, console: Console) -> None:
             f"{len(result.skipped)} unusable{': ' + shown if shown else ''})",
             markup=False,
             highlight=False,
+            soft_wrap=True,
         )
     if not manifest.licence:
         console.print("no licence given: --licence records it in the manifest", highlight=False)
