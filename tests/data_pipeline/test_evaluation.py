@@ -1,0 +1,74 @@
+"""Evaluation: every sample once, equal batch counts, nothing substituted."""
+
+import pytest
+
+from data_pipeline.loader import DataError, EvaluationLoader
+from data_pipeline.shards import ShardSet
+from tests.data_pipeline.photos import caption, damage, pack, stream
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> ShardSet:
+    return pack(tmp_path_factory.mktemp("held_out"), 53)
+
+
+def batches_of_ranks(shards, world, workers=0, micro_batch=4, **options) -> list[list[dict]]:
+    return [
+        list(
+            EvaluationLoader(
+                stream(shards, 4, micro_batch, train=False), rank, world, workers, **options
+            )
+        )
+        for rank in range(world)
+    ]
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 0), (3, 1), (20, 0)])
+def test_every_sample_once_over_all_ranks(shards, world, workers):
+    ranks = batches_of_ranks(shards, world, workers)
+    shapes = [[b["images"].shape for b in batches] for batches in ranks]
+    assert all(shape == shapes[0] for shape in shapes)
+    assert len(ranks[0]) == -(-53 // (4 * world))
+    rows = [r for batches in ranks for b in batches for r in b["row"][b["valid"]].tolist()]
+    assert sorted(rows) == list(range(53))
+    for batches in ranks:
+        for batch in batches:
+            for place, row in enumerate(batch["row"].tolist()):
+                assert batch["captions"][place] == ([caption(row)] if row >= 0 else [])
+                assert batch["key"][place] == (f"{row:05d}" if row >= 0 else "")
+
+
+def test_a_part_is_spread_over_the_data_set(shards):
+    (batches,) = batches_of_ranks(shards, 1, max_samples=5)
+    assert [r for b in batches for r in b["row"].tolist()] == [0, 10, 21, 31, 42]
+
+
+def test_iterating_again_gives_the_same(shards):
+    loader = EvaluationLoader(stream(shards, 4, 4, train=False), 0, 1)
+    first, second = list(loader), list(loader)
+    assert len(first) == len(second) == len(loader) == 14
+    assert all(
+        (a["images"] == b["images"]).all() and a["key"] == b["key"]
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_bad_samples_are_left_out(tmp_path):
+    pack(tmp_path, 30)
+    damage(tmp_path, [2, 29])
+    loader = EvaluationLoader(
+        stream(ShardSet.open(str(tmp_path)), 4, 4, train=False), 0, 1, max_bad_fraction=0.1
+    )
+    for _ in range(2):
+        rows = [r for b in loader for r in b["row"][b["valid"]].tolist()]
+        assert rows == [row for row in range(30) if row not in (2, 29)]
+        count = loader.faults()["caption"]
+        assert (count.samples, count.replaced) == (30, 2)
+    strict = EvaluationLoader(loader.stream, 0, 1, max_bad_fraction=0.0)
+    with pytest.raises(DataError, match="1 of 4 samples"):
+        list(strict)
+
+
+def test_a_training_stream_is_refused(shards):
+    with pytest.raises(ValueError, match="needs a stream without an order"):
+        EvaluationLoader(stream(shards), 0, 1)
