@@ -1,10 +1,20 @@
 """Our captioner as a model of transformers."""
 
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    # transformers imports DeepSpeed if it is installed, which warns of every missing accelerator.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 from transformers import GitConfig, GitForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from pretrain.models.git import GitDecoderSettings
 from pretrain.models.git_weights import export_git
@@ -71,3 +81,22 @@ def transformers_config(
         eos_token_id=ids.eos_id,
         pad_token_id=ids.pad_id,
     )
+
+
+def read_git(folder: str | Path) -> GitForCausalLM:
+    """The model that a folder holds, float32, in eval mode; nothing is fetched from anywhere."""
+    with without_bars():
+        model = GitForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars into ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,229 @@
+"""Hand models over to other tools, and take theirs.
+
+    python -m tools.convert export-git --run runs/git_base --out exports/git_base
+    python -m tools.convert import-git git-base/ --out git_base.safetensors > settings.yaml
+
+`export-git` writes a folder for transformers' GitForCausalLM and AutoProcessor, reads it back with
+them, and compares their scores with ours. `import-git` writes GIT weights of transformers or of the
+original repository under our names, for the recipe's `initial_weights`, and prints the settings
+that a recipe needs for them. Exit codes: 0 done (and verified); 1 an error, or an export whose
+scores differ; 2 wrong usage.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from safetensors.torch import save_file
+
+from data_pipeline.tar_headers import ShardError
+from pretrain.engine.checkpoint_files import CheckpointError, sync_file
+from pretrain.overlay import to_yaml
+from tools.export_record import RECORD, ExportRecord, Verification
+from tools.import_git import Imported, import_weights, read_source
+
+console = Console(stderr=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        return options.run(options)
+    except (CheckpointError, ShardError, OSError, ValueError) as error:
+        _say(f"error: {error}", style="red")
+        return 1
+
+
+# ---- export ------------------------------------------------------------------------------------
+
+
+def _export_git(options: argparse.Namespace) -> int:
+    # transformers and torch take seconds to import; wrong usage should not wait for them.
+    from tools.export_git import write_git
+    from tools.trained import open_captioner
+    from tools.verify_export import verify
+
+    out = options.out.resolve()
+    _check_replaceable(out)
+    with console.status("reading the checkpoint"):
+        captioner = open_captioner(options.run_dir, options.task)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        temporary.chmod(0o755)
+        with console.status("writing the export"):
+            record = write_git(captioner, temporary, options.image_size)
+        with console.status("reading it back with transformers"):
+            verification = verify(captioner, temporary, record)
+        record = record.model_copy(update={"verification": verification})
+        record.write(temporary)
+        _publish(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _report(out, record, verification)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Only an empty place or an earlier export may be overwritten."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file; choose another --out")
+    try:
+        ExportRecord.read(out)
+    except ValueError as error:
+        raise ValueError(
+            f"{out} is not empty and holds no export that could be replaced ({error}); choose "
+            "another --out"
+        ) from None
+
+
+def _publish(temporary: Path, out: Path) -> None:
+    """Move a finished folder to its place, where an earlier export may lie."""
+    for file in temporary.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner only
+        sync_file(file)
+    if not out.exists():
+        os.rename(temporary, out)
+        return
+    # A folder with files cannot be replaced in one rename: for a moment `out` is absent.
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    os.rename(out, old)
+    os.rename(temporary, out)
+    shutil.rmtree(old)
+
+
+def _report(out: Path, record: ExportRecord, verification: Verification) -> int:
+    _say(f"{out}: recipe {record.recipe}, step {record.step}, task {record.task}")
+    _say(f"read back by transformers {verification.transformers}; "
+         "largest difference of log-probabilities:")
+    for kind, difference in verification.differences.items():
+        _say(f"  {kind}: {difference:.1e}")
+    if verification.preprocessing:
+        _say("held-out images through the exported image processor: they differ from ours by "
+             f"{verification.preprocessing['mean']:.2g} levels of 255 on average, at most "
+             f"{verification.preprocessing['largest']:.0f}")
+    else:
+        _say("no held-out sample could be read: verified on random images only")
+    for note in record.notes:
+        _say(f"note: {note}")
+    if verification.passed:
+        _say(f"verified: all differences are at most {verification.tolerance:g}", style="green")
+        return 0
+    _say(f"NOT VERIFIED: a difference exceeds {verification.tolerance:g}. The folder is kept for "
+         f"inspection ({RECORD} says so); do not hand it on", style="red")
+    return 1
+
+
+# ---- import ------------------------------------------------------------------------------------
+
+
+def _import_git(options: argparse.Namespace) -> int:
+    source = read_source(options.source)
+    imported = import_weights(
+        source,
+        options.format,
+        options.encoder,
+        options.task,
+        options.encoder_heads,
+        options.decoder_heads,
+    )
+    _save(imported, options.out)
+    count = sum(tensor.numel() for tensor in imported.tensors.values())
+    _say(f"{options.out}: {len(imported.tensors)} tensors, {count / 1e6:,.1f} M values, from the "
+         f"{imported.format} format")
+    for note in imported.notes:
+        _say(f"assumed: {note}")
+    _say(f"the tokenizer must have {imported.vocab_size:,} entries (largest id + 1); settings for "
+         "a recipe:")
+    print(_settings(options, source.path.parent, imported), end="")
+    return 0
+
+
+def _save(imported: Imported, out: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out {out}: the file must end in .safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        tensors = {name: tensor.contiguous() for name, tensor in imported.tensors.items()}
+        save_file(tensors, temporary, metadata={"format": "pt", "source": imported.format})
+        temporary.chmod(0o644)
+        sync_file(temporary)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _settings(options: argparse.Namespace, folder: Path, imported: Imported) -> str:
+    """The part of a recipe that describes this model."""
+    vit = imported.vit.model_dump(exclude={"gradient_checkpointing"})
+    shape = imported.decoder.model_dump(include=set(_DECODER_SHAPE))
+    objective = {"type": "captioning", "encoder": options.encoder, "decoder": shape}
+    recipe = {
+        "initial_weights": str(options.out),
+        "model": {"encoders": {options.encoder: vit}},
+        "tasks": {options.task: {"objective": objective}},
+    }
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        recipe["tokenizer"] = {"path": str(folder)}
+    return to_yaml(recipe)
+
+
+_DECODER_SHAPE = (
+    "width", "layers", "heads", "mlp_width", "max_positions", "dropout", "tied_output",
+    "embedding_norm_eps",
+)  # fmt: skip
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+
+def _say(text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    text = "a run's captioner as a folder for transformers"
+    export = commands.add_parser("export-git", help=text, description=text)
+    export.set_defaults(run=_export_git)
+    export.add_argument("--run", dest="run_dir", type=Path, required=True, metavar="RUN",
+                        help="run directory (its newest checkpoint) or a checkpoint folder")
+    export.add_argument("--out", type=Path, required=True,
+                        help="folder to write; an earlier export there is replaced")
+    export.add_argument("--task", help="captioning task, if the run has several")
+    export.add_argument("--image-size", type=int, metavar="PIXELS",
+                        help="side of the images; default: as the recipe evaluates")
+    text = "GIT weights of others under our names"
+    take = commands.add_parser("import-git", help=text, description=text)
+    take.set_defaults(run=_import_git)
+    take.add_argument("source", type=Path,
+                      help="transformers folder, .safetensors file, or .pt / .bin file")
+    take.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    take.add_argument("--format", choices=("auto", "original", "transformers"), default="auto")
+    take.add_argument("--encoder", default="image", metavar="NAME",
+                      help="its name in model.encoders (default %(default)s)")
+    take.add_argument("--task", default="caption", metavar="NAME",
+                      help="its name in tasks (default %(default)s)")
+    for tower in ("encoder", "decoder"):
+        take.add_argument(f"--{tower}-heads", type=int, metavar="N",
+                          help=f"attention heads of the {tower}, which weights alone do not show")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

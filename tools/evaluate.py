@@ -1,0 +1,300 @@
+"""Caption held-out images with transformers' own GIT, and compare with references.
+
+    python -m tools.evaluate exports/git_base --shards data/coco/val --caption-source json:captions
+        --sheet captions.png --json metrics.json
+
+EXPORT is a folder that `tools.convert export-git` wrote. Model, tokenizer and generation are those
+of transformers; only the held-out images are prepared as in training, and the metrics are ours.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from data_pipeline.captions import CaptionDataSettings
+from data_pipeline.faults import DataError
+from data_pipeline.loader import EvaluationLoader
+from data_pipeline.reader import TransientReadError
+from data_pipeline.tar_headers import ShardError
+from data_pipeline.tokenizer import Tokenizer
+from pretrain.objectives.caption_evaluation import CaptionExample, evaluate_captions
+from tools.contact_sheet import Cell, contact_sheet
+from tools.export_record import ExportRecord, heldout_loader
+
+_COLUMNS = 4
+_SHOWN = {
+    "cider_d": "CIDEr-D (0 to 10)",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "token_accuracy": "token accuracy",
+    "cross_entropy": "cross-entropy (nats per token)",
+    "images": "images",
+}
+console = Console()
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `evaluate` found."""
+
+    metrics: dict[str, float]
+    examples: list[CaptionExample]
+    """One per image, in row order; the first few with the image as the model saw it."""
+    seconds: float
+    bad_samples: int
+
+
+class Captioner:
+    """transformers' model, tokenizer and image statistics of an export, on one device."""
+
+    def __init__(self, folder: str | Path, device: torch.device) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        from tools.transformers_git import read_git
+
+        self.device = device
+        self.model = read_git(folder).to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        mean, std = processor.image_mean, processor.image_std
+        self.mean = torch.tensor(mean, device=device)[:, None, None]
+        self.std = torch.tensor(std, device=device)[:, None, None]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    @torch.no_grad()
+    def judge(self, batch: Mapping[str, Any]) -> tuple[dict[str, float], list[list[int]]]:
+        """Sums over supervised tokens, and greedy captions, of one batch of the loader."""
+        pixels = (batch["images"].to(self.device).float() / 255 - self.mean) / self.std
+        sums = self._token_sums(pixels, batch["tokens"], batch["loss_mask"])
+        ids = self.model.generate(pixel_values=pixels, do_sample=False, num_beams=1)
+        return sums, ids.tolist()
+
+    def _token_sums(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> dict[str, float]:
+        """pixels: (B, 3, S, S); tokens, mask: (B, K, T), right-padded."""
+        # With more texts than images, transformers repeats the images as a whole: first captions of
+        # all images, then second ones. The padding behind a text needs no mask, as nothing that is
+        # scored looks at it.
+        tokens, mask = (x.to(self.device).transpose(0, 1).flatten(0, 1) for x in (tokens, mask))
+        logits = self.model(
+            pixel_values=pixels,
+            input_ids=tokens[:, :-1],
+            use_cache=False,
+            logits_to_keep=tokens.shape[1] - 1,
+        ).logits
+        supervised = mask[:, 1:]
+        scores, targets = logits[supervised].log_softmax(-1), tokens[:, 1:][supervised]
+        return {
+            "cross_entropy": -scores.gather(1, targets[:, None]).sum().item(),
+            "token_accuracy": float((scores.argmax(-1) == targets).sum()),
+        }
+
+
+def evaluate(
+    folder: str | Path,
+    data: CaptionDataSettings,
+    *,
+    batch: int = 32,
+    max_samples: int | None = None,
+    workers: int = 0,
+    keep_images: int = 16,
+    device: torch.device | None = None,
+) -> Evaluated:
+    """Run an export over held-out samples.
+
+    data: from `ExportRecord.data`.
+
+    Raises:
+        ValueError: `folder` is no export, or no sample could be used.
+        FileNotFoundError, ShardError: the shards cannot be read.
+    """
+    loader = heldout_loader(data, Tokenizer.load(folder), batch, max_samples, workers)
+    with console.status("loading the model with transformers"):
+        captioner = Captioner(folder, device or torch.device("cpu"))
+    started = time.monotonic()
+    metrics, examples = evaluate_captions(
+        captioner.judge, _with_progress(loader), captioner, keep_images=keep_images
+    )
+    bad = sum(count.replaced for count in loader.faults().values())
+    if not examples:
+        raise ValueError(f"none of the {loader.samples} samples of {data.shards} could be used")
+    return Evaluated(metrics, examples, time.monotonic() - started, bad)
+
+
+def _with_progress(loader: EvaluationLoader) -> Iterator[dict[str, Any]]:
+    columns = TextColumn("captioning"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=loader.samples)
+        for batch in loader:
+            yield batch
+            bar.advance(task, len(batch["valid"]))
+
+
+# ---- output ------------------------------------------------------------------------------------
+
+
+def _print_results(record: ExportRecord, found: Evaluated, examples: int) -> None:
+    if not (record.verification and record.verification.passed):
+        console.print("[yellow]this export was not verified against the run that it came from[/]")
+    title = f"{record.recipe}, step {record.step}, task {record.task}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, label in _SHOWN.items():
+        if name in found.metrics:
+            value = found.metrics[name]
+            table.add_row(label, f"{value:,.0f}" if name == "images" else f"{value:.4f}")
+    table.add_row("captions per second", f"{len(found.examples) / found.seconds:.1f}")
+    console.print(table)
+    if found.bad_samples:
+        console.print(f"[yellow]{found.bad_samples} bad samples were left out[/]")
+    for example in found.examples[:examples]:
+        console.print(Text(example.key, style="dim"))
+        console.print(Text(f"  predicted  {example.caption or '(nothing)'}", style="blue"))
+        for reference in example.references[:1]:
+            console.print(Text(f"  reference  {reference}", style="green"))
+
+
+def _write_json(path: Path, record: ExportRecord, options: Any, found: Evaluated) -> None:
+    content = {
+        "metrics": found.metrics,
+        "export": record.model_dump(
+            mode="json", include={"recipe", "step", "task", "checkpoint_sha256"}
+        ),
+        "generation": {"kind": "greedy", "max_new_tokens": record.max_new_tokens},
+        "shards": options.shards,
+        "bad_samples": found.bad_samples,
+        "captions": [
+            {key: value for key, value in asdict(example).items() if key != "image"}
+            for example in found.examples
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_sheet(path: Path, record: ExportRecord, font: str | None, found: Evaluated) -> None:
+    cells = [
+        Cell(e.image.permute(1, 2, 0).numpy(), e.key, e.caption, e.references[:1])
+        for e in found.examples
+        if e.image is not None
+    ]
+    metrics = found.metrics
+    scores = ", ".join(
+        f"{label} {metrics[name]:.3f}"
+        for name, label in (
+            ("cider_d", "CIDEr-D"), ("bleu_4", "BLEU-4"), ("token_accuracy", "token accuracy"),
+        )
+        if name in metrics
+    )  # fmt: skip
+    sheet = contact_sheet(
+        cells,
+        title=f"{record.recipe}, step {record.step}",
+        subtitle=f"{metrics['images']:,.0f} held-out images: {scores}",
+        columns=_COLUMNS,
+        font=font,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code: 0, or 1 after an error that was printed."""
+    options = _parser().parse_args(arguments)
+    try:
+        record = ExportRecord.read(options.export)
+        found = evaluate(
+            options.export,
+            record.data(options.shards, options.caption_source),
+            batch=options.batch,
+            max_samples=options.max_samples,
+            workers=options.workers,
+            keep_images=options.sheet_rows * _COLUMNS if options.sheet else 0,
+            device=options.device,
+        )
+        _print_results(record, found, options.examples)
+        if options.json:
+            _write_json(options.json, record, options, found)
+            console.print(f"metrics and captions: {options.json}", highlight=False)
+        if options.sheet:
+            _write_sheet(options.sheet, record, options.font, found)
+            console.print(f"contact sheet: {options.sheet}", highlight=False)
+        return 0
+    except torch.OutOfMemoryError:
+        _complain(f"the device's memory is too small for batches of {options.batch}: lower --batch")
+    except (DataError, ShardError, TransientReadError, OSError, ValueError) as error:
+        _complain(str(error))
+    return 1
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True).print(
+        f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("export", type=Path, metavar="EXPORT", help="folder of an exported model")
+    parser.add_argument("--shards", nargs="+", required=True,
+                        help="held-out shards: folders, tars, globs or {000..123} expressions")
+    parser.add_argument("--caption-source",
+                        help="txt or json:KEY; default: as the exported task trained")
+    parser.add_argument("--batch", type=_positive, default=32, metavar="N",
+                        help="images at a time (default %(default)s)")
+    parser.add_argument("--max-samples", type=_positive, metavar="N",
+                        help="at most so many, spread evenly over the shards")
+    parser.add_argument("--workers", type=int, default=2, metavar="N",
+                        help="processes that read images (default %(default)s)")
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="(default %(default)s)")
+    parser.add_argument("--examples", type=int, default=4, metavar="N",
+                        help="captions to print (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write metrics and captions")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png",
+                        help="draw the first images with predicted and reference captions")
+    parser.add_argument("--sheet-rows", type=_positive, default=4, metavar="N",
+                        help=f"rows of {_COLUMNS} images on the sheet (default %(default)s)")
+    parser.add_argument("--font", help="TrueType file for the sheet, for other than Latin scripts")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device such as cpu or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text}: this machine shows no GPU to torch; use cpu")
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

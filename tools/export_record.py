@@ -1,0 +1,125 @@
+"""omnipretrain.json: what an exported model came from, and what its inputs looked like.
+
+transformers passes the file over. `tools.evaluate` reads it to prepare held-out images exactly as
+training did, and `tools.convert` to know which folders are exports that it may replace.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.loader import EvaluationLoader, TaskStream
+from data_pipeline.reader import SampleReader
+from data_pipeline.settings import Settings
+from data_pipeline.shards import ShardSet
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.transforms import ImageSettings
+from pretrain.engine.checkpoint_files import write_durable
+
+RECORD = "omnipretrain.json"
+
+
+class Verification(Settings):
+    """How far transformers' scores, read back from the export, are from ours."""
+
+    passed: bool
+    """Whether all differences stay below the tolerance."""
+    tolerance: float
+    """Largest difference of natural log-probabilities that passes."""
+    differences: dict[str, float]
+    """Kind of input -> largest difference found, over all words of the vocabulary."""
+    preprocessing: dict[str, float]
+    """Mean and largest difference, in levels of 0..255, between held-out images prepared by the
+    exported image processor and by our evaluation; empty if no held-out image was read."""
+    transformers: str
+    """Version that read the export back."""
+
+
+class ExportRecord(Settings):
+    """Contents of omnipretrain.json."""
+
+    format: Literal["omnipretrain.export"] = "omnipretrain.export"
+    version: Literal[1] = 1
+    recipe: str
+    """Name of the recipe."""
+    step: int
+    """Optimizer steps that the weights have seen."""
+    checkpoint_sha256: str
+    """Of the checkpoint's manifest, which holds the hashes of all its files."""
+    task: str
+    """The captioning task that was exported."""
+    encoder: str
+    """The encoder that it reads."""
+    tokenizer_digest: str
+    """Digest of the tokenizer in the checkpoint."""
+    image: ImageSettings
+    """Preprocessing of held-out images."""
+    image_extensions: list[str]
+    """As in the recipe's data settings; so are the next three."""
+    caption_source: str
+    captions_per_image: int
+    text_length: int
+    max_new_tokens: int = Field(gt=0)
+    """Longest caption that generation writes, in tokens, EOS counted."""
+    notes: list[str]
+    """Where the export cannot do what training did."""
+    verification: Verification | None = None
+    """None: never verified."""
+
+    def write(self, folder: Path) -> None:
+        """Put the record into `folder`."""
+        write_durable(folder / RECORD, self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "ExportRecord":
+        """The record of an export.
+
+        Raises:
+            ValueError: `folder` is no export, or one of another version.
+        """
+        path = Path(folder) / RECORD
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} is no export: it has no {RECORD}; make one with "
+                "`python -m tools.convert export-git`"
+            )
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise ValueError(
+                f"{path}: {where}: {first['msg']}; export the checkpoint again with this version"
+            ) from None
+
+    def data(self, shards: Sequence[str], caption_source: str | None = None) -> CaptionDataSettings:
+        """Settings that read `shards` as the exported task did."""
+        return CaptionDataSettings(
+            shards=list(shards),
+            image_extensions=self.image_extensions,
+            caption_source=caption_source or self.caption_source,
+            captions_per_image=self.captions_per_image,
+            text_length=self.text_length,
+            image=self.image,
+        )
+
+
+def heldout_loader(
+    data: CaptionDataSettings,
+    tokenizer: Tokenizer,
+    batch: int,
+    max_samples: int | None = None,
+    workers: int = 0,
+) -> EvaluationLoader:
+    """Batches of held-out samples in one process.
+
+    Raises:
+        FileNotFoundError, ShardError: the shards cannot be opened.
+    """
+    reader = SampleReader(ShardSet.open(data.shards))
+    fields = CaptionFields(data, tokenizer, train=False)
+    stream = TaskStream("heldout", reader, None, fields, 0, batch, batch)
+    return EvaluationLoader(stream, 0, 1, workers=workers, max_samples=max_samples)

@@ -1,0 +1,238 @@
+"""Read GIT weights of others: which file, which format, and the recipe settings that fit them."""
+
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pretrain.models.git import GitDecoderSettings
+from pretrain.models.git_weights import detect_format, import_git
+from pretrain.models.vit import VitSettings
+
+# CLIP and BERT give every head this many channels, and GIT's released models follow them. Weights
+# do not show the number of heads.
+_HEAD_WIDTH = 64
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# What our model has built in, and a configuration may say otherwise.
+_FIXED = {
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "vision_config.layer_norm_eps": 1e-5,
+    "vision_config.num_channels": 3,
+    "num_image_with_embedding": None,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Foreign weights, and transformers' configuration where one lies beside them."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Weights under our names, and the settings of the model that they belong to."""
+
+    format: str
+    tensors: dict[str, Tensor]
+    vit: VitSettings
+    decoder: GitDecoderSettings
+    vocab_size: int
+    notes: list[str]
+    """What the weights do not say and was assumed."""
+
+
+def read_source(path: Path) -> Source:
+    """Read a transformers folder, a .safetensors file, or a .pt / .bin file of tensors.
+
+    Raises:
+        ValueError: nothing usable is there, or a file is damaged or holds more than tensors.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; download the weights first and give their path")
+    file = path if path.is_file() else _weight_file(path)
+    config = file.parent / "config.json"
+    return Source(
+        file,
+        _read_tensors(file),
+        json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None,
+    )
+
+
+def import_weights(
+    source: Source,
+    expected: str,
+    encoder: str,
+    task: str,
+    encoder_heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> Imported:
+    """Rename the tensors and derive the settings.
+
+    expected: "original", "transformers" or "auto".
+    encoder, task: names of the encoder and the task in the recipe.
+    encoder_heads, decoder_heads: attention heads; none: from the configuration, or by convention.
+
+    Raises:
+        ValueError: another format, missing or unknown tensors, or a model that ours cannot be.
+    """
+    found = detect_format(source.tensors)
+    if expected not in ("auto", found):
+        raise ValueError(
+            f"{source.path}: --format {expected}, but the names are those of the {found} format; "
+            "leave --format out"
+        )
+    config = (source.config or {}) if found == "transformers" else {}
+    _check_fixed(source.path, config)
+    try:
+        ours = import_git(source.tensors, encoder, task)
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from None
+    notes: list[str] = []
+    vision = config.get("vision_config") or {}
+    vit = _vit(
+        ours, f"encoders.{encoder}", vision, encoder_heads or vision.get("num_attention_heads"),
+        notes,
+    )  # fmt: skip
+    decoder = _decoder(
+        ours, f"objectives.{task}.decoder", config, found,
+        decoder_heads or config.get("num_attention_heads"), notes,
+    )  # fmt: skip
+    words = ours[f"objectives.{task}.decoder.embedding.words.weight"]
+    return Imported(found, ours, vit, decoder, len(words), notes)
+
+
+def _weight_file(folder: Path) -> Path:
+    for name in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(
+        f"{folder} has none of {', '.join(_WEIGHT_FILES)}; give the weight file itself"
+    )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.name.endswith(".index.json"):
+        parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        tensors: dict[str, Tensor] = {}
+        for part in parts:
+            tensors.update(_read_tensors(path.parent / part))
+        return tensors
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors and is not opened, since that could "
+            f"run code: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
+    while isinstance(content, Mapping) and len(inner := _wrapped(content)) == 1:
+        content = content[inner[0]]
+    if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
+        raise ValueError(f"{path} holds no state dict (names with tensors), also not under `model`")
+    return dict(content)
+
+
+def _wrapped(content: Mapping) -> list[str]:
+    """Keys under which checkpoints keep their state dict beside other things."""
+    return [k for k in ("model", "state_dict") if isinstance(content.get(k), Mapping)]
+
+
+def _check_fixed(path: Path, config: Mapping[str, Any]) -> None:
+    for key, expected in _FIXED.items():
+        *parents, leaf = key.split(".")
+        node: Any = config
+        for parent in parents:
+            node = node.get(parent) or {}
+        if leaf in node and node[leaf] != expected:
+            raise ValueError(
+                f"{path.parent / 'config.json'}: {key} is {node[leaf]!r}; our GIT has {expected!r} "
+                "there and cannot be this model"
+            )
+
+
+def _vit(
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    config: Mapping[str, Any],
+    heads: int | None,
+    notes: list[str],
+) -> VitSettings:
+    patches = tensors[f"{prefix}.embedding.patches.weight"]
+    width, patch = patches.shape[0], patches.shape[-1]
+    places = len(tensors[f"{prefix}.embedding.positions"]) - 1
+    side = math.isqrt(places)
+    if side * side != places:
+        raise ValueError(f"the position table has {places} places, which form no square of patches")
+    activation = config.get("hidden_act")
+    if activation is None:
+        activation = "quick_gelu"
+        notes.append("activation quick_gelu, as in CLIP and all released GIT models")
+    if activation not in ("quick_gelu", "gelu"):
+        raise ValueError(f"the encoder's hidden_act is {activation!r}; ours has quick_gelu or gelu")
+    return VitSettings(
+        image_size=side * patch,
+        patch_size=patch,
+        width=width,
+        layers=_count(tensors, f"{prefix}.blocks."),
+        heads=heads or _heads(width, "encoder", notes),
+        mlp_ratio=len(tensors[f"{prefix}.blocks.0.mlp.expand.weight"]) / width,
+        activation=activation,
+    )
+
+
+def _decoder(
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    config: Mapping[str, Any],
+    source: str,
+    heads: int | None,
+    notes: list[str],
+) -> GitDecoderSettings:
+    positions = tensors[f"{prefix}.embedding.positions.weight"]
+    width = positions.shape[1]
+    return GitDecoderSettings(
+        width=width,
+        layers=_count(tensors, f"{prefix}.layers."),
+        heads=heads or _heads(width, "decoder", notes),
+        mlp_width=len(tensors[f"{prefix}.layers.0.expand.weight"]),
+        max_positions=len(positions),
+        dropout=config.get("hidden_dropout_prob", 0.1),
+        tied_output=f"{prefix}.output.weight" not in tensors,
+        # transformers uses one epsilon everywhere, the original another one for the embedding.
+        embedding_norm_eps=1e-8 if source == "original" else 1e-12,
+    )
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    return len({n[len(prefix) :].split(".")[0] for n in tensors if n.startswith(prefix)})
+
+
+def _heads(width: int, tower: str, notes: list[str]) -> int:
+    if width % _HEAD_WIDTH:
+        raise ValueError(
+            f"the weights do not show how many attention heads the {tower} has, and its width "
+            f"{width} is no multiple of the usual {_HEAD_WIDTH}; say it with --{tower}-heads"
+        )
+    notes.append(f"{width // _HEAD_WIDTH} heads in the {tower}: {_HEAD_WIDTH} channels each")
+    return width // _HEAD_WIDTH

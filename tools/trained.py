@@ -1,0 +1,115 @@
+"""Open what a run left behind: its model with the weights of a checkpoint, in one process."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.tokenizer import Tokenizer
+from pretrain.build import build_model
+from pretrain.engine.checkpoint_files import MANIFEST, newest_whole, read_full_state, read_manifest
+from pretrain.models.git import GitDecoderSettings
+from pretrain.models.multitask import MultiTaskModel
+from pretrain.models.vit import VisionTransformer, VitSettings
+from pretrain.objectives.captioning import Captioning
+from pretrain.recipe import Recipe, TaskSettings, load_resolved
+
+
+@dataclass(frozen=True)
+class TrainedCaptioner:
+    """A captioning task of a run, with the weights of one checkpoint (float32, eval mode)."""
+
+    checkpoint: Path
+    manifest: dict
+    """What the checkpoint says of itself."""
+    recipe: Recipe
+    task_name: str
+    tokenizer: Tokenizer
+    model: MultiTaskModel
+
+    @property
+    def task(self) -> TaskSettings:
+        """The task's part of the recipe."""
+        return self.recipe.tasks[self.task_name]
+
+    @property
+    def objective(self) -> Captioning:
+        """The task's decoder and loss."""
+        return self.model.objectives[self.task_name]
+
+    @property
+    def encoder_name(self) -> str:
+        """Name of the encoder that the task reads."""
+        return self.task.objective.encoder
+
+    @property
+    def encoder(self) -> VisionTransformer:
+        """The encoder that the task reads."""
+        return self.model.encoders[self.encoder_name]
+
+    @property
+    def vit(self) -> VitSettings:
+        """Settings of that encoder."""
+        return self.recipe.model.encoders[self.encoder_name]
+
+    @property
+    def decoder(self) -> GitDecoderSettings:
+        """Settings of the decoder."""
+        return self.task.objective.decoder
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the weights have seen."""
+        return self.manifest["step"]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """name -> tensor of the whole model; a tied parameter once."""
+        return {name: p.detach() for name, p in self.model.named_parameters()}
+
+
+def open_captioner(path: str | Path, task: str | None = None) -> TrainedCaptioner:
+    """Read a checkpoint folder, or the newest whole checkpoint of a run directory.
+
+    task: name of a captioning task of the run; needed if it has several.
+
+    Raises:
+        ValueError: `path` is neither, or the run has no such task.
+        CheckpointError: the checkpoint is not whole.
+    """
+    checkpoint = _find(Path(path))
+    manifest = read_manifest(checkpoint)
+    recipe = load_resolved(checkpoint / "recipe.yaml")
+    name = _choose_task(recipe, task)
+    tokenizer = Tokenizer.load(checkpoint / "tokenizer")
+    # Nothing is computed before every parameter has its trained value.
+    with torch.device("meta"):
+        model = build_model(recipe, tokenizer)
+    model.load_state_dict(read_full_state(checkpoint), assign=True)
+    # Assigning parted the tied matrices; a cast (here to what they are) joins them again.
+    return TrainedCaptioner(
+        checkpoint, manifest, recipe, name, tokenizer, model.float().requires_grad_(False).eval()
+    )
+
+
+def _find(path: Path) -> Path:
+    """The checkpoint folder that is meant."""
+    if (path / MANIFEST).is_file():
+        return path
+    if (path / "checkpoints").is_dir():
+        return newest_whole(path / "checkpoints")
+    raise ValueError(
+        f"{path} is neither a run directory (with checkpoints/) nor a whole checkpoint in one "
+        f"(RUN/checkpoints/step_..., with {MANIFEST}); give the run_dir of a run"
+    )
+
+
+def _choose_task(recipe: Recipe, wanted: str | None) -> str:
+    names = [n for n, task in recipe.tasks.items() if task.objective.type == "captioning"]
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted in names:
+        return wanted
+    raise ValueError(
+        f"choose one of the run's captioning tasks with --task: {', '.join(names) or 'it has none'}"
+        + (f"; {wanted!r} is not among them" if wanted else "")
+    )
