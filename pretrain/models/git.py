@@ -34,6 +34,9 @@ class GitDecoderSettings(Settings):
     """Score words with the word embeddings; otherwise the output has a matrix of its own."""
     embedding_norm_eps: float = Field(1e-8, gt=0)
     """Epsilon of the text embedding's LayerNorm: 1e-8 in the original, 1e-12 in transformers."""
+    initial_std: float = Field(0.02, gt=0)
+    """Standard deviation of the first weights. GIT's 0.02 suits its width of 768; about
+    width ** -0.5 is better below 256, where attention starts too even to find the image."""
     gradient_checkpointing: bool = False
     """Recompute the layers in the backward pass: more time for less memory."""
 
@@ -66,6 +69,7 @@ class GitDecoder(nn.Module):
         dropout: float = 0.1,
         tied_output: bool = True,
         embedding_norm_eps: float = 1e-8,
+        initial_std: float = 0.02,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -82,6 +86,9 @@ class GitDecoder(nn.Module):
         )
         self.output = nn.Linear(width, vocab_size)
         self.tied_output = tied_output
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.initial_std = {"weight": initial_std}
         self._tie()
 
     def _tie(self) -> None:
