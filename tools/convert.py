@@ -165,7 +165,7 @@ def _save(imported: Imported, out: Path) -> None:
 
 def _settings(options: argparse.Namespace, folder: Path, imported: Imported) -> str:
     """The part of a recipe that describes this model."""
-    vit = imported.vit.model_dump(exclude={"gradient_checkpointing"})
+    vit = imported.vit.model_dump(include=set(_ENCODER_SHAPE))
     shape = imported.decoder.model_dump(include=set(_DECODER_SHAPE))
     objective = {"type": "captioning", "encoder": options.encoder, "decoder": shape}
     recipe = {
@@ -178,6 +178,10 @@ def _settings(options: argparse.Namespace, folder: Path, imported: Imported) -> 
     return to_yaml(recipe)
 
 
+# Other settings of the towers say how to train, not what the weights are.
+_ENCODER_SHAPE = (
+    "type", "image_size", "patch_size", "width", "layers", "heads", "mlp_ratio", "activation",
+)  # fmt: skip
 _DECODER_SHAPE = (
     "width", "layers", "heads", "mlp_width", "max_positions", "dropout", "tied_output",
     "embedding_norm_eps",
