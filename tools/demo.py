@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="everything goes here; an earlier demo's run and export are replaced")
     parser.add_argument("--scenes", type=int, default=12000, help="training scenes to pack")
     parser.add_argument("--heldout", type=int, default=256, help="held-out scenes to pack")
-    parser.add_argument("--kill-after", type=int, default=120, metavar="STEP",
+    parser.add_argument("--kill-after", type=int, default=250, metavar="STEP",
                         help="kill the run once this step is logged")
     arguments = parser.parse_args(argv)
     demo = Demo(arguments.out, arguments.scenes, arguments.heldout, arguments.kill_after)
