@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export_git(options: argparse.Namespace) -> int:
-    # transformers and torch take seconds to import; wrong usage should not wait for them.
+    # transformers takes seconds to import, and `import-git` does without it.
     from tools.export_git import write_git
     from tools.trained import open_captioner
     from tools.verify_export import verify
@@ -97,7 +97,11 @@ def _publish(temporary: Path, out: Path) -> None:
     # A folder with files cannot be replaced in one rename: for a moment `out` is absent.
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
     os.rename(out, old)
-    os.rename(temporary, out)
+    try:
+        os.rename(temporary, out)
+    except OSError:
+        os.rename(old, out)
+        raise
     shutil.rmtree(old)
 
 

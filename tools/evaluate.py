@@ -1,6 +1,6 @@
-"""Caption held-out images with transformers' own GIT, and compare with references.
+r"""Caption held-out images with transformers' own GIT, and compare with references.
 
-    python -m tools.evaluate exports/git_base --shards data/coco/val --caption-source json:captions
+    python -m tools.evaluate exports/git_base --shards data/coco/val --caption-source json:captions \
         --sheet captions.png --json metrics.json
 
 EXPORT is a folder that `tools.convert export-git` wrote. Model, tokenizer and generation are those
