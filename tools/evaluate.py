@@ -1,7 +1,7 @@
 r"""Caption held-out images with transformers' own GIT, and compare with references.
 
-    python -m tools.evaluate exports/git_base --shards data/coco/val --caption-source json:captions \
-        --sheet captions.png --json metrics.json
+    python -m tools.evaluate exports/git_base --shards data/coco/val --sheet captions.png \
+        --json metrics.json
 
 EXPORT is a folder that `tools.convert export-git` wrote. Model, tokenizer and generation are those
 of transformers; only the held-out images are prepared as in training, and the metrics are ours.
