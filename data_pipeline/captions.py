@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from data_pipeline.decode import DecodeError
 from data_pipeline.reader import BadSample, Sample
-from data_pipeline.settings import Settings
+from data_pipeline.sources import ShardedData
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings, ImageTransform
@@ -21,11 +21,9 @@ TEXT_MULTIPLE = 8
 TOKEN_CHARACTERS = 256
 
 
-class CaptionDataSettings(Settings):
+class CaptionDataSettings(ShardedData):
     """Images with one or more captions each, in WebDataset shards."""
 
-    shards: list[str] = Field(min_length=1)
-    """Folders with a manifest, tar files, globs or brace patterns."""
     image_extensions: list[str] = Field(default=["jpg", "jpeg", "png", "webp"], min_length=1)
     """Members that may hold the image, in order of preference."""
     caption_source: str = "txt"

@@ -11,8 +11,9 @@ position is the step it was started at.
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -32,6 +33,7 @@ __all__ = [
     "FaultCount",
     "LoaderSettings",
     "MicroBatch",
+    "Part",
     "StepLoader",
     "StepSampler",
     "StepWindow",
@@ -57,17 +59,37 @@ class LoaderSettings(Settings):
     """Waiting longer than this for a batch logs which positions are being processed."""
 
 
+class Part(NamedTuple):
+    """What a step runs of one task on one rank."""
+
+    task: str
+    micro_batches: list[dict[str, Any]]
+    """Batches of the task's fields, with position, row and key; equal shapes on all ranks, but for
+    the length of texts."""
+
+
 @dataclass
 class StepWindow:
     """Everything one rank needs for one optimizer step."""
 
     step: int
-    task: str
-    micro_batches: list[dict[str, Any]]
-    """Batches of the task's fields, with position, row and key; equal shapes on all ranks, but for
-    the length of texts."""
+    parts: list[Part]
+    """One, unless the schedule mixes tasks."""
     seconds: dict[str, float]
     """Worker time by stage (read, decode, transform, collate), and wait: the trainer's own."""
+    positions: dict[str, range] = field(default_factory=dict)
+    """Task -> positions of its global batch, over all ranks."""
+
+    @property
+    def task(self) -> str:
+        """The only task. Raises ValueError if there are several."""
+        (part,) = self.parts
+        return part.task
+
+    @property
+    def micro_batches(self) -> list[dict[str, Any]]:
+        """The micro-batches of all parts."""
+        return [batch for part in self.parts for batch in part.micro_batches]
 
 
 class StepLoader:
@@ -88,7 +110,7 @@ class StepLoader:
 
         Args:
             streams: task -> stream.
-            schedule: step -> (task, visit), a pure function.
+            schedule: step -> (task, visit), a pure function; perhaps with several parts a step.
             settings: workers and limits.
             rank, world: this process and how many there are.
             start_step: first step to load: 0, or the step that a resumed run continues with.
@@ -98,6 +120,7 @@ class StepLoader:
         self.settings, self.rank = settings, rank
         self.streams = dict(streams)
         self.sampler = StepSampler(schedule, self.streams, rank, world, start_step, stop_step)
+        self._micro_steps = {task: self.sampler.micro_steps(task) for task in self.streams}
         self._policy = FaultPolicy(settings.max_bad_fraction, settings.max_bad_run, rank)
         self._pin_memory = pin_memory
 
@@ -108,7 +131,6 @@ class StepLoader:
     def __iter__(self) -> Iterator[StepWindow]:
         settings = self.settings
         requests = Requests(self.sampler)
-        micro_steps = {task: self.sampler.micro_steps(task) for task in self.streams}
         batches = load_batches(
             self.streams,
             requests,
@@ -117,37 +139,33 @@ class StepLoader:
             prefetch_batches=settings.prefetch_batches,
             start_method=settings.start_method,
             pin_memory=self._pin_memory,
-            window=max(micro_steps.values()),
+            window=self.sampler.most_micro_steps(),
         )
-        with StallWatch(settings.stall_seconds, lambda: self._describe(requests)) as watch:
-            while True:
-                window = self._next_window(batches, requests, micro_steps, watch)
-                if window is None:
-                    return
-                yield window
+        watch = StallWatch(settings.stall_seconds, lambda: self._describe(requests))
+        with closing(batches), watch:
+            for step in range(self.sampler.start_step, self.sampler.stop_step):
+                yield self._window(step, batches, requests, watch)
 
-    def _next_window(
+    def _window(
         self,
+        step: int,
         batches: Iterator[dict[str, Any]],
         requests: Requests,
-        micro_steps: dict[str, int],
         watch: StallWatch,
-    ) -> StepWindow | None:
-        window: StepWindow | None = None
-        while window is None or len(window.micro_batches) < micro_steps[window.task]:
-            started = time.perf_counter()
-            with watch.waiting():
-                batch = next(batches, None)
-            if batch is None:
-                return None
-            request = requests.waiting.popleft()
-            if window is None:
-                window = StepWindow(request.step, request.task, [], {"wait": 0.0})
-            seconds = batch.pop("seconds") | {"wait": time.perf_counter() - started}
-            for stage, spent in seconds.items():
-                window.seconds[stage] = window.seconds.get(stage, 0.0) + spent
-            self._policy.record(request.task, batch)
-            window.micro_batches.append(batch)
+    ) -> StepWindow:
+        parts = self.sampler.parts(step)
+        window = StepWindow(step, [Part(task, []) for task, _ in parts], {"wait": 0.0}, dict(parts))
+        for part in window.parts:
+            for _ in range(self._micro_steps[part.task]):
+                started = time.perf_counter()
+                with watch.waiting():
+                    batch = next(batches)
+                requests.waiting.popleft()
+                seconds = batch.pop("seconds") | {"wait": time.perf_counter() - started}
+                for stage, spent in seconds.items():
+                    window.seconds[stage] = window.seconds.get(stage, 0.0) + spent
+                self._policy.record(part.task, batch)
+                part.micro_batches.append(batch)
         return window
 
     def _describe(self, requests: Requests) -> str:

@@ -91,6 +91,15 @@ class Order:
         """Completed passes over the data set before `position`."""
         return position // self.n_rows
 
+    def can_avoid(self, batch: np.ndarray, position: int) -> bool:
+        """Whether substitutes of `position` can be kept out of its batch, an (n,) array of
+        positions: one that holds more than half of a data set cannot avoid repeating its rows."""
+        return self.n_rows >= 2 * len(batch)
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Passes over named parts of the data: there are none, as there is one data set."""
+        return {}
+
     def describe(self) -> dict[str, int]:
         """Plan constants and the rows in each part of an epoch, for logs and the data state."""
         listed, lanes = self._listed_rows, self.lanes

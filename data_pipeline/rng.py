@@ -18,6 +18,11 @@ def _digest(parts: tuple[int | str, ...], size: int) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
+def keyed_bytes(size: int, *parts: int | str) -> bytes:
+    """Hash integers and strings to `size` bytes (at most 64), the same on every machine."""
+    return _digest(parts, size)
+
+
 def keyed_u64(*parts: int | str) -> int:
     """Hash integers and strings to one integer in [0, 2**64), the same on every machine."""
     return int.from_bytes(_digest(parts, 8), "little")

@@ -6,7 +6,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 Schedule = Callable[[int], tuple[str, int]]
-"""step -> (task, visit): the task of the step, and how many steps it has had before."""
+"""step -> (task, visit): the task of the step, and how many steps it has had before.
+
+A schedule whose steps may run several tasks also has `parts(step) -> [(task, visit), ...]` and
+`most_parts`, the most of them; see `pretrain.sampler`.
+"""
 
 
 class MicroBatch(NamedTuple):
@@ -15,7 +19,7 @@ class MicroBatch(NamedTuple):
     step: int
     """Optimizer step."""
     micro: int
-    """Micro-step within the step."""
+    """Micro-step within the step, counted through all its parts."""
     task: str
     positions: tuple[int, ...]
     """Position of each row in the task's order; -1 for padding."""
@@ -88,17 +92,31 @@ class StepSampler:
         batched = self.tasks[task]
         return len(deal(batched.global_batch, batched.micro_batch, self.rank, self.world))
 
+    def parts(self, step: int) -> list[tuple[str, range]]:
+        """Tasks of a step, in the order in which they run, and the positions of their global
+        batches, over all ranks."""
+        parts = self.schedule.parts(step) if self._has_parts() else [self.schedule(step)]
+        sizes = {task: self.tasks[task].global_batch for task, _ in parts}
+        return [(task, range(v * sizes[task], (v + 1) * sizes[task])) for task, v in parts]
+
+    def most_micro_steps(self) -> int:
+        """Most forward passes of one step."""
+        most = self.schedule.most_parts if self._has_parts() else 1
+        return sum(sorted(self.micro_steps(task) for task in self.tasks)[-most:])
+
+    def _has_parts(self) -> bool:
+        return hasattr(self.schedule, "parts")
+
     def __iter__(self) -> Iterator[MicroBatch]:
         dealt = {
             name: deal(task.global_batch, task.micro_batch, self.rank, self.world)
             for name, task in self.tasks.items()
         }
         for step in range(self.start_step, self.stop_step):
-            task, visit = self.schedule(step)
-            first = visit * self.tasks[task].global_batch
-            for micro, offsets in enumerate(dealt[task]):
+            shares = [(t, span, o) for t, span in self.parts(step) for o in dealt[t]]
+            for micro, (task, span, offsets) in enumerate(shares):
                 valid = offsets >= 0
-                positions = np.where(valid, first + offsets, -1)
+                positions = np.where(valid, span.start + offsets, -1)
                 yield MicroBatch(
                     step, micro, task, tuple(positions.tolist()), tuple(valid.tolist())
                 )

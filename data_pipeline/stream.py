@@ -9,6 +9,7 @@ import torch
 from data_pipeline.order import Order
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
 from data_pipeline.rng import sample_rng
+from data_pipeline.sources import MixedOrder
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.timing import StageClock
 
@@ -76,7 +77,7 @@ class TaskStream:
         self,
         name: str,
         reader: SampleReader,
-        order: Order | None,
+        order: Order | MixedOrder | None,
         fields: Fields,
         seed: int,
         global_batch: int,
@@ -86,8 +87,9 @@ class TaskStream:
 
         Args:
             name: the task; it keys the random draws of its samples.
-            order: position -> row; none for evaluation, where positions are rows, nothing is
-                drawn at random, and a bad sample becomes a row that is not valid.
+            order: position -> row (of all sources, one behind the other); none for evaluation,
+                where positions are rows, nothing is drawn at random, and a bad sample becomes a
+                row that is not valid.
             seed: key of the samples' random draws.
             global_batch: samples per step over all ranks.
             micro_batch: most samples per forward pass on one rank.
@@ -102,12 +104,15 @@ class TaskStream:
 
     @property
     def n_rows(self) -> int:
-        """Samples in the data set."""
+        """Samples in the data set, or in all its sources."""
         return len(self.reader.shards)
 
-    def epochs(self, visits: int) -> float:
-        """Passes over the data set after `visits` steps of this task."""
-        return visits * self.global_batch / self.n_rows
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Metrics after `samples` samples of this task: `epoch` is samples per sample that there
+        is; with several sources `epoch_NAME` is the passes over each, which is what repeats."""
+        parts = {} if self.order is None else self.order.epochs(samples)
+        named = {f"epoch_{name}": passes for name, passes in parts.items()}
+        return {"epoch": samples / self.n_rows} | named
 
     def load(self, request: MicroBatch, allocate: Allocate | None = None) -> dict[str, Any]:
         """Read, decode and collate one micro-batch.
@@ -231,12 +236,10 @@ class TaskStream:
     def _substitute(self, position: int, attempt: int) -> int | None:
         """Row of a substitute, or None if this one stands in the same global batch anyway."""
         row = int(self.order.rows(np.array([position]), attempt)[0])
-        # A batch that holds more than half of a data set cannot avoid repeating its rows.
-        if self.n_rows >= 2 * self.global_batch:
-            first = position // self.global_batch * self.global_batch
-            batch = self.order.rows(np.arange(first, first + self.global_batch))
-            if (batch == row).any():
-                return None
+        first = position // self.global_batch * self.global_batch
+        batch = np.arange(first, first + self.global_batch)
+        if self.order.can_avoid(batch, position) and (self.order.rows(batch) == row).any():
+            return None
         return row
 
 

@@ -1,16 +1,18 @@
 """From a recipe to objects. The only place that knows both: components take plain arguments."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from data_pipeline.captions import CaptionFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
-from data_pipeline.order import Order
 from data_pipeline.reader import SampleReader
-from data_pipeline.rng import keyed_u64
 from data_pipeline.shards import ShardSet
+from data_pipeline.sources import concatenated, open_sources, plan_order
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
+from pretrain import sampler
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.recipe import Recipe, TaskSettings
-from pretrain.sampler import Schedule
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -18,9 +20,35 @@ def build_tokenizer(recipe: Recipe) -> Tokenizer:
     return Tokenizer.from_settings(recipe.tokenizer)
 
 
-def build_schedule(recipe: Recipe) -> Schedule:
-    """Which task runs at which step."""
-    return Schedule({name: task.weight for name, task in recipe.tasks.items()}, recipe.seed)
+def plan_sampling(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> list[sampler.Stage]:
+    """The stages that the recipe asks for.
+
+    Args:
+        sizes: task -> samples; where `sampling.alpha` needs them and they are not given, the shards
+            are opened (FileNotFoundError, ShardError).
+    """
+    weights = {name: task.weight for name, task in recipe.tasks.items()}
+    if recipe.sampling.alpha is not None and sizes is None:
+        sizes = {
+            name: sum(len(source.shards) for source in open_sources(task.data))
+            for name, task in recipe.tasks.items()
+        }
+    return sampler.plan_stages(recipe.sampling, weights, sizes)
+
+
+def build_schedule(
+    recipe: Recipe,
+    ledger: Sequence[Mapping[str, Any]] = (),
+    sizes: Mapping[str, int] | None = None,
+) -> sampler.Schedule:
+    """Which tasks run at which step: by the run's ledger if it says so, else by the recipe.
+
+    Args:
+        ledger: of the run (TrainerState.ledger); see `pretrain.sampler.stages`.
+        sizes: as `plan_sampling`.
+    """
+    stages = sampler.stages_of(ledger) or plan_sampling(recipe, sizes)
+    return sampler.build_schedule(stages, recipe.tasks, recipe.seed)
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
@@ -47,13 +75,11 @@ def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream]
 def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
     """Training data of task `name`, as `build_streams`."""
     task = recipe.tasks[name]
-    shards = ShardSet.open(task.data.shards)
-    # Keyed by name, so that two tasks on the same shards do not see the same images together.
-    seed = keyed_u64(recipe.seed, "order", name) >> 1
+    sources = open_sources(task.data)
     return TaskStream(
         name,
-        SampleReader(shards),
-        Order.plan(len(shards), seed, task.global_batch),
+        SampleReader(concatenated(sources)),
+        plan_order(sources, task.global_batch, recipe.seed, name),
         CaptionFields(task.data, tokenizer, train=True),
         recipe.seed,
         task.global_batch,
@@ -72,7 +98,9 @@ def build_evaluation_loader(
     if task.evaluation is None:
         raise ValueError(f"tasks.{name}.evaluation: this task has no held-out data")
     data = task.data.model_copy(
-        update={"shards": task.evaluation.shards, "image": evaluation_image(task)}
+        update={
+            "shards": task.evaluation.shards, "sources": None, "image": evaluation_image(task)
+        }
     )
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(

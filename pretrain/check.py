@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from data_pipeline.shards import ShardSet
+from data_pipeline.sources import MixedOrder, concatenated, open_sources, plan_order
 from data_pipeline.step_sampler import MicroBatch, deal
 from pretrain.build import build_model, build_schedule, build_stream, build_tokenizer
 from pretrain.engine.ds_config import engine_config, find_engine_file
@@ -50,7 +51,7 @@ def report(recipe: Recipe, world: int) -> list[Finding]:
     attempt("engine", lambda: _engine(recipe, world, stage))
     attempt("tokenizer", lambda: _tokenizer(recipe, tokenizers))
     if len(recipe.tasks) > 1:
-        attempt("schedule", lambda: [build_schedule(recipe).describe()])
+        attempt("schedule", lambda: _schedule(recipe))
     for name, task in recipe.tasks.items():
         attempt(f"tasks.{name}", lambda n=name, t=task: _task(recipe, n, t, world))
     for name in recipe.tasks if tokenizers else ():
@@ -79,6 +80,15 @@ def _tokenizer(recipe: Recipe, found: list["Tokenizer"]) -> list[str]:
     return [f"tokenizer: {tokenizer.vocab_size} entries, digest {tokenizer.digest[:12]}"]
 
 
+def _schedule(recipe: Recipe) -> list[str]:
+    """A line per stage: cycle, shares, largest error of a share."""
+    lines = build_schedule(recipe).describe().splitlines()
+    every = recipe.sampling.check_every_steps
+    return [f"schedule: {line}" for line in lines] + [
+        f"schedule: ranks compare what they run at the first step and every {every} steps"
+    ]
+
+
 def _task(recipe: Recipe, name: str, task: TaskSettings, world: int) -> Iterator[str]:
     dealt = [len(places) for places in deal(task.global_batch, task.micro_batch, 0, world)]
     padded = world * sum(dealt) - task.global_batch
@@ -86,13 +96,23 @@ def _task(recipe: Recipe, name: str, task: TaskSettings, world: int) -> Iterator
         f"tasks.{name}: global batch {task.global_batch} = {world} rank(s) x {len(dealt)} "
         f"micro-step(s) of up to {max(dealt)}" + (f", less {padded} padding rows" if padded else "")
     )
-    shards = ShardSet.open(task.data.shards)
+    sources = open_sources(task.data)
+    shards = concatenated(sources)
     visits = build_schedule(recipe).visits(recipe.steps)[name]
     per_epoch = len(shards) / task.global_batch
     yield (
         f"tasks.{name}: {len(shards)} samples in {len(shards.shards)} shard(s); "
         f"{per_epoch:.1f} steps an epoch, {visits} steps = {visits / per_epoch:.2f} epochs"
     )
+    order = plan_order(sources, task.global_batch, recipe.seed, name)
+    if isinstance(order, MixedOrder):
+        yield f"tasks.{name}: sources in a {order.describe()}"
+        epochs = order.epochs(visits * task.global_batch)
+        for source in sources:
+            yield (
+                f"tasks.{name}: source {source.name}: {len(source.shards)} samples, read "
+                f"{epochs[source.name]:.2f} times"
+            )
     if task.evaluation is not None:
         held_out = ShardSet.open(task.evaluation.shards)
         used = min(len(held_out), task.evaluation.max_samples or len(held_out))

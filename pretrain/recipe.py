@@ -8,7 +8,8 @@
 
 Files are laid over each other as described in `pretrain.overlay`; overrides such as
 `tasks.caption.micro_batch=8` come last. `null` sets None, and in a mapping whose names are free
-(`model.encoders`, `tasks`, `optimizer.lr_multipliers`) it removes the entry that a base made.
+(`model.encoders`, `tasks`, `data.sources`, `optimizer.lr_multipliers`) it removes the entry that a
+base made.
 `${NAME}` in any string is replaced from the environment; paths may start with `~`, and are made
 absolute on loading (relative to the current directory), so that a resume works from anywhere.
 
@@ -48,6 +49,7 @@ from pretrain.overlay import (
     read_recipe_layers,
     to_yaml,
 )
+from pretrain.sampler import SamplingSettings
 from pretrain.schema import allows_none, choose_class, entries_of, error_lines
 
 __all__ = [
@@ -70,6 +72,7 @@ _PATHS = (
     "initial_weights",
     "tokenizer.path",
     "tasks.*.data.shards",
+    "tasks.*.data.sources.*.shards",
     "tasks.*.evaluation.shards",
 )
 
@@ -100,8 +103,9 @@ class TaskSettings(Settings):
     data: CaptionDataSettings
     """Where its samples come from and how they are prepared."""
 
-    weight: float = Field(default=1.0, gt=0.0)
-    """Share of the steps that run this task, relative to the weights of the other tasks."""
+    weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    """Share of the steps that run this task, relative to the weights of the other tasks (in
+    `sampling.mode` mixed: of its loss in that of a step)."""
 
     global_batch: int = Field(ge=2)
     """Samples per optimizer step over all ranks; even, since neighbours in the data order are
@@ -186,7 +190,10 @@ class Recipe(Settings):
     """The encoders."""
 
     tasks: dict[str, TaskSettings] = Field(min_length=1)
-    """Name -> task. Every optimizer step runs one task on all ranks."""
+    """Name -> task. Every optimizer step runs one task on all ranks, unless `sampling` mixes."""
+
+    sampling: SamplingSettings = SamplingSettings()
+    """Which tasks run at which step."""
 
     optimizer: OptimizerSettings = OptimizerSettings()
     """How gradients change weights."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from pretrain.sampler.settings import problems as sampling_problems
+
 if TYPE_CHECKING:
     from pretrain.recipe import Recipe, TaskSettings
 
@@ -29,14 +31,10 @@ def _check_names(recipe: "Recipe") -> list[str]:
     return found
 
 
-def _check_task_count(recipe: "Recipe") -> list[str]:
-    """The one place that keeps runs to a single task."""
-    if len(recipe.tasks) > 1:
-        return [
-            f"tasks: {', '.join(recipe.tasks)}: training several tasks in one run is not enabled "
-            "yet; keep one (an override such as tasks.NAME=null removes the others)"
-        ]
-    return []
+def _check_sampling(recipe: "Recipe") -> list[str]:
+    return sampling_problems(
+        recipe.sampling, list(recipe.tasks), recipe.steps, recipe.optimizer.kind
+    )
 
 
 def _check_schedule(recipe: "Recipe") -> list[str]:
@@ -120,4 +118,4 @@ def _check_evaluation(recipe: "Recipe") -> list[str]:
     return found
 
 
-_CHECKS = (_check_names, _check_task_count, _check_schedule, _check_captioning, _check_evaluation)
+_CHECKS = (_check_names, _check_sampling, _check_schedule, _check_captioning, _check_evaluation)

@@ -207,6 +207,8 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[Field]:
         annotation, inner = _plain(info.annotation), path
         if (values := entries_of(annotation)) is not None:
             annotation, inner = _plain(values), f"{path}.<name>"
+        elif get_origin(annotation) is list:
+            annotation, inner = _plain(get_args(annotation)[0]), f"{path}[]"
         for member in _members(annotation):
             if _is_model(member):
                 yield from _fields(member, f"{inner}.")

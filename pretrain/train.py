@@ -22,7 +22,7 @@ from pretrain.recipe import Recipe, RecipeError, load_layers, load_recipe, load_
 
 log = logging.getLogger("omnipretrain.train")
 
-# What may change on a resume: nothing of it decides what is computed, only where and how.
+# What may change on a resume: it decides where and how things are computed, or what comes later.
 CHANGEABLE = (
     "loader.*",
     "logging.*",
@@ -33,6 +33,9 @@ CHANGEABLE = (
     "evaluation_every_steps",
     "tasks.*.evaluation.*",
     "tasks.*.micro_batch",
+    # What ran stays as the ledger has it; these decide what is to come.
+    "tasks.*.weight",
+    "sampling.*",
 )
 
 

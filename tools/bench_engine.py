@@ -103,7 +103,7 @@ def _engine(args: argparse.Namespace, ranks):
 
 
 def _windows(args: argparse.Namespace) -> list:
-    from data_pipeline.loader import StepWindow
+    from data_pipeline.loader import Part, StepWindow
 
     generator = torch.Generator().manual_seed(0)
     windows = []
@@ -120,7 +120,7 @@ def _windows(args: argparse.Namespace) -> list:
                 "loss_mask": loss_mask,
                 "valid": torch.ones(args.batch, dtype=torch.bool),
             })
-        windows.append(StepWindow(step, "caption", micro_batches, {"wait": 0.0}))
+        windows.append(StepWindow(step, [Part("caption", micro_batches)], {"wait": 0.0}))
     return windows
 
 
@@ -156,7 +156,7 @@ def _ours(args: argparse.Namespace, engine, windows: list, ranks, folder: Path):
     def case() -> int:
         loop.run(
             windows, TrainerState(),
-            wants_report=lambda step, task: log.due(step + 1, args.steps),
+            wants_report=lambda step: log.due(step + 1, args.steps),
             on_report=lambda state, report: log.log(
                 state.step, report.task, throughput.describe(report)
             ),

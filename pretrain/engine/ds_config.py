@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ds_configs
 from data_pipeline.step_sampler import deal
+from pretrain.sampler.settings import offload_clashes
 
 if TYPE_CHECKING:
     from pretrain.recipe import Recipe
@@ -73,6 +74,7 @@ def engine_config(recipe: "Recipe", world: int) -> dict[str, Any]:
     path = find_engine_file(recipe.deepspeed)
     settings = read_engine_file(path)
     faults = _clashes(settings, path) + _unsupported(settings, path)
+    faults += [f"{path}: {line}" for line in offload_clashes(recipe.sampling, settings)]
     faults += _stage_faults(settings, recipe.precision, path) or _ask_deepspeed(settings, path)
     if faults:
         raise DeepSpeedConfigFault("\n".join(faults))

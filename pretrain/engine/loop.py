@@ -1,8 +1,9 @@
-"""The training loop: one task per optimizer step, the same one on every rank.
+"""The training loop: the same task, or the same mixture of tasks, on every rank in every step.
 
 The loop knows no objective, no model and no data format. A step is a `StepWindow` from the loader:
-the micro-batches of one task's global batch that fall to this rank. Whatever ranks must agree on
-(the counts that scale the loss, requests to stop or save) travels in one all-reduce a step.
+the micro-batches of one task's global batch that fall to this rank (of several tasks' batches, if
+the schedule mixes them). Whatever ranks must agree on (the counts that scale the losses, requests
+to stop or save, now and then what it is that they run) travels in one all-reduce a step.
 """
 
 import logging
@@ -14,11 +15,16 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.rng import keyed_u64
+from pretrain.engine.agreement import LENGTH, Agreement
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.distributed import Ranks
-from pretrain.engine.zero import accumulate_and_step, set_learning_rate, to_device
+from pretrain.engine.zero import TaskWindow, accumulate_parts, set_learning_rate, to_device
 
 log = logging.getLogger("omnipretrain.loop")
+
+# The agreed vector has the same length for (almost) any tasks: ranks that disagree on what to run
+# must at least meet in the all-reduce that tells them so.
+_COUNT_SLOTS = 64
 
 
 class TrainingFailed(RuntimeError):
@@ -42,7 +48,8 @@ class TrainerState:
 
 @dataclass
 class StepReport:
-    """One step as it is logged: `metrics` are global values, `seconds` this rank's times."""
+    """One task's part of a step as it is logged: `metrics` are global values of the task (its loss
+    without its weight) and of the step, `seconds` this rank's times for the whole step."""
 
     task: str
     metrics: dict[str, float]
@@ -61,6 +68,9 @@ class Loop:
         global_batches: task -> samples of one step.
         control: control files; read and written on rank 0 only.
         signals: flags set by signals on this rank.
+        loss_weights: step -> task -> factor of its loss, for steps of several tasks; they are
+            accumulated into one optimizer step on sum_k w_k loss_k. None = 1.
+        agreement: the check that all ranks run the same; None = one with its defaults.
     """
 
     def __init__(
@@ -73,6 +83,8 @@ class Loop:
         global_batches: Mapping[str, int],
         control: ControlFolder,
         signals: StopSignals,
+        loss_weights: Callable[[int], Mapping[str, float]] | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         self.engine = engine
         self.ranks = ranks
@@ -82,6 +94,8 @@ class Loop:
         self.global_batches = global_batches
         self.control = control
         self.signals = signals
+        self.loss_weights = loss_weights
+        self.agreement = agreement or Agreement(ranks, every_steps=100)
         self._begin_mark = time.perf_counter()
 
     def run(
@@ -89,7 +103,7 @@ class Loop:
         windows: Iterable,
         state: TrainerState,
         *,
-        wants_report: Callable[[int, str], bool],
+        wants_report: Callable[[int], bool],
         on_report: Callable[[TrainerState, StepReport], None],
         after_step: Callable[[TrainerState, bool], None],
     ) -> str | None:
@@ -98,8 +112,8 @@ class Loop:
         Args:
             windows: `StepWindow`s from step `state.step` on.
             state: updated in place.
-            wants_report: (step, task) -> whether this step's metrics are reduced and reported.
-            on_report: receives the reports, on every rank.
+            wants_report: step -> whether its metrics are reduced and reported.
+            on_report: receives the reports, one per task of a step, on every rank.
             after_step: (state, save asked for) after every step, on every rank.
 
         Returns:
@@ -107,11 +121,12 @@ class Loop:
 
         Raises:
             TrainingFailed: too many steps in a row had a non-finite gradient.
+            RanksDisagree: on every rank, if they do not run the same.
         """
         self._begin_mark = time.perf_counter()
         for window in windows:
-            report, requests = self._step(window, state, wants_report(window.step, window.task))
-            if report:
+            reports, requests = self._step(window, state, wants_report(window.step))
+            for report in reports:
                 on_report(state, report)
             self._check_skips(state)
             if self.ranks.leads:
@@ -124,22 +139,28 @@ class Loop:
 
     # ---- one step ------------------------------------------------------------------------------
 
-    def _step(self, window, state: TrainerState, report: bool) -> tuple[StepReport | None, tuple]:
+    def _step(self, window, state: TrainerState, report: bool) -> tuple[list[StepReport], tuple]:
         waited = time.perf_counter()
-        objective = self.engine.module.objectives[window.task]
-        totals, requests = self._agree(objective, window.micro_batches)
+        totals, requests = self._agree(window)
         # Element-wise draws (dropout) belong to (seed, step, rank): a resume repeats them.
         torch.manual_seed(keyed_u64(self.seed, "dropout", window.step, self.ranks.rank) >> 1)
         rate = self.rate_factor(window.step)
         set_learning_rate(self.engine, self.base_rate, rate)
-        batches = [to_device(batch, self.ranks.device) for batch in window.micro_batches]
-        shares = accumulate_and_step(self.engine, window.task, batches, totals)
+        weights = self._weights(window)
+        shares = accumulate_parts(self.engine, [
+            TaskWindow(
+                part.task, [to_device(batch, self.ranks.device) for batch in part.micro_batches],
+                totals[part.task], weights[part.task],
+            )
+            for part in window.parts
+        ])  # fmt: skip
         applied = self.engine.was_step_applied()
         state.step = window.step + 1
         state.skipped_steps += not applied
         state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
-        samples = self.global_batches[window.task]
-        state.samples[window.task] = state.samples.get(window.task, 0) + samples
+        for part in window.parts:
+            samples = state.samples.get(part.task, 0) + self.global_batches[part.task]
+            state.samples[part.task] = samples
         # After engine.step() the host has waited for the device, so these reads cost nothing.
         stop, save = (bool(flag > 0) for flag in requests.tolist())
         now = time.perf_counter()
@@ -147,42 +168,71 @@ class Loop:
         seconds["total"] = now - self._begin_mark
         self._begin_mark = now
         if not report:
-            return None, (stop, save)
-        metrics = self._reduce(shares)
-        metrics |= {
+            return [], (stop, save)
+        common = {
             "gradient_norm": float(self.engine.get_global_grad_norm()),
             "learning_rate": self.base_rate * rate,
             "skipped": float(not applied),
-            "samples": samples,
-            "flops": sum(objective.flops(batch) for batch in window.micro_batches),
         }
-        return StepReport(window.task, metrics, seconds), (stop, save)
+        metrics = self._reduce(shares)
+        return [
+            StepReport(part.task, metrics[part.task] | common | self._sizes(part, weights), seconds)
+            for part in window.parts
+        ], (stop, save)
 
-    def _agree(self, objective, micro_batches) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Sum the objective's counts and the requests to stop and save over all ranks."""
-        counts: dict[str, int] = {}
-        for batch in micro_batches:
-            for name, count in objective.count(batch).items():
-                counts[name] = counts.get(name, 0) + count
+    def _weights(self, window) -> Mapping[str, float]:
+        if self.loss_weights is None or len(window.parts) == 1:
+            return {part.task: 1.0 for part in window.parts}
+        return self.loss_weights(window.step)
+
+    def _sizes(self, part, weights: Mapping[str, float]) -> dict[str, float]:
+        objective = self.engine.module.objectives[part.task]
+        sizes = {
+            "samples": self.global_batches[part.task],
+            "flops": sum(objective.flops(batch) for batch in part.micro_batches),
+        }
+        return sizes if len(weights) == 1 else sizes | {"loss_weight": weights[part.task]}
+
+    def _agree(self, window) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
+        """Sum over all ranks: the counts of each part, the requests to stop and save, the check."""
+        counts: dict[tuple[str, str], int] = {}
+        for part in window.parts:
+            objective = self.engine.module.objectives[part.task]
+            for batch in part.micro_batches:
+                for name, count in objective.count(batch).items():
+                    counts[part.task, name] = counts.get((part.task, name), 0) + count
         stop = self.signals.received is not None
         save = False
         if self.ranks.leads:
             stop = stop or self.control.stop_requested() is not None
             save = self.control.save_requested()
         names = sorted(counts)
+        checked = self.agreement.due()
+        check = self.agreement.numbers(window) if checked else [0] * LENGTH
+        spare = [0] * (-len(names) % _COUNT_SLOTS)
         values = torch.tensor(
-            [*(counts[name] for name in names), stop, save],
+            [*check, stop, save, *(counts[name] for name in names), *spare],
             dtype=torch.float64, device=self.ranks.device,
         )
         dist.all_reduce(values)
-        totals = values[:-2].float()
-        return dict(zip(names, totals.unbind(), strict=True)), values[-2:]
+        if checked:
+            self.agreement.check(window, values[:LENGTH].tolist())
+        totals: dict[str, dict[str, torch.Tensor]] = {part.task: {} for part in window.parts}
+        summed = values[LENGTH + 2 :].float().unbind()
+        for (task, name), total in zip(names, summed, strict=False):
+            totals[task][name] = total
+        return totals, values[LENGTH : LENGTH + 2]
 
-    def _reduce(self, shares: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        names = sorted(shares)
-        values = torch.stack([shares[name].double() for name in names])
+    def _reduce(
+        self, shares: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> dict[str, dict[str, float]]:
+        names = sorted((task, name) for task, own in shares.items() for name in own)
+        values = torch.stack([shares[task][name].double() for task, name in names])
         dist.all_reduce(values)
-        return dict(zip(names, values.tolist(), strict=True))
+        reduced: dict[str, dict[str, float]] = {task: {} for task in shares}
+        for (task, name), value in zip(names, values.tolist(), strict=True):
+            reduced[task][name] = value
+        return reduced
 
     # ---- conditions ----------------------------------------------------------------------------
 

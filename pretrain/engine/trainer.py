@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import StepLoader
+from data_pipeline.loader import StepLoader, TaskStream
+from data_pipeline.rng import keyed_u64
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import build
+from pretrain.engine.agreement import Agreement
 from pretrain.engine.checkpoint import Checkpoints, fill_masters
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
@@ -26,6 +28,7 @@ from pretrain.engine.throughput import Throughput
 from pretrain.engine.zero import start_engine
 from pretrain.optim.schedule import lr_factor
 from pretrain.recipe import Recipe
+from pretrain.sampler import Schedule, ledger_entries
 
 log = logging.getLogger("omnipretrain.train")
 
@@ -134,18 +137,19 @@ class Trainer:
     def _train(self) -> None:
         recipe, state = self.recipe, self.state
         streams = build.build_streams(recipe, self.tokenizer)
+        schedule = self._schedule({name: stream.n_rows for name, stream in streams.items()})
         self.throughput = Throughput(self.ranks, recipe.logging.peak_tflops_per_device)
         loop = Loop(
             self.engine, self.ranks, recipe.seed,
             (recipe.optimizer.lr, lambda step: lr_factor(step, recipe.schedule, recipe.steps)),
             recipe.failure.max_skipped_steps,
             {name: task.global_batch for name, task in recipe.tasks.items()},
-            self.control, self.signals,
+            self.control, self.signals, schedule.loss_weights, self._agreement(streams),
         )
         stopped = None
         if state.step < recipe.steps:
             self.loader = StepLoader(
-                streams, build.build_schedule(recipe), recipe.loader, rank=self.ranks.rank,
+                streams, schedule, recipe.loader, rank=self.ranks.rank,
                 world=self.ranks.world, start_step=state.step, stop_step=recipe.steps,
                 pin_memory=self.ranks.device.type == "cuda",
             )
@@ -162,15 +166,39 @@ class Trainer:
         else:
             log.info("finished %d steps; checkpoint %s", state.step, self.run_dir / "checkpoints")
 
+    def _schedule(self, sizes: dict[str, int]) -> Schedule:
+        """Which tasks run when; what the ledger says of the past stays, whatever the recipe says.
+
+        sizes: task -> samples of its data.
+        """
+        planned = build.plan_sampling(self.recipe, sizes)
+        entries = ledger_entries(planned, self.state.ledger, self.state.step)
+        self.state.ledger += entries
+        schedule = build.build_schedule(self.recipe, self.state.ledger, sizes)
+        if entries and len(self.recipe.tasks) > 1:
+            for line in schedule.describe().splitlines():
+                log.info("schedule: %s", line)
+        return schedule
+
+    def _agreement(self, streams: dict[str, TaskStream]) -> Agreement:
+        """The check that ranks run the same, on the same data."""
+        common = {
+            f"data of {name}": stream.reader.shards.fingerprint[:16]
+            for name, stream in streams.items()
+        } | {
+            "world": str(self.ranks.world),
+            "ledger": f"{keyed_u64(json.dumps(self.state.ledger, sort_keys=True)):016x}",
+        }
+        return Agreement(self.ranks, self.recipe.sampling.check_every_steps, common)
+
     # ---- between steps ---------------------------------------------------------------------------
 
-    def _wants_report(self, step: int, task: str) -> bool:
+    def _wants_report(self, step: int) -> bool:
         return self.log.due(step + 1, self.recipe.steps)
 
     def _on_report(self, state: TrainerState, report: StepReport) -> None:
         metrics = self.throughput.describe(report)
-        rows = self.loader.streams[report.task].n_rows
-        metrics["epoch"] = state.samples[report.task] / rows
+        metrics |= self.loader.streams[report.task].epochs(state.samples[report.task])
         metrics["skipped_steps"] = state.skipped_steps
         metrics["replaced_samples"] = self._replaced(report.task)
         self.log.log(state.step, report.task, metrics)

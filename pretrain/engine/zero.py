@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -73,27 +74,46 @@ def set_learning_rate(engine, base: float, factor: float) -> None:
         group["lr"] = base * group["lr_multiplier"] * factor
 
 
+class TaskWindow(NamedTuple):
+    """What one step runs of one task on this rank."""
+
+    task: str
+    micro_batches: Sequence[Mapping]
+    totals: Mapping[str, torch.Tensor]
+    """The objective's counts, summed over the global batch."""
+    weight: float = 1.0
+    """Factor of this task's loss in the loss of the step."""
+
+
 def accumulate_and_step(
     engine, task: str, micro_batches: Sequence[Mapping], totals: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Forward and backward over one step's window of micro-batches, then the optimizer.
+    """`accumulate_parts` for a step of one task; returns its metrics."""
+    return accumulate_parts(engine, [TaskWindow(task, micro_batches, totals)])[task]
 
-    The gradient is that of one process with the whole global batch: losses are shares of the global
-    loss, so the sum over micro-steps and ranks is what counts, while DeepSpeed averages over ranks.
+
+def accumulate_parts(engine, parts: Sequence[TaskWindow]) -> dict[str, dict[str, torch.Tensor]]:
+    """Forward and backward over all micro-batches of one step, then the optimizer.
+
+    The gradient is that of one process with the whole global batches, for the loss
+    sum_k weight_k * loss_k: losses are shares of the global loss, so the sum over micro-steps and
+    ranks is what counts, while DeepSpeed averages over ranks.
 
     Returns:
-        This rank's share of every metric (detached, on the device), summed over the window.
+        task -> this rank's share of every metric (detached, on the device), summed over its
+        micro-batches; losses without their weight.
     """
     world = dist.get_world_size()
-    sums: dict[str, torch.Tensor] = {}
-    last = len(micro_batches) - 1
-    for index, batch in enumerate(micro_batches):
-        engine.set_gradient_accumulation_boundary(index == last)
-        shares = engine(task, batch, totals)
-        engine.backward(shares["loss"] * world, scale_wrt_gas=False)
+    sums: dict[str, dict[str, torch.Tensor]] = {}
+    passes = [(part, batch) for part in parts for batch in part.micro_batches]
+    for index, (part, batch) in enumerate(passes):
+        engine.set_gradient_accumulation_boundary(index == len(passes) - 1)
+        shares = engine(part.task, batch, part.totals)
+        engine.backward(shares["loss"] * (world * part.weight), scale_wrt_gas=False)
+        own = sums.setdefault(part.task, {})
         for name, value in shares.items():
             value = value.detach()
-            sums[name] = sums[name] + value if name in sums else value
+            own[name] = own[name] + value if name in own else value
     engine.step()
     return sums
 

@@ -1,0 +1,168 @@
+"""Several weighted data sets behind one task, with exact counts.
+
+Pairs of positions (2q, 2q + 1) are dealt to sources by a block cycle, so that partners stay in one
+source, and after any number of cycles each source has given exactly its share. The n-th pair of a
+source stands at the places 2n and 2n + 1 of that source's own order: each row of a source once per
+epoch of that source, however often the others have been through.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from data_pipeline.mixture import BlockCycle
+from data_pipeline.order import Order
+from data_pipeline.rng import keyed_u64
+from data_pipeline.settings import Settings
+from data_pipeline.shards import ShardSet
+
+
+class SourceSettings(Settings):
+    """One of several data sets of a task."""
+
+    shards: list[str] = Field(min_length=1)
+    """Folders with a manifest, tar files, globs or brace patterns."""
+
+    weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    """Share of the task's samples, relative to the weights of its other sources."""
+
+
+class ShardedData(Settings):
+    """Base of every kind of data that is read from shards: `shards`, or weighted `sources`."""
+
+    shards: list[str] | None = Field(default=None, min_length=1)
+    """Folders with a manifest, tar files, globs or brace patterns, read as one data set."""
+
+    sources: dict[str, SourceSettings] | None = Field(default=None, min_length=1)
+    """Name -> data set, mixed by weight with exact counts; in place of `shards`."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.shards is None) == (self.sources is None):
+            what = "neither is given" if self.shards is None else "both are given; set one to null"
+            raise ValueError(f"shards: exactly one of shards and sources is needed, {what}")
+        for name in self.sources or ():
+            if not re.fullmatch(r"\w+", name, flags=re.ASCII):
+                raise ValueError(f"sources: the name {name!r} must be letters, digits and _ only")
+        return self
+
+
+class Source(NamedTuple):
+    """One data set of a task, opened."""
+
+    name: str
+    shards: ShardSet
+    weight: float
+
+
+def open_sources(data: ShardedData) -> list[Source]:
+    """The data sets that the settings name, sorted by name; with plain `shards` one without a name.
+
+    Raises FileNotFoundError, ShardError.
+    """
+    if data.shards is not None:
+        return [Source("", ShardSet.open(data.shards), 1.0)]
+    return [
+        Source(name, ShardSet.open(source.shards), source.weight)
+        for name, source in sorted(data.sources.items())
+    ]
+
+
+def plan_order(
+    sources: Sequence[Source], global_batch: int, seed: int, name: str
+) -> "Order | MixedOrder":
+    """The order of a task's samples; rows count through the sources one behind the other.
+
+    Args:
+        sources: from `open_sources`; the concatenation of their shards is what rows refer to.
+        global_batch: samples per step.
+        seed, name: of the run and the task; two tasks on the same shards see different orders.
+    """
+    if len(sources) == 1:
+        key = keyed_u64(seed, "order", name) >> 1
+        return Order.plan(len(sources[0].shards), key, global_batch)
+    orders = {
+        source.name: Order.plan(
+            len(source.shards), keyed_u64(seed, "order", name, source.name) >> 1, global_batch
+        )
+        for source in sources
+    }
+    weights = [source.weight for source in sources]
+    return MixedOrder(orders, weights, keyed_u64(seed, "sources", name) >> 1)
+
+
+def concatenated(sources: Sequence[Source]) -> ShardSet:
+    """All shards of all sources. A shard that several sources list stands there several times."""
+    if len(sources) == 1:
+        return sources[0].shards
+    return ShardSet(shard for source in sources for shard in source.shards.shards)
+
+
+class MixedOrder:
+    """Position -> row over several sources; answers what an `Order` answers.
+
+    Args:
+        orders: name -> order of one source.
+        weights: (K,) positive, in the order of `orders`.
+        seed: key of the deal.
+
+    Attributes:
+        n_rows: rows of all sources.
+        cycle: the deal of pairs of positions.
+    """
+
+    def __init__(self, orders: dict[str, Order], weights: Sequence[float], seed: int) -> None:
+        self.orders = orders
+        self.cycle = BlockCycle(weights, seed, "sources")
+        sizes = [order.n_rows for order in orders.values()]
+        self.n_rows = sum(sizes)
+        self._first_row = np.cumsum([0, *sizes[:-1]])
+
+    def rows(self, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
+        """Rows of the concatenated sources, as `Order.rows`; a substitute is of the same source.
+
+        A call costs about 0.2 to 0.5 ms per source, whatever the number of positions.
+        """
+        positions = np.asarray(positions, dtype=np.int64)
+        if positions.size and positions.min() < 0:
+            raise ValueError(f"positions start at 0, got {positions.min()}")
+        choices, places = self.locate(positions)
+        rows = np.empty_like(positions)
+        for choice, order in enumerate(self.orders.values()):
+            mine = np.flatnonzero(choices == choice)
+            if mine.size:
+                rows[mine] = self._first_row[choice] + order.rows(places[mine], attempt)
+        return rows
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the source of each position, and the place in that source's own order."""
+        choices, pairs = self.cycle.locate(positions >> 1)
+        return choices, 2 * pairs + (positions & 1)
+
+    def can_avoid(self, batch: np.ndarray, position: int) -> bool:
+        """As `Order.can_avoid`, judged by the source of `position` alone."""
+        choices, _ = self.locate(np.append(batch, position))
+        sharing = int((choices[:-1] == choices[-1]).sum())
+        return list(self.orders.values())[choices[-1]].n_rows >= 2 * sharing
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Passes over each source after `samples` samples of the task."""
+        return {
+            name: places / self.orders[name].n_rows for name, places in self._taken(samples)
+        }
+
+    def describe(self) -> str:
+        """One line for people: how pairs are dealt to sources."""
+        return self.cycle.describe(list(self.orders), "pairs of samples")
+
+    def _taken(self, samples: int) -> Iterator[tuple[str, int]]:
+        """Samples of each source among the first `samples` of the task."""
+        pairs = self.cycle.before(samples >> 1)
+        counts = dict(zip(self.orders, (2 * pairs).tolist(), strict=True))
+        if samples & 1:
+            choice, _ = self.cycle.locate_one(samples >> 1)
+            counts[list(self.orders)[choice]] += 1
+        yield from counts.items()
