@@ -9,14 +9,14 @@ changes the law of a draw by less than 1e-20 in total variation for counts below
 """
 
 from collections.abc import Callable
-from decimal import ROUND_HALF_UP, Context, Decimal, localcontext
+from decimal import ROUND_HALF_EVEN, ROUND_HALF_UP, Context, Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
 from math import factorial
 
 from data_pipeline.rng import keyed_bytes
 
-_CONTEXT = Context(prec=40)
+_CONTEXT = Context(prec=40, rounding=ROUND_HALF_EVEN)
 
 # Below this a logarithm of a factorial is computed from the factorial itself, above by Stirling's
 # series, whose first term left out is then below 1e-37.

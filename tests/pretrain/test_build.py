@@ -1,5 +1,7 @@
 """Objects from a recipe, on real shards: model, streams, evaluation, and the check command."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,13 @@ from pretrain.build import (
     build_streams,
     build_tokenizer,
     evaluation_image,
+    plan_sampling,
 )
 from pretrain.check import state_bytes
 from pretrain.models.init import initialise
 from pretrain.overlay import parse_yaml
 from pretrain.recipe import load_recipe, validate
+from pretrain.sampler import ledger_entries
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
 
@@ -119,6 +123,39 @@ def test_check_reports_what_a_run_would_do(recipe_file, capsys):
     assert "global batch 8 = 3 rank(s) x 2 micro-step(s) of up to 2, less 4 padding rows" in text
     assert "60 samples in 3 shard(s); 7.5 steps an epoch, 12 steps = 1.60 epochs" in text
     assert "evaluation on 10 of 10 samples" in text
+
+
+def test_check_tells_stages_and_sources(data, recipe_file, capsys):
+    two = [
+        "steps=120",
+        "tasks.second=" + json.dumps(
+            tiny_recipe(data, "x")["tasks"]["caption"] | {"weight": 1.8, "evaluation": None}
+        ),
+        "tasks.caption.data.shards=null",
+        f"tasks.caption.data.sources={{a: {{shards: ['{data}/train'], weight: 3}}, "
+        f"b: {{shards: ['{data}/heldout']}}}}",
+        "sampling.stages=[{from_step: 100, weights: {caption: 1, second: 0}}]",
+    ]
+    assert main(["check", str(recipe_file), *two]) == 0
+    text = capsys.readouterr().out
+    assert "schedule: from step 0: cycle of 14 steps: caption 5/14, second 9/14; largest" in text
+    assert "schedule: from step 100: cycle of 1 steps: caption 1/1; largest error of a share 0.00%"\
+        "; off: second" in text
+    assert "sources in a cycle of 4 pairs of samples: a 3/4, b 1/4" in text
+    # 56 visits: 448 samples, of which 336 from the 60 of a and 112 from the 10 of b.
+    assert "tasks.caption: source a: 60 samples, read 5.60 times" in text
+    assert "tasks.caption: source b: 10 samples, read 11.20 times" in text
+    assert main(["check", str(recipe_file), *two, "sampling.alpha=0.5"]) == 0
+    # sqrt(70) against 1.8 sqrt(60)
+    assert "caption 3/8, second 5/8" in capsys.readouterr().out
+
+
+def test_schedules_follow_the_ledger(recipe_file):
+    recipe = load_recipe(recipe_file)
+    planned = plan_sampling(recipe)
+    ledger = ledger_entries(planned, [], 0)
+    assert ledger[0]["stages"] == [{"from_step": 0, "mode": "block", "weights": {"caption": 1.0}}]
+    assert build_schedule(recipe, ledger)(12) == ("caption", 12)
 
 
 def test_check_counts_the_parameters_that_the_model_has(recipe_file, capsys):

@@ -257,11 +257,64 @@ def test_names_become_parts_of_parameter_names():
     )
 
 
-def test_several_tasks_wait_for_their_time():
-    text = (
-        "tasks.second={objective: {}, data: {shards: [x], image: {size: 64}}, "
-        "global_batch: 2, micro_batch: 2}"
+SECOND = (
+    "tasks.second={objective: {}, data: {shards: [x], image: {size: 64}}, "
+    "global_batch: 2, micro_batch: 2, weight: 3}"
+)
+
+
+def test_several_tasks_in_one_run():
+    recipe = load_recipe("git_digits", [SECOND, "sampling.mode=iid", "sampling.alpha=0.5"])
+    assert list(recipe.tasks) == ["caption", "second"]
+    assert recipe.tasks["second"].weight == 3.0
+    assert (recipe.sampling.mode, recipe.sampling.check_every_steps) == ("iid", 100)
+
+
+def test_sources_in_place_of_shards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sources = "tasks.caption.data.sources={a: {shards: [x], weight: 3}, b: {shards: [s3://y/z]}}"
+    recipe = load_recipe("git_digits", ["tasks.caption.data.shards=null", sources])
+    data = recipe.tasks["caption"].data
+    assert data.shards is None
+    assert data.sources["a"].shards == [f"{tmp_path}/x"] and data.sources["a"].weight == 3.0
+    fewer = load_recipe(
+        "git_digits",
+        ["tasks.caption.data.shards=null", sources, "tasks.caption.data.sources.a=null"],
     )
-    assert fault(text).startswith(
-        "tasks: caption, second: training several tasks in one run is not enabled yet"
-    )
+    assert list(fewer.tasks["caption"].data.sources) == ["b"]
+    assert fault(sources).endswith("is needed, both are given; set one to null")
+    recipe.dump(tmp_path / "r.yaml")
+    assert load_resolved(tmp_path / "r.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["sampling.stages=[{from_step: 5, weights: {caption: 1}}]"],
+            "sampling.stages[0].weights must name every task (caption, second), with 0 for one "
+            "that is off, not caption",
+        ),
+        (
+            ["sampling.stages=[{from_step: 5000, weights: {caption: 1, second: 1}}]"],
+            "sampling.stages[0].from_step=5000 never comes: steps=1000; remove the stage or raise "
+            "steps",
+        ),
+        (
+            ["sampling.stages=[{from_step: 0, weights: {caption: 1, second: 0}}]"],
+            "sampling.stages: second is off in every stage, so its parameters would only decay: "
+            "remove the task, or give it a weight",
+        ),
+        (
+            ["sampling.stages=[{from_step: 5, weights: {caption: -1}}]"],
+            "sampling.stages[0]: weights.caption=-1.0 must be 0 or more, and finite",
+        ),
+        (["sampling.mode=blok"], "sampling.mode: 'blok' is not one of block, iid, mixed; did you "
+                                 "mean 'block'?"),
+        (["sampling.stages=[{step: 5, weights: {caption: 1}}]"],
+         "sampling.stages[0].from_step: required, but not given"),
+    ],
+)  # fmt: skip
+def test_sampling_that_cannot_work(overrides, expected):
+    lines = [re.sub(r"^(override '.*?'|\S+): ", "", line) for line in faults(SECOND, *overrides)]
+    assert expected in lines

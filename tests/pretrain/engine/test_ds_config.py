@@ -11,6 +11,8 @@ from pretrain.engine.ds_config import (
     engine_config,
 )
 from pretrain.recipe import load_recipe
+from pretrain.sampler import SamplingSettings
+from pretrain.sampler.settings import offload_clashes
 
 
 @pytest.fixture(autouse=True)
@@ -237,3 +239,22 @@ def test_unknown_file_and_name():
         engine_config(load_recipe("git_digits", ["deepspeed=zero22"]), 1)
     with pytest.raises(DeepSpeedConfigFault, match=r"no such file: .*nowhere\.json"):
         engine_config(load_recipe("git_digits", ["deepspeed=nowhere.json"]), 1)
+
+
+def test_mixed_steps_and_offload_do_not_go_together():
+    mixed, unmixed = SamplingSettings(mode="mixed"), SamplingSettings(mode="iid")
+    for stage in (1, 2, 3):
+        for key in ("offload_optimizer", "offload_param"):
+            settings = {"zero_optimization": {"stage": stage, key: {"device": "cpu"}}}
+            (line,) = offload_clashes(mixed, settings)
+            assert line.startswith(f"zero_optimization.{key}: DeepSpeed loses gradients of mixed")
+            assert offload_clashes(unmixed, settings) == []
+    assert offload_clashes(mixed, {"zero_optimization": {"stage": 2}}) == []
+    off = {"zero_optimization": {"offload_optimizer": {"device": "none"}}}
+    assert offload_clashes(mixed, off) == offload_clashes(mixed, {}) == []
+
+
+def test_mixed_steps_and_offload_are_refused(tmp_path):
+    block = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    text = fault_of(tmp_path, block, "sampling.mode=mixed")
+    assert "DeepSpeed loses gradients of mixed steps with it" in text
