@@ -67,6 +67,7 @@ class Cells:
     def __init__(self, ranks, out: Path) -> None:
         self.ranks, self.out, self.signals = ranks, out, StopSignals()
         self.engine = None
+        (out / "control").mkdir(exist_ok=True)
 
     def start(self) -> None:
         config = deepspeed_config(2, "fp32", SGD)
