@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 from rich.rule import Rule
 
-console = Console()
+console = Console(soft_wrap=True)
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 TRAIN = (LAUNCHER, "--quiet", "--num_gpus", 2, "--module", "pretrain.train")
 # What must be equal, digit for digit, in steps that were computed before the kill and again after.

@@ -73,7 +73,8 @@ class BuildImage:
                 extension = _EXTENSIONS.get(image.format or "")
                 if extension is None:
                     raise ValueError(f"format {image.format} is not supported")
-                data, extension, size = self._shrunk(image, data, extension)
+                size = image.size
+                data, extension, stored = self._shrunk(image, data, extension)
                 turned = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
         except UnidentifiedImageError:
             raise SampleFault(f"{item.origin}: cannot use {item.path}: not an image") from None
@@ -85,7 +86,8 @@ class BuildImage:
                 f"{item.origin}: {item.path} has {size[0]} x {size[1]} pixels, but the annotations "
                 f"are for {expected[0]} x {expected[1]}: not the same image"
             )
-        record = {**item.record, "width": expected[0], "height": expected[1]}
+        width, height = expected if stored == size else stored
+        record = {**item.record, "width": width, "height": height}
         if item.label is not None:
             record["label"] = item.label
         members = {extension: data, "json": _json_bytes(record)}
@@ -94,6 +96,7 @@ class BuildImage:
     def _shrunk(
         self, image: Image.Image, data: bytes, extension: str
     ) -> tuple[bytes, str, tuple[int, int]]:
+        """Bytes, extension and size (width, height) of the image as it is stored."""
         if self.short_side is None or min(image.size) <= self.short_side:
             return data, extension, image.size
         image.draft("RGB", (2 * self.short_side, 2 * self.short_side))

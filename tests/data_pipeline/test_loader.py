@@ -1,6 +1,7 @@
 """Whole steps in schedule order: the same bytes after a restart, on any ranks and workers."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -156,8 +157,6 @@ def test_the_random_state_of_the_trainer_is_left_alone(shards):
 
 
 def test_leaving_early_ends_the_workers(shards):
-    import multiprocessing
-
     windows = iter(loader(shards, stop=10**9, workers=2))
     next(windows)
     workers = multiprocessing.active_children()
@@ -214,6 +213,8 @@ def test_a_defect_says_where_it_happened(shards):
         task.fields = Broken(task.fields, row, 0)
         with pytest.raises(Exception, match="ZeroDivisionError: a defect") as caught:
             list(broken)
+        # The workers are gone although the traceback, held here, still knows the DataLoader.
+        assert not multiprocessing.active_children()
         text = str(caught.value)
         assert "rank 1, step 0: task a, position 6" in text
         assert f"row {row}" in text and f"'{row:05d}'" in text and ".tar" in text

@@ -102,6 +102,15 @@ def test_lanes_read_nearly_sequentially():
     assert (steps_of_a_lane == 1).mean() > 0.975  # 1 - 1/64 in the first pass
 
 
+def test_chunks_are_opened_evenly():
+    """No step asks the storage for all its lanes' next chunks at once."""
+    order = Order(2_000_000, 2)
+    rows = order.rows(np.arange(order.describe()["first_pass_rows"]))
+    opened = (rows % order.chunk_rows == 0).reshape(-1, 1024).sum(axis=1)
+    assert abs(opened.mean() - 1024 / order.chunk_rows) < 0.1
+    assert opened.max() <= 64
+
+
 @pytest.mark.parametrize("batch", [1, 2, 16, 48, 100, 512, 768, 1000, 1024, 1536, 4096, 10_000])
 def test_plan_keeps_a_lane_at_one_place_of_the_batch(batch):
     order = Order.plan(10**9, 0, batch)
