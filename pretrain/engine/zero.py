@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pretrain.engine.partitions import gathered
+from pretrain.engine.stale_gradients import clear_gradients
 from pretrain.models.init import initialise, load_weights
 from pretrain.optim.groups import OptimizerSettings, parameter_groups
 
@@ -95,6 +96,7 @@ def accumulate_and_step(
             value = value.detach()
             sums[name] = sums[name] + value if name in sums else value
     engine.step()
+    clear_gradients(engine)
     return sums
 
 
