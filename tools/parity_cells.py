@@ -1,10 +1,11 @@
 """The cells of the parity matrix: DeepSpeed in one mode against plain PyTorch on one process.
 
-    python -m tools.parity_cells OUT_DIR CELL...         (one rank, under a launcher's environment)
+    python -m tools.parity_cells OUT_DIR [--no-guard] CELL...     (one rank, started by a launcher)
 
 Runs the named cells one after the other in one process group (starting one is what costs) and
 writes OUT_DIR/cells.json and a safetensors file per cell on rank 0. `faults` compares them with the
-reference: fp32, one process, the whole batch, a missing gradient counted as zero.
+reference: fp32, one process, the whole batch, a missing gradient counted as zero. --no-guard shows
+what DeepSpeed does by itself.
 """
 
 import gc
@@ -55,8 +56,8 @@ class Cell:
 
     @classmethod
     def parse(cls, name: str) -> "Cell":
-        stage, offload, micro, tasks, optimizer, precision = name.split("-")
-        return cls(int(stage[-1]), offload == "offload", int(micro[5:]), tasks, optimizer, precision)
+        stage, offload, micro, *rest = name.split("-")
+        return cls(int(stage[-1]), offload == "offload", int(micro[5:]), *rest)
 
     def task(self, step: int) -> str:
         """An uneven turn, so that heads rest for one step, and for several."""
@@ -153,13 +154,17 @@ def run_cell(ranks, cell: Cell, out: Path) -> dict[str, list[float]]:
 
 def main() -> None:
     """Run the cells named on the command line on this rank."""
+    from pretrain.engine import zero
     from pretrain.engine.distributed import init_distributed, shutdown
 
-    out, names = Path(sys.argv[1]), sys.argv[2:]
+    out, *names = sys.argv[1:]
+    if "--no-guard" in names:
+        names.remove("--no-guard")
+        zero.clear_gradients = lambda engine: None
     ranks = init_distributed(threads_per_rank=1)
-    results = {name: run_cell(ranks, Cell.parse(name), out) for name in names}
+    results = {name: run_cell(ranks, Cell.parse(name), Path(out)) for name in names}
     if ranks.leads:
-        (out / "cells.json").write_text(json.dumps(results))
+        (Path(out) / "cells.json").write_text(json.dumps(results))
     shutdown()
 
 
