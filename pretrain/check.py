@@ -171,10 +171,10 @@ def state_bytes(parameters: int, stage: int, world: int, precision: str, momenta
         parameters: trainable parameters of the model.
         stage: ZeRO stage 1, 2 or 3.
         world: ranks.
-        precision: bf16 or fp32.
+        precision: bf16, fp16 or fp32.
         momenta: float32 values that the optimizer keeps per parameter: 2 for AdamW.
     """
-    width = 2 if precision == "bf16" else 4
+    width = 4 if precision == "fp32" else 2
     weights = width / world if stage == 3 else width
     gradients = width if stage == 1 else width / world
     # The partition of this rank: float32 master weights, momenta, and gradients during the step.

@@ -168,9 +168,9 @@ class Recipe(Settings):
     )
     """Folder for checkpoints, metrics and logs."""
 
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of weights and activations in the forward and backward pass; master weights, losses
-    and norms are float32 in any case."""
+    and norms are float32 in any case. fp16, with a dynamic loss scale, is for GPUs without bf16."""
 
     deepspeed: str = "zero1"
     """Engine settings: the name of a file in `ds_configs/`, or the path of a DeepSpeed JSON."""

@@ -31,10 +31,11 @@ _RECIPE_OWNS = {
     "gradient_clipping": "optimizer.clip_norm",
     "optimizer": "optimizer",
     "zero_allow_untested_optimizer": "optimizer.kind",
+    "zero_force_ds_cpu_optimizer": "optimizer.kind",
     "scheduler": "schedule",
     "bf16": "precision",
     "bfloat16": "precision",
-    "fp16": "precision",
+    "fp16.enabled": "precision",
     "torch_autocast": "precision",
     "steps_per_print": "logging.every_steps",
 }
@@ -49,9 +50,8 @@ _UNSUPPORTED = {
     "hybrid_engine": "it is for inference inside training, which is not supported",
     "data_efficiency": "data and schedule come from the recipe",
     "weight_quantization": "it is for inference",
-    "zero_optimization.offload_optimizer": "offload modes are not enabled yet",
-    "zero_optimization.offload_param": "offload modes are not enabled yet",
-    "zero_optimization.zenflow": "offload modes are not enabled yet",
+    "zero_optimization.offload_optimizer.super_offload": "it brings an optimizer of its own",
+    "zero_optimization.zenflow": "it brings an optimizer of its own",
     "zero_optimization.zero_hpz_partition_size": "checkpoints cannot read its second partition",
     "zero_optimization.zero_quantized_weights": "ZeRO++ is not tested with this project",
     "zero_optimization.zero_quantized_gradients": "ZeRO++ is not tested with this project",
@@ -76,6 +76,10 @@ def engine_config(recipe: "Recipe", world: int) -> dict[str, Any]:
     faults = _clashes(settings, path) + _unsupported(settings, path)
     faults += [f"{path}: {line}" for line in offload_clashes(recipe.sampling, settings)]
     faults += _stage_faults(settings, recipe.precision, path) or _ask_deepspeed(settings, path)
+    faults += _offload_faults(settings, path)
+    if recipe.precision != "fp16" and set(settings.get("fp16", ())) - {"enabled"}:
+        faults.append(f"{path}: fp16: these settings have no effect with precision="
+                      f"{recipe.precision}; set precision=fp16 or choose another file")
     if faults:
         raise DeepSpeedConfigFault("\n".join(faults))
     tasks = recipe.tasks.values()
@@ -87,8 +91,11 @@ def engine_config(recipe: "Recipe", world: int) -> dict[str, Any]:
         ),
         "gradient_clipping": recipe.optimizer.clip_norm or 0.0,
         "bf16": {"enabled": recipe.precision == "bf16"},
+        "fp16": {**settings.get("fp16", {}), "enabled": recipe.precision == "fp16"},
         # ZeRO asks for consent to optimizers that it does not list; AdamW is on its list.
         "zero_allow_untested_optimizer": recipe.optimizer.kind != "adamw",
+        # Our own optimizers run on offloaded partitions too; DeepSpeed's would need a compiler.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,  # our own metrics say more
     }
 
@@ -139,7 +146,7 @@ def read_engine_file(path: Path) -> dict[str, Any]:
 def _clashes(settings: dict[str, Any], path: Path) -> list[str]:
     return [
         f"{path}: {key}: the recipe decides this ({_RECIPE_OWNS[key]}); remove it from the JSON"
-        for key in settings
+        for key in [*settings, *(f"fp16.{name}" for name in settings.get("fp16") or ())]
         if key in _RECIPE_OWNS
     ]
 
@@ -185,6 +192,34 @@ def _stage_faults(settings: dict[str, Any], precision: str, path: Path) -> list[
             "in an optimizer whose partitions our checkpoints cannot read; use stage 2"
         ]
     return []
+
+
+def offloads_optimizer(settings: dict[str, Any]) -> bool:
+    """Whether an engine file keeps optimizer states (and masters) off the accelerator."""
+    block = settings.get("zero_optimization", {}).get("offload_optimizer")
+    return not _is_off(block) and not _is_off(block.get("device", "none"))
+
+
+def _offload_faults(settings: dict[str, Any], path: Path) -> list[str]:
+    zero = settings.get("zero_optimization")
+    if not isinstance(zero, dict):
+        return []
+    faults = []
+    for name in ("offload_optimizer", "offload_param"):
+        block = zero.get(name)
+        if not isinstance(block, dict) or _is_off(block):
+            continue
+        where = f"{path}: zero_optimization.{name}"
+        if name == "offload_param" and zero.get("stage") != 3:
+            faults.append(f"{where}: weights can only be offloaded at stage 3; remove it")
+        if block.get("device") == "nvme" and name == "offload_optimizer":
+            faults.append(f"{where}.device: checkpoints cannot read masters that lie in NVMe files "
+                          "(weights may: offload_param); use cpu")
+        elif block.get("device") == "nvme" and not block.get("nvme_path"):
+            faults.append(f"{where}.nvme_path: device=nvme needs a folder on the drive")
+        if block.get("ratio", 1.0) != 1.0:
+            faults.append(f"{where}.ratio: needs DeepSpeed's own CPU optimizer; remove it")
+    return faults
 
 
 # --------------------------------------------------------------------------- DeepSpeed's own check

@@ -19,11 +19,13 @@ from pretrain.engine.agreement import Agreement
 from pretrain.engine.checkpoint import Checkpoints, fill_masters
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
-from pretrain.engine.ds_config import engine_config
+from pretrain.engine.ds_config import engine_config, offloads_optimizer
 from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.loop import Loop, StepReport, TrainerState
+from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.metrics_log import MetricsLog
 from pretrain.engine.run_dir import RunDirError, record_start
+from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.throughput import Throughput
 from pretrain.engine.zero import start_engine
 from pretrain.optim.schedule import lr_factor
@@ -100,6 +102,10 @@ class Trainer:
             self.control.take_ownership()
         self.tokenizer = Tokenizer.load(str(self.run_dir / "tokenizer"))
         self.config = engine_config(recipe, ranks.world)
+        stage = self.config["zero_optimization"]["stage"]
+        require_verified(len(recipe.tasks), stage, offloads_optimizer(self.config))
+        if recipe.precision == "fp16" and ranks.device.type == "cpu":
+            raise RunDirError("precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
         self.state = TrainerState()
         self.saved_step = 0
         self.checkpoints = Checkpoints(
@@ -228,7 +234,10 @@ class Trainer:
     def _save(self) -> None:
         if self.saved_step == self.state.step:
             return
-        trainer = {**vars(self.state), "tokenizer": self.tokenizer.digest, "seed": self.recipe.seed}
+        trainer = {
+            **vars(self.state), "tokenizer": self.tokenizer.digest, "seed": self.recipe.seed,
+            "loss_scale": loss_scale_state(self.engine),
+        }
         self.checkpoints.save(self.engine, self.state.step, trainer)
         self.saved_step = self.state.step
 
@@ -236,6 +245,7 @@ class Trainer:
         restored = self.checkpoints.restore(self.engine, folder)
         trainer = dict(restored.trainer)
         digest, seed = trainer.pop("tokenizer"), trainer.pop("seed")
+        restore_loss_scale(self.engine, trainer.pop("loss_scale"))
         if digest != self.tokenizer.digest:
             raise RunDirError(
                 f"the tokenizer in {self.run_dir / 'tokenizer'} is not the one that {folder.name} "

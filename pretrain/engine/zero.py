@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pretrain.engine.partitions import gathered
+from pretrain.engine.stale_gradients import clear_gradients
 from pretrain.models.init import initialise, load_weights
 from pretrain.optim.groups import OptimizerSettings, parameter_groups
 
@@ -115,6 +116,7 @@ def accumulate_parts(engine, parts: Sequence[TaskWindow]) -> dict[str, dict[str,
             value = value.detach()
             own[name] = own[name] + value if name in own else value
     engine.step()
+    clear_gradients(engine)
     return sums
 
 

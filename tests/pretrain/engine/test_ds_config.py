@@ -80,7 +80,9 @@ def test_accumulation_follows_from_batch_and_world(global_batch, micro_batch, wo
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_files_hold_engine_settings_only(path):
-    assert set(json.loads(path.read_text())) <= {"zero_optimization", "checkpoint"}
+    assert set(json.loads(path.read_text())) <= {
+        "zero_optimization", "checkpoint", "fp16", "aio"
+    }
 
 
 STAGE2 = {"zero_optimization": {"stage": 2}}
@@ -96,7 +98,6 @@ STAGE2 = {"zero_optimization": {"stage": 2}}
         ("optimizer", {"type": "AdamW"}, "optimizer"),
         ("scheduler", {"type": "WarmupLR"}, "schedule"),
         ("bf16", {"enabled": True}, "precision"),
-        ("fp16", {"enabled": True}, "precision"),
         ("steps_per_print", 10, "logging.every_steps"),
     ],
 )
@@ -161,8 +162,29 @@ def test_removed_zero_keys_are_named(tmp_path):
         ({"zero_optimization": {"stage": 4}}, "expected 1, 2 or 3, not 4"),
         ({"zero_optimization": {"stage": 0}}, "0 is refused: checkpoints need the partitions"),
         (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-            "zero_optimization.offload_optimizer: offload modes are not enabled yet; remove it",
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "offload_optimizer.device: checkpoints cannot read masters that lie in NVMe files",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "offload_param.nvme_path: device=nvme needs a folder on the drive",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "offload_param: weights can only be offloaded at stage 3; remove it",
+        ),
+        (
+            {"zero_optimization": {"stage": 3,
+                                   "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "offload_optimizer.ratio: needs DeepSpeed's own CPU optimizer; remove it",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
+            "zero_optimization.zenflow: it brings an optimizer of its own; remove it",
+        ),
+        (
+            {**STAGE2, "fp16": {"initial_scale_power": 12}},
+            "fp16: these settings have no effect with precision=",
         ),
         ({**STAGE2, "gradient_allreduce_op": "sum"}, "the loop scales losses"),
         ({**STAGE2, "pipeline": {"stages": 2}}, "pipeline parallelism is not supported"),
@@ -210,6 +232,22 @@ def test_features_switched_off_are_no_fault(tmp_path):
 def test_documented_blocks_pass(tmp_path, block):
     config = config_for(tmp_path, {**STAGE2, **block})
     assert all(config[key] == value for key, value in block.items())
+
+
+def test_fp16_is_switched_by_the_recipe_and_tuned_by_the_file(tmp_path):
+    text = fault_of(tmp_path, {**STAGE2, "fp16": {"enabled": True}})
+    assert text == "FILE: fp16.enabled: the recipe decides this (precision); remove it from the JSON"
+    tuned = {**STAGE2, "fp16": {"initial_scale_power": 12}}
+    config = config_for(tmp_path, tuned, "precision=fp16")
+    assert config["fp16"] == {"initial_scale_power": 12, "enabled": True}
+    assert not config["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_files_parse_in_the_installed_deepspeed(path):
+    precision = "fp16" if path.stem.endswith("fp16") else "bf16"
+    recipe = load_recipe("git_digits", [f"deepspeed={path.stem}", f"precision={precision}"])
+    assert engine_config(recipe, world=2)["zero_optimization"]["stage"] in (1, 2, 3)
 
 
 def test_every_fault_is_reported_at_once(tmp_path):

@@ -1,0 +1,239 @@
+"""The cells of the parity matrix: DeepSpeed in one mode against plain PyTorch on one process.
+
+    python -m tools.parity_cells OUT_DIR [--no-guard] CELL...     (one rank, started by a launcher)
+
+Runs the named cells one after the other in one process group (starting one is what costs) and
+writes OUT_DIR/cells.json and a safetensors file per cell on rank 0. `faults` compares them with the
+reference: fp32, one process, the whole batch, a missing gradient counted as zero. --no-guard shows
+what DeepSpeed does by itself.
+"""
+
+import gc
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from pretrain.models.init import initialise
+from pretrain.optim.groups import OptimizerSettings, parameter_groups
+from tools.parity_model import TASKS, parity_batch, parity_model, share_of
+
+STEPS = 20
+SEED = 5
+# Steps of linear size show a wrong gradient at full size; Adam's hide its scale.
+OPTIMIZERS = {
+    "sgd": OptimizerSettings(kind="sgd", lr=0.5, weight_decay=0.0, clip_norm=None),
+    "adamw": OptimizerSettings(
+        kind="adamw", lr=1e-2, weight_decay=0.05, clip_norm=0.5,
+        lr_multipliers={"objectives.*": 2.0},
+    ),
+}
+TOLERANCE = 1e-6
+# Adam turns the rounding of a small gradient into a step, so its weights agree less closely.
+WEIGHT_TOLERANCE = {"sgd": 1e-6, "adamw": 1e-4}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One mode. `tasks`: "one", or "all" in turn; `micro_steps` per optimizer step."""
+
+    stage: int
+    offload: bool
+    micro_steps: int
+    tasks: str
+    optimizer: str
+    precision: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        offload = "offload" if self.offload else "device"
+        return (f"zero{self.stage}-{offload}-micro{self.micro_steps}-{self.tasks}-"
+                f"{self.optimizer}-{self.precision}")
+
+    @classmethod
+    def parse(cls, name: str) -> "Cell":
+        stage, offload, micro, *rest = name.split("-")
+        return cls(int(stage[-1]), offload == "offload", int(micro[5:]), *rest)
+
+    def task(self, step: int) -> str:
+        """An uneven turn, so that heads rest for one step, and for several."""
+        return TASKS[0] if self.tasks == "one" else TASKS[(0, 1, 1, 2, 0, 2, 1)[step % 7]]
+
+
+def all_cells() -> list[Cell]:
+    """The fp32 matrix, and one bf16 cell for every stage and offload."""
+    matrix = [
+        Cell(stage, offload, micro, tasks, optimizer)
+        for stage in (1, 2, 3) for offload in (False, True) for micro in (1, 3)
+        for tasks in ("one", "all") for optimizer in OPTIMIZERS
+    ]
+    return matrix + [Cell(stage, offload, 1, "all", "adamw", "bf16")
+                     for stage in (1, 2, 3) for offload in (False, True)]
+
+
+def engine_settings(cell: Cell) -> dict:
+    """The DeepSpeed configuration of a cell."""
+    zero: dict = {"stage": cell.stage, "stage3_param_persistence_threshold": 20}
+    if cell.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if cell.stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": cell.micro_steps,
+        "gradient_clipping": OPTIMIZERS[cell.optimizer].clip_norm or 0.0,
+        "bf16": {"enabled": cell.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+
+
+# ---- one rank ------------------------------------------------------------------------------------
+
+
+def gathered_partitions(engine, pick) -> dict[str, torch.Tensor]:
+    """Whole flat tensors by parameter name from every rank's partitions, on every rank.
+
+    pick: Partition -> the flat tensor to take, laid out like its master.
+    """
+    from pretrain.engine.partitions import list_partitions
+
+    pieces = [
+        (f.parameter, f.start, pick(p)[f.offset : f.offset + f.numel].detach().clone())
+        for p in list_partitions(engine) for f in p.fragments
+    ]
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, pieces)
+    merged: dict[str, list] = {}
+    for name, start, values in (piece for rank in everyone for piece in rank):
+        merged.setdefault(name, []).append((start, values))
+    return {name: torch.cat([v for _, v in sorted(parts, key=lambda p: p[0])])
+            for name, parts in merged.items()}
+
+
+def run_cell(ranks, cell: Cell, out: Path) -> dict[str, list[float]]:
+    """Train STEPS steps; losses and gradient norms, and all tensors into a file."""
+    from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
+
+    settings = OPTIMIZERS[cell.optimizer]
+    engine = start_engine(parity_model, settings, engine_settings(cell), SEED, ranks.device)
+    gradients: dict[int, torch.Tensor] = {}
+
+    def note_gradients(inner, *_) -> None:
+        for group in inner.param_groups:
+            for flat in group["params"]:
+                gradients[id(flat)] = flat.grad.clone()
+
+    engine.optimizer.optimizer.register_step_pre_hook(note_gradients)
+    saved: dict[str, torch.Tensor] = {}
+    losses, norms = [], []
+    for step in range(STEPS):
+        batch = parity_batch(step)
+        micro = share_of(batch, ranks.rank, ranks.world, cell.micro_steps)
+        set_learning_rate(engine, settings.lr, 1.0)
+        totals = {"images": batch["valid"].sum().float()}
+        shares = accumulate_and_step(engine, cell.task(step), micro, totals)
+        loss = shares["loss"].double()
+        dist.all_reduce(loss)
+        losses.append(loss.item())
+        norms.append(float(engine.get_global_grad_norm()))
+        grads = gathered_partitions(engine, lambda p: gradients[id(p.master)])
+        saved |= {f"gradient{step}.{n}": t.float() for n, t in grads.items()}
+    saved |= {f"end.{n}": t for n, t in gathered_partitions(engine, lambda p: p.master).items()}
+    if ranks.leads:
+        save_file(saved, out / f"{cell.name}.safetensors")
+    engine.destroy()
+    gc.collect()
+    return {"losses": losses, "norms": norms}
+
+
+def main() -> None:
+    """Run the cells named on the command line on this rank."""
+    from pretrain.engine import zero
+    from pretrain.engine.distributed import init_distributed, shutdown
+
+    out, *names = sys.argv[1:]
+    if "--no-guard" in names:
+        names.remove("--no-guard")
+        zero.clear_gradients = lambda engine: None
+    ranks = init_distributed(threads_per_rank=1)
+    results = {name: run_cell(ranks, Cell.parse(name), Path(out)) for name in names}
+    if ranks.leads:
+        (Path(out) / "cells.json").write_text(json.dumps(results))
+    shutdown()
+
+
+# ---- the reference -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What plain PyTorch gives."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: list[dict[str, torch.Tensor]]
+    weights: dict[str, torch.Tensor]
+
+
+def plain_run(tasks: str, optimizer: str) -> Reference:
+    """Train on one process with the whole batch, without DeepSpeed."""
+    from pretrain.engine.zero import make_optimizer
+
+    settings = OPTIMIZERS[optimizer]
+    turn = Cell(1, False, 1, tasks, optimizer)
+    model = parity_model()
+    initialise(model, SEED)
+    groups = parameter_groups(model, settings)
+    torch_optimizer = make_optimizer(groups, settings)
+    names = {id(p): n for n, p in model.named_parameters()}
+    trained = [p for group in groups for p in group["params"]]
+    losses, norms, gradients = [], [], []
+    for step in range(STEPS):
+        batch = parity_batch(step)
+        totals = {"images": batch["valid"].sum().float()}
+        loss = model(turn.task(step), batch, totals)["loss"]
+        torch_optimizer.zero_grad()
+        loss.backward()
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        if settings.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(trained, settings.clip_norm, norm)
+        gradients.append({names[id(p)]: p.grad.flatten().clone() for p in trained})
+        torch_optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    weights = {n: p.detach().flatten() for n, p in model.named_parameters() if p.requires_grad}
+    return Reference(losses, norms, gradients, weights)
+
+
+def faults(cell: Cell, out: Path, reference: Reference) -> list[str]:
+    """Where an fp32 cell differs from the reference; empty if it does not."""
+    mine = json.loads((out / "cells.json").read_text())[cell.name]
+    tensors = load_file(out / f"{cell.name}.safetensors")
+    found = []
+    for what, tolerance in (("losses", TOLERANCE), ("norms", 1e-5)):
+        pairs = zip(mine[what], getattr(reference, what), strict=True)
+        for step, (ours, theirs) in enumerate(pairs):
+            if abs(ours - theirs) > tolerance * max(1.0, abs(theirs)):
+                found.append(f"step {step}: {what} {ours:.8g}, plain PyTorch {theirs:.8g}")
+    for step, gradients in enumerate(reference.gradients):
+        for name, gradient in gradients.items():
+            error = float((tensors[f"gradient{step}.{name}"] - gradient).abs().max())
+            if error > TOLERANCE:
+                found.append(f"step {step}: gradient of {name} is off by {error:.2g}")
+    for name, weight in reference.weights.items():
+        error = float((tensors[f"end.{name}"] - weight).abs().max())
+        if error > WEIGHT_TOLERANCE[cell.optimizer]:
+            found.append(f"after {STEPS} steps {name} is off by {error:.2g}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

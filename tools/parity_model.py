@@ -1,0 +1,95 @@
+"""A small multi-task model with everything that ZeRO is known to stumble over, and its batches.
+
+A trunk that all tasks share, a head per task, temperatures of one element, an output matrix tied to
+an embedding, a frozen module, and a layer that nobody uses.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pretrain.models.multitask import MultiTaskModel
+
+WIDTH, CLASSES, SAMPLES = 12, 7, 12
+TASKS = ("words", "shades", "edges")
+
+
+class Trunk(nn.Module):
+    """(B, 3, H, W) -> (B, WIDTH); with a frozen part, and a layer that nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = WIDTH
+        self.frozen = nn.Linear(3, WIDTH)
+        self.frozen.requires_grad_(False)
+        self.inner = nn.Linear(WIDTH, 17)
+        self.outer = nn.Linear(17, WIDTH)
+        self.unused = nn.Linear(WIDTH, 5)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = self.frozen(images.mean((2, 3)))
+        return self.norm(hidden + self.outer(F.gelu(self.inner(hidden))))
+
+
+class Head(nn.Module):
+    """Classification behind the trunk; the share of a micro-batch counts its valid samples."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.words = nn.Embedding(CLASSES, WIDTH)
+        self.output = nn.Linear(WIDTH, CLASSES)
+        if tied:
+            self.output.weight = self.words.weight
+        self.temperature = nn.Parameter(torch.ones(1))
+        self.initial_std = {"temperature": None}
+
+    def count(self, batch: dict) -> dict[str, int]:
+        return {"images": int(batch["valid"].sum())}
+
+    def flops(self, batch: dict) -> int:
+        return batch["images"].shape[0]
+
+    def forward(self, encoders, batch: dict, totals: dict) -> dict[str, torch.Tensor]:
+        dtype = self.temperature.dtype
+        features = encoders["image"](batch["images"].to(dtype)) + self.words(batch["hint"])
+        logits = (self.output(features) * self.temperature).float()
+        losses = F.cross_entropy(logits, batch["label"], reduction="none")
+        valid = batch["valid"].float()
+        right = (logits.argmax(-1) == batch["label"]).float()
+        return {
+            "loss": (losses * valid).sum() / totals["images"],
+            "accuracy": (right * valid).sum().detach() / totals["images"],
+        }
+
+
+def parity_model() -> MultiTaskModel:
+    """The trunk with three tasks; the first one's output is tied to its embedding."""
+    heads = {task: Head(tied=task == TASKS[0]) for task in TASKS}
+    return MultiTaskModel({"image": Trunk()}, heads)
+
+
+def parity_batch(step: int) -> dict[str, torch.Tensor]:
+    """The global batch of a step: SAMPLES samples, one of them padding."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    batch = {
+        "images": torch.randn(SAMPLES, 3, 4, 4, generator=generator),
+        "hint": torch.randint(CLASSES, (SAMPLES,), generator=generator),
+        "valid": torch.ones(SAMPLES, dtype=torch.bool),
+    }
+    batch["label"] = (3 * batch["hint"] + 1) % CLASSES  # something to learn
+    batch["valid"][step % SAMPLES] = False
+    return batch
+
+
+def share_of(batch: dict, rank: int, world: int, micro_steps: int) -> list[dict]:
+    """This rank's micro-batches of a global batch; empty places are padding that counts nothing."""
+    shares = []
+    for micro in range(micro_steps):
+        rows = torch.arange(rank + world * micro, SAMPLES, world * micro_steps)
+        part = {name: value[rows] for name, value in batch.items()}
+        if not len(rows):
+            part = {name: value[:1] for name, value in batch.items()}
+            part["valid"] = torch.zeros(1, dtype=torch.bool)
+        shares.append(part)
+    return shares

@@ -1,0 +1,155 @@
+"""Check that the installed DeepSpeed trains several tasks correctly. Two minutes, no GPU.
+
+    python -m tools.selfcheck                 the modes that are known to need a guard
+    python -m tools.selfcheck --all           the whole parity matrix
+    python -m tools.selfcheck --world 4
+
+Starts CPU processes, trains a small model under ZeRO with and without offload, one task and three
+in turn, and compares every loss, gradient and final weight with plain PyTorch. A pass is noted in
+the user's cache folder; training asks for it where DeepSpeed's version is not one that the project
+was checked with. Exit codes: 0 all equal, 1 not, 2 wrong usage.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tools.parity_cells import OPTIMIZERS, Cell, all_cells, faults, plain_run
+
+console = Console()
+TIME_LIMIT_S = 900
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    parser = argparse.ArgumentParser(prog="tools.selfcheck", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--world", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--all", action="store_true", help="every mode, not only affected ones")
+    options = parser.parse_args(argv)
+    if options.world < 1:
+        parser.error("--world must be at least 1")
+    cells = [c for c in all_cells() if c.precision == "fp32" and (options.all or is_affected(c))]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        with console.status(f"{len(cells)} modes on {options.world} processes"):
+            problem = launch(cells, options.world, Path(folder))
+        if problem:
+            console.print(f"[red]the processes failed[/]\n{problem}", highlight=False)
+            return 1
+        results = {cell: compare(cell, Path(folder)) for cell in cells}
+    show(results)
+    wrong = [cell for cell, found in results.items() if found]
+    seconds = time.monotonic() - started
+    if wrong:
+        console.print(f"[red]{len(wrong)} of {len(cells)} modes are wrong[/] ({seconds:.0f} s); do "
+                      "not train several tasks under them with this DeepSpeed")
+        return 1
+    note_pass(options.world, len(cells))
+    console.print(f"all {len(cells)} modes equal plain PyTorch ({seconds:.0f} s)")
+    return 0
+
+
+def is_affected(cell: Cell) -> bool:
+    """Whether stale gradients are known in this mode and could show in this cell."""
+    from pretrain.engine.stale_gradients import affected
+
+    return cell.tasks == "all" and affected(cell.stage, cell.offload)
+
+
+def launch(cells: Sequence[Cell], world: int, out: Path) -> str:
+    """Run the cells on `world` CPU processes; the end of the output of a failed one, or ""."""
+    logs = [out / f"rank_{rank}.txt" for rank in range(world)]
+    command = [sys.executable, "-m", "tools.parity_cells", str(out), *(c.name for c in cells)]
+    port = free_port()
+    processes = []
+    for rank, path in enumerate(logs):
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        }
+        with open(path, "w") as log:
+            processes.append(subprocess.Popen(command, env=environment, stdout=log,
+                                              stderr=subprocess.STDOUT))
+    failed = ""
+    deadline = time.monotonic() + TIME_LIMIT_S
+    while not failed and any(process.poll() is None for process in processes):
+        time.sleep(0.2)
+        if time.monotonic() > deadline:
+            failed = f"no end after {TIME_LIMIT_S} s"
+        for process, path in zip(processes, logs, strict=True):
+            if process.poll():
+                failed = "\n".join(path.read_text(errors="replace").splitlines()[-30:])
+    for process, path in zip(processes, logs, strict=True):
+        if failed:
+            process.kill()
+        if process.wait() and not failed:
+            failed = "\n".join(path.read_text(errors="replace").splitlines()[-30:])
+    return failed
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+_references: dict = {}
+
+
+def compare(cell: Cell, out: Path) -> list[str]:
+    """Differences of a cell from plain PyTorch; see `parity_cells.faults`."""
+    key = (cell.tasks, cell.optimizer)
+    if key not in _references:
+        _references[key] = plain_run(*key)
+    return faults(cell, out, _references[key])
+
+
+def show(results: dict[Cell, list[str]]) -> None:
+    """A table: stage and offload by optimizer and accumulation."""
+    columns = [(tasks, optimizer, micro) for tasks in ("one", "all") for optimizer in OPTIMIZERS
+               for micro in (1, 3)]
+    columns = [c for c in columns
+               if any((r.tasks, r.optimizer, r.micro_steps) == c for r in results)]
+    table = Table("mode", *(f"{o}, {'one task' if t == 'one' else 'tasks in turn'}, {m} micro"
+                            for t, o, m in columns))
+    for stage, offload in sorted({(c.stage, c.offload) for c in results}):
+        row = [f"ZeRO-{stage}{' offload' if offload else ''}"]
+        for tasks, optimizer, micro in columns:
+            found = results.get(Cell(stage, offload, micro, tasks, optimizer))
+            row.append("" if found is None else "[red]wrong[/]" if found else "equal")
+        table.add_row(*row)
+    console.print(table)
+    for cell, found in results.items():
+        if found:
+            console.print(f"{cell.name}: {found[0]}; {len(found)} differences", highlight=False)
+
+
+def note_pass(world: int, cells: int) -> None:
+    """Write the record that training asks for on an unlisted version of DeepSpeed."""
+    from pretrain.engine.stale_gradients import record_path
+
+    path = record_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"passed": True, "world": world, "cells": cells,
+                                    "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")
+        console.print(f"noted in {path}", highlight=False)
+    except OSError as error:
+        console.print(f"the pass could not be noted in {path}: {error.strerror}; training several "
+                      "tasks on an unlisted DeepSpeed will ask again", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
