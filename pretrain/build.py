@@ -1,5 +1,7 @@
 """From a recipe to objects. The only place that knows both: components take plain arguments."""
 
+from collections.abc import Callable
+
 from data_pipeline.captions import CaptionFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.order import Order
@@ -21,6 +23,13 @@ def build_tokenizer(recipe: Recipe) -> Tokenizer:
 def build_schedule(recipe: Recipe) -> Schedule:
     """Which task runs at which step."""
     return Schedule({name: task.weight for name, task in recipe.tasks.items()}, recipe.seed)
+
+
+def build_ratios(recipe: Recipe) -> Callable[[int], dict[str, float]]:
+    """step -> {task: its share of the steps, as the schedule counts them at that step}."""
+    schedule = build_schedule(recipe)
+    ratios = {name: count / schedule.cycle for name, count in schedule.slots.items()}
+    return lambda step: ratios
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:

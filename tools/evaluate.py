@@ -267,8 +267,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="at most so many, spread evenly over the shards")
     parser.add_argument("--workers", type=int, default=2, metavar="N",
                         help="processes that read images (default %(default)s)")
-    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="(default %(default)s)")
+    parser.add_argument("--device", type=_device, help="(default %(default)s)",
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--examples", type=int, default=4, metavar="N",
                         help="captions to print (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write metrics and captions")

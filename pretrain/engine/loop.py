@@ -16,6 +16,7 @@ import torch.distributed as dist
 from data_pipeline.rng import keyed_u64
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.distributed import Ranks
+from pretrain.engine.update_size import mean_square_share
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate, to_device
 
 log = logging.getLogger("omnipretrain.loop")
@@ -61,6 +62,9 @@ class Loop:
         global_batches: task -> samples of one step.
         control: control files; read and written on rank 0 only.
         signals: flags set by signals on this rank.
+        before_step: called with (step, task) before a step's forward pass.
+        after_update: called after each optimizer step that changed the weights, with the number of
+            such steps before it.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class Loop:
         global_batches: Mapping[str, int],
         control: ControlFolder,
         signals: StopSignals,
+        before_step: Callable[[int, str], None] = lambda step, task: None,
+        after_update: Callable[[int], None] = lambda update: None,
     ) -> None:
         self.engine = engine
         self.ranks = ranks
@@ -82,6 +88,8 @@ class Loop:
         self.global_batches = global_batches
         self.control = control
         self.signals = signals
+        self.before_step = before_step
+        self.after_update = after_update
         self._begin_mark = time.perf_counter()
 
     def run(
@@ -132,9 +140,12 @@ class Loop:
         torch.manual_seed(keyed_u64(self.seed, "dropout", window.step, self.ranks.rank) >> 1)
         rate = self.rate_factor(window.step)
         set_learning_rate(self.engine, self.base_rate, rate)
+        self.before_step(window.step, window.task)
         batches = [to_device(batch, self.ranks.device) for batch in window.micro_batches]
         shares = accumulate_and_step(self.engine, window.task, batches, totals)
         applied = self.engine.was_step_applied()
+        if applied:
+            self.after_update(state.step - state.skipped_steps)
         state.step = window.step + 1
         state.skipped_steps += not applied
         state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
@@ -148,7 +159,9 @@ class Loop:
         self._begin_mark = now
         if not report:
             return None, (stop, save)
-        metrics = self._reduce(shares)
+        metrics = self._reduce(self._with_update_size(shares) if applied else shares)
+        if "update_rms" in metrics:
+            metrics["update_rms"] **= 0.5
         metrics |= {
             "gradient_norm": float(self.engine.get_global_grad_norm()),
             "learning_rate": self.base_rate * rate,
@@ -177,6 +190,10 @@ class Loop:
         dist.all_reduce(values)
         totals = values[:-2].float()
         return dict(zip(names, totals.unbind(), strict=True)), values[-2:]
+
+    def _with_update_size(self, shares: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        mean_square = mean_square_share(self.engine, self.ranks.device)
+        return {**shares} if mean_square is None else {**shares, "update_rms": mean_square}
 
     def _reduce(self, shares: Mapping[str, torch.Tensor]) -> dict[str, float]:
         names = sorted(shares)

@@ -17,8 +17,8 @@ the square of what it gives m, c * g, so what is stored as `exp_avg_sq` is V = v
     V = b * V + (1 - b) * (c * g)**2                 b = b2 * w_before / w_after
 
 (multiply by w_after to see that this is the rule for v). The kernel is told b, and that infinitely
-many steps lie behind it, which switches its own bias correction off; ours, and sqrt(v) = sqrt(V * w),
-go into the lr, eps and decay that it is given. N / (omega * c) is its gradient scale.
+many steps lie behind it, which switches its own bias correction off; ours, and sqrt(v), which is
+sqrt(V * w), go into the lr, eps and decay that it is given. N / (omega * c) is its gradient scale.
 
 What follows from the rule: a loss scale and per-task loss weights cancel; every moment decays in
 every step, so a parameter that a task does not use needs a gradient of zero, not None (ZeRO does
@@ -158,7 +158,7 @@ class MTAdamW(torch.optim.Optimizer):
         return gradients, scale
 
     def corrections(self, group: dict, state: dict) -> tuple[float, float]:
-        """(1 - b1**t, r) of a tensor: its last step went along m / (1 - b1**t) / (sqrt(V)/r + eps)."""
+        """(a, r) of a tensor: its last step was -lr * m / a / (sqrt(V) / r + eps), and decay."""
         first = second = 1.0
         if self.bias_correction:
             first, second = (1.0 - beta ** state["step"] for beta in group["betas"])
