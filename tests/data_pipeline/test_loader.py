@@ -89,6 +89,7 @@ def test_positions_are_those_of_the_visits(uninterrupted):
         assert positions == list(range(visit * size, (visit + 1) * size))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     ("start", "world", "workers"), [(0, 1, 2), (5, 1, 0), (9, 2, 3), (3, 3, 0), (13, 1, 1)]
 )

@@ -1,6 +1,5 @@
-"""The order: every row once per epoch, well shuffled, near-sequential, cheap."""
+"""The order: every row once per epoch, well shuffled, near-sequential, in no memory."""
 
-import time
 import tracemalloc
 
 import numpy as np
@@ -133,16 +132,12 @@ def test_substitutes_are_shuffled_and_repeatable():
     assert not np.array_equal(chosen, order.rows(np.arange(1000), 18))
 
 
-def test_a_billion_rows_take_no_memory_and_little_time():
+def test_a_billion_rows_take_no_memory():
+    """Memory is bounded by the positions of one call; the benchmark measures the time."""
     tracemalloc.start()
     order = Order.plan(10**9, 0, 1024)
-    start = time.process_time()
     for call in range(40):
         order.rows(np.arange(128) + call * 10**10)
-    seconds = time.process_time() - start
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1_000_000
-    # The benchmark measures about 1 us a sample; the bound of 10 us leaves room for tracemalloc
-    # and slow machines only tenfold.
-    assert seconds / (40 * 128) < 100e-6
+    assert peak < 200_000

@@ -180,7 +180,7 @@ def test_every_fault_is_reported_at_once():
         (
             ["tasks.caption.data.image.size=60"],
             "tasks.caption.data.image.size=60 is not a multiple of "
-            "model.encoders.image.patch_size=8: use 56 or 64",
+            "model.encoders.image.patch_size=16: use 48 or 64",
         ),
         (
             ["tasks.caption.data.text_length=65"],
@@ -211,7 +211,7 @@ def test_every_fault_is_reported_at_once():
             "or name it in a task's objective.encoder",
         ),
         (
-            ["tasks.caption.evaluation=null"],
+            ["tasks.caption.evaluation=null", "evaluation_every_steps=150"],
             "evaluation_every_steps=150, but no task has an `evaluation` block: add one, or set "
             "evaluation_every_steps=null",
         ),
