@@ -17,9 +17,17 @@ class Ema:
 
     Attributes:
         tensors: one for each of `list_partitions(engine)`, in its order, shape and device.
+
+    Raises:
+        ValueError: DeepSpeed keeps the master weights on disk.
     """
 
     def __init__(self, engine, settings: EmaSettings) -> None:
+        if getattr(engine.optimizer, "swap_optimizer", False):
+            raise ValueError(
+                "ema needs the master weights in memory: set ema=null, or take DeepSpeed settings "
+                "without NVMe offload"
+            )
         self.engine = engine
         self.settings = settings
         self._masters = [partition.master for partition in list_partitions(engine)]

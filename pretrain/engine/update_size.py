@@ -13,8 +13,11 @@ def mean_square_share(engine, device: torch.device) -> Tensor | None:
 
     Summed over ranks it is the mean over all trained parameters of (step / learning rate)**2,
     weight decay left out; its root is the update RMS. None if the optimizer has no second moment
-    to tell it from. Costs one pass over the moments: for steps that are reported only.
+    to tell it from, or DeepSpeed has put it on disk. Costs one pass over the moments: for steps
+    that are reported only.
     """
+    if getattr(engine.optimizer, "swap_optimizer", False):
+        return None
     inner = engine.optimizer.optimizer
     total = torch.zeros((), dtype=torch.float64, device=device)
     for partition in list_partitions(engine):

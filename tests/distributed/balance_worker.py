@@ -22,9 +22,11 @@ from pretrain.engine.update_size import mean_square_share
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
 from pretrain.optim.ema import EmaSettings
 from pretrain.optim.groups import OptimizerSettings
+from tests.distributed.toy import toy_batch
 from tests.distributed.two_tasks import (
     CLIPPED,
     MT_ADAMW,
+    RATIOS,
     balance_for,
     take_step,
     two_task_model,
@@ -113,12 +115,23 @@ def module_weights(engine) -> dict[str, torch.Tensor]:
     return out
 
 
+@torch.no_grad()
+def heldout_losses(engine) -> list[float]:
+    """Loss of both tasks on a batch that all ranks have."""
+    batch = toy_batch(1000)
+    totals = {"images": batch["valid"].sum().float()}
+    return [engine.module(task, batch, totals)["loss"].item() for task in RATIOS]
+
+
 def toy_cell(
-    ranks, optimizer: str, stage: int, precision: str, micro_steps: int, out: Path
+    ranks, optimizer: str, stage: int, mode: str, micro_steps: int, out: Path
 ) -> dict:
     settings = OPTIMIZERS[optimizer]
-    config = deepspeed_config(stage, precision, settings, micro_steps)
+    config = deepspeed_config(stage, mode, settings, micro_steps)
     config["zero_optimization"]["sub_group_size"] = 100  # several calls of step() in stage 3
+    if mode == "offload":
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
     engine = start_engine(two_task_model, settings, config, SEED, ranks.device)
     balance, ema = balance_for(engine, settings), Ema(engine, EMA)
     norms, sizes = [], []
@@ -133,26 +146,32 @@ def toy_cell(
     saved = {f"end.{n}": t for n, t in gathered_partitions(engine, lambda p: p.master).items()}
     saved |= {f"ema.{n}": t
               for n, t in gathered_partitions(engine, lambda p: averages[id(p.master)]).items()}
+    # As evaluation does it: what a forward pass leaves gathered must not be used again.
+    seen = {"before": heldout_losses(engine)}
+    with ema.in_module():
+        seen["averaged"] = heldout_losses(engine)
+    seen["after"] = heldout_losses(engine)
     before = module_weights(engine)
     with ema.in_module():
         saved |= {f"in_module.{n}": t for n, t in module_weights(engine).items()}
     after = module_weights(engine)
     if ranks.leads:
-        save_file(saved, out / f"{cell_name(optimizer, stage, precision, micro_steps)}.safetensors")
+        save_file(saved, out / f"{cell_name(optimizer, stage, mode, micro_steps)}.safetensors")
     calls = len(list_partitions(engine))
     engine.destroy()
-    return {"norms": norms, "sizes": sizes, "partitions": calls,
+    return {"norms": norms, "sizes": sizes, "partitions": calls, "heldout": seen,
             "back": all(torch.equal(before[n], after[n]) for n in before)}
 
 
 def toy_cells() -> list[tuple[str, int, str, int]]:
-    """(optimizer, ZeRO stage, precision, micro-steps)."""
+    """(optimizer, ZeRO stage, precision or "offload" in fp32, micro-steps)."""
     fp32 = [(o, s, "fp32", m) for o in OPTIMIZERS for s in STAGES for m in (1, 2)]
-    return fp32 + [("mt_adamw", s, "bf16", 1) for s in STAGES]
+    offload = [(o, s, "offload", 1) for o in OPTIMIZERS for s in (2, 3)]
+    return fp32 + offload + [("mt_adamw", s, "bf16", 1) for s in STAGES]
 
 
-def cell_name(optimizer: str, stage: int, precision: str, micro_steps: int) -> str:
-    return f"{optimizer}_zero{stage}_{precision}_micro{micro_steps}"
+def cell_name(optimizer: str, stage: int, mode: str, micro_steps: int) -> str:
+    return f"{optimizer}_zero{stage}_{mode}_micro{micro_steps}"
 
 
 def main() -> None:

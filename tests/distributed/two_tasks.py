@@ -3,6 +3,7 @@
 import torch
 
 from pretrain.engine.balance import TaskBalance
+from pretrain.engine.partitions import list_partitions
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.optim.groups import OptimizerSettings
@@ -57,6 +58,9 @@ def take_step(engine, balance, settings, ranks, step: int, micro_steps: int = 1)
 
 
 def forget_gradients(engine) -> None:
-    """DeepSpeed's stage 3 would use them again for the head that the next step does not run."""
+    """DeepSpeed would use them again for the head that the next step does not run."""
     if hasattr(engine.optimizer, "grad_partitions_flat_buffer"):
         engine.optimizer.grad_partitions_flat_buffer.zero_()
+    for partition in list_partitions(engine):
+        if partition.master.grad is not None:
+            partition.master.grad.zero_()
