@@ -172,7 +172,7 @@ def state_bytes(parameters: int, stage: int, world: int, precision: str, momenta
         stage: ZeRO stage 1, 2 or 3.
         world: ranks.
         precision: bf16, fp16 or fp32.
-        momenta: float32 values that the optimizer keeps per parameter: 2 for AdamW.
+        momenta: float32 values that are kept beside each master weight: 2 for AdamW, 1 for `ema`.
     """
     width = 4 if precision == "fp32" else 2
     weights = width / world if stage == 3 else width
@@ -183,9 +183,11 @@ def state_bytes(parameters: int, stage: int, world: int, precision: str, momenta
 
 
 def _momenta(recipe: Recipe) -> int:
-    if recipe.optimizer.kind == "adamw":
-        return 2
-    return 1 if recipe.optimizer.momentum else 0
+    """float32 values beside a weight: what the optimizer keeps, and the moving average."""
+    averages = 1 if recipe.ema else 0
+    if recipe.optimizer.kind in ("adamw", "mt_adamw"):
+        return 2 + averages
+    return averages + (1 if recipe.optimizer.momentum else 0)
 
 
 def _count(module: torch.nn.Module) -> int:

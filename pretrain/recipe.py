@@ -35,6 +35,7 @@ from pretrain.engine.checkpoint import CheckpointSettings
 from pretrain.engine.metrics_log import LoggingSettings
 from pretrain.models.vit import VitSettings
 from pretrain.objectives.captioning import CaptioningSettings
+from pretrain.optim.ema import EmaSettings
 from pretrain.optim.groups import OptimizerSettings
 from pretrain.optim.schedule import ScheduleSettings
 from pretrain.overlay import (
@@ -200,6 +201,10 @@ class Recipe(Settings):
 
     schedule: ScheduleSettings = ScheduleSettings()
     """Learning rate over steps."""
+
+    ema: EmaSettings | None = None
+    """Moving average of the weights beside them: 4 bytes a parameter, shared out over the ranks. In
+    every checkpoint; exported with `tools.convert export-git --weights ema`. null = none."""
 
     loader: LoaderSettings = LoaderSettings()
     """Worker processes that prepare batches."""

@@ -118,4 +118,49 @@ def _check_evaluation(recipe: "Recipe") -> list[str]:
     return found
 
 
-_CHECKS = (_check_names, _check_sampling, _check_schedule, _check_captioning, _check_evaluation)
+def _check_optimizer(recipe: "Recipe") -> list[str]:
+    """Per-task settings and layers name what there is, and steps have a task."""
+    found = []
+    if recipe.sampling.mode == "mixed":
+        for asked, what in (
+            (recipe.optimizer.kind == "mt_adamw", "kind=mt_adamw"),
+            (bool(recipe.optimizer.task_clip_norms), "task_clip_norms"),
+        ):
+            if asked:
+                found.append(
+                    f"optimizer.{what} treats each task's gradient on its own, but with "
+                    "sampling.mode=mixed a step has those of all tasks in one: use block or iid"
+                )
+    for field in ("omega", "task_clip_norms"):
+        for name in getattr(recipe.optimizer, field):
+            if name not in recipe.tasks:
+                found.append(
+                    f"optimizer.{field}: {name!r} is not among tasks: {', '.join(recipe.tasks)}"
+                )
+    for path in recipe.optimizer.layer_decay:
+        if path.removeprefix("encoders.") not in recipe.model.encoders or "." not in path:
+            known = ", ".join(f"encoders.{name}" for name in recipe.model.encoders)
+            found.append(f"optimizer.layer_decay: {path!r} is not an encoder; there are: {known}")
+    return found
+
+
+def warnings(recipe: "Recipe") -> list[str]:
+    """One line per setting that has no effect beside another one."""
+    if recipe.optimizer.kind != "mt_adamw":
+        return []
+    found = []
+    for name, task in recipe.tasks.items():
+        for where, block in ((f"tasks.{name}", task), (f"tasks.{name}.objective", task.objective)):
+            weight = getattr(block, "loss_weight", 1.0)
+            if weight != 1.0:
+                found.append(
+                    f"{where}.loss_weight={weight:g} cancels with optimizer.kind=mt_adamw, which "
+                    f"divides each gradient by its norm: use optimizer.omega to weight task {name}"
+                )
+    return found
+
+
+_CHECKS = (
+    _check_names, _check_sampling, _check_schedule, _check_captioning, _check_evaluation,
+    _check_optimizer,
+)  # fmt: skip

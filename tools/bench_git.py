@@ -6,10 +6,7 @@ the high-water mark of a process of its own, above what weights and gradients ta
 """
 
 import argparse
-import ctypes
-import multiprocessing
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,13 +18,18 @@ from pretrain.models.multitask import MultiTaskModel
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.vit import VitSettings
 from pretrain.objectives.captioning import CaptioningSettings
-from tools.bench_measure import Measurement, interleaved, ratio
+from tools.bench_measure import (
+    Measurement,
+    in_fresh_process,
+    interleaved,
+    peak_rise_mib,
+    ratio,
+)
 from tools.transformers_git import SpecialIds, transformers_model
 
 _MEAN, _STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 _IDS = SpecialIds(bos_id=101, eos_id=102, pad_id=0)
 _SIDES = ("ours", "transformers")
-_MIB = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     bars: list[dict[str, Any]] = []
     for captions in args.captions:
         cases, losses = _time(args, captions)
-        peaks = {side: _peak_mib(args, captions, side) for side in _SIDES}
+        peaks = {side: in_fresh_process(_peak_mib, args, captions, side) for side in _SIDES}
         rows.extend(_row(side, captions, cases[side], peaks[side], losses[side]) for side in _SIDES)
         bars.extend(_bars(captions, cases, peaks, losses))
     size = f"{args.images} image{'s' if args.images > 1 else ''} of {args.image_size} pixels"
@@ -212,41 +214,8 @@ def _transformers_step(
     return step
 
 
-# ---------------------------------------------------------------------------------- peak memory
-
-
 def _peak_mib(args: argparse.Namespace, captions: int, side: str) -> float | None:
-    """High-water mark of one step in a fresh process; none where the system does not tell."""
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    # A fresh interpreter: a fork would begin with this process's own memory.
-    context = multiprocessing.get_context("spawn")
-    mine, its = context.Pipe(duplex=False)
-    child = context.Process(target=_report_peak, args=(args, captions, side, its))
-    child.start()
-    its.close()
-    try:
-        return mine.recv()
-    except EOFError:
-        raise RuntimeError(f"the process that measures the memory of {side} has died") from None
-    finally:
-        child.join()
-
-
-def _report_peak(args: argparse.Namespace, captions: int, side: str, answer) -> None:
     torch.set_num_threads(args.threads)
     step = _step(args, captions, side)
     step()  # gradients exist from here on
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for reuse would hide the rise
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status_bytes("VmRSS")
-    step()
-    answer.send((_status_bytes("VmHWM") - before) / _MIB)
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    return peak_rise_mib(step)

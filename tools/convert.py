@@ -54,13 +54,14 @@ def _export_git(options: argparse.Namespace) -> int:
     out = options.out.resolve()
     _check_replaceable(out)
     with console.status("reading the checkpoint"):
-        captioner = open_captioner(options.run_dir, options.task)
+        captioner = open_captioner(options.run_dir, options.task, options.weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         temporary.chmod(0o755)
         with console.status("writing the export"):
             record = write_git(captioner, temporary, options.image_size)
+            record = record.model_copy(update={"weights": options.weights})
         with console.status("reading it back with transformers"):
             verification = verify(captioner, temporary, record)
         record = record.model_copy(update={"verification": verification})
@@ -106,7 +107,8 @@ def _publish(temporary: Path, out: Path) -> None:
 
 
 def _report(out: Path, record: ExportRecord, verification: Verification) -> int:
-    _say(f"{out}: recipe {record.recipe}, step {record.step}, task {record.task}")
+    averaged = ", averaged weights" if record.weights == "ema" else ""
+    _say(f"{out}: recipe {record.recipe}, step {record.step}, task {record.task}{averaged}")
     _say(f"read back by transformers {verification.transformers}; "
          "largest difference of log-probabilities:")
     for kind, difference in verification.differences.items():
@@ -214,6 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True,
                         help="folder to write; an earlier export there is replaced")
     export.add_argument("--task", help="captioning task, if the run has several")
+    export.add_argument("--weights", choices=("master", "ema"), default="master",
+                        help="ema: the moving average, of a run whose recipe has `ema` (default "
+                             "%(default)s)")
     export.add_argument("--image-size", type=int, metavar="PIXELS",
                         help="side of the images; default: as the recipe evaluates")
     text = "GIT weights of others under our names"

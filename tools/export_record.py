@@ -49,6 +49,8 @@ class ExportRecord(Settings):
     """Optimizer steps that the weights have seen."""
     checkpoint_sha256: str
     """Of the checkpoint's manifest, which holds the hashes of all its files."""
+    weights: Literal["master", "ema"] = "master"
+    """Trained weights, or their moving average."""
     task: str
     """The captioning task that was exported."""
     encoder: str

@@ -67,14 +67,17 @@ class TrainedCaptioner:
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
 
-def open_captioner(path: str | Path, task: str | None = None) -> TrainedCaptioner:
+def open_captioner(
+    path: str | Path, task: str | None = None, weights: str = "master"
+) -> TrainedCaptioner:
     """Read a checkpoint folder, or the newest whole checkpoint of a run directory.
 
     task: name of a captioning task of the run; needed if it has several.
+    weights: "master" for the trained weights, "ema" for their moving average.
 
     Raises:
         ValueError: `path` is neither, or the run has no such task.
-        CheckpointError: the checkpoint is not whole.
+        CheckpointError: the checkpoint is not whole, or has no such weights.
     """
     checkpoint = _find(Path(path))
     manifest = read_manifest(checkpoint)
@@ -84,7 +87,7 @@ def open_captioner(path: str | Path, task: str | None = None) -> TrainedCaptione
     # Nothing is computed before every parameter has its trained value.
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
-    model.load_state_dict(read_full_state(checkpoint), assign=True)
+    model.load_state_dict(read_full_state(checkpoint, weights), assign=True)
     # Assigning parted the tied matrices; a cast (here to what they are) joins them again.
     return TrainedCaptioner(
         checkpoint, manifest, recipe, name, tokenizer, model.float().requires_grad_(False).eval()

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from data_pipeline.settings import Settings
 from pretrain.engine.checkpoint_files import (
+    EMA,
     FORMAT,
     MANIFEST,
     MODULE,
@@ -102,13 +103,16 @@ class Checkpoints:
 
     # ---- writing -----------------------------------------------------------------------------
 
-    def save(self, engine, step: int, trainer: dict) -> Path:
+    def save(
+        self, engine, step: int, trainer: dict, averages: list[torch.Tensor] | None = None
+    ) -> Path:
         """Write the checkpoint after `step` steps. A collective; returns once it is durable.
 
         Args:
             engine: the DeepSpeed engine (ZeRO 1, 2 or 3).
             step: optimizer steps taken.
             trainer: JSON-serialisable state of the loop (ledger, counters).
+            averages: moving average of each partition (engine.ema.Ema.tensors).
 
         Raises:
             CheckpointError: on every rank, if any rank could not write; nothing is left behind.
@@ -116,7 +120,9 @@ class Checkpoints:
         final = self.root / checkpoint_name(step)
         temporary = self._agree_on(lambda: self._open_temporary(final))
         module = _module_tensors(engine)  # a collective under ZeRO-3
-        entries = self._agree(lambda: self._write_rank_files(engine, temporary, module), temporary)
+        entries = self._agree(
+            lambda: self._write_rank_files(engine, temporary, module, averages), temporary
+        )
         files = {name: entry for rank in entries for name, entry in rank.items()}
         self._agree_on(lambda: self._commit(engine, step, trainer, files, temporary, final),
                        temporary)
@@ -130,10 +136,14 @@ class Checkpoints:
         temporary.mkdir()
         return temporary
 
-    def _write_rank_files(self, engine, folder: Path, module: dict) -> dict[str, dict]:
+    def _write_rank_files(
+        self, engine, folder: Path, module: dict, averages: list[torch.Tensor] | None
+    ) -> dict[str, dict]:
         tensors, maps = {}, []
         for index, partition in enumerate(list_partitions(engine)):
             states, scalars = _states(engine, partition)
+            if averages is not None:
+                states[EMA] = averages[index]
             for name, tensor in states.items():
                 tensors[f"{index}.{name}"] = tensor.detach()
             maps.append({
@@ -216,33 +226,48 @@ class Checkpoints:
 
         return [problem for rank in self._agree(mine) for problem in rank]
 
-    def restore(self, engine, folder: Path) -> Restored:
+    def restore(
+        self, engine, folder: Path, averages: list[torch.Tensor] | None = None
+    ) -> Restored:
         """Fill the engine's weights and optimizer states from a checkpoint. A collective.
 
-        Works at any world size and ZeRO stage; at the one that wrote it, bit for bit.
+        Works at any world size and ZeRO stage; at the one that wrote it, bit for bit. Every rank
+        reads the ranges of its own partitions, straight into them.
+
+        Args:
+            averages: filled with the moving average, as `save` had it; None = not wanted.
 
         Raises:
             CheckpointError: on every rank, if names or shapes differ from the model's (all named).
         """
         opened: list[FragmentReader] = []  # stays here: only plain results travel between ranks
-        self._agree(lambda: opened.append(self._fill_partitions(engine, folder)))
+        self._agree(lambda: opened.append(self._fill_partitions(engine, folder, averages)))
         (reader,) = opened
         _load_module_tensors(engine, reader)
         push_masters_to_module(engine)
         return Restored(folder, reader.manifest["step"], reader.manifest["trainer"])
 
-    def _fill_partitions(self, engine, folder: Path) -> FragmentReader:
+    def _fill_partitions(
+        self, engine, folder: Path, averages: list[torch.Tensor] | None
+    ) -> FragmentReader:
         reader = FragmentReader(folder)
         _check_parameters(engine, reader)
-        for partition in list_partitions(engine):
+        for index, partition in enumerate(list_partitions(engine)):
             if not partition.fragments:
                 continue
-            names = reader.states(partition.fragments[0].parameter)
-            for name in names:
-                out = torch.zeros_like(partition.master.data)
+            wanted = reader.states(partition.fragments[0].parameter)
+            if averages is None:
+                wanted = [name for name in wanted if name != EMA]
+            elif EMA not in wanted:
+                raise CheckpointError(
+                    f"{folder} holds no moving average, since its run had no `ema`: start a new "
+                    "run from its weights (initial_weights) to begin one"
+                )
+            for name in wanted:
+                out = averages[index] if name == EMA else _state_to_fill(engine, partition, name)
+                out.zero_()  # the padding, too
                 for f in partition.fragments:
                     reader.read(f.parameter, name, f.start, out[f.offset : f.offset + f.numel])
-                _set_state(engine, partition, name, out)
             for name, value in reader.scalars.get(partition.group, {}).items():
                 _set_scalar(engine, partition, name, value)
         return reader
@@ -304,15 +329,21 @@ def _states(engine, partition: Partition) -> tuple[dict[str, torch.Tensor], dict
     return flat, scalars
 
 
-def _set_state(engine, partition: Partition, name: str, values: torch.Tensor) -> None:
+def _state_to_fill(engine, partition: Partition, name: str) -> torch.Tensor:
+    """The tensor that training uses for a state, to be read into."""
     if name == "master":
-        partition.master.data.copy_(values)
-    else:
-        _optimizer(engine).state[partition.master][name] = values
+        return partition.master.data
+    state = _optimizer(engine).state[partition.master]
+    if name not in state:
+        state[name] = torch.empty_like(partition.master.data)
+    return state[name]
 
 
 def _set_scalar(engine, partition: Partition, name: str, value: float) -> None:
     optimizer = _optimizer(engine)
+    if getattr(optimizer, "scalars_on_host", False):
+        optimizer.state[partition.master][name] = value
+        return
     group = optimizer.param_groups[partition.group]
     # torch keeps the step counter beside the parameter only for its fused and capturable forms.
     on_device = group.get("fused") or group.get("capturable")

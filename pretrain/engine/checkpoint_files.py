@@ -5,7 +5,8 @@
         step_000000300/
             manifest.json            what is here: sizes and SHA-256 of every other file, parameter
                                      shapes, groups, trainer state; it carries its own digest
-            rank_00000.safetensors   fp32 partitions of rank 0: "<i>.master", "<i>.exp_avg", ...
+            rank_00000.safetensors   fp32 partitions of rank 0: "<i>.master", "<i>.exp_avg", ...,
+                                     and "<i>.ema" if the run averages its weights
             rank_00000.json          which parameter each element of them belongs to
             module.safetensors       frozen parameters and buffers
             tokenizer/               the tokenizer that the text heads were trained with
@@ -27,6 +28,8 @@ from safetensors import safe_open
 FORMAT = 1
 MANIFEST = "manifest.json"
 MODULE = "module.safetensors"
+EMA = "ema"  # name of the moving average among the states of a partition
+READ_AT_ONCE = 2**22  # elements: bounds what a reader holds beside the tensor that it fills
 _NAME = re.compile(r"step_(\d{9,})$")
 
 
@@ -172,6 +175,10 @@ class FragmentReader:
         _, _, rank, index, _ = self._where[parameter][0]
         return self._tensors[rank, index]
 
+    def kept(self) -> list[str]:
+        """Names of the tensors that are kept for every trained parameter, "master" first."""
+        return self.states(next(iter(self._where)))
+
     def read(self, parameter: str, state: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` (n,) with elements [start, start + n) of a parameter's `state`.
 
@@ -185,8 +192,10 @@ class FragmentReader:
             if low >= high:
                 continue
             piece = self._file(rank).get_slice(f"{index}.{state}")
-            begin = offset + low - first
-            out[low - start : high - start] = piece[begin : begin + high - low].to(out.device)
+            shift = offset - first
+            for begin in range(low, high, READ_AT_ONCE):
+                end = min(begin + READ_AT_ONCE, high)
+                out[begin - start : end - start].copy_(piece[begin + shift : end + shift])
             done += high - low
         if done != out.numel():
             raise CheckpointError(
@@ -218,14 +227,15 @@ def read_full_state(folder: Path, state: str = "master") -> dict[str, torch.Tens
 
     Args:
         folder: a checkpoint folder (`<run>/checkpoints/step_...`).
-        state: "master" for the fp32 weights.
+        state: "master" for the fp32 weights, "ema" for their moving average.
 
     Returns:
         name -> tensor: trained parameters float32, frozen ones and buffers as in the model; a tied
         parameter appears under each of its names, sharing memory.
 
     Raises:
-        CheckpointError: the folder is not a whole checkpoint, or a file of it is damaged.
+        CheckpointError: the folder is not a whole checkpoint, a file of it is damaged, or it does
+            not hold that state.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -234,6 +244,9 @@ def read_full_state(folder: Path, state: str = "master") -> dict[str, torch.Tens
     if problems:
         raise CheckpointError("; ".join(problems))
     reader = FragmentReader(folder)
+    kept = reader.kept()
+    if state not in kept:
+        raise CheckpointError(f"{folder} holds no {state!r} weights, but {', '.join(kept)}")
     tensors = {name: reader.whole(name, state)
                for name, about in manifest["parameters"].items() if about["trained"]}
     tensors.update(reader.module_tensors())

@@ -18,6 +18,7 @@ from data_pipeline.rng import keyed_u64
 from pretrain.engine.agreement import LENGTH, Agreement
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.distributed import Ranks
+from pretrain.engine.update_size import mean_square_share
 from pretrain.engine.zero import TaskWindow, accumulate_parts, set_learning_rate, to_device
 
 log = logging.getLogger("omnipretrain.loop")
@@ -71,6 +72,9 @@ class Loop:
         loss_weights: step -> task -> factor of its loss, for steps of several tasks; they are
             accumulated into one optimizer step on sum_k w_k loss_k. None = 1.
         agreement: the check that all ranks run the same; None = one with its defaults.
+        before_step: called with (step, task) before the forward pass of a step of one task.
+        after_update: called after each optimizer step that changed the weights, with the number of
+            such steps before it.
     """
 
     def __init__(
@@ -85,6 +89,8 @@ class Loop:
         signals: StopSignals,
         loss_weights: Callable[[int], Mapping[str, float]] | None = None,
         agreement: Agreement | None = None,
+        before_step: Callable[[int, str], None] = lambda step, task: None,
+        after_update: Callable[[int], None] = lambda update: None,
     ) -> None:
         self.engine = engine
         self.ranks = ranks
@@ -96,6 +102,8 @@ class Loop:
         self.signals = signals
         self.loss_weights = loss_weights
         self.agreement = agreement or Agreement(ranks, every_steps=100)
+        self.before_step = before_step
+        self.after_update = after_update
         self._begin_mark = time.perf_counter()
 
     def run(
@@ -146,6 +154,8 @@ class Loop:
         torch.manual_seed(keyed_u64(self.seed, "dropout", window.step, self.ranks.rank) >> 1)
         rate = self.rate_factor(window.step)
         set_learning_rate(self.engine, self.base_rate, rate)
+        if len(window.parts) == 1:
+            self.before_step(window.step, window.parts[0].task)
         weights = self._weights(window)
         shares = accumulate_parts(self.engine, [
             TaskWindow(
@@ -155,6 +165,8 @@ class Loop:
             for part in window.parts
         ])  # fmt: skip
         applied = self.engine.was_step_applied()
+        if applied:
+            self.after_update(state.step - state.skipped_steps)
         state.step = window.step + 1
         state.skipped_steps += not applied
         state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
@@ -169,12 +181,14 @@ class Loop:
         self._begin_mark = now
         if not report:
             return [], (stop, save)
-        common = {
+        if applied and (size := mean_square_share(self.engine, self.ranks.device)) is not None:
+            shares[""] = {"update_size": size}
+        metrics = self._reduce(shares)
+        common = {"update_rms": value**0.5 for value in metrics.pop("", {}).values()} | {
             "gradient_norm": float(self.engine.get_global_grad_norm()),
             "learning_rate": self.base_rate * rate,
             "skipped": float(not applied),
         }
-        metrics = self._reduce(shares)
         return [
             StepReport(part.task, metrics[part.task] | common | self._sizes(part, weights), seconds)
             for part in window.parts

@@ -107,10 +107,12 @@ def push_masters_to_module(engine) -> None:
     if not hasattr(zero, "fp32_partitioned_groups_flat"):
         zero.update_lp_params()
         return
+    # Small parameters stay gathered between steps, and others after a forward pass without a
+    # backward one: what they show is out of date, and DeepSpeed gathers only what is partitioned.
+    zero._partition_all_parameters()
     for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(sub_group)
     if zero.persistent_parameters:
-        # Small parameters stay gathered between steps; what they show is now out of date.
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 

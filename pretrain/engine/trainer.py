@@ -1,5 +1,6 @@
 """One run on this rank, from start to end: set up, restore, loop, evaluate, save, report."""
 
+import contextlib
 import json
 import logging
 import os
@@ -14,12 +15,14 @@ import torch.distributed as dist
 from data_pipeline.loader import StepLoader, TaskStream
 from data_pipeline.rng import keyed_u64
 from data_pipeline.tokenizer import Tokenizer
-from pretrain import build
+from pretrain import build, recipe_checks
 from pretrain.engine.agreement import Agreement
+from pretrain.engine.balance import TaskBalance
 from pretrain.engine.checkpoint import Checkpoints, fill_masters
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
 from pretrain.engine.ds_config import engine_config, offloads_optimizer
+from pretrain.engine.ema import Ema
 from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.loop import Loop, StepReport, TrainerState
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
@@ -126,10 +129,11 @@ class Trainer:
             lambda: build.build_model(recipe, self.tokenizer), recipe.optimizer, self.config,
             recipe.seed, ranks.device, initial_weights=None if newest else recipe.initial_weights,
         )
+        if newest is None and recipe.initial_weights:
+            fill_masters(self.engine, Path(recipe.initial_weights))
+        self.ema = Ema(self.engine, recipe.ema) if recipe.ema else None
         if newest is not None:
             self._restore(newest)
-        elif recipe.initial_weights:
-            fill_masters(self.engine, Path(recipe.initial_weights))
         step = self.state.step
         with MetricsLog(self.run_dir, ranks.rank, step, recipe.steps, recipe.logging) as self.log:
             if ranks.leads:
@@ -151,6 +155,8 @@ class Trainer:
             recipe.failure.max_skipped_steps,
             {name: task.global_batch for name, task in recipe.tasks.items()},
             self.control, self.signals, schedule.loss_weights, self._agreement(streams),
+            before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
+            after_update=self.ema.update if self.ema else lambda update: None,
         )
         stopped = None
         if state.step < recipe.steps:
@@ -215,7 +221,9 @@ class Trainer:
         self.log.progress(state.step, getattr(self, "status_line", ""))
         every = recipe.evaluation_every_steps
         if (every and state.step % every == 0) or state.step == recipe.steps:
-            self.evaluator.evaluate(state.step)
+            averaged = self.ema is not None and self.ema.settings.evaluate
+            with self.ema.in_module() if averaged else contextlib.nullcontext():
+                self.evaluator.evaluate(state.step)
         if save_asked or state.step % recipe.checkpoint.every_steps == 0:
             self._save()
             if save_asked and self.ranks.leads:
@@ -238,11 +246,11 @@ class Trainer:
             **vars(self.state), "tokenizer": self.tokenizer.digest, "seed": self.recipe.seed,
             "loss_scale": loss_scale_state(self.engine),
         }
-        self.checkpoints.save(self.engine, self.state.step, trainer)
+        self.checkpoints.save(self.engine, self.state.step, trainer, self._averages())
         self.saved_step = self.state.step
 
     def _restore(self, folder: Path) -> None:
-        restored = self.checkpoints.restore(self.engine, folder)
+        restored = self.checkpoints.restore(self.engine, folder, self._averages())
         trainer = dict(restored.trainer)
         digest, seed = trainer.pop("tokenizer"), trainer.pop("seed")
         restore_loss_scale(self.engine, trainer.pop("loss_scale"))
@@ -259,9 +267,14 @@ class Trainer:
         self.state = TrainerState(**trainer)
         self.saved_step = self.state.step
 
+    def _averages(self) -> list[torch.Tensor] | None:
+        return self.ema.tensors if self.ema else None
+
     def _announce(self, restored: Path | None) -> None:
         for problem in self.checkpoints.passed_over:
             log.warning("checkpoint %s", problem)
+        for warning in recipe_checks.warnings(self.recipe):
+            log.warning("%s", warning)
         names = self.engine.module.named_parameters()
         count = sum(getattr(p, "ds_numel", p.numel()) for _, p in names)
         log.info(

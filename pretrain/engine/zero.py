@@ -14,6 +14,7 @@ from pretrain.engine.partitions import gathered
 from pretrain.engine.stale_gradients import clear_gradients
 from pretrain.models.init import initialise, load_weights
 from pretrain.optim.groups import OptimizerSettings, parameter_groups
+from pretrain.optim.mt_adamw import MTAdamW
 
 
 def start_engine(
@@ -62,6 +63,11 @@ def start_engine(
 
 def make_optimizer(groups: list[dict], settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The element-wise optimizer that ZeRO runs on flat fp32 partitions."""
+    if settings.kind == "mt_adamw":
+        return MTAdamW(
+            groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, omega=settings.omega,
+            max_compensation=settings.max_compensation,
+        )
     if settings.kind == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
     return torch.optim.AdamW(

@@ -2,7 +2,7 @@
 
 Any image encoder of the project offers what this one does: `forward(images) -> (B, N, D)`, `.width`
 (D), `.dtype` (what images are cast to), and, for accounting, `.tokens(height, width)` (N) and
-`.flops(height, width)`.
+`.flops(height, width)`. With `layer_names()` it can have a learning rate that falls with the depth.
 """
 
 from typing import Literal
@@ -113,6 +113,11 @@ class VisionTransformer(nn.Module):
             else:
                 tokens = block(tokens)
         return self.norm_after(tokens)
+
+    def layer_names(self) -> list[tuple[str, ...]]:
+        """Names of the submodules of each layer, from the input on (as in BEiT)."""
+        blocks = [(f"blocks.{index}",) for index in range(len(self.blocks))]
+        return [("embedding", "norm_before"), *blocks, ("norm_after",)]
 
     def tokens(self, height: int, width: int) -> int:
         """Number of tokens for an image of `height` x `width` pixels."""

@@ -2,6 +2,7 @@
 
 ZeRO flattens, pads and reduces every group on its own, so groups are merged as far as they can be:
 two towers with one learning rate each and the usual decay rule give four groups, however deep.
+Layer-wise decay gives two groups for each layer.
 """
 
 from collections.abc import Sequence
@@ -16,15 +17,18 @@ from data_pipeline.settings import Settings
 
 
 class OptimizerSettings(Settings):
-    kind: Literal["adamw", "sgd"] = "adamw"
-    """`adamw` (decoupled weight decay), or `sgd` for parity tests: its steps are linear in the
-    gradient, so a wrong gradient cannot hide."""
+    kind: Literal["adamw", "mt_adamw", "sgd"] = "adamw"
+    """`adamw` (decoupled weight decay); `mt_adamw` for several tasks in one run: each step's
+    gradient is divided by its norm and moments are weighted by 1 / sampling ratio, so that tasks
+    count alike (Uni-Perceiver v2; steps are larger than AdamW's: tune lr again); or `sgd` for
+    parity tests: its steps are linear in the gradient, so a wrong gradient cannot hide."""
 
     lr: float = Field(default=1e-4, gt=0.0)
     """Peak learning rate; a parameter's own peak is `lr` times its multiplier."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the first and second moment, both in [0, 1)."""
+    """AdamW's decay rates of the first and second moment, both in [0, 1). With kind=mt_adamw a
+    second one of 0.95 is safer: with 0.999 steps of a rare task can be several times too long."""
 
     eps: float = Field(default=1e-8, gt=0.0)
     """AdamW's addend to the root of the second moment."""
@@ -37,7 +41,20 @@ class OptimizerSettings(Settings):
     decay."""
 
     clip_norm: float | None = Field(default=1.0, gt=0.0)
-    """Global gradient norm above which gradients are scaled down; null = no clipping."""
+    """Global gradient norm above which gradients are scaled down; null = no clipping. Must be null
+    with kind=mt_adamw, which normalises every gradient."""
+
+    task_clip_norms: dict[str, float] = Field(default_factory=dict)
+    """Task -> its own `clip_norm`, since gradients of tasks differ in size; tasks that are not
+    named have `clip_norm`."""
+
+    omega: dict[str, float] = Field(default_factory=dict)
+    """Task -> its importance (> 0) with kind=mt_adamw: the norm that its gradient is given; 1 for
+    tasks that are not named."""
+
+    max_compensation: float | None = Field(default=None, ge=1.0)
+    """Cap on 1 / sampling ratio with kind=mt_adamw, which bounds the steps of rare tasks and makes
+    these tasks count less than the others; null = no cap."""
 
     no_decay: tuple[str, ...] = ()
     """Further parameters without weight decay: patterns over parameter names (`*` also matches
@@ -47,19 +64,46 @@ class OptimizerSettings(Settings):
     """Name pattern -> factor (> 0) on the learning rate, e.g. `{"objectives.*": 5.0}`. The last
     pattern that matches a parameter wins. A pattern that matches nothing is an error."""
 
+    layer_decay: dict[str, float] = Field(default_factory=dict)
+    """Encoder -> factor d in (0, 1] on the learning rate from each of its layers to the one before
+    it, e.g. `{"encoders.image": 0.9}`: its last norm has 1, its last block d, its embedding
+    d ** (blocks + 1). It multiplies what `lr_multipliers` says. Every layer becomes groups of its
+    own, which ZeRO communicates one by one."""
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for beta in self.betas:
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"betas must lie in [0, 1), not {list(self.betas)}")
-        for pattern, factor in self.lr_multipliers.items():
-            if not 0.0 < factor < float("inf"):
-                raise ValueError(
-                    f"lr_multipliers: factor {factor} of {pattern!r} must be positive and finite"
-                )
-        if self.kind == "adamw" and self.momentum:
-            raise ValueError("momentum belongs to kind=sgd; with kind=adamw set betas instead")
+        for field in ("lr_multipliers", "task_clip_norms", "omega", "layer_decay"):
+            for name, factor in getattr(self, field).items():
+                if not 0.0 < factor < float("inf"):
+                    raise ValueError(
+                        f"{field}: {factor} of {name!r} must be positive and finite"
+                    )
+                if field == "layer_decay" and factor > 1.0:
+                    raise ValueError(f"layer_decay: {factor} of {name!r} must be at most 1")
+        if self.kind != "sgd" and self.momentum:
+            raise ValueError(
+                f"momentum belongs to kind=sgd; with kind={self.kind} set betas instead"
+            )
+        self._check_balance()
         return self
+
+    def _check_balance(self) -> None:
+        """What belongs to MT-AdamW, and what does not."""
+        if self.kind != "mt_adamw":
+            for field in ("omega", "max_compensation"):
+                if getattr(self, field):
+                    raise ValueError(f"{field} belongs to kind=mt_adamw, not kind={self.kind}")
+            return
+        for field in ("clip_norm", "task_clip_norms"):
+            if value := getattr(self, field):
+                empty = "null" if field == "clip_norm" else "{}"
+                raise ValueError(
+                    f"{field}={value} does not go with kind=mt_adamw, which gives every gradient "
+                    f"the norm omega, whatever it was before: set {field}={empty}"
+                )
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
@@ -69,12 +113,14 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     parameters are left out; a shared one appears once and follows a pattern that matches any of its
     names. Under ZeRO-3 the full shape is read from DeepSpeed's `ds_shape`.
     Raises ValueError for a pattern that matches no parameter, for a 0-dim parameter (ZeRO cannot
-    partition one), and for a model without trainable parameters.
+    partition one), for a model without trainable parameters, and for a module in `layer_decay` that
+    does not tell its layers.
     """
     named = _aliases(model)
     every_name = [name for names, _ in named for name in names]
     _check_patterns("no_decay", settings.no_decay, every_name)
     _check_patterns("lr_multipliers", tuple(settings.lr_multipliers), every_name)
+    depth_factors = _layer_factors(model, settings.layer_decay)
 
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for names, parameter in named:
@@ -90,6 +136,8 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
         for pattern, factor in settings.lr_multipliers.items():
             if _matches(names, pattern):
                 multiplier = factor
+        # A parameter that several layers share learns like the last of them.
+        multiplier *= max((depth_factors[n] for n in names if n in depth_factors), default=1.0)
         exempt = len(shape) < 2 or any(_matches(names, pattern) for pattern in settings.no_decay)
         decay = 0.0 if exempt else settings.weight_decay
         members.setdefault((multiplier, decay), []).append(parameter)
@@ -113,6 +161,26 @@ def _aliases(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), ([], parameter))[0].append(name)
     return list(found.values())
+
+
+def _layer_factors(model: nn.Module, layer_decay: dict[str, float]) -> dict[str, float]:
+    """Parameter name -> factor by the depth of its layer, for the modules in `layer_decay`."""
+    factors = {}
+    modules = dict(model.named_modules())
+    for path, decay in layer_decay.items():
+        module = modules.get(path)
+        if not hasattr(module, "layer_names"):
+            able = [name for name, m in modules.items() if hasattr(m, "layer_names")]
+            raise ValueError(
+                f"optimizer.layer_decay: {path!r} is not a module that tells its layers (it has no "
+                f"layer_names()); there are: {', '.join(able) or 'none'}"
+            )
+        layers = module.layer_names()
+        for depth, prefixes in enumerate(layers):
+            for name, _ in module.named_parameters(remove_duplicate=False):
+                if any(name == p or name.startswith(f"{p}.") for p in prefixes):
+                    factors[f"{path}.{name}"] = decay ** (len(layers) - 1 - depth)
+    return factors
 
 
 def _matches(names: Sequence[str], pattern: str) -> bool:

@@ -168,3 +168,46 @@ def test_a_damaged_checkpoint_is_passed_over(data, straight, tmp_path):
     log = (run / "logs/rank_00000.log").read_text()
     assert "step_000000012 is passed over" in log and "rank_00001.safetensors is damaged" in log
     assert_same_run(straight(2), run)
+
+
+def test_balanced_and_averaged(data, tmp_path):
+    """MT-AdamW, layer-wise decay and a moving average: killed and resumed, evaluated and read."""
+    runs = []
+    for name in ("straight", "killed"):
+        recipe = tiny_recipe(data, tmp_path / name, deepspeed="zero3", ema={"decay": 0.8})
+        recipe["optimizer"] = {
+            "kind": "mt_adamw", "lr": 1e-3, "betas": [0.9, 0.95], "clip_norm": None,
+            "omega": {"caption": 0.5}, "layer_decay": {"encoders.image": 0.7},
+        }
+        path = write_recipe(tmp_path / f"{name}.yaml", recipe)
+        runs.append(tmp_path / name)
+        if name == "killed":
+            processes = start_ranks("pretrain.train", [path], 2, tmp_path / "logs")
+            assert kill_when(lambda: steps_logged(runs[1]) >= 6, processes)
+            finish(Path("--resume"), tmp_path / "again", str(runs[1]))
+        else:
+            finish(path, tmp_path)
+    assert_same_run(*runs)
+    folders = [newest_whole(run / "checkpoints") for run in runs]
+    averages = [read_full_state(folder, "ema") for folder in folders]
+    for name in averages[0]:
+        assert torch.equal(averages[0][name], averages[1][name]), name
+    lines = metrics(runs[1])
+    assert all(0.01 < line["update_rms"] < 10 for line in lines if line["kind"] == "train")
+    (evaluation,) = [line for line in lines if line["kind"] == "evaluation"]
+    losses = {w: heldout_loss(folders[1], w, data) for w in ("master", "ema")}
+    assert evaluation["cross_entropy"] == pytest.approx(losses["ema"], rel=1e-5)
+    assert losses["master"] != pytest.approx(losses["ema"], rel=1e-4)
+
+
+def heldout_loss(checkpoint: Path, weights: str, data: Path) -> float:
+    """Held-out loss of a checkpoint in this process, with weights read as an export reads them."""
+    from pretrain.build import build_evaluation_loader
+    from tools.trained import open_captioner
+
+    captioner = open_captioner(checkpoint, weights=weights)
+    loader = build_evaluation_loader(captioner.recipe, "caption", captioner.tokenizer)
+    values, _ = captioner.objective.evaluate(
+        captioner.model.encoders, loader, captioner.tokenizer, torch.device("cpu")
+    )
+    return values["cross_entropy"]

@@ -2,9 +2,11 @@
 
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 
+from pretrain import recipe_checks
 from pretrain.recipe import SHIPPED, RecipeError, load_recipe, load_resolved
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -223,6 +225,24 @@ def test_every_fault_is_reported_at_once():
             "tasks.caption.evaluation.micro_batch=32 must be 1 with image mode keep_aspect",
         ),
         (
+            ["optimizer.kind=mt_adamw"],
+            "optimizer: clip_norm=1.0 does not go with kind=mt_adamw, which gives every gradient "
+            "the norm omega, whatever it was before: set clip_norm=null",
+        ),
+        (
+            ["optimizer.kind=mt_adamw", "optimizer.clip_norm=null", "optimizer.omega={cap: 2.0}"],
+            "optimizer.omega: 'cap' is not among tasks: caption",
+        ),
+        (
+            ["optimizer.task_clip_norms={cap: 2.0}"],
+            "optimizer.task_clip_norms: 'cap' is not among tasks: caption",
+        ),
+        (
+            ["optimizer.layer_decay={image: 0.9}"],
+            "optimizer.layer_decay: 'image' is not an encoder; there are: encoders.image",
+        ),
+        (["ema.decay=1.0"], "ema.decay: input should be less than 1, not 1.0"),
+        (
             ["name=a/b"],
             "name: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', not 'a/b'",
         ),
@@ -318,3 +338,15 @@ def test_sources_in_place_of_shards(tmp_path, monkeypatch):
 def test_sampling_that_cannot_work(overrides, expected):
     lines = [re.sub(r"^(override '.*?'|\S+): ", "", line) for line in faults(SECOND, *overrides)]
     assert expected in lines
+
+
+def test_loss_weights_that_cancel_are_pointed_out():
+    """They are settings of objectives; whichever has one is asked."""
+    recipe = load_recipe("git_digits", ["optimizer.kind=mt_adamw", "optimizer.clip_norm=null"])
+    assert recipe_checks.warnings(recipe) == []
+    task = SimpleNamespace(objective=SimpleNamespace(loss_weight=2.0))
+    weighted = SimpleNamespace(optimizer=recipe.optimizer, tasks={"caption": task})
+    (line,) = recipe_checks.warnings(weighted)
+    assert line.startswith("tasks.caption.objective.loss_weight=2 cancels with") and "omega" in line
+    weighted.optimizer = load_recipe("git_digits").optimizer
+    assert recipe_checks.warnings(weighted) == []

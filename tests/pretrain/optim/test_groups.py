@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from pretrain.models.vit import VisionTransformer
 from pretrain.optim.groups import OptimizerSettings, parameter_groups
 
 
@@ -120,8 +121,82 @@ def test_refuses_what_zero_cannot_train():
         ({"lr_multipliers": {"*": float("inf")}}, "must be positive and finite"),
         ({"momentum": 0.9}, "momentum belongs to kind=sgd"),
         ({"clip_norm": 0.0}, "greater than 0"),
+        ({"kind": "mt_adamw"}, r"clip_norm=1.0 does not go with kind=mt_adamw.*clip_norm=null"),
+        (
+            {"kind": "mt_adamw", "clip_norm": None, "task_clip_norms": {"a": 1.0}},
+            r"task_clip_norms=.* does not go with kind=mt_adamw",
+        ),
+        ({"omega": {"a": 2.0}}, "omega belongs to kind=mt_adamw, not kind=adamw"),
+        ({"kind": "sgd", "max_compensation": 4.0}, "max_compensation belongs to kind=mt_adamw"),
+        ({"kind": "mt_adamw", "clip_norm": None, "omega": {"a": 0.0}}, "0.0 of 'a' must be posit"),
+        ({"max_compensation": 0.5}, "greater than or equal to 1"),
+        ({"task_clip_norms": {"a": -1.0}}, "must be positive and finite"),
+        ({"layer_decay": {"encoders.image": 1.1}}, "must be at most 1"),
     ],
 )
 def test_settings_refuse_nonsense(settings, message):
     with pytest.raises(ValidationError, match=message):
         OptimizerSettings(**settings)
+
+
+# ---- layer-wise decay --------------------------------------------------------------------------
+
+
+def small_vit_model() -> nn.Module:
+    """A transformer of three blocks as `encoders.image`, and a head that knows no layers."""
+    model = nn.Module()
+    encoder = VisionTransformer(image_size=8, patch_size=4, width=8, layers=3, heads=2)
+    model.encoders = nn.ModuleDict({"image": encoder})
+    model.head = nn.Linear(8, 2)
+    return model
+
+
+def test_layers_before_the_last_learn_slower():
+    settings = OptimizerSettings(lr=1.0, weight_decay=0.0, layer_decay={"encoders.image": 0.5})
+    found = {name: lr for name, (lr, _) in by_name(small_vit_model(), settings).items()}
+    expected = {
+        "embedding.": 0.5**4, "norm_before.": 0.5**4, "blocks.0.": 0.5**3, "blocks.1.": 0.5**2,
+        "blocks.2.": 0.5, "norm_after.": 1.0,
+    }
+    for name, lr in found.items():
+        inner = name.removeprefix("encoders.image.")
+        (factor,) = [f for prefix, f in expected.items() if inner.startswith(prefix)] or [1.0]
+        assert lr == factor, name
+    assert len(set(found.values())) == 5
+
+
+def test_every_parameter_of_the_transformer_has_one_layer():
+    """Also with more than ten blocks, whose names begin alike."""
+    encoder = VisionTransformer(image_size=8, patch_size=4, width=8, layers=12, heads=2)
+    prefixes = [p for layer in encoder.layer_names() for p in layer]
+    for name, _ in encoder.named_parameters():
+        assert sum(name.startswith(f"{p}.") for p in prefixes) == 1, name
+
+
+def test_layer_decay_multiplies_the_patterns_and_merges_groups():
+    settings = OptimizerSettings(
+        lr=1.0, weight_decay=0.1, layer_decay={"encoders.image": 0.5},
+        lr_multipliers={"encoders.*": 0.5, "head.*": 0.25},
+    )
+    found = by_name(small_vit_model(), settings)
+    assert found["encoders.image.norm_after.weight"] == (0.5, 0.0)
+    assert found["encoders.image.blocks.2.attention.qkv.weight"] == (0.25, 0.1)
+    assert found["encoders.image.embedding.patches.weight"] == (0.5**5, 0.1)
+    groups = parameter_groups(small_vit_model(), settings)
+    # blocks.2 and the head have the same rate, so they share two groups; norm_after has no matrix.
+    keys = [(g["lr_multiplier"], g["weight_decay"]) for g in groups]
+    assert keys == [(0.5**n, w) for n in (5, 4, 3, 2) for w in (0.0, 0.1)] + [(0.5, 0.0)]
+
+
+def test_a_shared_parameter_learns_like_its_last_layer():
+    model = small_vit_model()
+    blocks = model.encoders["image"].blocks
+    blocks[0].mlp.expand.weight = blocks[2].mlp.expand.weight
+    settings = OptimizerSettings(lr=1.0, layer_decay={"encoders.image": 0.5})
+    assert by_name(model, settings)["encoders.image.blocks.0.mlp.expand.weight"][0] == 0.5
+
+
+def test_layer_decay_needs_a_module_that_tells_its_layers():
+    settings = OptimizerSettings(layer_decay={"head": 0.9})
+    with pytest.raises(ValueError, match=r"'head' is not a module .* there are: encoders.image"):
+        parameter_groups(small_vit_model(), settings)
