@@ -18,6 +18,8 @@ from data_pipeline.transforms import ImageSettings, ImageTransform
 class ImageDataSettings(Settings):
     """Images in WebDataset shards; kinds of data add what belongs to the image."""
 
+    type: str
+    """Kind of data; subclasses name theirs."""
     shards: list[str] = Field(min_length=1)
     """Folders with a manifest, tar files, globs or brace patterns."""
     image_extensions: list[str] = Field(default=["jpg", "jpeg", "png", "webp"], min_length=1)

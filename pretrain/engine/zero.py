@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pretrain.engine.cached_features import accumulate_coupled, couples_samples
 from pretrain.engine.partitions import gathered
 from pretrain.models.init import initialise, load_weights
 from pretrain.optim.groups import OptimizerSettings, parameter_groups
@@ -80,10 +81,16 @@ def accumulate_and_step(
 
     The gradient is that of one process with the whole global batch: losses are shares of the global
     loss, so the sum over micro-steps and ranks is what counts, while DeepSpeed averages over ranks.
+    Objectives whose samples are coupled go through `cached_features` if there are several
+    micro-batches.
 
     Returns:
         This rank's share of every metric (detached, on the device), summed over the window.
     """
+    if couples_samples(engine.module.objectives[task], micro_batches):
+        shares = accumulate_coupled(engine, task, micro_batches, totals)
+        engine.step()
+        return shares
     world = dist.get_world_size()
     sums: dict[str, torch.Tensor] = {}
     last = len(micro_batches) - 1
