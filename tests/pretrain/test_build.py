@@ -19,7 +19,7 @@ from pretrain.check import state_bytes
 from pretrain.models.init import initialise
 from pretrain.overlay import parse_yaml
 from pretrain.recipe import load_recipe, validate
-from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
+from tests.tiny_run import pack_scenes, three_tasks, tiny_recipe, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,35 @@ def test_check_reports_what_a_run_would_do(recipe_file, capsys):
     assert "global batch 8 = 3 rank(s) x 2 micro-step(s) of up to 2, less 4 padding rows" in text
     assert "60 samples in 3 shard(s); 7.5 steps an epoch, 12 steps = 1.60 epochs" in text
     assert "evaluation on 10 of 10 samples" in text
+
+
+def test_check_reports_tasks_of_every_kind(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    path = write_recipe(tmp_path / "three.yaml", three_tasks(data, tmp_path / "run"))
+    assert main(["check", str(path), "--world", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "cycle of 3 steps: caption 1/3, classify 1/3, contrast 1/3" in text
+    samples = {line.split(":")[0]: line for line in text.splitlines() if "first samples" in line}
+    assert "labels (2,) int64" in samples["ok    tasks.classify"]
+    assert "tokens (2, 1, " in samples["ok    tasks.contrast"]
+    for part in ("encoders.text", "objectives.classify", "objectives.contrast"):
+        assert f"{part} " in text
+
+
+def test_evaluation_of_each_kind_reads_what_its_objective_needs(data, tmp_path):
+    path = write_recipe(tmp_path / "three.yaml", three_tasks(data, tmp_path / "run"))
+    recipe = load_recipe(path, ["tasks.contrast.objective.evaluation_references=3"])
+    tokenizer = build_tokenizer(recipe)
+    batches = {name: next(iter(build_evaluation_loader(recipe, name, tokenizer, 0, 1)))
+               for name in recipe.tasks}
+    assert batches["contrast"]["tokens"].shape[:2] == (2, 3)
+    assert batches["contrast"]["loss_mask"].any(dim=2).all()
+    assert batches["caption"]["tokens"].shape[:2] == (2, 2)
+    assert batches["classify"]["labels"].shape == (2,)
+    trained = build_streams(recipe, tokenizer)["contrast"]
+    request = next(iter(StepSampler(lambda step: ("contrast", step), {"contrast": trained},
+                                    0, 1, 0, 1)))
+    assert trained.load(request)["tokens"].shape[:2] == (2, 1)
 
 
 def test_check_counts_the_parameters_that_the_model_has(recipe_file, capsys):
