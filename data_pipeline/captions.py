@@ -15,6 +15,8 @@ from data_pipeline.tokenizer import Tokenizer
 
 # Texts are padded to a multiple of this, so that few different shapes occur.
 TEXT_MULTIPLE = 8
+# More characters than a token of any vocabulary stands for.
+TOKEN_CHARACTERS = 256
 
 
 class CaptionDataSettings(ImageDataSettings):
@@ -49,6 +51,8 @@ class CaptionSource(MemberSource):
         found = [found] if isinstance(found, str) else found
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
             raise bad(sample, f"{self.source} is neither a string nor a list of strings")
+        if not all(_is_unicode(text) for text in found):
+            raise bad(sample, f"{self.source} holds half a surrogate pair")
         captions = [folded for text in found if (folded := " ".join(text.split()))]
         if not captions:
             raise bad(sample, f"{self.source} holds no caption")
@@ -97,7 +101,8 @@ class CaptionFields(ImageFields):
         tokens[:, 0], tokens[:, 1] = self.tokenizer.bos_id, self.tokenizer.eos_id
         lengths = np.zeros(count, dtype=np.int64)
         for place, caption in enumerate(self._choose(captions, rng_for)):
-            ids = self.tokenizer.encode(caption)[: length - 2]
+            # A whole book as a caption would take seconds to encode, for 40 tokens of it.
+            ids = self.tokenizer.encode(caption[: length * TOKEN_CHARACTERS])[: length - 2]
             tokens[place, 1 : 1 + len(ids)] = ids
             tokens[place, 1 + len(ids)] = self.tokenizer.eos_id
             lengths[place] = len(ids) + 2
@@ -150,3 +155,8 @@ class CaptionFields(ImageFields):
             return captions[:count]
         draws = rng_for("caption").random(len(captions))
         return [captions[place] for place in np.argsort(draws)[:count]]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a tokenizer takes the text; JSON may escape what no text can hold."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)

@@ -4,6 +4,7 @@ with ShardWriter("out/train", "train", max_samples=10_000) as writer:
     writer.write("000000042", {"jpg": jpeg_bytes, "json": json_bytes})
 """
 
+import contextlib
 import os
 import re
 import tarfile
@@ -99,7 +100,8 @@ class ShardFile:
 
     def discard(self) -> None:
         """Give up an unfinished shard and remove its temporary file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer, too
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def _write(self, data: bytes) -> None:

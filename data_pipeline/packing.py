@@ -166,20 +166,11 @@ def _check_keys(job: PackJob) -> None:
 
 def _claim_folder(job: PackJob, plan: str) -> None:
     """Make sure that what the folder holds is of the same job, and remove broken-off files."""
-    found = None
-    for name in (FILE_NAME, PLAN_NAME):
-        if (job.folder / name).exists():
-            content = json.loads((job.folder / name).read_bytes())
-            found = content.get("details", content).get("plan")
-            break
-    else:
-        if any(job.folder.glob("*.tar")):
-            found = "tars without a plan"
-        else:
-            text = json.dumps({"plan": plan, "command": job.command}, indent=1) + "\n"
-            write_atomically(job.folder / PLAN_NAME, [text.encode()])
-            found = plan
-    if found != plan:
+    begun = (job.folder / FILE_NAME).exists() or any(job.folder.glob("*.tar"))
+    if not begun:  # at most a plan whose first shard was never finished
+        text = json.dumps({"plan": plan, "command": job.command}, indent=1) + "\n"
+        write_atomically(job.folder / PLAN_NAME, [text.encode()])
+    elif _plan_of(job.folder) != plan:
         raise FileExistsError(
             f"{job.folder}: holds shards of another packing (other input, seed or options): pack "
             "into an empty folder, or remove this one"
@@ -190,12 +181,30 @@ def _claim_folder(job: PackJob, plan: str) -> None:
         os.unlink(path)
 
 
+def _plan_of(folder: Path) -> str | None:
+    """Return the plan digest of what was packed into a folder; None if it cannot be told."""
+    for name in (FILE_NAME, PLAN_NAME):
+        try:
+            content = json.loads((folder / name).read_bytes())
+            return content.get("details", content).get("plan")
+        except FileNotFoundError:
+            continue
+        except (ValueError, AttributeError):
+            return None  # not our file
+    return None
+
+
 def _finish(job: PackJob, plan: str, done: list[tuple[WrittenShard, bool]]) -> PackResult:
     skipped = []
     for (begin, end), (written, _) in zip(job.ranges, done, strict=True):
         packed = set(written.index.keys())
         skipped += [key for key in job.keys[begin:end] if key not in packed]
     if len(skipped) == len(job.items):
+        for written, _ in done:  # empty shards would only be in the way of the next attempt
+            shard = job.folder / written.record.name
+            shard.unlink(missing_ok=True)
+            index_path(shard).unlink(missing_ok=True)
+        (job.folder / PLAN_NAME).unlink(missing_ok=True)
         raise SampleFault(f"none of the {len(skipped)} items could be packed")
     details = {**job.details, "left_out": len(skipped), "plan": plan}
     manifest = make_manifest(
@@ -270,8 +279,10 @@ def _pack_shard(task: _Task, progress: Progress) -> tuple[WrittenShard, bool]:
                 unreported = 0
         progress(unreported)
         return shard.commit(), False
-    except BaseException:
+    except BaseException as error:
         shard.discard()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(task.path)  # "no space left on device": on which one?
         raise
 
 

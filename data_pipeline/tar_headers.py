@@ -30,6 +30,7 @@ _REFUSED = {
     b"M": "a continuation of another volume",
     b"S": "a sparse file",
 }
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # Extended headers hold one name and a few numbers; more is damage or an attack on memory.
 _LARGEST_EXTENDED_HEADER = 1 << 20
 
@@ -90,6 +91,8 @@ def iter_members(file: BinaryIO, shard: str, total: int) -> Iterator[Member]:
     extended: _Extended | None = None
     while True:
         block = _read(file, position, BLOCK, shard, total)
+        if position == 0:
+            _refuse_compressed(block, shard)
         if block == _ZEROS:
             if extended is not None:
                 raise _damage(shard, position, "the archive ends behind an extended header")
@@ -150,6 +153,15 @@ def check_name(name: str, shard: str, at: int) -> None:
         raise _damage(
             shard, at, f"unsafe member name {name!r}: empty, absolute or with '..' is refused"
         )
+
+
+def _refuse_compressed(block: bytes, shard: str) -> None:
+    for start, name in _COMPRESSED.items():
+        if block.startswith(start):
+            raise ShardError(
+                f"{shard}: is compressed ({name}), so single samples cannot be read: unpack it to "
+                "a plain tar (images hardly shrink anyway)"
+            )
 
 
 def _is_plain_file(kind: bytes, name: str, shard: str, at: int) -> bool:

@@ -1,7 +1,7 @@
 """Image settings and the transform that turns encoded bytes into one uint8 image.
 
 Every random choice comes from the generator that is passed in, as draws from [0, 1): the same
-pixels for the same generator on any machine and in any worker.
+pixels for the same generator in any process, with any number of threads.
 """
 
 import math
@@ -9,6 +9,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
+import torch
 from pydantic import Field, model_validator
 
 from data_pipeline.decode import (
@@ -25,6 +26,8 @@ from data_pipeline.timing import StageClock
 # Statistics of the CLIP image encoders, in units of the full range (pixel / 255).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_resize_into = torch.ops.aten._upsample_bicubic2d_aa.out
 
 
 class ImageSettings(Settings):
@@ -215,16 +218,19 @@ def keep_aspect_size(height: int, width: int, size: int, max_size: int | None) -
 
 
 def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Resize (H, W, 3) uint8: area averages where it shrinks, bicubic where it grows."""
-    image = np.ascontiguousarray(image) if min(image.strides) < 0 else image
-    rows, columns = image.shape[:2]
-    if height > rows and width < columns:
-        image = cv2.resize(image, (width, rows), interpolation=cv2.INTER_AREA)
-    elif width > columns and height < rows:
-        image = cv2.resize(image, (columns, height), interpolation=cv2.INTER_AREA)
-    shrinks = height <= image.shape[0] and width <= image.shape[1]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    return cv2.resize(image, (width, height), dst=out, interpolation=method)
+    """Resize (H, W, 3) uint8 by an antialiased bicubic filter: Pillow's, but for rounding.
+
+    torch has it as vector code, about ten times faster than Pillow and, where images shrink, four
+    times faster than OpenCV's area averages. Its in-place form, because fresh memory for the result
+    would cost as much again.
+    """
+    if min(image.strides) < 0 or not image.flags.writeable:  # what torch does not take
+        image = image.copy()
+    if out is None:
+        out = np.empty((height, width, 3), dtype=np.uint8)
+    source, target = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (image, out))
+    _resize_into(source, [height, width], False, None, None, out=target)
+    return out
 
 
 def color_jitter(image: np.ndarray, brightness: float, contrast: float, saturation: float) -> None:

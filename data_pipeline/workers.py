@@ -104,8 +104,15 @@ def load_batches(
         generator=torch.Generator(),  # leaves the trainer's own random state alone
         **options,
     )
-    for packed in loader:
-        yield {name: _unpacked(value, arena, pin_memory) for name, value in packed.items()}
+    batches = iter(loader)
+    try:
+        for packed in batches:
+            yield {name: _unpacked(value, arena, pin_memory) for name, value in packed.items()}
+    finally:
+        # Now, and not when the collector finds the traceback that still holds the iterator: by then
+        # its queues are closed, and it waits 5 s for workers that never hear of the end.
+        if workers:
+            batches._shutdown_workers()
 
 
 def start_worker(worker_number: int) -> None:

@@ -65,12 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(result: dict[str, Any], described: dict[str, Any]) -> None:
     """Print rows, bars, notes and the machine."""
-    console = Console()
+    # Files and pipes have no width; 80 columns would break every name.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(_rows_table(result))
     if result.get("bars"):
         console.print(_bars_table(result["bars"]))
     for note in result.get("notes", []):
-        console.print(f"- {note}", highlight=False)
+        console.print(f"- {note}", highlight=False, soft_wrap=True)
     libraries = ", ".join(f"{name} {version}" for name, version in described["libraries"].items())
     console.print(
         f"{described['command']}\n{described['cpu']}, {described['usable_cores']} usable cores, "
@@ -78,6 +79,7 @@ def show(result: dict[str, Any], described: dict[str, Any]) -> None:
         f"commit {described['commit']}",
         style="dim",
         highlight=False,
+        soft_wrap=True,
     )
 
 

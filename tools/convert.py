@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export_git(options: argparse.Namespace) -> int:
-    # transformers and torch take seconds to import; wrong usage should not wait for them.
+    # transformers takes seconds to import, and `import-git` does without it.
     from tools.export_git import write_git
     from tools.trained import open_captioner
     from tools.verify_export import verify
@@ -97,7 +97,11 @@ def _publish(temporary: Path, out: Path) -> None:
     # A folder with files cannot be replaced in one rename: for a moment `out` is absent.
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
     os.rename(out, old)
-    os.rename(temporary, out)
+    try:
+        os.rename(temporary, out)
+    except OSError:
+        os.rename(old, out)
+        raise
     shutil.rmtree(old)
 
 
@@ -165,7 +169,7 @@ def _save(imported: Imported, out: Path) -> None:
 
 def _settings(options: argparse.Namespace, folder: Path, imported: Imported) -> str:
     """The part of a recipe that describes this model."""
-    vit = imported.vit.model_dump(exclude={"gradient_checkpointing"})
+    vit = imported.vit.model_dump(include=set(_ENCODER_SHAPE))
     shape = imported.decoder.model_dump(include=set(_DECODER_SHAPE))
     objective = {"type": "captioning", "encoder": options.encoder, "decoder": shape}
     recipe = {
@@ -178,6 +182,10 @@ def _settings(options: argparse.Namespace, folder: Path, imported: Imported) -> 
     return to_yaml(recipe)
 
 
+# Other settings of the towers say how to train, not what the weights are.
+_ENCODER_SHAPE = (
+    "type", "image_size", "patch_size", "width", "layers", "heads", "mlp_ratio", "activation",
+)  # fmt: skip
 _DECODER_SHAPE = (
     "width", "layers", "heads", "mlp_width", "max_positions", "dropout", "tied_output",
     "embedding_norm_eps",

@@ -23,6 +23,7 @@ from rich.rule import Rule
 
 console = Console()
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
+TRAIN = (LAUNCHER, "--quiet", "--num_gpus", 2, "--module", "pretrain.train")
 # What must be equal, digit for digit, in steps that were computed before the kill and again after.
 EXACT = ("loss", "gradient_norm", "token_accuracy", "learning_rate")
 
@@ -70,12 +71,14 @@ def main(argv: list[str] | None = None) -> int:
                         help="everything goes here; an earlier demo's run and export are replaced")
     parser.add_argument("--scenes", type=int, default=12000, help="training scenes to pack")
     parser.add_argument("--heldout", type=int, default=256, help="held-out scenes to pack")
-    parser.add_argument("--kill-after", type=int, default=120, metavar="STEP",
+    parser.add_argument("--kill-after", type=int, default=250, metavar="STEP",
                         help="kill the run once this step is logged")
     arguments = parser.parse_args(argv)
     demo = Demo(arguments.out, arguments.scenes, arguments.heldout, arguments.kill_after)
     stages = (pack, tokenizer, train_and_kill, resume, export, evaluate)
     started = time.monotonic()
+    if not shutil.which("nvidia-smi"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
     try:
         for number, stage in enumerate(stages, 1):
             title = stage.__doc__.splitlines()[0].rstrip(".")
@@ -117,8 +120,7 @@ def train_and_kill(demo: Demo) -> None:
          "tasks.caption.data.shards=[data/coco/train] tokenizer.path=...")
     for old in (demo.run, demo.export):
         shutil.rmtree(old, ignore_errors=True)
-    process = start(LAUNCHER, "--num_gpus", 2, "--module", "pretrain.train", "git_digits",
-                    *demo.settings)
+    process = start(*TRAIN, "git_digits", *demo.settings)
     while process.poll() is None:
         if last_step(demo.run) >= demo.kill_after:
             kill_tree(process)
@@ -132,7 +134,7 @@ def resume(demo: Demo) -> None:
     """Resume from the last checkpoint, and compare the steps that are computed twice."""
     real("the same: --resume RUN_DIR needs nothing else, also with another number of processes")
     before = training_lines(demo.run)
-    process = start(LAUNCHER, "--num_gpus", 2, "--module", "pretrain.train", "--resume", demo.run)
+    process = start(*TRAIN, "--resume", demo.run)
     if process.wait():
         raise StageFailed("the resumed run failed")
     after = training_lines(demo.run)

@@ -1,7 +1,7 @@
-"""Caption held-out images with transformers' own GIT, and compare with references.
+r"""Caption held-out images with transformers' own GIT, and compare with references.
 
-    python -m tools.evaluate exports/git_base --shards data/coco/val --caption-source json:captions
-        --sheet captions.png --json metrics.json
+    python -m tools.evaluate exports/git_base --shards data/coco/val --sheet captions.png \
+        --json metrics.json
 
 EXPORT is a folder that `tools.convert export-git` wrote. Model, tokenizer and generation are those
 of transformers; only the held-out images are prepared as in training, and the metrics are ours.
@@ -24,9 +24,9 @@ from rich.text import Text
 from torch import Tensor
 
 from data_pipeline.captions import CaptionDataSettings
-from data_pipeline.faults import DataError
 from data_pipeline.loader import EvaluationLoader
 from data_pipeline.reader import TransientReadError
+from data_pipeline.stream import DataError
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.objectives.caption_evaluation import CaptionExample, evaluate_captions
@@ -129,10 +129,13 @@ def evaluate(
     metrics, examples = evaluate_captions(
         captioner.judge, _with_progress(loader), captioner, keep_images=keep_images
     )
-    bad = sum(count.replaced for count in loader.faults().values())
+    (faults,) = loader.faults().values()
     if not examples:
-        raise ValueError(f"none of the {loader.samples} samples of {data.shards} could be used")
-    return Evaluated(metrics, examples, time.monotonic() - started, bad)
+        raise ValueError(
+            f"none of the {loader.samples} samples of {', '.join(data.shards)} could be used; "
+            f"last: key {faults.last.key!r}: {faults.last.reason}"
+        )
+    return Evaluated(metrics, examples, time.monotonic() - started, faults.replaced)
 
 
 def _with_progress(loader: EvaluationLoader) -> Iterator[dict[str, Any]]:
@@ -267,8 +270,9 @@ def _parser() -> argparse.ArgumentParser:
                         help="at most so many, spread evenly over the shards")
     parser.add_argument("--workers", type=int, default=2, metavar="N",
                         help="processes that read images (default %(default)s)")
-    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="(default %(default)s)")
+    parser.add_argument("--device", type=_device,
+                        default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where the model runs (default %(default)s)")
     parser.add_argument("--examples", type=int, default=4, metavar="N",
                         help="captions to print (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write metrics and captions")

@@ -89,22 +89,33 @@ class ExportRecord(Settings):
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
             raise ValueError(
-                f"{path}: {where}: {first['msg']}; export the checkpoint again with this version"
+                f"{path}: {_first(error)}; export the checkpoint again with this version"
             ) from None
 
     def data(self, shards: Sequence[str], caption_source: str | None = None) -> CaptionDataSettings:
-        """Settings that read `shards` as the exported task did."""
-        return CaptionDataSettings(
-            shards=list(shards),
-            image_extensions=self.image_extensions,
-            caption_source=caption_source or self.caption_source,
-            captions_per_image=self.captions_per_image,
-            text_length=self.text_length,
-            image=self.image,
-        )
+        """Settings that read `shards` as the exported task did.
+
+        Raises:
+            ValueError: `caption_source` is not understood.
+        """
+        try:
+            return CaptionDataSettings(
+                shards=list(shards),
+                image_extensions=self.image_extensions,
+                caption_source=caption_source or self.caption_source,
+                captions_per_image=self.captions_per_image,
+                text_length=self.text_length,
+                image=self.image,
+            )
+        except ValidationError as error:
+            raise ValueError(_first(error)) from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first fault on one line."""
+    fault = error.errors()[0]
+    return f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"
 
 
 def heldout_loader(

@@ -11,9 +11,11 @@ interruption: finished shards are checked and kept.
 """
 
 import argparse
+import errno
 import functools
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -35,11 +37,11 @@ from rich.progress import (
 from data_pipeline.packing import Build, PackJob, PackResult, SampleFault, pack, plan_ranges
 from data_pipeline.tar_headers import ShardError
 from tools import digit_scenes
+from tools.pack_coco import coco_source
 from tools.pack_sources import (
     BuildImage,
     Source,
     check_missing,
-    coco_source,
     folder_source,
     item_bytes,
     table_source,
@@ -49,6 +51,7 @@ from tools.pack_sources import (
 _INCIDENTAL = {"out", "processes", "run"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _SKIPPED_SHOWN = 10
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = _pack_with_progress(job, options.processes, console)
     except (SampleFault, ShardError, OSError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if getattr(error, "errno", None) in _DISK_FULL:
+            console.print("free some space; the same command continues with the missing shards")
         return 1
     except KeyboardInterrupt:
         console.print("stopped; the same command continues with the shards that are missing")
@@ -92,8 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _scenes_job(options: argparse.Namespace) -> PackJob:
-    if options.count < 1:
-        raise ValueError(f"--count {options.count}: must be positive")
     return PackJob(
         folder=options.out / options.split,
         prefix=options.split,
@@ -136,7 +139,7 @@ def _table_job(options: argparse.Namespace) -> PackJob:
 def _image_job(options: argparse.Namespace, source: Source) -> PackJob:
     check_missing(source, allowed=options.on_missing == "skip")
     if not source.items:
-        raise SampleFault("no image is there")
+        raise SampleFault(f"none of the {len(source.missing)} images is there")
     # Shuffled before packing: samples that lie together in a shard are then not alike.
     order = np.random.Generator(np.random.Philox(options.seed)).permutation(len(source.items))
     items = [source.items[number] for number in order]
@@ -215,6 +218,20 @@ def _class_list(options: argparse.Namespace) -> list[str] | None:
     return [line for line in options.classes.read_text(encoding="utf-8").splitlines() if line]
 
 
+def _positive(text: str) -> int:
+    """Parse a count."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def _split_name(text: str) -> str:
+    """Parse the name of a split: a folder in OUT, and how its shards begin."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: use letters, digits, '_', '-' and '.'")
+    return text
+
+
 def _byte_count(text: str) -> int:
     """Parse "500m" or "1.5G" (decimal units)."""
     number, unit = text.lower().rstrip("b"), ""
@@ -236,8 +253,8 @@ def _parser() -> argparse.ArgumentParser:
     sources = parser.add_subparsers(dest="source", required=True)
     scenes = _add_source(sources, "scenes", "generated digit scenes, no input needed", _scenes_job)
     scenes.add_argument("--split", choices=digit_scenes.SPLITS, default="train")
-    scenes.add_argument("--count", type=int, default=20_000, help="number of scenes")
-    scenes.add_argument("--size", type=int, default=64, help="side of the images in pixels")
+    scenes.add_argument("--count", type=_positive, default=20_000, help="number of scenes")
+    scenes.add_argument("--size", type=_positive, default=64, help="side of the images in pixels")
     scenes.add_argument("--two-digit-share", type=float, default=0.5, help="of all scenes")
 
     folder = _add_image_source(sources, "folder", "image folder, sub-folder = class", _folder_job)
@@ -267,19 +284,21 @@ def _add_source(sources: Any, name: str, text: str, run: Any) -> argparse.Argume
     parser.add_argument("--out", type=Path, required=True, help="shards go to OUT/SPLIT")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--max-samples", type=int, default=10_000, help="per shard (default %(default)s)"
+        "--max-samples", type=_positive, default=10_000, help="per shard (default %(default)s)"
     )
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="(default %(default)s)"
+        "--processes", type=_positive, default=os.cpu_count() or 1, help="(default %(default)s)"
     )
     return parser
 
 
 def _add_image_source(sources: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
     parser = _add_source(sources, name, text, run)
-    parser.add_argument("--split", default="train", help="name of the split (default %(default)s)")
+    parser.add_argument(
+        "--split", type=_split_name, default="train", help="its name (default %(default)s)"
+    )
     parser.add_argument("--max-bytes", type=_byte_count, help="per shard, e.g. 500M")
-    parser.add_argument("--short-side", type=int, help="shrink images to this many pixels")
+    parser.add_argument("--short-side", type=_positive, help="shrink images to this many pixels")
     parser.add_argument("--licence", help="licence text for the manifest, or @FILE")
     parser.add_argument(
         "--on-missing",

@@ -1,18 +1,17 @@
-"""What make_shards packs: image folders, COCO annotations and tables, as lists of items."""
+"""What make_shards packs: image folders and tables (COCO: pack_coco.py), as lists of items."""
 
-import contextlib
 import csv
 import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipeline.packer import sample_bytes
 from data_pipeline.packing import SampleFault
@@ -32,7 +31,6 @@ _JSON_RESERVE = 128
 _ORIENTATION_TAG = 0x0112
 _JPEG_QUALITY = 92
 _FAULTS_SHOWN = 5
-_BOX_FIELDS = ("boxes", "labels", "crowd", "areas", "segmentations")
 
 
 class ImageItem(NamedTuple):
@@ -69,12 +67,17 @@ class BuildImage:
         """Return the members. Errors: SampleFault if the file is missing or not an image."""
         try:
             data = Path(item.path).read_bytes()
+            if not data:
+                raise ValueError("the file is empty")
             with Image.open(io.BytesIO(data)) as image:
                 extension = _EXTENSIONS.get(image.format or "")
                 if extension is None:
                     raise ValueError(f"format {image.format} is not supported")
-                data, extension, size = self._shrunk(image, data, extension)
+                size = image.size
+                data, extension, stored = self._shrunk(image, data, extension)
                 turned = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
+        except UnidentifiedImageError:
+            raise SampleFault(f"{item.origin}: cannot use {item.path}: not an image") from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise SampleFault(f"{item.origin}: cannot use {item.path}: {error}") from None
         expected = item.record.get("width", size[0]), item.record.get("height", size[1])
@@ -83,7 +86,8 @@ class BuildImage:
                 f"{item.origin}: {item.path} has {size[0]} x {size[1]} pixels, but the annotations "
                 f"are for {expected[0]} x {expected[1]}: not the same image"
             )
-        record = {**item.record, "width": expected[0], "height": expected[1]}
+        width, height = expected if stored == size else stored
+        record = {**item.record, "width": width, "height": height}
         if item.label is not None:
             record["label"] = item.label
         members = {extension: data, "json": _json_bytes(record)}
@@ -92,6 +96,7 @@ class BuildImage:
     def _shrunk(
         self, image: Image.Image, data: bytes, extension: str
     ) -> tuple[bytes, str, tuple[int, int]]:
+        """Bytes, extension and size (width, height) of the image as it is stored."""
         if self.short_side is None or min(image.size) <= self.short_side:
             return data, extension, image.size
         image.draft("RGB", (2 * self.short_side, 2 * self.short_side))
@@ -127,6 +132,8 @@ def folder_source(root: Path, classes: Sequence[str] | None = None) -> Source:
     Args: classes: names in label order; None: the sub-folders, sorted.
     Errors: ValueError if there is no sub-folder or no image, or one that `classes` lacks.
     """
+    if not root.is_dir():
+        raise ValueError(f"{root}: is not a folder")
     found = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
     names = list(classes) if classes is not None else found
     unknown = sorted(set(found) - set(names))
@@ -134,7 +141,8 @@ def folder_source(root: Path, classes: Sequence[str] | None = None) -> Source:
         raise ValueError(
             f"{root}: sub-folders {unknown} are not in the list of classes"
             if unknown
-            else f"{root}: has no sub-folders; each sub-folder is a class"
+            else f"{root}: has no sub-folders; each sub-folder is a class. For images without "
+            "classes list them in a table (make_shards table --help)"
         )
     paths = [
         path
@@ -142,6 +150,9 @@ def folder_source(root: Path, classes: Sequence[str] | None = None) -> Source:
         for path in sorted((root / name).rglob("*"))
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     ]
+    for path in paths:
+        if not _is_utf8(os.fspath(path)):
+            raise ValueError(f"{os.fsencode(path)!r}: its name is not UTF-8: rename it")
     if not paths:
         raise ValueError(f"{root}: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) in it")
     relative = [path.relative_to(root) for path in paths]
@@ -157,43 +168,6 @@ def folder_source(root: Path, classes: Sequence[str] | None = None) -> Source:
         for key, path, name in zip(_keys_of(relative), paths, relative, strict=True)
     ]
     return Source(items, classes=names)
-
-
-def coco_source(images: Path, captions: Path | None, instances: Path | None) -> Source:
-    """Join COCO captions and instances by image id; at least one file must be given.
-
-    The json member has `captions` if the captions file lists the image, and `boxes` (xyxy pixels),
-    `labels` (index into the classes), `crowd`, `areas` and `segmentations` (polygons or run
-    lengths, as in COCO) if the instances file lists it: an empty list means "none", a missing field
-    "not annotated".
-
-    Errors: ValueError naming file and entry if the annotations are malformed.
-    """
-    records: dict[int, dict[str, Any]] = {}
-    classes = None
-    if captions is not None:
-        with _naming_entries(captions) as (content, each):
-            _add_images(records, content, each, lambda: {"captions": []})
-            for entry in each("annotations"):
-                records[entry["image_id"]]["captions"].append(str(entry["caption"]))
-    if instances is not None:
-        with _naming_entries(instances) as (content, each):
-            categories = sorted(each("categories"), key=lambda category: category["id"])
-            labels = {category["id"]: label for label, category in enumerate(categories)}
-            classes = [str(category["name"]) for category in categories]
-            _add_images(records, content, each, lambda: {name: [] for name in _BOX_FIELDS})
-            for entry in each("annotations"):
-                _add_box(records[entry["image_id"]], entry, labels)
-    if not records:
-        raise ValueError("coco needs --captions or --instances with at least one image")
-    origin = Path(captions or instances or "").name
-    items, missing = _stat_items(
-        (f"{image_id:012d}", images / records[image_id]["file"], records[image_id], None,
-         f"{origin}, image {image_id}")
-        for image_id in sorted(records)
-    )  # fmt: skip
-    licences = sorted({r["licence"] for r in records.values() if "licence" in r})
-    return Source(items, classes, "\n".join(licences), missing)
 
 
 def table_source(
@@ -214,7 +188,10 @@ def table_source(
     Errors: ValueError naming table and row.
     """
     root = root or table.parent
-    rows = list(_rows(table, number_fields))
+    try:
+        rows = list(_rows(table, number_fields))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{table}: is not UTF-8 text: {error}") from None
     if not rows:
         raise ValueError(f"{table}: has no rows")
     names = list(classes) if classes is not None else None
@@ -241,64 +218,8 @@ def table_source(
             path = root / str(row[image_field])
             yield f"{number:09d}", path, record, label, f"{table.name}, line {number}"
 
-    items, missing = _stat_items(describe())
+    items, missing = stat_items(describe())
     return Source(items, names if label_field is not None else None, missing=missing)
-
-
-def _add_images(
-    records: dict[int, dict[str, Any]],
-    content: dict[str, Any],
-    each: Callable[[str], Iterator[dict[str, Any]]],
-    empty: Callable[[], dict[str, list]],
-) -> None:
-    """Enter the images of one COCO file; `empty` gives the fields that its annotations fill."""
-    names = {}
-    for licence in content.get("licenses", []):
-        names[licence["id"]] = " ".join(filter(None, (licence.get("name"), licence.get("url"))))
-    for image in each("images"):
-        record = {"image_id": image["id"], "file": image["file_name"]}
-        record |= {side: image[side] for side in ("width", "height") if side in image}
-        if names.get(image.get("license")):
-            record["licence"] = names[image["license"]]
-        source = image.get("flickr_url") or image.get("coco_url")
-        if source:
-            record["source"] = source
-        records.setdefault(image["id"], record).update(empty())
-
-
-def _add_box(record: dict[str, Any], entry: dict[str, Any], labels: dict[int, int]) -> None:
-    x, y, width, height = entry["bbox"]
-    record["boxes"].append([x, y, x + width, y + height])
-    record["labels"].append(labels[entry["category_id"]])
-    record["crowd"].append(int(entry.get("iscrowd", 0)))
-    record["areas"].append(entry.get("area", width * height))
-    record["segmentations"].append(entry.get("segmentation"))
-
-
-@contextlib.contextmanager
-def _naming_entries(
-    path: Path,
-) -> Iterator[tuple[dict[str, Any], Callable[[str], Iterator[dict[str, Any]]]]]:
-    """Give the content of a JSON file and a way to walk over one of its lists.
-
-    A KeyError or the like inside the block becomes a ValueError that names file and entry.
-    """
-    place = ""
-
-    def each(name: str) -> Iterator[dict[str, Any]]:
-        nonlocal place
-        place = ""
-        for number, entry in enumerate(content[name]):
-            place = f", {name}[{number}]"
-            yield entry
-        place = ""
-
-    try:
-        content = json.loads(path.read_bytes())
-        yield content, each
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path}{place}: malformed COCO annotations: {what}") from None
 
 
 def _rows(table: Path, number_fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -313,7 +234,10 @@ def _rows(table: Path, number_fields: Sequence[str]) -> Iterator[tuple[int, dict
         raise ValueError(f"{table}: must end in .csv, .tsv or .jsonl")
     with open(table, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
-        unknown = sorted(set(number_fields) - set(reader.fieldnames or ()))
+        names = Counter(reader.fieldnames or ())
+        if repeated := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"{table}: has the fields {repeated} twice")
+        unknown = sorted(set(number_fields) - set(names))
         if unknown:
             raise ValueError(f"{table}: has no fields {unknown}; it has {reader.fieldnames}")
         for row in reader:
@@ -342,7 +266,7 @@ def _number(table: Path, line: int, name: str, text: str) -> int | float | None:
         raise ValueError(f"{table}, line {line}: {name} {text!r} is not a number") from None
 
 
-def _stat_items(
+def stat_items(
     described: Iterable[tuple[str, Path, dict[str, Any], int | None, str]],
 ) -> tuple[list[ImageItem], list[str]]:
     """Turn (key, path, record, label, origin) into items; list the images that do not exist."""
@@ -368,4 +292,16 @@ def _keys_of(paths: Sequence[Path]) -> list[str]:
 
 
 def _json_bytes(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+    if not _is_utf8(text):  # half a surrogate pair, from a careless JSON file: keep it escaped
+        text = json.dumps(record, separators=(",", ":"))
+    return text.encode()
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a text holds no surrogates, as which bytes that are not UTF-8 arrive."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -154,10 +154,12 @@ def _print_manifests(shards: ShardSet) -> None:
             print(f"{folder or '.'}: no manifest")
             continue
         print(f"{folder or '.'}/{manifests.FILE_NAME}:")
-        print("  members: " + ", ".join(f"{e} x {n:,}" for e, n in manifest.fields.items()))
+        members = ", ".join(f"{e} x {n:,}" for e, n in manifest.fields.items())
+        print(_shorten(f"  members: {members}"))
         if manifest.classes:
-            print(f"  {len(manifest.classes)} classes: {', '.join(manifest.classes)}")
-        print(f"  licence: {manifest.licence or 'not given'}")
+            print(_shorten(f"  {len(manifest.classes)} classes: {', '.join(manifest.classes)}"))
+        licence = "; ".join(manifest.licence.splitlines())
+        print(f"  licence: {_shorten(licence) or 'not given'}")
         print(f"  made by: {manifest.command or 'not given'}")
 
 

@@ -9,17 +9,16 @@ captions and options give the same bytes.
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
 from data_pipeline.captions import CaptionSource
-from data_pipeline.reader import BadSample, SampleReader
+from data_pipeline.reader import BadSample, SampleReader, TransientReadError
 from data_pipeline.shards import ShardSet
-from data_pipeline.tar_headers import ShardError
-from data_pipeline.tokenizer import TokenizerError, train_byte_level_bpe
+from data_pipeline.tokenizer import train_byte_level_bpe
 
 console = Console(stderr=True)
 
@@ -28,7 +27,7 @@ def captions_of_shards(specs: list[str], source: str, max_samples: int | None) -
     """Captions of all samples, or of `max_samples` spread evenly; damaged ones are left out.
 
     Raises:
-        BadSample: not a single sample has a caption.
+        ValueError: not a single sample has a caption.
     """
     shards = ShardSet.open(specs)
     captions = CaptionSource(source)
@@ -42,16 +41,32 @@ def captions_of_shards(specs: list[str], source: str, max_samples: int | None) -
             except BadSample as fault:
                 faults.append(fault)
     if len(faults) == count:
-        raise faults[0]
+        raise ValueError(
+            f"no sample has a caption; first: {faults[0]}. --caption-source says where captions "
+            "are, for example json:captions"
+        )
     if faults:
-        console.print(f"left out {len(faults)} of {count} samples; first: {faults[0]}")
+        text = f"left out {len(faults)} of {count} samples; first: {faults[0]}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def lines_of_files(paths: Iterable[Path]) -> Iterator[str]:
-    """Non-empty lines of UTF-8 text files."""
+def lines_of_files(paths: Sequence[Path]) -> Iterator[str]:
+    """Non-empty lines of UTF-8 text files.
+
+    Raises:
+        ValueError: a file is not UTF-8, or there is not a single line.
+    """
+    empty = True
     for path in paths:
-        with path.open(encoding="utf-8") as file:
-            yield from (line.strip() for line in file if line.strip())
+        try:
+            with path.open(encoding="utf-8") as file:
+                for line in filter(None, map(str.strip, file)):
+                    empty = False
+                    yield line
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: is not UTF-8 text: {error}") from None
+    if empty:
+        raise ValueError(f"no captions in {', '.join(map(str, paths))}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,12 +95,15 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer = train_byte_level_bpe(
             texts, options.vocab_size, options.min_frequency, options.lowercase
         )
-    except (BadSample, OSError, ShardError, TokenizerError, UnicodeDecodeError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
+        tokenizer.save(options.folder)
+    except (TransientReadError, OSError, ValueError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
-    tokenizer.save(options.folder)
     console.print(
-        f"{options.folder}: {tokenizer.vocab_size} tokens, digest {tokenizer.digest[:16]}"
+        f"{options.folder}: {tokenizer.vocab_size} tokens, digest {tokenizer.digest[:16]}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
     return 0
 

@@ -50,7 +50,12 @@ def couples_samples(objective, micro_batches: Sequence[Mapping]) -> bool:
 
 
 def accumulate_coupled(
-    engine, task: str, micro_batches: Sequence[Mapping], totals: Mapping[str, Tensor]
+    engine,
+    task: str,
+    micro_batches: Sequence[Mapping],
+    totals: Mapping[str, Tensor],
+    weight: float = 1.0,
+    ends_step: bool = True,
 ) -> dict[str, Tensor]:
     """Forward and backward of a window whose samples are coupled; the optimizer is not stepped.
 
@@ -59,9 +64,11 @@ def accumulate_coupled(
         task: its objective offers what the module's text says.
         micro_batches: equally many, with equally many rows, on every rank.
         totals: as in `accumulate_and_step`.
+        weight: factor of this task's loss in the loss of the step.
+        ends_step: whether nothing else is accumulated into the step after this.
 
     Returns:
-        This rank's share of every metric (detached, on the device).
+        This rank's share of every metric (detached, on the device), the loss without its weight.
     """
     objective = engine.module.objectives[task]
     shared = objective.shared_features
@@ -72,14 +79,14 @@ def accumulate_coupled(
         for batch in micro_batches:
             states.append(RandomState.now(engine.device))
             parts.append(engine(task, batch, totals, part="features"))
-    shares, gradients = _loss_and_gradients(objective, parts, totals)
+    shares, gradients = _loss_and_gradients(objective, parts, totals, weight)
     pieces = {
         name: [gradient] * len(parts) if name in shared
         else gradient.split([len(part[name]) for part in parts])
         for name, gradient in gradients.items()
     }
     for index, batch in enumerate(micro_batches):
-        engine.set_gradient_accumulation_boundary(index == last)
+        engine.set_gradient_accumulation_boundary(ends_step and index == last)
         states[index].restore()
         features = engine(task, batch, totals, part="features")
         # Shared features get their gradient once, and zero before: a parameter without a gradient
@@ -93,7 +100,7 @@ def accumulate_coupled(
 
 
 def _loss_and_gradients(
-    objective, parts: Sequence[Mapping[str, Tensor]], totals: Mapping[str, Tensor]
+    objective, parts: Sequence[Mapping[str, Tensor]], totals: Mapping[str, Tensor], weight: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The coupled loss, and its gradient by feature, times the world: the engine averages."""
     features = {
@@ -107,6 +114,6 @@ def _loss_and_gradients(
     }
     with torch.enable_grad():
         shares = objective.coupled_loss({**features, **leaves}, totals)
-        loss = shares["loss"] * dist.get_world_size()
+        loss = shares["loss"] * (dist.get_world_size() * weight)
         found = torch.autograd.grad(loss, list(leaves.values()))
     return shares, dict(zip(leaves, found, strict=True))

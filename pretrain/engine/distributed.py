@@ -6,6 +6,7 @@ they set; started by plain `python` the process is rank 0 of 1.
 
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,8 @@ def init_distributed(threads_per_rank: int | None = None) -> Ranks:
 
     import deepspeed
 
+    # DeepSpeed's own calls; a user can do nothing about them.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*deprecated", FutureWarning)
     if not on_gpu:
         # The shared-memory collective is an optimisation that would start a C++ compiler on every
         # rank (minutes, and a lock that outlives a killed build).

@@ -1,5 +1,6 @@
 """Pictures, shards and streams for the tests of this folder."""
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -42,6 +43,7 @@ def caption(number: int) -> str:
     return " ".join(WORDS[i] for i in rng.integers(0, len(WORDS), 3 + number % 9))
 
 
+@functools.cache
 def tokenizer() -> Tokenizer:
     return train_byte_level_bpe([caption(number) for number in range(200)], 300)
 

@@ -48,6 +48,22 @@ def test_long_captions_lose_their_end():
     assert found["tokens"].tolist() == [[BOS, *TOKENIZER.encode("a red bird on")[:3], EOS]]
 
 
+def test_a_book_as_a_caption_is_cut_before_it_is_encoded(monkeypatch):
+    lengths = []
+    encode = TOKENIZER.encode
+    monkeypatch.setattr(TOKENIZER, "encode", lambda text: lengths.append(len(text)) or encode(text))
+    found = fields(text_length=8).sample(sample(txt=b"a red bird " * 100_000), rng_for)
+    assert found["tokens"].tolist() == [[BOS, *encode("a red bird a red bird")[:6], EOS]]
+    assert lengths == [8 * 256]
+
+
+def test_half_characters_make_a_bad_sample():
+    source = CaptionSource("json:captions")
+    assert source.read(sample(json=many("a \U0001f600"))) == ["a \U0001f600"]
+    with pytest.raises(BadSample, match="half a surrogate pair"):
+        source.read(sample(json=many("a bird", "a \ud83d")))
+
+
 def test_missing_captions_carry_no_loss():
     several = fields(captions_per_image=3, caption_source="json:captions", text_length=16)
     item = several.sample(sample(json=many("a bird", "a boat")), rng_for)

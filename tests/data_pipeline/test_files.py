@@ -51,10 +51,8 @@ def test_the_lock_of_a_killed_owner_is_free(tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (tmp_path / "x.lock").exists()  # left behind, and no hindrance
-    start = time.monotonic()
-    with exclusive(path) as locked:
+    with exclusive(path, wait=False) as locked:
         assert locked
-    assert time.monotonic() - start < 5
     (left,) = leftovers(path)
     assert left.read_bytes() == b"half"
     assert not (tmp_path / "x.lock").exists()

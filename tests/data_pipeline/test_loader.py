@@ -1,6 +1,7 @@
 """Whole steps in schedule order: the same bytes after a restart, on any ranks and workers."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -89,6 +90,7 @@ def test_positions_are_those_of_the_visits(uninterrupted):
         assert positions == list(range(visit * size, (visit + 1) * size))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     ("start", "world", "workers"), [(0, 1, 2), (5, 1, 0), (9, 2, 3), (3, 3, 0), (13, 1, 1)]
 )
@@ -155,8 +157,6 @@ def test_the_random_state_of_the_trainer_is_left_alone(shards):
 
 
 def test_leaving_early_ends_the_workers(shards):
-    import multiprocessing
-
     windows = iter(loader(shards, stop=10**9, workers=2))
     next(windows)
     workers = multiprocessing.active_children()
@@ -213,6 +213,8 @@ def test_a_defect_says_where_it_happened(shards):
         task.fields = Broken(task.fields, row, 0)
         with pytest.raises(Exception, match="ZeroDivisionError: a defect") as caught:
             list(broken)
+        # The workers are gone although the traceback, held here, still knows the DataLoader.
+        assert not multiprocessing.active_children()
         text = str(caught.value)
         assert "rank 1, step 0: task a, position 6" in text
         assert f"row {row}" in text and f"'{row:05d}'" in text and ".tar" in text

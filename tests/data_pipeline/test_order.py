@@ -1,6 +1,5 @@
-"""The order: every row once per epoch, well shuffled, near-sequential, cheap."""
+"""The order: every row once per epoch, well shuffled, near-sequential, in no memory."""
 
-import time
 import tracemalloc
 
 import numpy as np
@@ -103,6 +102,15 @@ def test_lanes_read_nearly_sequentially():
     assert (steps_of_a_lane == 1).mean() > 0.975  # 1 - 1/64 in the first pass
 
 
+def test_chunks_are_opened_evenly():
+    """No step asks the storage for all its lanes' next chunks at once."""
+    order = Order(2_000_000, 2)
+    rows = order.rows(np.arange(order.describe()["first_pass_rows"]))
+    opened = (rows % order.chunk_rows == 0).reshape(-1, 1024).sum(axis=1)
+    assert abs(opened.mean() - 1024 / order.chunk_rows) < 0.1
+    assert opened.max() <= 64
+
+
 @pytest.mark.parametrize("batch", [1, 2, 16, 48, 100, 512, 768, 1000, 1024, 1536, 4096, 10_000])
 def test_plan_keeps_a_lane_at_one_place_of_the_batch(batch):
     order = Order.plan(10**9, 0, batch)
@@ -133,16 +141,12 @@ def test_substitutes_are_shuffled_and_repeatable():
     assert not np.array_equal(chosen, order.rows(np.arange(1000), 18))
 
 
-def test_a_billion_rows_take_no_memory_and_little_time():
+def test_a_billion_rows_take_no_memory():
+    """Memory is bounded by the positions of one call; the benchmark measures the time."""
     tracemalloc.start()
     order = Order.plan(10**9, 0, 1024)
-    start = time.process_time()
     for call in range(40):
         order.rows(np.arange(128) + call * 10**10)
-    seconds = time.process_time() - start
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1_000_000
-    # The benchmark measures about 1 us a sample; the bound of 10 us leaves room for tracemalloc
-    # and slow machines only tenfold.
-    assert seconds / (40 * 128) < 100e-6
+    assert peak < 200_000

@@ -1,7 +1,9 @@
 import io
 import json
+import os
 import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
 import webdataset
@@ -165,6 +167,23 @@ def test_after_an_error_nothing_looks_finished(tmp_path):
         "shard-000000.tar",
         "shard-000000.tar.idx",
     ]
+
+
+def test_a_shard_appears_whole_and_after_its_index(tmp_path, monkeypatch):
+    seen = []
+
+    def replace(source, target):
+        assert not os.path.exists(target)
+        if str(target).endswith(".tar"):
+            assert os.path.exists(f"{target}.idx")
+            seen.append(Path(source).read_bytes())
+        original(source, target)
+
+    original = os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    write_shards(tmp_path, 6, 3)
+    assert seen == [path.read_bytes() for path in sorted(tmp_path.glob("*.tar"))]
+    assert len(seen) == 2
 
 
 def test_full_folders_are_not_overwritten(tmp_path):

@@ -166,6 +166,23 @@ def test_a_shard_may_lose_all_its_samples_but_not_the_set(tmp_path):
     assert shards.index(shards.locate(5)[0]).key(0) == "000010"
     with pytest.raises(SampleFault, match="none of the 23 items"):
         pack(job(tmp_path / "b", build=Build(tuple(range(23))), skip_faults=True))
+    assert not contents(tmp_path / "b")
+
+
+def test_a_plan_without_a_shard_is_replaced(tmp_path):
+    """Who mistypes an option and starts again need not clean up."""
+    with pytest.raises(SampleFault):
+        pack(job(tmp_path, build=Build(bad=(0,))))
+    assert list(contents(tmp_path)) == ["packing.json"]
+    assert pack(job(tmp_path, details={"seed": 1})).manifest.samples == 23
+
+
+def test_a_manifest_of_something_else_is_left_alone(tmp_path):
+    for text in ("[1]", "no json", "{}"):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(FileExistsError, match="shards of another packing"):
+            pack(job(tmp_path))
+        assert contents(tmp_path) == {"manifest.json": text.encode()}
 
 
 def test_keys_must_be_unique_and_sound(tmp_path):

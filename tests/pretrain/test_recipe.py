@@ -209,8 +209,8 @@ def test_every_fault_is_reported_at_once():
             "or name it in a task's objective.encoder",
         ),
         (
-            ["tasks.caption.evaluation=null"],
-            "evaluation_every_steps=450, but no task has an `evaluation` block: add one, or set "
+            ["tasks.caption.evaluation=null", "evaluation_every_steps=150"],
+            "evaluation_every_steps=150, but no task has an `evaluation` block: add one, or set "
             "evaluation_every_steps=null",
         ),
         (

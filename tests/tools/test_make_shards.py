@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
 from tools.make_shards import main
-from tools.pack_sources import IMAGE_SUFFIXES, BuildImage, coco_source, item_bytes
+from tools.pack_coco import coco_source
+from tools.pack_sources import BuildImage, item_bytes
 
 
 def photo(path: Path, width: int = 40, height: int = 30, seed: int = 0, **options) -> Path:
@@ -75,6 +77,17 @@ def test_folder_without_classes(tmp_path, capsys):
     photo(tmp_path / "in" / "a.jpg")
     assert run("folder", "--out", tmp_path / "out", "--images", tmp_path / "in") == 1
     assert "each sub-folder is a class" in capsys.readouterr().err
+    for source in (["folder"], ["coco", "--captions", tmp_path / "in" / "a.jpg"]):
+        assert run(*source, "--out", tmp_path / "out", "--images", tmp_path / "on") == 1
+        assert f"{tmp_path / 'on'}: is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux only")
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    path = photo(tmp_path / "in" / "a" / "b.jpg")
+    os.rename(path, os.fsencode(path.parent) + b"/\xff.jpg")
+    assert run("folder", "--out", tmp_path / "out", "--images", tmp_path / "in") == 1
+    assert "xff.jpg': its name is not UTF-8: rename it" in capsys.readouterr().err
 
 
 def test_the_seed_decides_the_order(tmp_path):
@@ -175,7 +188,10 @@ def test_an_image_that_is_none_is_an_error_or_left_out(tmp_path, coco, capsys):
     arguments = coco_arguments(coco, tmp_path / "out")
     assert run(*arguments) == 1
     message = capsys.readouterr().err
-    assert "captions.json, image 2: cannot use" in message and "2.jpg" in message
+    assert "captions.json, image 2: cannot use" in message and "2.jpg: not an image" in message
+    (coco["images"] / "2.jpg").write_bytes(b"")
+    assert run(*coco_arguments(coco, tmp_path / "empty")) == 1
+    assert "2.jpg: the file is empty" in capsys.readouterr().err
     assert run(*arguments, "--on-missing", "skip") == 0
     assert Manifest.load(tmp_path / "out" / "train").details["left_out"] == 1
 
@@ -194,8 +210,24 @@ def test_annotations_of_another_image_are_noticed(tmp_path, coco, capsys):
             lambda c: c["annotations"][2].pop("caption"),
             r"annotations\[2\].*'caption'",
         ),
-        ("captions", lambda c: c["annotations"][1].update(image_id=5), r"annotations\[1\]: .*no 5"),
-        ("captions", lambda c: c.pop("images"), "no 'images'"),
+        (
+            "captions",
+            lambda c: c["annotations"][1].update(image_id=5),
+            r"annotations\[1\]: .*image 5 is not in images",
+        ),
+        (
+            "captions",
+            lambda c: c["annotations"][1].update(caption=None),
+            r"annotations\[1\]: .*caption None is not a string",
+        ),
+        (
+            "captions",
+            lambda c: c["images"].append(c["images"][0] | {"file_name": "x.jpg"}),
+            r"images\[3\]: .*id 0 stands for '0\.jpg' already",
+        ),
+        ("captions", lambda c: c.pop("images"), "no list 'images'"),
+        ("captions", lambda c: c.update(images={}), "no list 'images'"),
+        ("captions", lambda c: c["annotations"].append(7), r"annotations\[3\]"),
         ("instances", lambda c: c["annotations"][1].update(bbox=[1, 2]), r"annotations\[1\]"),
         ("instances", lambda c: c["annotations"][0].update(category_id=1), r"annotations\[0\]"),
         ("instances", lambda c: c["images"][0].pop("file_name"), r"images\[0\]: .*'file_name'"),
@@ -209,6 +241,19 @@ def test_malformed_annotations_name_file_and_entry(coco, name, change, message):
         coco_source(coco["images"], coco["captions"], coco["instances"])
 
 
+def test_identifiers_may_be_texts(tmp_path, coco):
+    content = json.loads(coco["captions"].read_text().replace('"id": 1,', '"id": "a-1",'))
+    for entry in content["annotations"]:
+        entry["image_id"] = {1: "a-1"}.get(entry["image_id"], entry["image_id"])
+    content["annotations"][0]["caption"] += " \ud83d"  # half a character, as JSON can have it
+    coco["captions"].write_text(json.dumps(content))
+    del coco["instances"]
+    assert run(*coco_arguments(coco, tmp_path / "out")) == 0
+    found = read_all(tmp_path / "out" / "train")
+    assert set(found) == {"000000000000", "a-1", "000000000002"}
+    assert found["a-1"][1]["captions"][0] == "a tree \ud83d"
+
+
 def test_coco_needs_annotations(tmp_path, coco, capsys):
     assert run("coco", "--out", tmp_path / "out", "--images", coco["images"]) == 1
     assert "--captions or --instances" in capsys.readouterr().err
@@ -217,10 +262,6 @@ def test_coco_needs_annotations(tmp_path, coco, capsys):
 def test_short_side(tmp_path, coco):
     photo(coco["images"] / "0.jpg", 40, 30, exif=exif_rotated())
     del coco["instances"]
-    content = json.loads(coco["captions"].read_text())
-    for image in content["images"]:
-        del image["width"], image["height"]
-    coco["captions"].write_text(json.dumps(content))
     assert run(*coco_arguments(coco, tmp_path / "out"), "--short-side", 15) == 0
     found = read_all(tmp_path / "out" / "train")
     sizes = [(r["width"], r["height"]) for _, (_, r) in sorted(found.items())]
@@ -294,10 +335,12 @@ def test_table_of_json_lines(tmp_path, table):
         ("path,score\nimg/0.jpg,1\nimg/9.jpg,2\n", [], "pairs.csv, line 3: "),
         ("path\nimg/0.jpg\n", ["--number-fields", "score"], "has no fields ['score']"),
         ("path\n", [], "has no rows"),
+        ("path,n,n\nimg/0.jpg,1,2\n", [], "has the fields ['n'] twice"),
+        ("path\nimg/\udcff.jpg\n", [], "pairs.csv: is not UTF-8 text"),
     ],
 )
 def test_bad_tables_name_the_line(tmp_path, table, capsys, text, options, message):
-    table.write_text(text)
+    table.write_text(text, encoding="utf-8", errors="surrogateescape")
     arguments = ["table", "--out", tmp_path / "out", "--table", table, "--image-field", "path"]
     assert run(*arguments, *options) == 1
     assert message in capsys.readouterr().err
@@ -342,8 +385,31 @@ def test_the_size_estimate_is_an_upper_bound(coco):
         assert exact <= item_bytes(item) <= exact + 1536
 
 
-def test_wrong_sizes_are_usage_errors(tmp_path):
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--max-bytes", "many"), ("--max-samples", "0"), ("--split", "../x"), ("--split", "")],
+)
+def test_wrong_options_are_usage_errors(tmp_path, option, value):
     with pytest.raises(SystemExit) as stopped:
-        run("folder", "--out", tmp_path, "--images", tmp_path, "--max-bytes", "many")
+        run("folder", "--out", tmp_path, "--images", tmp_path, option, value)
     assert stopped.value.code == 2
-    assert ".jpg" in IMAGE_SUFFIXES
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_is_named_and_leaves_no_litter(tmp_path, flowers, processes):
+    """A limit on the size of files stands for the disk."""
+    photo(flowers / "rose" / "large.jpg", 600, 600)
+    options = ["--images", flowers, "--max-samples", "2", "--processes", str(processes)]
+    command = [sys.executable, "-m", "tools.make_shards", "folder", *options]
+    command += ["--out", tmp_path / "out"]
+    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 100; exec "$@"', "-", *command]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(limited, cwd=root, capture_output=True, text=True)
+    folder = tmp_path / "out" / "train"
+    assert done.returncode == 1
+    assert "File too large" in done.stderr and f"{folder}/train-00000" in done.stderr
+    assert not list(folder.glob(".*")) and not (folder / "manifest.json").exists()
+    assert subprocess.run(command, cwd=root, capture_output=True).returncode == 0
+    assert run("folder", *options[:-2], "--out", tmp_path / "whole") == 0
+    for path in (tmp_path / "whole" / "train").iterdir():
+        assert path.read_bytes() == (folder / path.name).read_bytes()

@@ -1,0 +1,106 @@
+"""Grids of pictures with text."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.packer import ShardWriter
+from tools import contact_sheet as sheets
+from tools.contact_sheet import Cell, contact_sheet, main
+
+LONG = "a very long caption about a red seven that stands between many other words " * 3
+
+
+def pixels(value: int, height: int = 32, width: int = 32) -> np.ndarray:
+    return np.full((height, width, 3), value, dtype=np.uint8)
+
+
+def colours(sheet: Image.Image) -> set[str]:
+    return {f"#{bytes(colour).hex()}" for _, colour in sheet.getcolors(1 << 24)}
+
+
+def test_grid_of_rows_and_columns() -> None:
+    cells = [Cell(pixels(i * 20), f"{i}", "a two", ["a three"]) for i in range(6)]
+    sheet = contact_sheet(cells, title="title", subtitle="scores")
+    one_row = contact_sheet(cells[:4], title="title", subtitle="scores")
+    assert sheet.width == one_row.width
+    assert one_row.height < sheet.height < 2 * one_row.height
+    assert contact_sheet(cells[:1]).width < sheet.width / 3
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet([])
+
+
+def test_predicted_and_reference_have_colours_of_their_own() -> None:
+    both = colours(contact_sheet([Cell(pixels(9), "", "a two", ["a three"])]))
+    assert {sheets._PREDICTED, sheets._REFERENCE} <= both
+    shard = colours(contact_sheet([Cell(pixels(9), "", None, ["a three"])]))
+    assert sheets._PREDICTED not in shard and sheets._REFERENCE in shard
+    silent = colours(contact_sheet([Cell(pixels(9), "", "", [])]))
+    assert sheets._PREDICTED in silent  # an empty caption is shown as one
+
+
+def test_small_pictures_grow_in_whole_pixels() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    grown = sheets._scaled(image)
+    assert grown.size == (256, 192)
+    assert np.array_equal(np.asarray(grown)[::4, ::4], image)
+    assert np.array_equal(np.asarray(grown)[3::4, 3::4], image)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (90, 100), (129, 100), (600, 800), (3, 400), (400, 3)])
+def test_every_picture_is_large_enough_and_fits(shape: tuple[int, int]) -> None:
+    size = sheets._scaled(pixels(7, *shape)).size
+    assert 160 <= max(size) <= 256 and min(size) >= 1
+
+
+def test_text_is_wrapped_within_its_width() -> None:
+    font = sheets._font(14, None)
+    for text in (LONG, "x" * 300, "short", "", "two  spaces\nand lines"):
+        lines = sheets._wrap(text, font, 256)
+        assert 1 <= len(lines) <= 6
+        assert all(font.getlength(line) <= 256 for line in lines)
+    assert sheets._wrap("two  spaces\nand lines", font, 256) == ["two spaces and lines"]
+    assert "".join(sheets._wrap("y" * 60, font, 256)) == "y" * 60
+    assert sheets._wrap(LONG * 3, font, 256)[-1].endswith(" ...")
+
+
+def test_a_font_that_is_none(tmp_path) -> None:
+    (tmp_path / "f.ttf").write_bytes(b"no font")
+    with pytest.raises(ValueError, match="give a TrueType file"):
+        contact_sheet([Cell(pixels(1))], font=tmp_path / "f.ttf")
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_shards_from_the_command_line(scenes, tmp_path, capsys) -> None:
+    out = tmp_path / "look.png"
+    options = ("--caption-source", "json:captions", "--count", 5, "--columns", 3)
+    assert run(scenes / "train", "--out", out, *options) == 0
+    assert "5 pictures" in capsys.readouterr().err
+    with Image.open(out) as picture:
+        assert picture.format == "PNG"
+        assert picture.width < 3 * 300 + 100
+
+
+def test_what_cannot_be_drawn(scenes, tmp_path, capsys) -> None:
+    out = tmp_path / "look.png"
+    assert run(tmp_path / "absent", "--out", out) == 1
+    assert "error: " in capsys.readouterr().err
+    assert run(scenes / "train", "--out", out) == 1  # scenes have no txt member
+    assert "none of the samples could be drawn" in capsys.readouterr().err
+
+
+def test_unreadable_samples_are_left_out(tmp_path, capsys) -> None:
+    picture = io.BytesIO()
+    Image.fromarray(pixels(90)).save(picture, "PNG")
+    with ShardWriter(str(tmp_path / "odd"), "train", max_samples=10) as writer:
+        for number, image in enumerate((picture.getvalue(), b"no image")):
+            writer.write(f"{number}", {"png": image, "txt": b"a grey square"})
+        writer.write("2", {"txt": b"nothing to see"})
+    assert run(tmp_path / "odd", "--out", tmp_path / "look.png") == 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert "left out 2 of 3 samples" in error and "'1'" in error and "1 pictures" in error

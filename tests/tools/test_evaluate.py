@@ -1,0 +1,121 @@
+"""Evaluation of an export by transformers, against our own evaluation of the same weights."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from pretrain.build import build_evaluation_loader
+from pretrain.models.git import GitDecoder
+from pretrain.models.vit import VisionTransformer
+from tools.convert import main as convert
+from tools.evaluate import evaluate, main
+from tools.export_record import ExportRecord
+from tools.trained import open_captioner
+
+
+@pytest.fixture
+def without_our_model(monkeypatch) -> None:
+    def forbidden(*_):
+        raise AssertionError("the evaluation of an export must not run our model")
+
+    for kind, method in ((GitDecoder, "run_layers"), (VisionTransformer, "forward")):
+        monkeypatch.setattr(kind, method, forbidden)
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def ours(run_dir):
+    """Metrics and captions of our own objective."""
+    captioner = open_captioner(run_dir)
+    loader = captioner.recipe.loader.model_copy(update={"workers": 0})
+    recipe = captioner.recipe.model_copy(update={"loader": loader})
+    return captioner.objective.evaluate(
+        captioner.model.encoders,
+        build_evaluation_loader(recipe, "caption", captioner.tokenizer),
+        captioner.tokenizer,
+        torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("batch", [3, 32])
+def test_equals_our_own_evaluation(export, scenes, ours, batch, without_our_model) -> None:
+    data = ExportRecord.read(export).data([str(scenes / "heldout")])
+    assert data.captions_per_image == 2  # several references per image are scored
+    found = evaluate(export, data, batch=batch, keep_images=4)
+    metrics, examples = ours
+    assert found.metrics == pytest.approx(
+        {name: value for name, value in metrics.items() if name != "loss"}, rel=1e-5
+    )
+    assert [(e.key, e.caption, e.references) for e in found.examples] == [
+        (e.key, e.caption, e.references) for e in examples
+    ]
+    assert len({e.caption for e in found.examples}) > 1  # noisy weights tell images apart
+    assert 0 < found.metrics["token_accuracy"] < 1
+    kept = [e.image for e in found.examples if e.image is not None]
+    assert len(kept) == 4 and torch.equal(kept[0], examples[0].image)
+
+
+def test_command_line(export, scenes, ours, tmp_path, capsys, without_our_model) -> None:
+    sheet, report = tmp_path / "pictures" / "c.png", tmp_path / "m.json"
+    status = run(
+        export, "--shards", scenes / "heldout", "--caption-source", "json:captions",
+        "--batch", 4, "--workers", 1, "--sheet", sheet, "--sheet-rows", 2, "--json", report,
+        "--examples", 2, "--device", "cpu",
+    )  # fmt: skip
+    assert status == 0
+    out = capsys.readouterr().out
+    assert "CIDEr-D" in out and "token accuracy" in out
+    assert out.count("predicted") == out.count("reference") == 2
+    content = json.loads(report.read_text())
+    assert content["metrics"]["cider_d"] == pytest.approx(ours[0]["cider_d"])
+    assert [c["caption"] for c in content["captions"]] == [e.caption for e in ours[1]]
+    assert content["export"]["step"] == 24
+    with Image.open(sheet) as picture:
+        assert picture.format == "PNG" and picture.width > 4 * 160
+
+
+def test_fewer_samples(export, scenes, tmp_path) -> None:
+    report = tmp_path / "m.json"
+    assert run(export, "--shards", scenes / "heldout", "--max-samples", 3, "--workers", 0,
+               "--json", report) == 0
+    rows = [c["row"] for c in json.loads(report.read_text())["captions"]]
+    assert rows == [0, 3, 6]  # spread over the ten
+
+
+def test_errors_are_one_line(export, scenes, run_dir, tmp_path, capsys) -> None:
+    def complaint(folder, *more) -> str:
+        assert run(folder, "--workers", 0, *more) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        return error
+
+    heldout = ("--shards", scenes / "heldout")
+    assert "export-git" in complaint(run_dir, *heldout)
+    assert "gone" in complaint(export, "--shards", scenes / "gone")
+    assert "caption_source" in complaint(export, *heldout, "--caption-source", "json:")
+    wrong = complaint(export, *heldout, "--caption-source", "json:title")
+    assert "KeyError: 'title'" in wrong
+    with pytest.raises(SystemExit):
+        run(export, *heldout, "--device", "abacus")
+    assert "no device" in capsys.readouterr().err
+
+
+def test_a_record_of_another_version_is_refused(export, tmp_path) -> None:
+    content = json.loads((export / "omnipretrain.json").read_text())
+    (tmp_path / "omnipretrain.json").write_text(json.dumps(content | {"version": 2}))
+    with pytest.raises(ValueError, match=r"version: .*export the checkpoint again"):
+        ExportRecord.read(tmp_path)
+
+
+def test_a_convert_after_evaluation_clears_its_results(export, run_dir, scenes, tmp_path) -> None:
+    """Pictures and metrics of the old model must not lie beside the new one."""
+    out = tmp_path / "out"
+    assert convert(["export-git", "--run", str(run_dir), "--out", str(out)]) == 0
+    assert run(out, "--shards", scenes / "heldout", "--workers", 0, "--json", out / "m.json") == 0
+    assert convert(["export-git", "--run", str(run_dir), "--out", str(out)]) == 0
+    assert not (out / "m.json").exists()
