@@ -1,19 +1,17 @@
 """Caption data: from one sample of a shard to image, token and mask arrays, and to a batch."""
 
-import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator
 
-from data_pipeline.decode import DecodeError
-from data_pipeline.reader import BadSample, Sample
-from data_pipeline.sources import ShardedData
+from data_pipeline.images import ImageDataSettings, ImageFields
+from data_pipeline.members import MemberSource, bad, check_source
+from data_pipeline.reader import Sample
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import ImageSettings, ImageTransform
 
 # Texts are padded to a multiple of this, so that few different shapes occur.
 TEXT_MULTIPLE = 8
@@ -21,11 +19,11 @@ TEXT_MULTIPLE = 8
 TOKEN_CHARACTERS = 256
 
 
-class CaptionDataSettings(ShardedData):
+class CaptionDataSettings(ImageDataSettings):
     """Images with one or more captions each, in WebDataset shards."""
 
-    image_extensions: list[str] = Field(default=["jpg", "jpeg", "png", "webp"], min_length=1)
-    """Members that may hold the image, in order of preference."""
+    type: Literal["captions"] = "captions"
+    """Kind of data; follows from the task's objective where it is not given."""
     caption_source: str = "txt"
     """Where captions are: a text member's extension ("txt"), or "json:KEY" for a string or a list
     of strings under KEY of the json member (dots descend: "json:annotations.captions")."""
@@ -33,26 +31,15 @@ class CaptionDataSettings(ShardedData):
     """Captions that share one image in a step, drawn by seed; missing ones carry no loss."""
     text_length: int = Field(default=40, ge=3)
     """Longest caption in tokens, BOS and EOS included; longer ones lose their end."""
-    image: ImageSettings = ImageSettings()
-    """Decode and augmentation."""
 
     @field_validator("caption_source")
     @classmethod
     def _source(cls, value: str) -> str:
-        extension, separator, key = value.partition(":")
-        if not extension or (separator and not all(key.split("."))):
-            raise ValueError(f"caption_source {value!r}: write an extension, or json:KEY")
-        return value
+        return check_source("caption_source", value)
 
 
-class CaptionSource:
+class CaptionSource(MemberSource):
     """Finds the captions of a sample; see `CaptionDataSettings.caption_source`."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        extension, _, key = source.partition(":")
-        self.extension = extension.lower()
-        self._keys = key.split(".") if key else []
 
     def read(self, sample: Sample) -> list[str]:
         """All captions, at least one, with white space folded.
@@ -60,47 +47,30 @@ class CaptionSource:
         Raises:
             BadSample: no such member or key, not text, or nothing but white space.
         """
-        data = sample.members.get(self.extension)
-        if data is None:
-            raise _bad(sample, f"has no member {self.extension}")
-        try:
-            found: Any = data.decode("utf-8")
-            if self._keys:
-                found = json.loads(found)
-                for key in self._keys:
-                    found = found[key]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise _bad(sample, f"{self.source}: {type(error).__name__}: {error}") from error
+        found = self.value(sample)
         found = [found] if isinstance(found, str) else found
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-            raise _bad(sample, f"{self.source} is neither a string nor a list of strings")
+            raise bad(sample, f"{self.source} is neither a string nor a list of strings")
         if not all(_is_unicode(text) for text in found):
-            raise _bad(sample, f"{self.source} holds half a surrogate pair")
+            raise bad(sample, f"{self.source} holds half a surrogate pair")
         captions = [folded for text in found if (folded := " ".join(text.split()))]
         if not captions:
-            raise _bad(sample, f"{self.source} holds no caption")
+            raise bad(sample, f"{self.source} holds no caption")
         return captions
 
 
-class CaptionFields:
+class CaptionFields(ImageFields):
     """Turns samples into arrays and arrays into a batch; the caption side of a `TaskStream`."""
 
     def __init__(self, settings: CaptionDataSettings, tokenizer: Tokenizer, train: bool) -> None:
-        self.settings, self.tokenizer, self.train = settings, tokenizer, train
-        self.transform = ImageTransform(settings.image)
+        super().__init__(settings, train)
+        self.tokenizer = tokenizer
         self.source = CaptionSource(settings.caption_source)
 
     @property
     def extensions(self) -> frozenset[str]:
         """Members that are needed; a reader may leave out the others."""
         return frozenset([*self.settings.image_extensions, self.source.extension])
-
-    def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the uint8 batch arrays that `sample` can write rows of in place."""
-        if not self.transform.fixed_size:
-            return {}
-        size = self.settings.image.size
-        return {"images": (count, size, size, 3)}
 
     def sample(
         self,
@@ -125,13 +95,7 @@ class CaptionFields:
             BadSample: no usable image or caption.
         """
         captions = self.source.read(sample)  # first: a sample without one is not decoded
-        rng = rng_for("image") if self.train else None
-        try:
-            image = self.transform(
-                self._image_bytes(sample), rng, None if out is None else out["images"], clock
-            )
-        except DecodeError as error:
-            raise BadSample(str(error), sample.shard, sample.key, sample.row) from error
+        image = self.load_image(sample, rng_for, out, clock)
         count, length = self.settings.captions_per_image, self.settings.text_length
         tokens = np.full((count, length), self.tokenizer.pad_id, dtype=np.int64)
         tokens[:, 0], tokens[:, 1] = self.tokenizer.bos_id, self.tokenizer.eos_id
@@ -174,7 +138,7 @@ class CaptionFields:
         width = min(-(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE, shape[2])
         places = np.arange(width)
         batch: dict[str, Any] = {
-            "images": self._images(items, buffers).permute(0, 3, 1, 2),
+            "images": self.stack_images(items, buffers),
             "tokens": torch.from_numpy(np.ascontiguousarray(tokens[:, :, :width])),
             "loss_mask": torch.from_numpy((places > 0) & (places < lengths[:, :, None])),
             "valid": torch.tensor(list(valid), dtype=torch.bool),
@@ -182,27 +146,6 @@ class CaptionFields:
         if not self.train:
             batch["captions"] = [[] if item is None else item["captions"] for item in items]
         return batch
-
-    def _images(
-        self, items: Sequence[dict[str, Any] | None], buffers: dict[str, torch.Tensor] | None
-    ) -> torch.Tensor:
-        if buffers:
-            images = buffers["images"]
-            for row, item in enumerate(items):
-                if item is None:
-                    images[row].zero_()
-            return images
-        arrays = [item["images"] for item in items if item is not None]
-        sizes = {array.shape for array in arrays}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"images of different size {sorted(sizes)} cannot share a micro-batch: with "
-                "image.mode keep_aspect set micro_batch to 1"
-            )
-        size = self.settings.image.size
-        blank = np.zeros(sizes.pop() if sizes else (size, size, 3), dtype=np.uint8)
-        rows = [blank if item is None else item["images"] for item in items]
-        return torch.from_numpy(np.stack(rows))
 
     def _choose(
         self, captions: list[str], rng_for: Callable[[str], np.random.Generator]
@@ -213,17 +156,7 @@ class CaptionFields:
         draws = rng_for("caption").random(len(captions))
         return [captions[place] for place in np.argsort(draws)[:count]]
 
-    def _image_bytes(self, sample: Sample) -> bytes:
-        for extension in self.settings.image_extensions:
-            if extension in sample.members:
-                return sample.members[extension]
-        raise _bad(sample, f"has no member {' or '.join(self.settings.image_extensions)}")
-
 
 def _is_unicode(text: str) -> bool:
     """Whether a tokenizer takes the text; JSON may escape what no text can hold."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _bad(sample: Sample, reason: str) -> BadSample:
-    return BadSample(reason, sample.shard, sample.key, sample.row)

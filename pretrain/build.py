@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipeline.captions import CaptionFields
+from torch import nn
+
+from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
@@ -56,12 +59,35 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
 
     Weights are not drawn yet: `pretrain.models.init.initialise` does that by seed and name.
     """
-    encoders = {name: settings.build() for name, settings in recipe.model.encoders.items()}
+    encoders = {
+        name: settings.build(tokenizer.vocab_size, tokenizer.eos_id)
+        if settings.type == "text"
+        else settings.build()
+        for name, settings in recipe.model.encoders.items()
+    }
     objectives = {
-        name: task.objective.build(encoders, tokenizer, task.data.image.mean, task.data.image.std)
-        for name, task in recipe.tasks.items()
+        name: build_objective(task, encoders, tokenizer) for name, task in recipe.tasks.items()
     }
     return MultiTaskModel(encoders, objectives)
+
+
+def build_objective(
+    task: TaskSettings, encoders: dict[str, nn.Module], tokenizer: Tokenizer
+) -> nn.Module:
+    """The objective of a task, told what its data knows."""
+    known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
+    if isinstance(task.data, LabelDataSettings):
+        known["classes"] = task.data.classes
+    return task.objective.build(encoders, tokenizer, **known)
+
+
+def build_fields(
+    data: CaptionDataSettings | LabelDataSettings, tokenizer: Tokenizer, train: bool
+) -> CaptionFields | LabelFields:
+    """What turns samples into batches of this kind of data."""
+    if isinstance(data, LabelDataSettings):
+        return LabelFields(data, train)
+    return CaptionFields(data, tokenizer, train)
 
 
 def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream]:
@@ -80,7 +106,7 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
         name,
         SampleReader(concatenated(sources)),
         plan_order(sources, task.global_batch, recipe.seed, name),
-        CaptionFields(task.data, tokenizer, train=True),
+        build_fields(task.data, tokenizer, train=True),
         recipe.seed,
         task.global_batch,
         task.micro_batch,
@@ -97,17 +123,18 @@ def build_evaluation_loader(
     task = recipe.tasks[name]
     if task.evaluation is None:
         raise ValueError(f"tasks.{name}.evaluation: this task has no held-out data")
-    data = task.data.model_copy(
-        update={
-            "shards": task.evaluation.shards, "sources": None, "image": evaluation_image(task)
-        }
-    )
+    changes = {
+        "shards": task.evaluation.shards, "sources": None, "image": evaluation_image(task)
+    }
+    if task.objective.type == "contrastive":
+        changes["captions_per_image"] = task.objective.evaluation_references
+    data = task.data.model_copy(update=changes)
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(
         name,
         SampleReader(ShardSet.open(task.evaluation.shards)),
         None,
-        CaptionFields(data, tokenizer, train=False),
+        build_fields(data, tokenizer, train=False),
         recipe.seed,
         micro_batch * world,
         micro_batch,

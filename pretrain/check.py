@@ -126,7 +126,7 @@ def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer") -> Iterato
     shapes = ", ".join(
         f"{key} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
         for key, value in batch.items()
-        if torch.is_tensor(value) and value.dim() > 1
+        if torch.is_tensor(value) and (value.dim() > 1 or key == "labels")
     )
     yield f"tasks.{name}: first samples {', '.join(batch['key'])}: {shapes}"
 

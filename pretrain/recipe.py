@@ -21,11 +21,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from data_pipeline.captions import CaptionDataSettings
+from data_pipeline.labels import LabelDataSettings
 from data_pipeline.loader import LoaderSettings
 from data_pipeline.settings import Settings
 from data_pipeline.tokenizer import TokenizerSettings
@@ -33,8 +34,11 @@ from data_pipeline.transforms import ImageSettings
 from pretrain import recipe_checks
 from pretrain.engine.checkpoint import CheckpointSettings
 from pretrain.engine.metrics_log import LoggingSettings
+from pretrain.models.text import TextEncoderSettings
 from pretrain.models.vit import VitSettings
 from pretrain.objectives.captioning import CaptioningSettings
+from pretrain.objectives.classification import ClassificationSettings
+from pretrain.objectives.contrastive import ContrastiveSettings
 from pretrain.optim.ema import EmaSettings
 from pretrain.optim.groups import OptimizerSettings
 from pretrain.optim.schedule import ScheduleSettings
@@ -78,8 +82,21 @@ _PATHS = (
 )
 
 
+Encoder = Annotated[VitSettings | TextEncoderSettings, Field(discriminator="type")]
+Objective = Annotated[
+    CaptioningSettings | ClassificationSettings | ContrastiveSettings, Field(discriminator="type")
+]
+Data = Annotated[CaptionDataSettings | LabelDataSettings, Field(discriminator="type")]
+
+DATA_TYPES = {
+    settings.model_fields["type"].default: settings.data_type
+    for settings in (CaptioningSettings, ClassificationSettings, ContrastiveSettings)
+}
+"""Type of objective -> the type of data that it reads."""
+
+
 class ModelSettings(Settings):
-    encoders: dict[str, VitSettings] = Field(min_length=1)
+    encoders: dict[str, Encoder] = Field(min_length=1)
     """Name -> encoder. Objectives name the encoder that they use; several may share one."""
 
 
@@ -98,10 +115,10 @@ class EvaluationSettings(Settings):
 
 
 class TaskSettings(Settings):
-    objective: CaptioningSettings
+    objective: Objective
     """The loss, and the heads that it owns."""
 
-    data: CaptionDataSettings
+    data: Data
     """Where its samples come from and how they are prepared."""
 
     weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
@@ -282,9 +299,35 @@ def load_resolved(path: str | Path) -> Recipe:
 def validate(layer: Layer) -> Recipe:
     """Plain data -> recipe. Types are strict: `true` is no number and `"10"` is text."""
     try:
-        return Recipe.model_validate_json(json.dumps(layer.data), strict=True)
+        return Recipe.model_validate_json(json.dumps(_with_types(layer.data)), strict=True)
     except ValidationError as error:
         raise RecipeError("\n".join(error_lines(error, Recipe, layer))) from None
+
+
+def _with_types(data: dict[str, Any]) -> dict[str, Any]:
+    """Fill in each `type` that goes without saying: a task's data have that which its objective
+    reads, and an encoder is a vision transformer."""
+    model, tasks = data.get("model"), data.get("tasks")
+    data = dict(data)
+    if isinstance(model, dict) and isinstance(encoders := model.get("encoders"), dict):
+        filled = {name: _with_type(block, "vit") for name, block in encoders.items()}
+        data["model"] = {**model, "encoders": filled}
+    if isinstance(tasks, dict):
+        data["tasks"] = {name: _task_with_type(task) for name, task in tasks.items()}
+    return data
+
+
+def _task_with_type(task: Any) -> Any:
+    if not isinstance(task, dict) or "data" not in task:
+        return task
+    objective = task.get("objective")
+    kind = objective.get("type") if isinstance(objective, dict) else None
+    reads = DATA_TYPES.get(str(kind), "captions")
+    return {**task, "data": _with_type(task["data"], reads)}
+
+
+def _with_type(block: Any, kind: str) -> Any:
+    return {"type": kind, **block} if isinstance(block, dict) else block
 
 
 def _without_removed(data: Any, annotation: Any) -> Any:

@@ -47,37 +47,91 @@ def _check_schedule(recipe: "Recipe") -> list[str]:
     return []
 
 
-def _check_captioning(recipe: "Recipe") -> list[str]:
-    found = []
+def _check_data(recipe: "Recipe") -> list[str]:
+    """Objectives and data of the same kind; what else data must be is then up to `_check_texts`."""
+    return [
+        f"tasks.{name}.data.type={task.data.type!r} does not fit "
+        f"tasks.{name}.objective.type={task.objective.type!r}, which reads "
+        f"{task.objective.data_type!r}: change one of them"
+        for name, task in recipe.tasks.items()
+        if task.data.type != task.objective.data_type
+    ]
+
+
+def _check_encoders(recipe: "Recipe") -> list[str]:
+    """Encoders that objectives name are there, read what they should, and all are used."""
+    found, used = [], set()
+    encoders = recipe.model.encoders
     for name, task in recipe.tasks.items():
-        where, objective = f"tasks.{name}", task.objective
-        encoder = recipe.model.encoders.get(objective.encoder)
-        if encoder is None:
-            found.append(
-                f"{where}.objective.encoder={objective.encoder!r} is not among model.encoders: "
-                f"{', '.join(recipe.model.encoders)}"
-            )
-        else:
-            found += _check_image_sizes(where, task, encoder.patch_size, objective.encoder)
-        positions = objective.decoder.max_positions
-        if task.data.text_length > positions:
-            found.append(
-                f"{where}.data.text_length={task.data.text_length} exceeds "
-                f"{where}.objective.decoder.max_positions={positions}: raise max_positions or "
-                "lower text_length"
-            )
-        if objective.max_new_tokens > positions:
-            found.append(
-                f"{where}.objective.max_new_tokens={objective.max_new_tokens} exceeds "
-                f"{where}.objective.decoder.max_positions={positions}: lower max_new_tokens"
-            )
-    used = {task.objective.encoder for task in recipe.tasks.values()}
-    for name in recipe.model.encoders:
+        for field, reads in task.objective.encoder_fields.items():
+            chosen = getattr(task.objective, field)
+            used.add(chosen)
+            where = f"tasks.{name}.objective.{field}={chosen!r}"
+            if chosen not in encoders:
+                found.append(f"{where} is not among model.encoders: {', '.join(encoders)}")
+            elif encoders[chosen].reads != reads:
+                found.append(
+                    f"{where} must read {reads}, but model.encoders.{chosen}.type="
+                    f"{encoders[chosen].type} reads {encoders[chosen].reads}: name another encoder"
+                )
+            elif reads == "images":
+                patch = encoders[chosen].patch_size
+                found += _check_image_sizes(f"tasks.{name}", task, patch, chosen)
+    for name in encoders:
         if name not in used:
             found.append(
                 f"model.encoders.{name}: no task uses this encoder, so it would only decay: "
                 "remove it, or name it in a task's objective.encoder"
             )
+    return found
+
+
+def _check_texts(recipe: "Recipe") -> list[str]:
+    """Captions fit into what reads or writes them."""
+    found = []
+    for name, task in recipe.tasks.items():
+        if task.data.type != task.objective.data_type:
+            continue  # _check_data says so
+        if task.objective.type == "captioning":
+            found += _captioning_texts(f"tasks.{name}", task)
+        elif task.objective.type == "contrastive":
+            found += _contrastive_texts(f"tasks.{name}", task, recipe)
+    return found
+
+
+def _captioning_texts(where: str, task: "TaskSettings") -> list[str]:
+    found = []
+    objective = task.objective
+    positions = objective.decoder.max_positions
+    if task.data.text_length > positions:
+        found.append(
+            f"{where}.data.text_length={task.data.text_length} exceeds "
+            f"{where}.objective.decoder.max_positions={positions}: raise max_positions or "
+            "lower text_length"
+        )
+    if objective.max_new_tokens > positions:
+        found.append(
+            f"{where}.objective.max_new_tokens={objective.max_new_tokens} exceeds "
+            f"{where}.objective.decoder.max_positions={positions}: lower max_new_tokens"
+        )
+    return found
+
+
+def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> list[str]:
+    found = []
+    if task.data.captions_per_image > 1:
+        found.append(
+            f"{where}.data.captions_per_image={task.data.captions_per_image} must be 1 for a "
+            "contrastive objective, whose images have one text each in a step"
+        )
+    encoder = recipe.model.encoders.get(task.objective.text_encoder)
+    positions = getattr(encoder, "max_positions", None)
+    if positions is not None and task.data.text_length > positions:
+        found.append(
+            f"{where}.data.text_length={task.data.text_length} exceeds "
+            f"model.encoders.{task.objective.text_encoder}.max_positions={positions}: raise "
+            "max_positions or lower text_length"
+        )
     return found
 
 
@@ -161,6 +215,12 @@ def warnings(recipe: "Recipe") -> list[str]:
 
 
 _CHECKS = (
-    _check_names, _check_sampling, _check_schedule, _check_captioning, _check_evaluation,
+    _check_names,
+    _check_sampling,
+    _check_schedule,
+    _check_data,
+    _check_encoders,
+    _check_texts,
+    _check_evaluation,
     _check_optimizer,
-)  # fmt: skip
+)

@@ -185,7 +185,8 @@ def _suggest_key(key: str, parent: Any, root: type[BaseModel]) -> str:
     near = get_close_matches(key, known, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]!r}?"
-    elsewhere = [f.path for f in reference(root) if f.path.rsplit(".", 1)[-1] == key]
+    every = dict.fromkeys(f.path for f in reference(root))
+    elsewhere = [path for path in every if path.rsplit(".", 1)[-1] == key]
     if elsewhere:
         return f"that key belongs to {' or '.join(elsewhere[:3])}"
     return f"known here: {', '.join(known)}"
@@ -195,8 +196,11 @@ def _suggest_key(key: str, parent: Any, root: type[BaseModel]) -> str:
 
 
 def reference(model: type[BaseModel]) -> list[Field]:
-    """Every field of the schema, in declaration order, blocks before their fields."""
-    return list(_fields(model, ""))
+    """Every field of the schema, in declaration order, blocks before their fields.
+
+    Fields that the kinds of a block share are given once.
+    """
+    return list(dict.fromkeys(_fields(model, "")))
 
 
 def _fields(model: type[BaseModel], prefix: str) -> Iterator[Field]:

@@ -50,6 +50,32 @@ def tiny_recipe(data: Path, run_dir: Path, **changes) -> dict:
         "checkpoint": {"every_steps": 4, "keep_last": 2},
         "logging": {"every_steps": 1, "tensorboard": False},
     }
+    return _with_changes(recipe, changes)
+
+
+def three_tasks(data: Path, run_dir: Path, **changes) -> dict:
+    """`tiny_recipe` with classification and contrast beside captioning; dropout is off."""
+    recipe = tiny_recipe(data, run_dir, tasks__caption__objective__decoder__dropout=0.0)
+    recipe["model"]["encoders"]["text"] = {
+        "type": "text", "width": 32, "layers": 1, "heads": 2, "max_positions": 24,
+    }
+    caption = recipe["tasks"]["caption"]
+    shared = {"shards": caption["data"]["shards"], "image": caption["data"]["image"]}
+    evaluation = caption["evaluation"]
+    recipe["tasks"]["classify"] = {
+        "global_batch": 8, "micro_batch": 2, "objective": {"type": "classification"},
+        "data": {**shared, "classes": 10}, "evaluation": evaluation,
+    }
+    recipe["tasks"]["contrast"] = {
+        "global_batch": 8, "micro_batch": 2, "objective": {"type": "contrastive", "width": 16},
+        "data": {**shared, "caption_source": "json:captions", "text_length": 24},
+        "evaluation": evaluation,
+    }
+    return _with_changes(recipe, changes)
+
+
+def _with_changes(recipe: dict, changes: dict) -> dict:
+    """Set values by paths with double underscores, in place."""
     for path, value in changes.items():
         node = recipe
         *parents, leaf = path.split("__")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from pretrain import build
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.metrics_log import MetricsLog
+from pretrain.objectives.caption_evaluation import CaptionExample
 from pretrain.recipe import Recipe
 
 log = logging.getLogger("omnipretrain.evaluation")
@@ -41,16 +42,19 @@ class Evaluator:
                 keep_images=self.recipe.logging.images, agree=self._all_agree,
             )
             self.metrics.log(step, name, values, kind="evaluation")
-            shown = [e for e in examples if e.image is not None]
-            self.metrics.images(
-                step, name, [e.image.permute(1, 2, 0).numpy() for e in shown],
-                [f"{e.caption}\n({e.references[0] if e.references else 'no reference'})"
-                 for e in shown],
-            )
-            log.info("step %d, %s on %d held-out samples: %s", step, name, len(examples),
+            self._show(step, name, [e for e in examples if e.image is not None])
+            log.info("step %d, %s on %d held-out samples: %s", step, name, values["images"],
                      ", ".join(f"{k} {v:.4g}" for k, v in sorted(values.items())))
             results[name] = values
         return results
+
+    def _show(self, step: int, task: str, examples: list[CaptionExample]) -> None:
+        """Pictures for TensorBoard, from objectives that write captions."""
+        self.metrics.images(
+            step, task, [e.image.permute(1, 2, 0).numpy() for e in examples],
+            [f"{e.caption}\n({e.references[0] if e.references else 'no reference'})"
+             for e in examples],
+        )
 
     def _share(self, value: Any) -> list[Any]:
         """One value of each rank, on every rank."""

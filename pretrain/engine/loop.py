@@ -184,11 +184,13 @@ class Loop:
         if applied and (size := mean_square_share(self.engine, self.ranks.device)) is not None:
             shares[""] = {"update_size": size}
         metrics = self._reduce(shares)
-        common = {"update_rms": value**0.5 for value in metrics.pop("", {}).values()} | {
+        common = {
             "gradient_norm": float(self.engine.get_global_grad_norm()),
             "learning_rate": self.base_rate * rate,
             "skipped": float(not applied),
         }
+        if "" in metrics:  # of the step, whatever its tasks
+            common["update_rms"] = metrics.pop("")["update_size"] ** 0.5
         return [
             StepReport(part.task, metrics[part.task] | common | self._sizes(part, weights), seconds)
             for part in window.parts

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pretrain.engine.cached_features import accumulate_coupled, couples_samples
 from pretrain.engine.partitions import gathered
 from pretrain.engine.stale_gradients import clear_gradients
 from pretrain.models.init import initialise, load_weights
@@ -105,24 +106,45 @@ def accumulate_parts(engine, parts: Sequence[TaskWindow]) -> dict[str, dict[str,
     The gradient is that of one process with the whole global batches, for the loss
     sum_k weight_k * loss_k: losses are shares of the global loss, so the sum over micro-steps and
     ranks is what counts, while DeepSpeed averages over ranks.
+    Objectives whose samples are coupled go through `cached_features` if there are several
+    micro-batches.
 
     Returns:
         task -> this rank's share of every metric (detached, on the device), summed over its
         micro-batches; losses without their weight.
     """
-    world = dist.get_world_size()
     sums: dict[str, dict[str, torch.Tensor]] = {}
-    passes = [(part, batch) for part in parts for batch in part.micro_batches]
-    for index, (part, batch) in enumerate(passes):
-        engine.set_gradient_accumulation_boundary(index == len(passes) - 1)
-        shares = engine(part.task, batch, part.totals)
-        engine.backward(shares["loss"] * (world * part.weight), scale_wrt_gas=False)
-        own = sums.setdefault(part.task, {})
-        for name, value in shares.items():
-            value = value.detach()
-            own[name] = own[name] + value if name in own else value
+    for index, part in enumerate(parts):
+        coupled = couples_samples(engine.module.objectives[part.task], part.micro_batches)
+        accumulate = accumulate_coupled if coupled else accumulate_shares
+        sums[part.task] = accumulate(engine, *part, ends_step=index == len(parts) - 1)
     engine.step()
     clear_gradients(engine)
+    return sums
+
+
+def accumulate_shares(
+    engine,
+    task: str,
+    micro_batches: Sequence[Mapping],
+    totals: Mapping[str, torch.Tensor],
+    weight: float = 1.0,
+    ends_step: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Forward and backward of micro-batches whose losses add up; the optimizer is not stepped.
+
+    Arguments and result as in `cached_features.accumulate_coupled`.
+    """
+    world = dist.get_world_size()
+    sums: dict[str, torch.Tensor] = {}
+    last = len(micro_batches) - 1
+    for index, batch in enumerate(micro_batches):
+        engine.set_gradient_accumulation_boundary(ends_step and index == last)
+        shares = engine(task, batch, totals)
+        engine.backward(shares["loss"] * (world * weight), scale_wrt_gas=False)
+        for name, value in shares.items():
+            value = value.detach()
+            sums[name] = sums[name] + value if name in sums else value
     return sums
 
 

@@ -32,7 +32,8 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
 
     Norm weights become 1 and all biases 0; weights of linear, convolution and embedding layers are
     drawn from N(0, 0.02). A module changes that, and gives values to parameters of its own, with
-    an attribute `initial_std: dict[str, float]`: parameter name -> standard deviation (0: zeros).
+    an attribute `initial_std: dict[str, float]`: parameter name -> standard deviation (0: zeros),
+    or `initial_value: dict[str, float]`: parameter name -> one value for all its elements.
 
     gather: makes a list of partitioned parameters whole inside its context and keeps what was
         written there (DeepSpeed's `GatheredParameters` with `modifier_rank=0`).
@@ -48,7 +49,8 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            std = _std(module, name)
+            fixed = getattr(module, "initial_value", {}).get(name.rpartition(".")[2])
+            std = _std(module, name) if fixed is None else 0.0
             with gather([parameter]):
                 if parameter.dim() == 0:
                     raise ValueError(
@@ -60,6 +62,8 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
                         f"parameter {name} has no storage; call model.to_empty(device=...) first"
                     )
                 parameter.copy_(_draw(parameter.shape, std, seed, name))
+                if fixed is not None:
+                    parameter.fill_(fixed)
 
 
 def _std(module: nn.Module, name: str) -> float | None:

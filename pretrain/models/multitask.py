@@ -10,7 +10,8 @@ class MultiTaskModel(nn.Module):
     """Named encoders shared by the objectives of the tasks.
 
     Args:
-        encoders: name -> module that turns images (B, 3, H, W) into tokens (B, N, D).
+        encoders: name -> module that turns images (B, 3, H, W) into tokens (B, N, D), or texts
+            (B, T) into features (B, D).
         objectives: task name -> module with `forward(encoders, batch, totals)`; it owns the heads
             that only its task uses.
     """
@@ -23,16 +24,18 @@ class MultiTaskModel(nn.Module):
         self.objectives = nn.ModuleDict(objectives)
 
     def forward(
-        self, task: str, batch: Mapping, totals: Mapping[str, torch.Tensor]
+        self, task: str, batch: Mapping, totals: Mapping[str, torch.Tensor], **options: str
     ) -> dict[str, torch.Tensor]:
         """Loss and metrics of one micro-batch of `task`, each as its share of the global batch.
 
         Args:
             batch: what the task's loader gives, tensors on the model's device.
             totals: the objective's counts, summed over the global batch.
+            options: for the objective; `part="features"` asks one that couples samples for its
+                features (`pretrain.engine.cached_features`).
 
         Returns:
             name -> 0-dim float32 tensor, "loss" with a graph; summed over all micro-steps and ranks
             each is the value for the global batch.
         """
-        return self.objectives[task](self.encoders, batch, totals)
+        return self.objectives[task](self.encoders, batch, totals, **options)

@@ -5,7 +5,7 @@ Any image encoder of the project offers what this one does: `forward(images) -> 
 `.flops(height, width)`. With `layer_names()` it can have a learning rate that falls with the depth.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ _QUICK_GELU_SLOPE = 1.702
 class VitSettings(Settings):
     """Shape of a vision transformer; the defaults are CLIP's ViT-B/16."""
 
+    reads: ClassVar[str] = "images"
     type: Literal["vit"] = "vit"
     """Selects this encoder among the kinds that a recipe may name."""
     image_size: int = Field(224, gt=0)
@@ -193,7 +194,7 @@ class Block(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Full multi-head self-attention."""
+    """Multi-head self-attention, over all tokens unless a mask says otherwise."""
 
     def __init__(self, width: int, heads: int, residual_std: float) -> None:
         super().__init__()
@@ -203,12 +204,13 @@ class SelfAttention(nn.Module):
         self.qkv.initial_std = {"weight": width**-0.5}
         self.output.initial_std = {"weight": residual_std}
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, N, width). Returns the same shape."""
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """tokens: (B, N, width); mask: bool, broadcast to (B, heads, N, N), True where a token may
+        look. Returns the shape of tokens."""
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask)
         return self.output(mixed.transpose(1, 2).reshape(batch, length, width))
 
 

@@ -7,8 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pretrain.objectives.caption_metrics import caption_scores
-
-Gather = Callable[[Any], list[Any]]
+from pretrain.objectives.evaluation_mode import Gather
 
 
 class Vocabulary(Protocol):

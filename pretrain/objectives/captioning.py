@@ -1,8 +1,7 @@
 """Captioning: predict each word of a caption from the image and the words before it (GIT)."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,19 +10,21 @@ from torch import Tensor, nn
 from data_pipeline.settings import Settings
 from pretrain.models.generation import alone, generate_greedy
 from pretrain.models.git import GitDecoder, GitDecoderSettings
-from pretrain.models.pixels import normalise_pixels
 from pretrain.objectives.caption_evaluation import (
     CaptionExample,
-    Gather,
     Vocabulary,
     evaluate_captions,
 )
+from pretrain.objectives.evaluation_mode import Gather, evaluating
+from pretrain.objectives.image_tokens import encode_images, find_encoder
 from pretrain.objectives.token_loss import smoothed_cross_entropy
 
 
 class CaptioningSettings(Settings):
     """Captioning with a GIT decoder on the tokens of one of the run's encoders."""
 
+    data_type: ClassVar[str] = "captions"
+    encoder_fields: ClassVar[dict[str, str]] = {"encoder": "images"}
     type: Literal["captioning"] = "captioning"
     """Selects this objective among the kinds that a recipe may name."""
     encoder: str = "image"
@@ -47,16 +48,12 @@ class CaptioningSettings(Settings):
         Raises:
             ValueError: `encoder` names none of the encoders, or captions cannot be that long.
         """
-        if self.encoder not in encoders:
-            raise ValueError(
-                f"encoder {self.encoder!r} is not in model.encoders ({', '.join(encoders)})"
-            )
+        encoder = find_encoder(encoders, self.encoder)
         if self.max_new_tokens > self.decoder.max_positions:
             raise ValueError(
                 f"max_new_tokens ({self.max_new_tokens}) exceeds decoder.max_positions "
                 f"({self.decoder.max_positions})"
             )
-        encoder = encoders[self.encoder]
         return Captioning(
             self.decoder.build(vocabulary.vocab_size, encoder.width),
             encoder=self.encoder,
@@ -223,8 +220,7 @@ class Captioning(nn.Module):
             return evaluate_captions(judge, loader, vocabulary, reduce, keep_images)
 
     def _encode(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
-        encoder = encoders[self.encoder]
-        return encoder(normalise_pixels(images, self.image_mean, self.image_std, encoder.dtype))
+        return encode_images(encoders[self.encoder], images, self.image_mean, self.image_std)
 
     def _generate(
         self, image_tokens: Tensor, max_new_tokens: int | None, agree: Callable[[bool], bool]
@@ -236,16 +232,3 @@ class Captioning(nn.Module):
             max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
             agree=agree,
         )
-
-
-@contextlib.contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put modules into eval mode, and those that were training back afterwards."""
-    training = [module for root in modules for module in root.modules() if module.training]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

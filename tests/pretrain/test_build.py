@@ -23,7 +23,7 @@ from pretrain.models.init import initialise
 from pretrain.overlay import parse_yaml
 from pretrain.recipe import load_recipe, validate
 from pretrain.sampler import ledger_entries
-from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
+from tests.tiny_run import pack_scenes, three_tasks, tiny_recipe, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,35 @@ def test_schedules_follow_the_ledger(recipe_file):
     assert build_schedule(recipe, ledger)(12) == ("caption", 12)
 
 
+def test_check_reports_tasks_of_every_kind(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    path = write_recipe(tmp_path / "three.yaml", three_tasks(data, tmp_path / "run"))
+    assert main(["check", str(path), "--world", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "cycle of 3 steps: caption 1/3, classify 1/3, contrast 1/3" in text
+    samples = {line.split(":")[0]: line for line in text.splitlines() if "first samples" in line}
+    assert "labels (2,) int64" in samples["ok    tasks.classify"]
+    assert "tokens (2, 1, " in samples["ok    tasks.contrast"]
+    for part in ("encoders.text", "objectives.classify", "objectives.contrast"):
+        assert f"{part} " in text
+
+
+def test_evaluation_of_each_kind_reads_what_its_objective_needs(data, tmp_path):
+    path = write_recipe(tmp_path / "three.yaml", three_tasks(data, tmp_path / "run"))
+    recipe = load_recipe(path, ["tasks.contrast.objective.evaluation_references=3"])
+    tokenizer = build_tokenizer(recipe)
+    batches = {name: next(iter(build_evaluation_loader(recipe, name, tokenizer, 0, 1)))
+               for name in recipe.tasks}
+    assert batches["contrast"]["tokens"].shape[:2] == (2, 3)
+    assert batches["contrast"]["loss_mask"].any(dim=2).all()
+    assert batches["caption"]["tokens"].shape[:2] == (2, 2)
+    assert batches["classify"]["labels"].shape == (2,)
+    trained = build_streams(recipe, tokenizer)["contrast"]
+    request = next(iter(StepSampler(lambda step: ("contrast", step), {"contrast": trained},
+                                    0, 1, 0, 1)))
+    assert trained.load(request)["tokens"].shape[:2] == (2, 1)
+
+
 def test_check_counts_the_parameters_that_the_model_has(recipe_file, capsys):
     recipe = load_recipe(recipe_file)
     model = build_model(recipe, build_tokenizer(recipe))
@@ -220,6 +249,7 @@ def test_recipes_lists_all(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
+        "digits_multitask",
         "git_base",
         "git_coco_small",
         "git_digits",

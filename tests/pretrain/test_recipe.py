@@ -149,8 +149,8 @@ def test_every_fault_is_reported_at_once():
         (["precision=bf61"], "precision: 'bf61' is not one of bf16, fp32; did you mean 'bf16'?"),
         (
             ["tasks.caption.objective.type=captoning"],
-            "tasks.caption.objective.type: 'captoning' is not one of captioning; "
-            "did you mean 'captioning'?",
+            "tasks.caption.objective.type: 'captoning' is not one of captioning, classification, "
+            "contrastive; did you mean 'captioning'?",
         ),
         (
             ["model.encoders.image.heds=4"],
@@ -350,3 +350,105 @@ def test_loss_weights_that_cancel_are_pointed_out():
     assert line.startswith("tasks.caption.objective.loss_weight=2 cancels with") and "omega" in line
     weighted.optimizer = load_recipe("git_digits").optimizer
     assert recipe_checks.warnings(weighted) == []
+
+
+def multi(*overrides: str) -> str:
+    """The only fault of the multi-task recipe with these overrides, without its place."""
+    (line,) = faults(*overrides, recipe="digits_multitask")
+    return line[line.index(": tasks.") + 2 :]
+
+
+def test_tasks_of_all_kinds_share_an_encoder():
+    recipe = load_recipe("digits_multitask")
+    kinds = {name: (t.objective.type, t.data.type) for name, t in recipe.tasks.items()}
+    assert kinds == {
+        "caption": ("captioning", "captions"),
+        "classify": ("classification", "labels"),
+        "contrast": ("contrastive", "captions"),
+    }
+    assert {name: e.type for name, e in recipe.model.encoders.items()} == {
+        "image": "vit", "text": "text"
+    }
+    assert recipe.tasks["classify"].data.classes == 10
+
+
+def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
+    labels = "tasks.classify.data.type=labels"
+    assert load_recipe("digits_multitask", [labels]) == load_recipe("digits_multitask")
+    assert multi("tasks.contrast.data.type=labls") == (
+        "tasks.contrast.data.type: 'labls' is not one of captions, labels; did you mean 'labels'?"
+    )
+    shards = "{type: labels, shards: [x], classes: 3, image: {size: 64}}"
+    (fault,) = faults(
+        "tasks.caption=null", "tasks.contrast=null", "model.encoders.text=null",
+        f"tasks.other={{objective: {{type: captioning}}, data: {shards}, global_batch: 2, "
+        "micro_batch: 2}",
+        recipe="digits_multitask",
+    )
+    assert fault.endswith(
+        ": tasks.other.data.type='labels' does not fit tasks.other.objective.type='captioning', "
+        "which reads 'captions': change one of them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["tasks.classify.data.classes=null"],
+            "tasks.classify.data.classes: input should be a valid integer, not None",
+        ),
+        (
+            ["tasks.classify.data.label_source='json:'"],
+            "tasks.classify.data.label_source: label_source 'json:': write an extension, or "
+            "json:KEY",
+        ),
+        (
+            ["tasks.classify.data.captions_per_image=2"],
+            "tasks.classify.data.captions_per_image: unknown key; that key belongs to "
+            "tasks.<name>.data.captions_per_image",
+        ),
+        (
+            ["tasks.contrast.data.captions_per_image=2"],
+            "tasks.contrast.data.captions_per_image=2 must be 1 for a contrastive objective, "
+            "whose images have one text each in a step",
+        ),
+        (
+            ["tasks.contrast.data.text_length=33"],
+            "tasks.contrast.data.text_length=33 exceeds model.encoders.text.max_positions=32: "
+            "raise max_positions or lower text_length",
+        ),
+        (
+            ["tasks.classify.objective.encoder=text"],
+            "tasks.classify.objective.encoder='text' must read images, but "
+            "model.encoders.text.type=text reads text: name another encoder",
+        ),
+        (
+            ["tasks.classify.data.image.size=60"],
+            "tasks.classify.data.image.size=60 is not a multiple of "
+            "model.encoders.image.patch_size=16: use 48 or 64",
+        ),
+        (
+            ["tasks.contrast.objective.temperature=0.001"],
+            "tasks.contrast.objective: temperature (0.001) is below 1 / max_scale (0.01), where "
+            "it would not be learned: raise one of them",
+        ),
+        (
+            ["tasks.contrast.data=captions"],
+            "tasks.contrast.data: input should be a block, not 'captions'",
+        ),
+    ],
+)
+def test_faults_of_other_objectives(overrides, expected):
+    assert multi(*overrides) == expected
+
+
+def test_a_contrastive_task_needs_a_text_encoder():
+    found = [line.split(": ", 1)[1] for line in faults(
+        "tasks.contrast.objective.text_encoder=image", recipe="digits_multitask")]
+    assert found == [
+        "tasks.contrast.objective.text_encoder='image' must read text, but "
+        "model.encoders.image.type=vit reads images: name another encoder",
+        "model.encoders.text: no task uses this encoder, so it would only decay: remove it, or "
+        "name it in a task's objective.encoder",
+    ]

@@ -1,0 +1,128 @@
+"""Class-label data: from one sample of a shard to an image and a label, and to a batch."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+
+from data_pipeline.images import ImageDataSettings, ImageFields
+from data_pipeline.members import AbsentValue, MemberSource, bad, check_source
+from data_pipeline.reader import Sample
+from data_pipeline.timing import StageClock
+
+NO_LABEL = -1
+"""Stands where a sample, or a padding row, has no label."""
+
+
+class LabelDataSettings(ImageDataSettings):
+    """Images with a class each, in WebDataset shards."""
+
+    type: Literal["labels"] = "labels"
+    """Kind of data; follows from the task's objective where it is not given."""
+    label_source: str = "cls"
+    """Where the class number is: a text member's extension ("cls"), or "json:KEY" for a whole
+    number under KEY of the json member (dots descend: "json:annotations.label")."""
+    classes: int = Field(ge=2)
+    """Number of classes; labels run from 0. A label outside of that is a bad sample."""
+    unlabelled: Literal["without_loss", "fault"] = "without_loss"
+    """Samples that have no label: `without_loss` keeps them in the batch, where they count for
+    nothing; `fault` treats them as bad samples, which are replaced, counted and limited."""
+
+    @field_validator("label_source")
+    @classmethod
+    def _source(cls, value: str) -> str:
+        return check_source("label_source", value)
+
+
+class LabelSource(MemberSource):
+    """Finds the label of a sample; see `LabelDataSettings.label_source`."""
+
+    def __init__(self, source: str, classes: int) -> None:
+        super().__init__(source)
+        self.classes = classes
+
+    def read(self, sample: Sample) -> int:
+        """The label, 0 .. classes - 1.
+
+        Raises:
+            AbsentValue: no such member or key, or null under the key.
+            BadSample: not a whole number, or out of range.
+        """
+        found = self.value(sample)
+        if found is None:
+            raise bad(sample, f"{self.source} is null", AbsentValue)
+        if isinstance(found, str):
+            # int() alone would also take "1_0" and digits of other scripts.
+            is_number = re.fullmatch(r"-?\d{1,18}", found.strip(), re.ASCII)
+            found = int(found) if is_number else found
+        if not isinstance(found, int) or isinstance(found, bool):
+            raise bad(sample, f"{self.source} is not a whole number: {str(found)[:40]!r}")
+        if not 0 <= found < self.classes:
+            raise bad(
+                sample, f"{self.source}: label {found} is not in 0..{self.classes - 1} (classes)"
+            )
+        return found
+
+
+class LabelFields(ImageFields):
+    """Turns samples into arrays and arrays into a batch; the label side of a `TaskStream`."""
+
+    def __init__(self, settings: LabelDataSettings, train: bool) -> None:
+        super().__init__(settings, train)
+        self.source = LabelSource(settings.label_source, settings.classes)
+
+    @property
+    def extensions(self) -> frozenset[str]:
+        """Members that are needed; a reader may leave out the others."""
+        return frozenset([*self.settings.image_extensions, self.source.extension])
+
+    def sample(
+        self,
+        sample: Sample,
+        rng_for: Callable[[str], np.random.Generator],
+        out: dict[str, np.ndarray] | None = None,
+        clock: StageClock | None = None,
+    ) -> dict[str, Any]:
+        """Arrays of one sample; arguments as in `ImageFields.load_image`.
+
+        Returns:
+            images (H, W, 3) uint8; label: int, NO_LABEL where there is none.
+
+        Raises:
+            BadSample: no usable image, or a label that is none of the classes.
+        """
+        label = self._label(sample)  # first: a sample with a bad one is not decoded
+        return {"images": self.load_image(sample, rng_for, out, clock), "label": label}
+
+    def collate(
+        self,
+        items: Sequence[dict[str, Any] | None],
+        valid: Sequence[bool],
+        buffers: dict[str, torch.Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """Batch of the results of `sample`; None stands for a padding row.
+
+        Returns:
+            images (B, 3, H, W) uint8, channels_last in memory; labels (B,) int64, NO_LABEL where
+            there is none and in padding rows; valid (B,) bool.
+
+        Raises:
+            ValueError: images of different size (mode keep_aspect) in one batch.
+        """
+        labels = [NO_LABEL if item is None else item["label"] for item in items]
+        return {
+            "images": self.stack_images(items, buffers),
+            "labels": torch.tensor(labels, dtype=torch.int64),
+            "valid": torch.tensor(list(valid), dtype=torch.bool),
+        }
+
+    def _label(self, sample: Sample) -> int:
+        try:
+            return self.source.read(sample)
+        except AbsentValue:
+            if self.settings.unlabelled == "fault":
+                raise
+            return NO_LABEL

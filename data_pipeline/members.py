@@ -1,0 +1,61 @@
+"""Values that a sample carries beside its image: a text member, or a key of a JSON member."""
+
+import json
+from typing import Any
+
+from data_pipeline.reader import BadSample, Sample
+
+
+class AbsentValue(BadSample):
+    """The sample has no such member, or the member has no such key."""
+
+
+def check_source(name: str, value: str) -> str:
+    """Return a source that `MemberSource` understands; ValueError names the setting `name`."""
+    extension, separator, key = value.partition(":")
+    if not extension or (separator and not all(key.split("."))):
+        raise ValueError(f"{name} {value!r}: write an extension, or json:KEY")
+    return value
+
+
+class MemberSource:
+    """Reads one value of a sample.
+
+    Args:
+        source: a text member's extension ("txt"), or "json:KEY" for what stands under KEY of the
+            json member (dots descend: "json:annotations.captions").
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        extension, _, key = source.partition(":")
+        self.extension = extension.lower()
+        self._keys = key.split(".") if key else []
+
+    def value(self, sample: Sample) -> Any:
+        """The member's text, or the parsed value under the key.
+
+        Raises:
+            AbsentValue: no such member or key.
+            BadSample: not text, or not JSON.
+        """
+        data = sample.members.get(self.extension)
+        if data is None:
+            raise bad(sample, f"has no member {self.extension}", AbsentValue)
+        try:
+            found: Any = data.decode("utf-8")
+            if self._keys:
+                found = json.loads(found)
+                for key in self._keys:
+                    found = found[key]
+        except KeyError as error:
+            raise bad(sample, f"{self.source}: KeyError: {error}", AbsentValue) from error
+        except (ValueError, TypeError, RecursionError) as error:
+            reason = f"{self.source}: {type(error).__name__}: {error}"
+            raise bad(sample, reason) from error
+        return found
+
+
+def bad(sample: Sample, reason: str, kind: type[BadSample] = BadSample) -> BadSample:
+    """The error that says where the sample is."""
+    return kind(reason, sample.shard, sample.key, sample.row)

@@ -1,0 +1,181 @@
+"""CLIP-style text transformer: token ids in, one feature vector per text out.
+
+Any text encoder of the project offers what this one does: `forward(tokens) -> (B, D)`, `.width`
+(D), `.dtype`, `.max_positions`, and, for accounting, `.flops(length)`.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data_pipeline.settings import Settings
+from pretrain.models.vit import Activation, Block
+
+
+class TextEncoderSettings(Settings):
+    """Shape of a text transformer; the defaults are those beside CLIP's ViT-B/16."""
+
+    reads: ClassVar[str] = "text"
+    type: Literal["text"] = "text"
+    """Selects this encoder among the kinds that a recipe may name."""
+    width: int = Field(512, gt=0)
+    """Channels of a token, and of the feature."""
+    layers: int = Field(12, gt=0)
+    """Number of transformer blocks."""
+    heads: int = Field(8, gt=0)
+    """Attention heads; must divide `width`."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden channels of the MLP, as a multiple of `width`."""
+    activation: Activation = "quick_gelu"
+    """Non-linearity of the MLP; `quick_gelu` is what CLIP weights were trained with."""
+    max_positions: int = Field(77, gt=1)
+    """Rows of the position table: the longest text in tokens, BOS and EOS counted."""
+    causal: bool = True
+    """Each token sees those before it only, as in CLIP; otherwise all of its text."""
+    position_std: float = Field(0.01, gt=0)
+    """Standard deviation of the first position embeddings; words have 0.02."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on embeddings and on what each block adds, in training."""
+    gradient_checkpointing: bool = False
+    """Recompute the blocks in the backward pass: more time for less memory."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TextEncoderSettings":
+        if self.width % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        return self
+
+    def build(self, vocab_size: int, eos_id: int) -> "TextEncoder":
+        """The encoder for a vocabulary whose texts end with `eos_id`."""
+        return TextEncoder(vocab_size, eos_id, **self.model_dump(exclude={"type"}))
+
+
+class TextEncoder(nn.Module):
+    """Pre-norm transformer over a text; the feature is the normalised output at the text's EOS.
+
+    Arguments after `vocab_size` and `eos_id` are the fields of `TextEncoderSettings`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_id: int,
+        width: int = 512,
+        layers: int = 12,
+        heads: int = 8,
+        mlp_ratio: float = 4.0,
+        activation: Activation = "quick_gelu",
+        max_positions: int = 77,
+        causal: bool = True,
+        position_std: float = 0.01,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.eos_id = eos_id
+        self.max_positions = max_positions
+        self.causal = causal
+        self.gradient_checkpointing = gradient_checkpointing
+        hidden = round(width * mlp_ratio)
+        self.embedding = WordEmbedding(vocab_size, width, max_positions, position_std, dropout)
+        self.blocks = nn.ModuleList(
+            TextBlock(width, heads, hidden, activation, layers, dropout) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the feature."""
+        return self.norm.weight.dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Encode texts.
+
+        tokens: (B, T) int64, rows BOS w.. EOS and anything behind it; T at most max_positions.
+        Returns (B, width): a function of the tokens up to EOS alone.
+        """
+        end = end_of_text(tokens, self.eos_id)
+        mask = self._mask(end, tokens.shape[1])
+        hidden = self.embedding(tokens)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                hidden = checkpoint(block, hidden, mask, use_reentrant=False)
+            else:
+                hidden = block(hidden, mask)
+        at_end = hidden[torch.arange(len(tokens), device=tokens.device), end]
+        return self.norm(at_end)
+
+    def flops(self, length: int) -> int:
+        """Floating-point operations of one forward pass over one text (matrix products only)."""
+        channels, hidden = self.width, self.blocks[0].mlp.hidden
+        linear = 2 * length * (4 * channels * channels + 2 * channels * hidden)
+        return len(self.blocks) * (linear + 4 * length * length * channels)
+
+    def _mask(self, end: Tensor, length: int) -> Tensor:
+        """Where tokens may look: (T, T) if causal, else (B, 1, 1, T); bool."""
+        places = torch.arange(length, device=end.device)
+        if self.causal:
+            # What stands behind EOS is out of its sight anyway.
+            return places[:, None] >= places
+        return (places <= end[:, None])[:, None, None]
+
+
+class WordEmbedding(nn.Module):
+    """Word and learned absolute position, added, with dropout."""
+
+    def __init__(
+        self, vocab_size: int, width: int, max_positions: int, position_std: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocab_size, width)
+        self.positions = nn.Parameter(torch.zeros(max_positions, width))
+        self.dropout = nn.Dropout(dropout)
+        self.initial_std = {"positions": position_std}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, T) int64. Returns (B, T, width)."""
+        length, rows = tokens.shape[1], self.positions.shape[0]
+        if length > rows:
+            raise ValueError(
+                f"a text of {length} tokens does not fit into max_positions {rows}; shorten the "
+                "captions (text_length) or enlarge max_positions"
+            )
+        return self.dropout(self.words(tokens) + self.positions[:length])
+
+
+class TextBlock(Block):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on what is added."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        activation: Activation,
+        layers: int,
+        dropout: float,
+    ) -> None:
+        super().__init__(width, heads, hidden, activation, layers)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens: (B, T, width); mask as in `SelfAttention`. Returns the shape of tokens."""
+        mixed = self.attention(self.norm_attention(tokens), mask)
+        tokens = tokens + self.dropout(mixed)
+        return tokens + self.dropout(self.mlp(self.norm_mlp(tokens)))
+
+
+def end_of_text(tokens: Tensor, eos_id: int) -> Tensor:
+    """Place of the first EOS behind the first token, (B,) int64; the last place without one.
+
+    tokens: (B, T) int64. The first token does not count: in some vocabularies BOS is EOS.
+    """
+    is_end = tokens == eos_id
+    is_end[:, 0] = False
+    is_end[:, -1] = True
+    return is_end.int().argmax(dim=1)

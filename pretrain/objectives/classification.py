@@ -1,0 +1,179 @@
+"""Classification: a linear head on the pooled tokens of an image."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from data_pipeline.labels import NO_LABEL
+from data_pipeline.settings import Settings
+from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
+from pretrain.objectives.image_tokens import Pool, encode_images, find_encoder, pool_tokens
+
+_TOP = 5
+
+
+class ClassificationSettings(Settings):
+    """Classification of images; the number of classes comes from the task's data."""
+
+    data_type: ClassVar[str] = "labels"
+    encoder_fields: ClassVar[dict[str, str]] = {"encoder": "images"}
+    type: Literal["classification"] = "classification"
+    """Selects this objective among the kinds that a recipe may name."""
+    encoder: str = "image"
+    """Name of the encoder in `model.encoders` whose tokens the head reads."""
+    pool: Pool = "mean"
+    """What the head sees of an image: the mean of its tokens, or the first one (`class_token`)."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Share of the target spread evenly over all classes."""
+
+    def build(
+        self,
+        encoders: Mapping[str, nn.Module],
+        vocabulary: Any,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        classes: int,
+    ) -> "Classification":
+        """The objective for these encoders and the pixel statistics and classes of the data.
+
+        `vocabulary` is for objectives with text. Raises ValueError: no encoder of that name.
+        """
+        encoder = find_encoder(encoders, self.encoder)
+        return Classification(
+            classes,
+            encoder=self.encoder,
+            encoder_width=encoder.width,
+            encoder_flops=encoder.flops,
+            image_mean=image_mean,
+            image_std=image_std,
+            pool=self.pool,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class Classification(nn.Module):
+    """Head, loss and evaluation of classification.
+
+    Args:
+        classes: number of classes.
+        encoder: name of the encoder that `forward` picks from those it is given.
+        encoder_width: channels of the encoder's tokens.
+        encoder_flops: (height, width) -> FLOPs of a forward pass for one image.
+        image_mean, image_std: per channel, in units of the full range.
+        pool, label_smoothing: as in `ClassificationSettings`.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        *,
+        encoder: str,
+        encoder_width: int,
+        encoder_flops: Callable[[int, int], int],
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        pool: Pool = "mean",
+        label_smoothing: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.head = nn.Linear(encoder_width, classes)
+        self.encoder = encoder
+        self.encoder_flops = encoder_flops
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.pool: Pool = pool
+        self.label_smoothing = label_smoothing
+
+    def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """Images and labelled images of a micro-batch; their global sums are `totals`."""
+        return {
+            "images": int(batch["valid"].sum()),
+            "labels": int((batch["labels"] != NO_LABEL).sum()),
+        }
+
+    def forward(
+        self,
+        encoders: Mapping[str, nn.Module],
+        batch: Mapping[str, Any],
+        totals: Mapping[str, float | Tensor],
+    ) -> dict[str, Tensor]:
+        """This micro-batch's share of the global batch's loss and metrics.
+
+        batch: images (B, 3, H, W) uint8; labels (B,) int64, NO_LABEL where there is none.
+        totals: "images" and "labels" of the global batch.
+
+        Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
+        the labelled images of the global batch, `labelled` their part of all its images. Only
+        "loss" carries a gradient: of zero, but through the head, where nothing is labelled.
+        """
+        loss, *sums = self.label_sums(self._logits(encoders, batch["images"]), batch["labels"])
+        labels, images = (
+            torch.as_tensor(totals[name], dtype=torch.float32, device=loss.device).clamp(min=1.0)
+            for name in ("labels", "images")
+        )
+        names = ("cross_entropy", "top1", "top5")
+        labelled = (batch["labels"] != NO_LABEL).sum() / images
+        means = {name: value / labels for name, value in zip(names, sums, strict=True)}
+        return {"loss": loss / labels, **means, "labelled": labelled}
+
+    def label_sums(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Smoothed loss, cross-entropy, and hits among the best and the best five, summed over
+        labelled images.
+
+        logits: (B, classes) float32; labels: (B,) int64. Returns four 0-dim float32 tensors; the
+        first carries a gradient.
+        """
+        options = {"ignore_index": NO_LABEL, "reduction": "sum"}
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, **options)
+        with torch.no_grad():
+            cross_entropy = F.cross_entropy(logits, labels, **options)
+            best = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices
+            hits = best == labels[:, None]
+        return loss, cross_entropy, hits[:, 0].sum().float(), hits.any(dim=1).sum().float()
+
+    def flops(self, batch: Mapping[str, Any]) -> int:
+        """Model FLOPs, forward and backward, that this micro-batch asks for; padding is free."""
+        images = int(batch["valid"].sum())
+        head = 2 * self.head.in_features * self.head.out_features
+        return 3 * images * (self.encoder_flops(*batch["images"].shape[-2:]) + head)
+
+    def evaluate(
+        self,
+        encoders: Mapping[str, nn.Module],
+        loader: Iterable[Mapping[str, Any]],
+        vocabulary: Any,
+        device: torch.device,
+        reduce: Gather = alone,
+        **_: Any,
+    ) -> tuple[dict[str, float], list]:
+        """Classify every image of `loader`, which has equally many batches on every rank.
+
+        Returns loss, cross_entropy, top1 and top5 over the labelled images of all ranks, images
+        and labelled (as in `forward`), the same on every rank; and no examples.
+        """
+        names = ("loss", "cross_entropy", "top1", "top5")
+        sums = torch.zeros(len(names), dtype=torch.float64)
+        counts = {"images": 0, "labels": 0}
+        with torch.no_grad(), evaluating(self, encoders[self.encoder]):
+            for batch in loader:
+                logits = self._logits(encoders, batch["images"].to(device))
+                found = torch.stack(self.label_sums(logits, batch["labels"].to(device)))
+                sums += found.double().cpu()
+                counts = {name: counts[name] + n for name, n in self.count(batch).items()}
+        parts = reduce({"sums": sums.tolist(), **counts})
+        labels = sum(part["labels"] for part in parts)
+        images = sum(part["images"] for part in parts)
+        metrics = {
+            name: sum(part["sums"][place] for part in parts) / max(1, labels)
+            for place, name in enumerate(names)
+        }
+        return metrics | {"images": float(images), "labelled": labels / max(1, images)}, []
+
+    def _logits(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+        """(B, classes) float32."""
+        tokens = encode_images(encoders[self.encoder], images, self.image_mean, self.image_std)
+        return self.head(pool_tokens(tokens, self.pool)).float()

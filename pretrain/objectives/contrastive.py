@@ -1,0 +1,280 @@
+"""Image-text contrast (CLIP): each image must find its text in the global batch, and vice versa."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from data_pipeline.settings import Settings
+from pretrain.objectives.contrastive_loss import caption_ids, contrastive_sums
+from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
+from pretrain.objectives.image_tokens import Pool, encode_images, find_encoder, pool_tokens
+from pretrain.objectives.retrieval import retrieval_recalls
+
+
+class ContrastiveSettings(Settings):
+    """Contrast of images and captions over the global batch."""
+
+    data_type: ClassVar[str] = "captions"
+    encoder_fields: ClassVar[dict[str, str]] = {"encoder": "images", "text_encoder": "text"}
+    type: Literal["contrastive"] = "contrastive"
+    """Selects this objective among the kinds that a recipe may name."""
+    encoder: str = "image"
+    """Name of the encoder in `model.encoders` that reads the images."""
+    text_encoder: str = "text"
+    """Name of the encoder in `model.encoders` (of type `text`) that reads the captions."""
+    pool: Pool = "mean"
+    """What stands for an image: the mean of its tokens, or the first one (`class_token`)."""
+    width: int = Field(512, gt=0)
+    """Channels of the space that both sides are projected to."""
+    temperature: float = Field(0.07, gt=0)
+    """First value of the learned temperature, which divides the similarities."""
+    max_scale: float = Field(100.0, gt=1)
+    """The inverse of the temperature is held at or below this."""
+    identical_captions_match: bool = True
+    """Equal captions in a batch are matches of each other's images (the target is spread over
+    them), and in retrieval too; otherwise they count as wrong, as in CLIP."""
+    evaluation_references: int = Field(5, ge=1)
+    """Captions of each held-out image that retrieval uses, at most."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ContrastiveSettings":
+        if 1 / self.temperature > self.max_scale:
+            raise ValueError(
+                f"temperature ({self.temperature}) is below 1 / max_scale ({1 / self.max_scale:g}),"
+                " where it would not be learned: raise one of them"
+            )
+        return self
+
+    def build(
+        self,
+        encoders: Mapping[str, nn.Module],
+        vocabulary: Any,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> "Contrastive":
+        """The objective for these encoders and the pixel statistics of the data.
+
+        Raises ValueError: no encoder of that name.
+        """
+        image = find_encoder(encoders, self.encoder)
+        text = find_encoder(encoders, self.text_encoder)
+        return Contrastive(
+            self.width,
+            encoder=self.encoder,
+            text_encoder=self.text_encoder,
+            encoder_widths=(image.width, text.width),
+            encoder_flops=(image.flops, text.flops),
+            image_mean=image_mean,
+            image_std=image_std,
+            pool=self.pool,
+            temperature=self.temperature,
+            max_scale=self.max_scale,
+            identical_captions_match=self.identical_captions_match,
+        )
+
+
+class Temperature(nn.Module):
+    """The learned factor on similarities, kept as a logarithm.
+
+    A module of its own, so that ZeRO-3 finds the parameter wherever it is asked for. At the bound
+    the gradient ends: the factor then stays there, as it does in CLIP for nearly all of a run.
+    """
+
+    def __init__(self, temperature: float, max_scale: float) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(1))
+        self.initial_value = {"log_scale": -math.log(temperature)}
+        self.largest = math.log(max_scale)
+
+    def forward(self) -> Tensor:
+        """1 / temperature, (1,) float32."""
+        return self.log_scale.float().clamp(max=self.largest).exp()
+
+
+class Contrastive(nn.Module):
+    """Projections, temperature, loss and retrieval.
+
+    Args:
+        width: channels of the common space.
+        encoder, text_encoder: names of the encoders that `forward` picks from those it is given.
+        encoder_widths: channels of the image encoder's tokens and of the text feature.
+        encoder_flops: FLOPs of a forward pass, (height, width) -> of an image, and length -> of a
+            text.
+        image_mean, image_std: per channel, in units of the full range.
+        pool, temperature, max_scale, identical_captions_match: as in `ContrastiveSettings`.
+    """
+
+    couples_samples = True
+    shared_features = ("scale",)
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        encoder: str,
+        text_encoder: str,
+        encoder_widths: tuple[int, int],
+        encoder_flops: tuple[Callable[[int, int], int], Callable[[int], int]],
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        pool: Pool = "mean",
+        temperature: float = 0.07,
+        max_scale: float = 100.0,
+        identical_captions_match: bool = True,
+    ) -> None:
+        super().__init__()
+        self.image_projection = _projection(encoder_widths[0], width)
+        self.text_projection = _projection(encoder_widths[1], width)
+        self.temperature = Temperature(temperature, max_scale)
+        self.encoder = encoder
+        self.text_encoder = text_encoder
+        self.encoder_flops = encoder_flops
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.pool: Pool = pool
+        self.identical_captions_match = identical_captions_match
+
+    def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """Pairs of a micro-batch; their global sum is `totals`."""
+        return {"pairs": int(batch["valid"].sum())}
+
+    def forward(
+        self,
+        encoders: Mapping[str, nn.Module],
+        batch: Mapping[str, Any],
+        totals: Mapping[str, float | Tensor],
+        part: Literal["loss", "features"] = "loss",
+    ) -> dict[str, Tensor]:
+        """Features of a micro-batch, or the loss where it is all that this rank has of the batch.
+
+        batch: images (B, 3, H, W) uint8; tokens (B, 1, T) int64; loss_mask (B, 1, T) bool, True at
+            words and EOS; valid (B,) bool.
+        totals: as in `coupled_loss`.
+
+        Returns what `coupled_loss` returns, or with part "features" what it reads.
+        """
+        tokens, mask = batch["tokens"][:, 0], batch["loss_mask"][:, 0]
+        features = {
+            "image": self.image_features(encoders, batch["images"]),
+            "text": self.text_features(encoders, tokens),
+            "caption_id": caption_ids(tokens, mask),
+            "valid": batch["valid"],
+            "scale": self.temperature(),
+        }
+        return features if part == "features" else self.coupled_loss(features, totals)
+
+    def coupled_loss(
+        self, features: Mapping[str, Tensor], totals: Mapping[str, float | Tensor]
+    ) -> dict[str, Tensor]:
+        """This rank's share of the global batch's loss and metrics. A collective; no parameter is
+        read, so it may run outside of the engine.
+
+        features: of all samples that this rank has of the global batch: image, text (n, width)
+            float32; caption_id (n,) int64; valid (n,) bool; scale (1,) float32.
+        totals: "pairs" of the global batch.
+
+        Returns 0-dim float32 tensors; summed over ranks each is the mean over the pairs of the
+        global batch. Only "loss" carries a gradient.
+        """
+        loss, image_hits, text_hits = contrastive_sums(
+            **features, identical_match=self.identical_captions_match
+        )
+        pairs = torch.as_tensor(totals["pairs"], dtype=torch.float32, device=loss.device)
+        pairs = pairs.clamp(min=1.0)
+        mine = features["valid"].sum()
+        return {
+            "loss": loss / pairs,
+            "image_to_text": image_hits / pairs,
+            "text_to_image": text_hits / pairs,
+            "temperature": mine / (pairs * features["scale"].detach()[0]),
+        }
+
+    def image_features(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+        """images: (B, 3, H, W) uint8. Returns (B, width) float32 of unit length."""
+        tokens = encode_images(encoders[self.encoder], images, self.image_mean, self.image_std)
+        projected = self.image_projection(pool_tokens(tokens, self.pool))
+        return F.normalize(projected.float(), dim=1)
+
+    def text_features(self, encoders: Mapping[str, nn.Module], tokens: Tensor) -> Tensor:
+        """tokens: (B, T) int64. Returns (B, width) float32 of unit length."""
+        projected = self.text_projection(encoders[self.text_encoder](tokens))
+        return F.normalize(projected.float(), dim=1)
+
+    def flops(self, batch: Mapping[str, Any]) -> int:
+        """Model FLOPs, forward and backward, that this micro-batch asks for.
+
+        Padding, and the second forward pass over cached features, do not count.
+        """
+        of_image, of_text = self.encoder_flops
+        each = of_image(*batch["images"].shape[-2:]) + of_text(batch["tokens"].shape[-1])
+        # Not numel(): under ZeRO-3 a weight is empty outside of forward.
+        for layer in (self.image_projection, self.text_projection):
+            each += 2 * layer.in_features * layer.out_features
+        return 3 * int(batch["valid"].sum()) * each
+
+    def evaluate(
+        self,
+        encoders: Mapping[str, nn.Module],
+        loader: Iterable[Mapping[str, Any]],
+        vocabulary: Any,
+        device: torch.device,
+        reduce: Gather = alone,
+        **_: Any,
+    ) -> tuple[dict[str, float], list]:
+        """Retrieval among all images of `loader` and all their texts, on all ranks.
+
+        loader: batches as in `forward`, with K texts per image, fewer where loss_mask is empty;
+            row (B,) int64. Equally many batches, and at least one, on every rank.
+
+        Returns the recalls of `retrieval_recalls`, images, texts and temperature, the same on every
+        rank; and no examples.
+        """
+        parts: list[dict[str, Tensor]] = []
+        with torch.no_grad(), evaluating(self, *self._both(encoders)):
+            scale = self.temperature().item()
+            for batch in loader:
+                parts.append(self._evaluation_features(encoders, batch, device))
+        shares = reduce({name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+        found = {name: torch.cat([share[name] for share in shares]) for name in shares[0]}
+        rows, order = found["row"].sort()
+        # Rows are numbers in the data set; texts must name places among the images at hand.
+        image_of = torch.searchsorted(rows, found["row_of"])
+        same = self.identical_captions_match
+        kind = found["caption_id"] if same else torch.arange(len(image_of))
+        metrics = retrieval_recalls(
+            *(value.to(device) for value in (found["image"][order], found["text"], image_of, kind))
+        )
+        counts = {"images": float(len(rows)), "texts": float(len(image_of))}
+        return metrics | counts | {"temperature": 1 / scale}, []
+
+    def _evaluation_features(
+        self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Features of the valid images of a batch (image, row) and of their texts (text,
+        caption_id, row_of), on the CPU."""
+        tokens, mask, valid = batch["tokens"], batch["loss_mask"], batch["valid"]
+        image = self.image_features(encoders, batch["images"].to(device)).cpu()
+        text = self.text_features(encoders, tokens.flatten(0, 1).to(device)).cpu()
+        present = (mask.any(dim=2) & valid[:, None]).flatten()
+        row_of = batch["row"][:, None].expand(tokens.shape[:2]).flatten()
+        return {
+            "image": image[valid],
+            "row": batch["row"][valid],
+            "text": text[present],
+            "caption_id": caption_ids(tokens, mask).flatten()[present],
+            "row_of": row_of[present],
+        }
+
+    def _both(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module]:
+        return [encoders[self.encoder], encoders[self.text_encoder]]
+
+
+def _projection(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=False)
+    layer.initial_std = {"weight": inputs**-0.5}
+    return layer

@@ -1,0 +1,128 @@
+"""Class labels: what is read, what is refused, and the batch."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from data_pipeline.labels import LabelDataSettings, LabelFields
+from data_pipeline.reader import BadSample, Sample
+from data_pipeline.rng import sample_rng
+from data_pipeline.transforms import ImageSettings
+from tests.data_pipeline.photos import encoded, jpeg, picture
+
+
+def sample(**members: bytes) -> Sample:
+    return Sample(3, "a.tar", "key", {"jpg": jpeg(picture(1)), **members})
+
+
+def rng_for(purpose: str) -> np.random.Generator:
+    return sample_rng(0, "classify", 0, purpose)
+
+
+def fields(train: bool = True, **options) -> LabelFields:
+    options = {"image": ImageSettings(size=16), "shards": ["x"], "classes": 10, **options}
+    return LabelFields(LabelDataSettings(**options), train)
+
+
+def label(members: dict[str, bytes], **options) -> int:
+    return fields(**options).sample(sample(**members), rng_for)["label"]
+
+
+def test_labels_are_read_from_text_and_json():
+    assert label({"cls": b"7"}) == 7
+    assert label({"cls": b" 0\n"}) == 0
+    assert label({"json": b'{"label": 3}'}, label_source="json:label") == 3
+    assert label({"json": b'{"a": {"b": 9}}'}, label_source="json:a.b") == 9
+    assert fields().extensions == {"jpg", "jpeg", "png", "webp", "cls"}
+
+
+@pytest.mark.parametrize(
+    ("source", "members"),
+    [("cls", {}), ("json:label", {}), ("json:label", {"json": b"{}"}),
+     ("json:label", {"json": b'{"label": null}'})],
+)
+def test_samples_without_a_label(source, members):
+    assert label(members, label_source=source) == -1
+    with pytest.raises(BadSample) as caught:
+        label(members, label_source=source, unlabelled="fault")
+    assert (caught.value.shard, caught.value.key, caught.value.row) == ("a.tar", "key", 3)
+
+
+@pytest.mark.parametrize(
+    ("source", "members", "message"),
+    [
+        ("cls", {"cls": b"10"}, r"label 10 is not in 0\.\.9 \(classes\)"),
+        ("cls", {"cls": b"-1"}, r"label -1 is not in 0\.\.9"),
+        ("cls", {"cls": b""}, "not a whole number: ''"),
+        ("cls", {"cls": b"1_0"}, "not a whole number: '1_0'"),
+        ("cls", {"cls": b"9" * 5000}, "not a whole number: '999"),
+        ("cls", {"cls": "٣".encode()}, "not a whole number"),
+        ("cls", {"cls": b"\xff"}, "UnicodeDecodeError"),
+        ("json:label", {"json": b'{"label": true}'}, "not a whole number: 'True'"),
+        ("json:label", {"json": b'{"label": 1.0}'}, r"not a whole number: '1\.0'"),
+        ("json:label", {"json": b'{"label": [1]}'}, "not a whole number"),
+        ("json:label", {"json": b"{"}, "JSONDecodeError"),
+        ("json:label", {"json": b"[1]"}, "TypeError"),
+    ],
+)
+def test_bad_labels_are_bad_samples(source, members, message):
+    """Also where samples without a label are welcome."""
+    with pytest.raises(BadSample, match=message):
+        label(members, label_source=source)
+
+
+def test_batch():
+    maker = fields()
+    items = [maker.sample(sample(cls=b"4"), rng_for), None, maker.sample(sample(), rng_for)]
+    batch = maker.collate(items, [True, False, True])
+    assert batch["images"].shape == (3, 3, 16, 16) and batch["images"].dtype == torch.uint8
+    assert batch["images"].is_contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(batch["images"][0].permute(1, 2, 0).numpy(), items[0]["images"])
+    assert not batch["images"][1].any()
+    assert batch["labels"].tolist() == [4, -1, -1] and batch["labels"].dtype == torch.int64
+    assert batch["valid"].tolist() == [True, False, True]
+
+
+def test_images_are_those_of_caption_data():
+    """One image side for all data: buffers, draws and faults are the same."""
+    from data_pipeline.captions import CaptionDataSettings, CaptionFields
+    from tests.data_pipeline.photos import tokenizer
+
+    data = sample(cls=b"1", txt=b"a bird")
+    image = ImageSettings(size=16, flip_probability=0.5, brightness=0.3)
+    captions = CaptionFields(CaptionDataSettings(shards=["x"], image=image), tokenizer(), True)
+    mine = fields(image=image)
+    assert mine.buffers(4) == captions.buffers(4) == {"images": (4, 16, 16, 3)}
+    one, other = mine.sample(data, rng_for)["images"], captions.sample(data, rng_for)["images"]
+    assert np.array_equal(one, other)
+    place = {"images": np.full((16, 16, 3), 9, dtype=np.uint8)}
+    mine.sample(data, rng_for, place)
+    assert np.array_equal(place["images"], one)
+    with pytest.raises(BadSample, match="not a readable image"):
+        mine.sample(Sample(0, "a", "k", {"jpg": b"no", "cls": b"1"}), rng_for)
+    with pytest.raises(BadSample, match="has no member jpg or jpeg"):
+        mine.sample(Sample(0, "a", "k", {"cls": b"1"}), rng_for)
+    wide = encoded(picture(1, 20, 40), "PNG")
+    mixed = fields(image=ImageSettings(size=16, mode="keep_aspect"))
+    items = [mixed.sample(Sample(0, "a", "k", {"png": d}), rng_for)
+             for d in (wide, encoded(picture(1, 40, 20), "PNG"))]
+    with pytest.raises(ValueError, match="set micro_batch to 1"):
+        mixed.collate(items, [True, True])
+
+
+def test_evaluation_draws_nothing():
+    def forbidden(purpose: str):
+        raise AssertionError(f"drew {purpose}")
+
+    data = sample(json=json.dumps({"label": 2}).encode())
+    assert fields(False, label_source="json:label").sample(data, forbidden)["label"] == 2
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValidationError, match="label_source 'json:': write an extension"):
+        LabelDataSettings(shards=["x"], classes=2, label_source="json:")
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        LabelDataSettings(shards=["x"], classes=1)

@@ -1,0 +1,123 @@
+"""The classification objective: shares, samples without labels, torch as an oracle, evaluation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.objectives.classification import ClassificationSettings
+from tests.pretrain.models.git_models import MEAN, STD
+from tests.pretrain.objectives.pair_models import (
+    CLASSES,
+    gradients,
+    pair_batch,
+    pair_model,
+    rows_of,
+)
+
+
+def loss_and_gradients(model, batch, totals=None):
+    model.zero_grad()
+    out = model("classify", batch, totals or model.objectives["classify"].count(batch))
+    out["loss"].backward()
+    return out, gradients(model)
+
+
+@pytest.mark.parametrize("pool", ["mean", "class_token"])
+def test_equals_torch_on_the_labelled_images(pool):
+    model, batch = pair_model(), pair_batch(12)
+    objective = model.objectives["classify"]
+    objective.pool = pool
+    labels = batch["labels"]
+    assert objective.count(batch) == {"images": 12, "labels": int((labels >= 0).sum())}
+    assert 0 < (labels >= 0).sum() < 12
+    out, found = loss_and_gradients(model, batch)
+    pixels = (batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1))
+    tokens = model.encoders["image"](pixels / torch.tensor(STD).view(3, 1, 1))
+    logits = objective.head(tokens.mean(1) if pool == "mean" else tokens[:, 0])[labels >= 0]
+    labels = labels[labels >= 0]
+    torch.testing.assert_close(out["loss"], F.cross_entropy(logits, labels, label_smoothing=0.1))
+    torch.testing.assert_close(out["cross_entropy"], F.cross_entropy(logits, labels))
+    order = logits.argsort(dim=1, descending=True)
+    for name, best in (("top1", 1), ("top5", 5)):
+        hits = (order[:, :best] == labels[:, None]).any(1).float().mean()
+        torch.testing.assert_close(out[name], hits)
+    assert out["labelled"].item() == pytest.approx(len(labels) / 12)
+    assert found["objectives.classify.head.weight"].abs().max() > 1e-3
+
+
+def test_shares_sum_to_the_whole():
+    model, batch = pair_model(), pair_batch(11)
+    totals = model.objectives["classify"].count(batch)
+    whole, wanted = loss_and_gradients(model, batch)
+    parts = [[0], [1, 2, 3, -1], [4, 5, 6, 7, 8, 9, 10, -1]]
+    shares = [loss_and_gradients(model, rows_of(batch, rows), totals) for rows in parts]
+    for name in whole:
+        assert sum(s[0][name].item() for s in shares) == pytest.approx(whole[name].item(), rel=1e-5)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(sum(s[1][name] for s in shares), gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_totals_may_be_tensors():
+    model, batch = pair_model(), pair_batch(5)
+    totals = model.objectives["classify"].count(batch)
+    tensors = {name: torch.tensor(float(value)) for name, value in totals.items()}
+    one, other = (model("classify", batch, t)["loss"] for t in (totals, tensors))
+    assert torch.equal(one, other)
+
+
+def test_nothing_labelled_gives_zero_through_every_parameter():
+    model, batch = pair_model(), pair_batch(4)
+    batch["labels"][:] = -1
+    out, found = loss_and_gradients(model, batch, {"images": 8, "labels": 3})
+    assert [float(out[name].detach()) for name in out] == [0.0] * 5
+    names = {n for n, _ in model.named_parameters()
+             if n.startswith(("encoders.image.", "objectives.classify."))}
+    assert set(found) == names
+    assert not any(gradient.any() for gradient in found.values())
+    # Nor does a whole global batch without labels divide by zero.
+    assert loss_and_gradients(model, batch, {"images": 0, "labels": 0})[0]["loss"] == 0
+
+
+def test_fewer_classes_than_five():
+    settings = ClassificationSettings(label_smoothing=0.0)
+    model = pair_model()
+    objective = settings.build(dict(model.encoders), None, MEAN, STD, classes=3)
+    logits, labels = torch.tensor([[3.0, 2, 1], [1, 2, 3]]), torch.tensor([1, -1])
+    loss, cross_entropy, top1, top5 = objective.label_sums(logits, labels)
+    assert loss == cross_entropy and (top1, top5) == (0, 1)
+
+
+def test_an_encoder_must_be_there():
+    with pytest.raises(ValueError, match=r"'eye' is not in model\.encoders \(image, text\)"):
+        ClassificationSettings(encoder="eye").build(
+            dict(pair_model().encoders), None, MEAN, STD, classes=3)
+
+
+def test_flops_leave_padding_out():
+    model, batch = pair_model(), pair_batch(6)
+    objective = model.objectives["classify"]
+    each = 3 * (model.encoders["image"].flops(16, 16) + 2 * 16 * CLASSES)
+    assert objective.flops(batch) == 6 * each
+    assert objective.flops(rows_of(batch, [0, -1])) == each
+
+
+def test_evaluation_counts_every_sample_once_over_ranks():
+    model, batch = pair_model().train(), pair_batch(11)
+    objective = model.objectives["classify"]
+    whole, _ = loss_and_gradients(model, batch)
+    parts = [rows_of(batch, [*range(s, min(s + 3, 11)), *[-1] * (s + 3 - 11)][:3])
+             for s in range(0, 12, 3)]
+    shares: list = []
+
+    def run(rank: int, reduce):
+        return objective.evaluate(model.encoders, parts[rank::2], None, torch.device("cpu"),
+                                  reduce=reduce, keep_images=3, agree=None)
+
+    for rank in range(2):
+        run(rank, lambda mine: [shares.append(mine), mine][1:])
+    (one, examples), (other, _) = (run(rank, lambda mine: shares) for rank in range(2))
+    assert one == other and examples == [] and one["images"] == 11
+    for name in ("loss", "cross_entropy", "top1", "top5", "labelled"):
+        assert one[name] == pytest.approx(whole[name].item(), rel=1e-5)
+    assert model.training
+    assert run(0, lambda mine: [mine])[0]["images"] == 6
