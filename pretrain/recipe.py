@@ -281,7 +281,7 @@ def load_layers(path: str | Path, overrides: Sequence[str] = ()) -> Layer:
     for override in overrides:
         layer = merge(layer, parse_override(override))
     layer = expand_variables(layer)
-    data = _without_removed(layer.data, Recipe)
+    data = _without_removed(_with_types(layer.data), Recipe)
     if "run_dir" not in data and isinstance(data.get("name"), str):
         data["run_dir"] = os.path.join("runs", data["name"])
     return Layer(_absolute_paths(data), layer.written)

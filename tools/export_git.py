@@ -22,8 +22,8 @@ from tools.transformers_git import SpecialIds, transformers_model, without_bars
 
 _RESIZE_NOTE = (
     "resizing: both use an antialiased bicubic filter, but round differently, and training also "
-    "lets large JPEGs shrink while they are decoded; images that already have their final size come "
-    "out equal"
+    "lets large JPEGs shrink while they are decoded; images that already have their final size "
+    "come out equal"
 )
 _BICUBIC = 3  # Pillow's number for it; the only good filter that torchvision has as well
 

@@ -277,7 +277,7 @@ def test_show_fields_documents_every_field(capsys):
     docs = dict(zip(lines[::2], lines[1::2], strict=True))
     assert all(doc.startswith("    ") and len(doc) > 12 for doc in docs.values())
     assert "tasks.<name>.micro_batch: int = required" in docs
-    assert "precision: bf16 | fp32 = bf16" in docs
+    assert "precision: bf16 | fp16 | fp32 = bf16" in docs
     assert "model.encoders.<name>.patch_size: int = 16" in docs
 
 

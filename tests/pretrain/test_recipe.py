@@ -146,7 +146,10 @@ def test_every_fault_is_reported_at_once():
         ),
         (["steps=true"], "steps: input should be a valid integer, not True"),
         (["steps='10'"], "steps: input should be a valid integer, not '10'"),
-        (["precision=bf61"], "precision: 'bf61' is not one of bf16, fp32; did you mean 'bf16'?"),
+        (
+            ["precision=bf61"],
+            "precision: 'bf61' is not one of bf16, fp16, fp32; did you mean 'bf16'?",
+        ),
         (
             ["tasks.caption.objective.type=captoning"],
             "tasks.caption.objective.type: 'captoning' is not one of captioning, classification, "
@@ -278,7 +281,7 @@ def test_names_become_parts_of_parameter_names():
 
 
 SECOND = (
-    "tasks.second={objective: {}, data: {shards: [x], image: {size: 64}}, "
+    "tasks.second={objective: {type: captioning}, data: {shards: [x], image: {size: 64}}, "
     "global_batch: 2, micro_batch: 2, weight: 3}"
 )
 
