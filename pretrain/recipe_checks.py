@@ -175,16 +175,11 @@ def _check_evaluation(recipe: "Recipe") -> list[str]:
 def _check_optimizer(recipe: "Recipe") -> list[str]:
     """Per-task settings and layers name what there is, and steps have a task."""
     found = []
-    if recipe.sampling.mode == "mixed":
-        for asked, what in (
-            (recipe.optimizer.kind == "mt_adamw", "kind=mt_adamw"),
-            (bool(recipe.optimizer.task_clip_norms), "task_clip_norms"),
-        ):
-            if asked:
-                found.append(
-                    f"optimizer.{what} treats each task's gradient on its own, but with "
-                    "sampling.mode=mixed a step has those of all tasks in one: use block or iid"
-                )
+    if recipe.sampling.mode == "mixed" and recipe.optimizer.task_clip_norms:
+        found.append(
+            "optimizer.task_clip_norms clips each task's gradient on its own, but with "
+            "sampling.mode=mixed a step has those of all tasks in one: use block or iid, or clip_norm"
+        )
     for field in ("omega", "task_clip_norms"):
         for name in getattr(recipe.optimizer, field):
             if name not in recipe.tasks:

@@ -332,6 +332,12 @@ def test_sources_in_place_of_shards(tmp_path, monkeypatch):
             ["sampling.stages=[{from_step: 5, weights: {caption: -1}}]"],
             "sampling.stages[0]: weights.caption=-1.0 must be 0 or more, and finite",
         ),
+        (
+            ["sampling.mode=mixed", "optimizer.task_clip_norms={caption: 1.0}"],
+            "optimizer.task_clip_norms clips each task's gradient on its own, but with "
+            "sampling.mode=mixed a step has those of all tasks in one: use block or iid, or "
+            "clip_norm",
+        ),
         (["sampling.mode=blok"], "sampling.mode: 'blok' is not one of block, iid, mixed; did you "
                                  "mean 'block'?"),
         (["sampling.stages=[{step: 5, weights: {caption: 1}}]"],

@@ -1,0 +1,198 @@
+"""How tasks that share an encoder are best trained: unmixed or mixed, balanced or not, or alone.
+
+    python -m tools.compare_tasks --data runs/demo/data --out runs/compare
+
+Trains `digits_multitask` in each way with every seed, each task with the same number of
+task-steps, evaluates on held-out scenes, and prints a table (also in OUT/table.md). A run that has
+finished is not repeated, so the command continues where it was stopped. Needs the shards and the
+tokenizer that `make demo` leaves behind.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+console = Console()
+TASKS = ("caption", "classify", "contrast")
+# What is reported of each task's evaluation.
+METRICS = (
+    ("classify", "top1", "digit accuracy"),
+    ("caption", "cider_d", "CIDEr-D"),
+    ("caption", "token_accuracy", "token accuracy"),
+    ("contrast", "image_to_text_r1", "image to text R@1"),
+    ("contrast", "text_to_image_r1", "text to image R@1"),
+)
+# One rate for all of AdamW. MT-AdamW's moments estimate the sum over tasks, so its steps are about
+# sqrt(3) times as long at the same rate; `--lr` tries others.
+WAYS: dict[str, tuple[str, ...]] = {
+    "unmixed, MT-AdamW": (
+        "optimizer.kind=mt_adamw", "optimizer.clip_norm=null", "optimizer.betas=[0.9, 0.95]",
+        "optimizer.lr=3.5e-4",
+    ),
+    "unmixed, AdamW": (),
+    "mixed, AdamW": ("sampling.mode=mixed",),
+    "one task alone, AdamW": (),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="tools.compare_tasks", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--data", type=Path, default=Path("runs/demo/data"),
+                        help="folder with train/, heldout/ and tokenizer/")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="run directories")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400, help="steps of each task")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--lr", type=float, nargs="+", metavar="RATE", default=None,
+                        help="try these learning rates instead of the recipe's")
+    options = parser.parse_args(argv)
+    if not (options.data / "tokenizer").is_dir():
+        console.print(f"[red]{options.data} has no tokenizer/: run `make demo` first, or give the "
+                      "folder that it left with --data")
+        return 2
+    runs = plan(options)
+    failed = train(runs, options.jobs)
+    if failed:
+        console.print(f"[red]{len(failed)} runs failed[/]: {', '.join(failed)}; see their log.txt")
+        return 1
+    text = table(runs)
+    (options.out / "table.md").write_text(text)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def plan(options: argparse.Namespace) -> dict[Path, tuple[str, list[str]]]:
+    """Run directory -> (way, overrides)."""
+    runs = {}
+    rates = options.lr or [None]
+    for way, changes in WAYS.items():
+        for seed in options.seeds:
+            for rate in rates:
+                name = way if rate is None else f"{way}, lr {rate:g}"
+                common = [*data_overrides(options.data), *changes, f"seed={seed}"]
+                common += [] if rate is None else [f"optimizer.lr={rate}"]
+                for label, more in variants(way, options.steps):
+                    folder = options.out / f"{slug(name)}{label}-seed{seed}-steps{options.steps}"
+                    runs[folder] = (name, [*common, *more, f"run_dir={folder}"])
+    return runs
+
+
+def variants(way: str, steps: int) -> list[tuple[str, list[str]]]:
+    """(label, overrides) of the runs that one seed of a way takes."""
+    if way.startswith("one task"):
+        return [
+            (f"-{kept}", [
+                f"steps={steps}", *(f"tasks.{task}=null" for task in TASKS if task != kept),
+                *(["model.encoders.text=null"] if kept != "contrast" else []),
+            ])
+            for kept in TASKS
+        ]
+    # A mixed step runs every task once.
+    return [("", [f"steps={steps if way.startswith('mixed') else steps * len(TASKS)}"])]
+
+
+def data_overrides(data: Path) -> list[str]:
+    """Point the recipe to the folder, and evaluate at the end only."""
+    return [
+        f"tokenizer.path={data / 'tokenizer'}", "evaluation_every_steps=null",
+        "deepspeed=zero1", "logging.tensorboard=false", "checkpoint.every_steps=100000",
+        *(f"tasks.{t}.micro_batch=64" for t in TASKS),
+        *(f"tasks.{t}.data.shards=[{data / 'train'}]" for t in TASKS),
+        *(f"tasks.{t}.evaluation.shards=[{data / 'heldout'}]" for t in TASKS),
+    ]
+
+
+def slug(text: str) -> str:
+    """A name for a folder."""
+    return "_".join("".join(c if c.isalnum() or c in ".-" else " " for c in text).split())
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def train(runs: dict[Path, tuple[str, list[str]]], jobs: int) -> list[str]:
+    """Train what has not finished yet; names of the runs that failed."""
+    waiting = [folder for folder in runs if not evaluations(folder)]
+    failed = []
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar, ThreadPoolExecutor(jobs) as pool:
+        task = bar.add_task("", total=len(runs), completed=len(runs) - len(waiting))
+        for folder, code in zip(
+            waiting, pool.map(lambda f: run(f, runs[f][1]), waiting), strict=True
+        ):
+            bar.advance(task)
+            if code:
+                failed.append(folder.name)
+    return failed
+
+
+def run(folder: Path, overrides: Sequence[str]) -> int:
+    """One training in one process; its output goes to a file beside the run directory."""
+    # A task that a single-task run removes cannot be overridden as well.
+    removed = {o.partition("=")[0] for o in overrides if o.endswith("=null")}
+    kept = [o for o in overrides
+            if o.endswith("=null") or not any(o.startswith(f"{name}.") for name in removed)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    resume = ["--resume", str(folder)] if (folder / "checkpoints" / "latest").exists() else None
+    command = [sys.executable, "-m", "pretrain.train", *(resume or ["digits_multitask", *kept])]
+    with open(folder.with_name(f"{folder.name}.log"), "w") as log:
+        return subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ).returncode
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def evaluations(folder: Path) -> dict[str, dict]:
+    """task -> its last evaluation, once the run has finished; else nothing."""
+    try:
+        status = json.loads((folder / "control" / "status.json").read_text())
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    except (OSError, ValueError):
+        return {}
+    if status.get("state") != "finished":
+        return {}
+    rows = (json.loads(line) for line in lines)
+    return {row["task"]: row for row in rows if row["kind"] == "evaluation"}
+
+
+def table(runs: dict[Path, tuple[str, list[str]]]) -> str:
+    """Markdown: a row per way, mean and standard deviation over the seeds."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for folder, (way, _) in runs.items():
+        found = evaluations(folder)
+        for task, metric, title in METRICS:
+            if task in found:
+                values.setdefault(way, {}).setdefault(title, []).append(found[task][metric])
+    titles = [title for _, _, title in METRICS]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for way, columns in values.items():
+        cells = [describe(columns.get(title, [])) for title in titles]
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def describe(values: Sequence[float]) -> str:
+    """Mean and, of several, standard deviation."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
