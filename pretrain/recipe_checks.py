@@ -178,7 +178,8 @@ def _check_optimizer(recipe: "Recipe") -> list[str]:
     if recipe.sampling.mode == "mixed" and recipe.optimizer.task_clip_norms:
         found.append(
             "optimizer.task_clip_norms clips each task's gradient on its own, but with "
-            "sampling.mode=mixed a step has those of all tasks in one: use block or iid, or clip_norm"
+            "sampling.mode=mixed a step has those of all tasks in one: use block or iid, or "
+            "clip_norm"
         )
     for field in ("omega", "task_clip_norms"):
         for name in getattr(recipe.optimizer, field):

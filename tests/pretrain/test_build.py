@@ -249,6 +249,7 @@ def test_recipes_lists_all(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
+        "digits_demo",
         "digits_multitask",
         "git_base",
         "git_coco_small",
