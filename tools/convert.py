@@ -61,7 +61,6 @@ def _export_git(options: argparse.Namespace) -> int:
         temporary.chmod(0o755)
         with console.status("writing the export"):
             record = write_git(captioner, temporary, options.image_size)
-            record = record.model_copy(update={"weights": options.weights})
         with console.status("reading it back with transformers"):
             verification = verify(captioner, temporary, record)
         record = record.model_copy(update={"verification": verification})

@@ -117,6 +117,7 @@ def _record(
     return ExportRecord(
         recipe=captioner.recipe.name,
         step=captioner.step,
+        weights=captioner.state,
         checkpoint_sha256=file_entry(captioner.checkpoint / MANIFEST)["sha256"],
         task=captioner.task_name,
         encoder=captioner.encoder_name,
@@ -204,8 +205,9 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _usage(record: ExportRecord) -> str:
     notes = "\n".join(f"- {note}" for note in record.notes)
+    averaged = ", averaged weights" if record.weights == "ema" else ""
     return f"""\
-# GIT captioner, {record.recipe}, step {record.step}
+# GIT captioner, {record.recipe}, step {record.step}{averaged}
 
 Exported by omnipretrain; where it came from is in `omnipretrain.json`.
 

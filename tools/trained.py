@@ -26,6 +26,8 @@ class TrainedCaptioner:
     task_name: str
     tokenizer: Tokenizer
     model: MultiTaskModel
+    state: str = "master"
+    """Which weights it has: "master", or "ema" for their moving average."""
 
     @property
     def task(self) -> TaskSettings:
@@ -90,7 +92,8 @@ def open_captioner(
     model.load_state_dict(read_full_state(checkpoint, weights), assign=True)
     # Assigning parted the tied matrices; a cast (here to what they are) joins them again.
     return TrainedCaptioner(
-        checkpoint, manifest, recipe, name, tokenizer, model.float().requires_grad_(False).eval()
+        checkpoint, manifest, recipe, name, tokenizer, model.float().requires_grad_(False).eval(),
+        weights,
     )
 
 

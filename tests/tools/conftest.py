@@ -30,7 +30,8 @@ def make_run(folder: Path, scenes: Path, **changes) -> Path:
     """A run directory after 24 steps from noisy weights, which tell images apart."""
     recipe = tiny_recipe(
         scenes, folder / "run", steps=24, initial_weights=str(folder / "noisy.safetensors"),
-        checkpoint={"every_steps": 12}, optimizer__lr=2e-3, **changes,
+        checkpoint={"every_steps": 12}, optimizer__lr=2e-3,
+        ema={"decay": 0.9, "evaluate": False}, **changes,
     )  # fmt: skip
     path = write_recipe(folder / "recipe.yaml", recipe)
     loaded = load_recipe(path)

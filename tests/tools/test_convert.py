@@ -96,6 +96,22 @@ def test_round_trip_is_bitwise(export, run_dir, tmp_path, capsys) -> None:
     assert settings["tokenizer"] == {"path": str(export)}
 
 
+def test_the_moving_average_is_exported_on_request(export, run_dir, tmp_path) -> None:
+    out = tmp_path / "averaged"
+    assert run("export-git", "--run", run_dir, "--weights", "ema", "--out", out) == 0
+    assert ExportRecord.read(out).weights == "ema"
+    assert ExportRecord.read(export).weights == "master"
+    assert "step 24, averaged weights" in (out / "README.md").read_text()
+    back = tmp_path / "back.safetensors"
+    assert run("import-git", out, "--out", back) == 0
+    checkpoint = newest_whole(run_dir / "checkpoints")
+    average, trained = read_full_state(checkpoint, "ema"), read_full_state(checkpoint)
+    for name, tensor in load_file(back).items():
+        assert torch.equal(tensor, average[name]), name
+    assert not torch.equal(average["encoders.image.norm_after.weight"],
+                           trained["encoders.image.norm_after.weight"])
+
+
 def test_an_untied_model_for_larger_images_than_its_table(scenes, tmp_path, capsys) -> None:
     """Images of 40 pixels on a position table for 32; from an older checkpoint's folder."""
     made = make_run(
