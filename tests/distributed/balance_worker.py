@@ -22,6 +22,7 @@ from pretrain.engine.update_size import mean_square_share
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
 from pretrain.optim.ema import EmaSettings
 from pretrain.optim.groups import OptimizerSettings
+from tests.distributed.engines import SEED, deepspeed_config
 from tests.distributed.toy import toy_batch
 from tests.distributed.two_tasks import (
     CLIPPED,
@@ -31,8 +32,8 @@ from tests.distributed.two_tasks import (
     take_step,
     two_task_model,
 )
-from tests.distributed.zero_worker import SEED, deepspeed_config, gathered_partitions
 from tests.pretrain.optim.test_mt_adamw import GOLDENS, read_golden
+from tools.parity_cells import gathered_partitions
 
 STEPS = 20
 STAGES = (1, 2, 3)

@@ -18,8 +18,9 @@ from data_pipeline.step_sampler import deal
 from pretrain.engine.distributed import init_distributed, shutdown
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
 from pretrain.optim.groups import OptimizerSettings
-from tests.distributed.zero_worker import deepspeed_config, gathered_partitions
+from tests.distributed.engines import deepspeed_config
 from tests.pretrain.objectives.pair_models import build_pair_model, pair_batch, rows_of
+from tools.parity_cells import gathered_partitions
 
 GLOBAL_BATCH = 10
 STEPS = 3

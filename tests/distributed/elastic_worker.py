@@ -22,8 +22,9 @@ from pretrain.engine.partitions import list_partitions
 from pretrain.engine.zero import start_engine
 from pretrain.optim.ema import EmaSettings
 from tests.distributed.balance_worker import module_weights
+from tests.distributed.engines import SEED, deepspeed_config
 from tests.distributed.two_tasks import MT_ADAMW, balance_for, take_step, two_task_model
-from tests.distributed.zero_worker import SEED, deepspeed_config, gathered_partitions
+from tools.parity_cells import gathered_partitions
 
 HALF, ALL = 3, 7
 STAGES = (1, 2, 3)

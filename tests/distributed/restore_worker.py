@@ -17,13 +17,9 @@ from pretrain.engine.checkpoint import CheckpointError, Checkpoints, CheckpointS
 from pretrain.engine.distributed import init_distributed, shutdown
 from pretrain.engine.partitions import gathered
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
+from tests.distributed.engines import ADAMW, SEED, deepspeed_config
 from tests.distributed.toy import share_of, toy_batch, toy_model
-from tests.distributed.zero_worker import (
-    ADAMW,
-    SEED,
-    deepspeed_config,
-    gathered_partitions,
-)
+from tools.parity_cells import gathered_partitions
 
 CELLS = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
 HALF, ALL = 3, 6

@@ -21,8 +21,8 @@ from pretrain.engine.loop import Loop, TrainerState
 from pretrain.engine.zero import start_engine
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.sampler import Schedule, Stage, build_schedule
+from tests.distributed.engines import SEED, SGD, deepspeed_config
 from tests.distributed.toy import SAMPLES, ToyEncoder, ToyObjective, toy_batch
-from tests.distributed.zero_worker import SEED, SGD, deepspeed_config
 
 STEPS = 16
 WEIGHTS = {"words": 1.0, "others": 2.0}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pretrain.models.init import initialise
+from tests.distributed.engines import SEED, SGD
 from tests.distributed.launch import run_ranks, tails
 from tests.distributed.sampler_worker import (
     MODES,
@@ -19,7 +20,6 @@ from tests.distributed.sampler_worker import (
     two_tasks,
 )
 from tests.distributed.toy import SAMPLES
-from tests.distributed.zero_worker import SEED, SGD
 
 
 @pytest.fixture(scope="module")
