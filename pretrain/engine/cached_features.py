@@ -44,9 +44,9 @@ class RandomState:
             torch.cuda.set_rng_state(self.on_device, self.device)
 
 
-def couples_samples(objective, micro_batches: Sequence[Mapping]) -> bool:
+def must_couple(model, task: str, micro_batches: Sequence[Mapping]) -> bool:
     """Whether a step must go through `accumulate_coupled`: one micro-batch needs no second pass."""
-    return getattr(objective, "couples_samples", False) and len(micro_batches) > 1
+    return len(micro_batches) > 1 and getattr(model.objectives[task], "couples_samples", False)
 
 
 def accumulate_coupled(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pretrain.engine.cached_features import accumulate_coupled, couples_samples
+from pretrain.engine.cached_features import accumulate_coupled, must_couple
 from pretrain.engine.partitions import gathered
 from pretrain.engine.stale_gradients import clear_gradients
 from pretrain.models.init import initialise, load_weights
@@ -115,7 +115,7 @@ def accumulate_parts(engine, parts: Sequence[TaskWindow]) -> dict[str, dict[str,
     """
     sums: dict[str, dict[str, torch.Tensor]] = {}
     for index, part in enumerate(parts):
-        coupled = couples_samples(engine.module.objectives[part.task], part.micro_batches)
+        coupled = must_couple(engine.module, part.task, part.micro_batches)
         accumulate = accumulate_coupled if coupled else accumulate_shares
         sums[part.task] = accumulate(engine, *part, ends_step=index == len(parts) - 1)
     engine.step()
