@@ -21,9 +21,9 @@ from tools.trained import TrainedCaptioner
 from tools.transformers_git import SpecialIds, transformers_model, without_bars
 
 _RESIZE_NOTE = (
-    "resizing: both use an antialiased bicubic filter, which rounds differently; training also lets "
-    "large JPEGs shrink while they are decoded. Images that already have their final size come out "
-    "equal"
+    "resizing: both use an antialiased bicubic filter, which rounds differently; training also "
+    "lets large JPEGs shrink while they are decoded. Images that already have their final size "
+    "come out equal"
 )
 _BICUBIC = 3  # Pillow's number for it; the only good filter that torchvision has as well
 
