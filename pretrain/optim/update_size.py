@@ -12,7 +12,7 @@ from torch import Tensor
 from pretrain.optim.mt_adamw import MTAdamW
 
 CHUNK = 2**20
-"""Elements at a time: temporary memory stays at 4 MiB."""
+"""Elements at a time, 4 MiB: temporary memory does not grow with the tensor."""
 
 
 def sum_of_squared_steps(

@@ -70,6 +70,7 @@ def test_other_worlds_and_stages_continue_alike(written, world):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_all_worlds_in_all_directions(tmp_path):
     worlds = (1, 2, 3, 4)
     wrote = {name: cell for w in worlds for name, cell in launch(tmp_path, "write", w).items()}
