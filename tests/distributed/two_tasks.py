@@ -3,7 +3,6 @@
 import torch
 
 from pretrain.engine.balance import TaskBalance
-from pretrain.engine.partitions import list_partitions
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.optim.groups import OptimizerSettings
@@ -53,14 +52,4 @@ def take_step(engine, balance, settings, ranks, step: int, micro_steps: int = 1)
         engine, task_of(step), share_of(batch, ranks.rank, ranks.world, micro_steps),
         {"images": batch["valid"].sum().float()},
     )
-    forget_gradients(engine)
     return shares["loss"]
-
-
-def forget_gradients(engine) -> None:
-    """DeepSpeed would use them again for the head that the next step does not run."""
-    if hasattr(engine.optimizer, "grad_partitions_flat_buffer"):
-        engine.optimizer.grad_partitions_flat_buffer.zero_()
-    for partition in list_partitions(engine):
-        if partition.master.grad is not None:
-            partition.master.grad.zero_()
