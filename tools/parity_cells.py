@@ -39,7 +39,8 @@ WEIGHT_TOLERANCE = {"sgd": 1e-6, "adamw": 1e-4}
 
 @dataclass(frozen=True)
 class Cell:
-    """One mode. `tasks`: "one", or "all" in turn; `micro_steps` per optimizer step."""
+    """One mode. `tasks`: "one", "all" in turn, or "mixed": all in every step; `micro_steps` of a
+    task in an optimizer step."""
 
     stage: int
     offload: bool
@@ -59,20 +60,25 @@ class Cell:
         stage, offload, micro, *rest = name.split("-")
         return cls(int(stage[-1]), offload == "offload", int(micro[5:]), *rest)
 
-    def task(self, step: int) -> str:
-        """An uneven turn, so that heads rest for one step, and for several."""
-        return TASKS[0] if self.tasks == "one" else TASKS[(0, 1, 1, 2, 0, 2, 1)[step % 7]]
+    def parts(self, step: int) -> dict[str, float]:
+        """Tasks of a step and the weights of their losses."""
+        if self.tasks == "mixed":
+            return dict(zip(TASKS, (0.5, 0.2, 0.3), strict=True))
+        # An uneven turn, so that heads rest for one step, and for several.
+        turn = 0 if self.tasks == "one" else (0, 1, 1, 2, 0, 2, 1)[step % 7]
+        return {TASKS[turn]: 1.0}
 
 
 def all_cells() -> list[Cell]:
-    """The fp32 matrix, and one bf16 cell for every stage and offload."""
+    """The fp32 matrix, mixed steps (which offload cannot do), and bf16 at every stage."""
     matrix = [
         Cell(stage, offload, micro, tasks, optimizer)
         for stage in (1, 2, 3) for offload in (False, True) for micro in (1, 3)
         for tasks in ("one", "all") for optimizer in OPTIMIZERS
     ]
-    return matrix + [Cell(stage, offload, 1, "all", "adamw", "bf16")
-                     for stage in (1, 2, 3) for offload in (False, True)]
+    mixed = [Cell(stage, False, 1, "mixed", o) for stage in (1, 2, 3) for o in OPTIMIZERS]
+    return matrix + mixed + [Cell(stage, offload, 1, "all", "adamw", "bf16")
+                             for stage in (1, 2, 3) for offload in (False, True)]
 
 
 def engine_settings(cell: Cell) -> dict:
@@ -118,7 +124,12 @@ def gathered_partitions(engine, pick) -> dict[str, torch.Tensor]:
 
 def run_cell(ranks, cell: Cell, out: Path) -> dict[str, list[float]]:
     """Train STEPS steps; losses and gradient norms, and all tensors into a file."""
-    from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
+    from pretrain.engine.zero import (
+        TaskWindow,
+        accumulate_parts,
+        set_learning_rate,
+        start_engine,
+    )
 
     settings = OPTIMIZERS[cell.optimizer]
     engine = start_engine(parity_model, settings, engine_settings(cell), SEED, ranks.device)
@@ -137,8 +148,11 @@ def run_cell(ranks, cell: Cell, out: Path) -> dict[str, list[float]]:
         micro = share_of(batch, ranks.rank, ranks.world, cell.micro_steps)
         set_learning_rate(engine, settings.lr, 1.0)
         totals = {"images": batch["valid"].sum().float()}
-        shares = accumulate_and_step(engine, cell.task(step), micro, totals)
-        loss = shares["loss"].double()
+        parts = cell.parts(step)
+        shares = accumulate_parts(
+            engine, [TaskWindow(task, micro, totals, weight) for task, weight in parts.items()]
+        )
+        loss = sum(shares[task]["loss"].double() * weight for task, weight in parts.items())
         dist.all_reduce(loss)
         losses.append(loss.item())
         norms.append(float(engine.get_global_grad_norm()))
@@ -197,7 +211,8 @@ def plain_run(tasks: str, optimizer: str) -> Reference:
     for step in range(STEPS):
         batch = parity_batch(step)
         totals = {"images": batch["valid"].sum().float()}
-        loss = model(turn.task(step), batch, totals)["loss"]
+        loss = sum(model(task, batch, totals)["loss"] * weight
+                   for task, weight in turn.parts(step).items())
         torch_optimizer.zero_grad()
         loss.backward()
         for p in trained:

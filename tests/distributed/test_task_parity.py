@@ -34,7 +34,7 @@ def launched(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def references():
     torch.set_num_threads(1)
-    return {(t, o): plain_run(t, o) for t in ("one", "all") for o in OPTIMIZERS}
+    return {(t, o): plain_run(t, o) for t in ("one", "all", "mixed") for o in OPTIMIZERS}
 
 
 @pytest.mark.parametrize("cell", FP32, ids=lambda cell: cell.name)
