@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-console = Console()
+console = Console(soft_wrap=True)
 TASKS = ("caption", "classify", "contrast")
 # What is reported of each task's evaluation.
 METRICS = (
@@ -85,7 +85,8 @@ def plan(options: argparse.Namespace) -> dict[Path, tuple[str, list[str]]]:
                 common += [] if rate is None else [f"optimizer.lr={rate}"]
                 for label, more in variants(way, options.steps):
                     folder = options.out / f"{slug(name)}{label}-seed{seed}-steps{options.steps}"
-                    runs[folder] = (name, [*common, *more, f"run_dir={folder}"])
+                    overrides = without_removed([*common, *more, f"run_dir={folder}"])
+                    runs[folder] = (name, overrides)
     return runs
 
 
@@ -101,6 +102,12 @@ def variants(way: str, steps: int) -> list[tuple[str, list[str]]]:
         ]
     # A mixed step runs every task once.
     return [("", [f"steps={steps if way.startswith('mixed') else steps * len(TASKS)}"])]
+
+
+def without_removed(overrides: list[str]) -> list[str]:
+    """Leave out settings of tasks that another override removes."""
+    removed = [o.removesuffix("=null") + "." for o in overrides if o.endswith("=null")]
+    return [o for o in overrides if not o.startswith(tuple(removed))]
 
 
 def data_overrides(data: Path) -> list[str]:
@@ -140,13 +147,9 @@ def train(runs: dict[Path, tuple[str, list[str]]], jobs: int) -> list[str]:
 
 def run(folder: Path, overrides: Sequence[str]) -> int:
     """One training in one process; its output goes to a file beside the run directory."""
-    # A task that a single-task run removes cannot be overridden as well.
-    removed = {o.partition("=")[0] for o in overrides if o.endswith("=null")}
-    kept = [o for o in overrides
-            if o.endswith("=null") or not any(o.startswith(f"{name}.") for name in removed)]
     folder.parent.mkdir(parents=True, exist_ok=True)
     resume = ["--resume", str(folder)] if (folder / "checkpoints" / "latest").exists() else None
-    command = [sys.executable, "-m", "pretrain.train", *(resume or ["digits_multitask", *kept])]
+    command = [sys.executable, "-m", "pretrain.train", *(resume or ["digits_multitask", *overrides])]
     with open(folder.with_name(f"{folder.name}.log"), "w") as log:
         return subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, check=False,
