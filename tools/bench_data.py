@@ -116,8 +116,8 @@ def report(
             f"{len(jpegs)} JPEGs, repeated to {bench.samples}: median {np.median(megapixels):.3f} "
             f"megapixels, {np.mean([len(j) for j in jpegs]) / 1e3:.0f} kB, "
             f"{np.median(bits):.2f} bits per pixel; full-size decoding in all cases",
-            "shards in the page cache; wall time includes starting the workers; CPU time is that of "
-            "all processes",
+            "shards in the page cache; wall time includes starting the workers; CPU time is that "
+            "of all processes",
         ],
     }
 

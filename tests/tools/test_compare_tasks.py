@@ -18,7 +18,8 @@ def options(tmp_path: Path, *more: str):
     compare_tasks.plan = lambda parsed: caught.append(parsed) or {}
     try:
         (tmp_path / "out").mkdir()
-        compare_tasks.main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), *more])
+        folders = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+        compare_tasks.main([*folders, *more])
     finally:
         compare_tasks.plan = original
     return caught[0]
@@ -76,6 +77,8 @@ def test_without_data_it_says_what_to_do(tmp_path, capsys):
     assert "make demo" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("values, text", [([], ""), ([0.5], "0.500"), ([0.5, 0.7], "0.600 ± 0.141")])
+@pytest.mark.parametrize(
+    ("values", "text"), [([], ""), ([0.5], "0.500"), ([0.5, 0.7], "0.600 ± 0.141")]
+)
 def test_means_and_spreads(values, text):
     assert compare_tasks.describe(values) == text
