@@ -148,8 +148,9 @@ def train(runs: dict[Path, tuple[str, list[str]]], jobs: int) -> list[str]:
 def run(folder: Path, overrides: Sequence[str]) -> int:
     """One training in one process; its output goes to a file beside the run directory."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume", str(folder)] if (folder / "checkpoints" / "latest").exists() else None
-    command = [sys.executable, "-m", "pretrain.train", *(resume or ["digits_multitask", *overrides])]
+    goes_on = (folder / "checkpoints" / "latest").exists()
+    what = ["--resume", str(folder)] if goes_on else ["digits_multitask", *overrides]
+    command = [sys.executable, "-m", "pretrain.train", *what]
     with open(folder.with_name(f"{folder.name}.log"), "w") as log:
         return subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, check=False,
