@@ -28,6 +28,10 @@ class RecipeError(ValueError):
     """A recipe that cannot be used; one line per fault: where, key path, what to do."""
 
 
+class MissingSpace(RecipeError):
+    """`{caption:1}`: YAML reads a key `caption:1` without a value, and null would remove it."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """Plain data (dict, list, str, int, float, bool, None) and where each key was written."""
@@ -143,6 +147,10 @@ def _construct(
         if not isinstance(key, str):
             raise RecipeError(f"{line}: {'.'.join(path) or 'top level'}: a key must be plain text")
         here = (*path, key)
+        is_bare = isinstance(value_node, yaml.ScalarNode) and value_node.value == ""
+        if node.flow_style and is_bare and key_node.style is None and ":" in key:
+            begin, _, end = key.partition(":")
+            raise MissingSpace(f"{line}: {key}: YAML wants a space: {{{begin}: {end}}}")
         if key in data:
             raise RecipeError(f"{line}: {'.'.join(here)}: given twice ({written.get(here, line)})")
         written[here] = line
@@ -232,6 +240,8 @@ def parse_override(text: str) -> Layer:
     value_text = text[position + 1 :]
     try:
         value = parse_yaml(f"value: {value_text}", source).data["value"]
+    except MissingSpace:
+        raise
     except (RecipeError, KeyError):
         raise RecipeError(
             f"{source}: {value_text!r} is not a YAML value; put text with special characters in "

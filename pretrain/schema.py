@@ -115,6 +115,8 @@ def error_lines(error: ValidationError, model: type[BaseModel], layer: Layer) ->
     """One line per fault: `file:line: key.path: what is wrong; did you mean ...?`."""
     lines: dict[str, None] = {}  # ordered set: union members repeat the same fault
     for detail in error.errors(include_url=False):
+        if detail["type"] == "default_factory_not_called":  # only says that there are other faults
+            continue
         path, parent = _locate(model, detail["loc"])
         if detail["type"].startswith("union_tag"):
             path = (*path, "type")

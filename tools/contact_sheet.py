@@ -254,6 +254,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def positive(text: str) -> int:
+    """Parse a count from the command line."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.contact_sheet",
@@ -263,8 +270,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("shards", nargs="+", help="folders, tars, globs or {000..123} expressions")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     parser.add_argument("--caption-source", default="txt", help="as in recipes: txt or json:KEY")
-    parser.add_argument("--count", type=int, default=16, help="samples (default %(default)s)")
-    parser.add_argument("--columns", type=int, default=4, help="(default %(default)s)")
+    parser.add_argument("--count", type=positive, default=16, help="samples (default %(default)s)")
+    parser.add_argument("--columns", type=positive, default=4, help="(default %(default)s)")
     parser.add_argument("--font", help="TrueType file, for scripts that the built-in font lacks")
     return parser
 

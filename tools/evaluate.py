@@ -30,7 +30,7 @@ from data_pipeline.stream import DataError
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.objectives.caption_evaluation import CaptionExample, evaluate_captions
-from tools.contact_sheet import Cell, contact_sheet
+from tools.contact_sheet import Cell, contact_sheet, positive
 from tools.export_record import ExportRecord, heldout_loader
 
 _COLUMNS = 4
@@ -264,9 +264,9 @@ def _parser() -> argparse.ArgumentParser:
                         help="held-out shards: folders, tars, globs or {000..123} expressions")
     parser.add_argument("--caption-source",
                         help="txt or json:KEY; default: as the exported task trained")
-    parser.add_argument("--batch", type=_positive, default=32, metavar="N",
+    parser.add_argument("--batch", type=positive, default=32, metavar="N",
                         help="images at a time (default %(default)s)")
-    parser.add_argument("--max-samples", type=_positive, metavar="N",
+    parser.add_argument("--max-samples", type=positive, metavar="N",
                         help="at most so many, spread evenly over the shards")
     parser.add_argument("--workers", type=int, default=2, metavar="N",
                         help="processes that read images (default %(default)s)")
@@ -278,16 +278,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write metrics and captions")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png",
                         help="draw the first images with predicted and reference captions")
-    parser.add_argument("--sheet-rows", type=_positive, default=4, metavar="N",
+    parser.add_argument("--sheet-rows", type=positive, default=4, metavar="N",
                         help=f"rows of {_COLUMNS} images on the sheet (default %(default)s)")
     parser.add_argument("--font", help="TrueType file for the sheet, for other than Latin scripts")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
 
 
 def _device(text: str) -> torch.device:

@@ -142,9 +142,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        # Not torch's own text: it advises to load with weights_only=False, which runs the code.
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors and is not opened, since that could "
-            f"run code: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"{path} is damaged ({type(error).__name__}), or holds more than tensors and is not "
+            "opened, since that could run code"
         ) from None
     while isinstance(content, Mapping) and len(inner := _wrapped(content)) == 1:
         content = content[inner[0]]

@@ -121,6 +121,18 @@ def test_null_removes_from_free_mappings_and_sets_none_elsewhere():
     assert list(renamed.model.encoders) == ["eye"]
 
 
+def test_a_colon_without_a_space_does_not_remove_a_setting_silently():
+    with pytest.raises(RecipeError, match=r"YAML wants a space: \{caption: 1\}"):
+        load_recipe("git_digits", ["optimizer.task_clip_norms={caption:1}"])
+
+
+def test_an_empty_file_lists_what_is_required_and_nothing_else(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(str(tmp_path / "empty.yaml"))
+    assert all("required" in line for line in str(error.value).splitlines())
+
+
 def test_the_source_of_a_fault_is_the_layer_that_wrote_it(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("base: git_digits\nsteps: 100\n\nlogging:\n  evry_steps: 3\n")

@@ -104,3 +104,11 @@ def test_unreadable_samples_are_left_out(tmp_path, capsys) -> None:
     assert run(tmp_path / "odd", "--out", tmp_path / "look.png") == 0
     error = " ".join(capsys.readouterr().err.split())
     assert "left out 2 of 3 samples" in error and "'1'" in error and "1 pictures" in error
+
+
+@pytest.mark.parametrize("option", ["--count", "--columns"])
+def test_a_sheet_of_nothing_is_wrong_usage(option, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--out", tmp_path / "look.png", option, 0)
+    assert stop.value.code == 2
+    assert "not a positive number" in capsys.readouterr().err
