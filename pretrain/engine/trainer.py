@@ -92,6 +92,25 @@ def prepare_run_dir(recipe: Recipe, ranks: Ranks, resume: bool) -> None:
         raise RunDirError(errors[0])
 
 
+def require_hardware(precision: str, config: dict, device: torch.device) -> None:
+    """Refuse what this machine cannot do before DeepSpeed fails half-way into it.
+
+    Raises:
+        RunDirError: fp16 without a GPU, or weights on NVMe without DeepSpeed's operator for it.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise RunDirError("precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+    offload = config["zero_optimization"].get("offload_param", {})
+    if offload.get("device") == "nvme":
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise RunDirError(
+                "offload_param.device=nvme needs DeepSpeed's async_io operator: install libaio's "
+                "headers and a C++ compiler (`ds_report` shows what is missing), or offload to cpu"
+            )
+
+
 class Trainer:
     """The parts of a run on this rank, and what happens between its steps."""
 
@@ -107,8 +126,7 @@ class Trainer:
         self.config = engine_config(recipe, ranks.world)
         stage = self.config["zero_optimization"]["stage"]
         require_verified(len(recipe.tasks), stage, offloads_optimizer(self.config))
-        if recipe.precision == "fp16" and ranks.device.type == "cpu":
-            raise RunDirError("precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+        require_hardware(recipe.precision, self.config, ranks.device)
         self.state = TrainerState()
         self.saved_step = 0
         self.checkpoints = Checkpoints(
