@@ -22,6 +22,8 @@ from pretrain.recipe import Recipe, RecipeError, load_layers, load_recipe, load_
 
 log = logging.getLogger("omnipretrain.train")
 
+WRONG_USAGE = 2
+
 # What may change on a resume: it decides where and how things are computed, or what comes later.
 CHANGEABLE = (
     "loader.*",
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RecipeError, RunDirError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
-        return 2
+        return WRONG_USAGE
     from pretrain.engine.trainer import train_recipe  # imports DeepSpeed, which takes seconds
 
     return train_recipe(recipe, resume=arguments.resume is not None)
@@ -99,4 +101,9 @@ def moved(recipe: Recipe, run_dir: Path) -> Recipe:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == WRONG_USAGE:
+        sys.exit(code)
+    from pretrain.engine.distributed import leave
+
+    leave(code)

@@ -251,4 +251,7 @@ def faults(cell: Cell, out: Path, reference: Reference) -> list[str]:
 
 
 if __name__ == "__main__":
+    from pretrain.engine.distributed import leave
+
     main()
+    leave(0)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pretrain.engine.balance import TaskBalance
-from pretrain.engine.distributed import init_distributed, shutdown
+from pretrain.engine.distributed import init_distributed, leave, shutdown
 from pretrain.engine.ema import Ema
 from pretrain.engine.partitions import gathered, list_partitions
 from pretrain.engine.update_size import mean_square_share
@@ -192,3 +192,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from data_pipeline.step_sampler import deal
-from pretrain.engine.distributed import init_distributed, shutdown
+from pretrain.engine.distributed import init_distributed, leave, shutdown
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
 from pretrain.optim.groups import OptimizerSettings
 from tests.distributed.engines import deepspeed_config
@@ -117,3 +117,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from pretrain.engine import checkpoint_files
 from pretrain.engine.checkpoint import CheckpointError, Checkpoints, CheckpointSettings
-from pretrain.engine.distributed import init_distributed, shutdown
+from pretrain.engine.distributed import init_distributed, leave, shutdown
 from pretrain.engine.ema import Ema
 from pretrain.engine.partitions import list_partitions
 from pretrain.engine.zero import start_engine
@@ -205,3 +205,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

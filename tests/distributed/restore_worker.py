@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.engine.checkpoint import CheckpointError, Checkpoints, CheckpointSettings
-from pretrain.engine.distributed import init_distributed, shutdown
+from pretrain.engine.distributed import init_distributed, leave, shutdown
 from pretrain.engine.partitions import gathered
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
 from tests.distributed.engines import ADAMW, SEED, deepspeed_config
@@ -164,3 +164,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -16,7 +16,7 @@ from data_pipeline.loader import LoaderSettings, StepLoader
 from data_pipeline.step_sampler import MicroBatch
 from pretrain.engine.agreement import Agreement, RanksDisagree
 from pretrain.engine.control import ControlFolder, StopSignals
-from pretrain.engine.distributed import init_distributed, shutdown
+from pretrain.engine.distributed import init_distributed, leave, shutdown
 from pretrain.engine.loop import Loop, TrainerState
 from pretrain.engine.zero import start_engine
 from pretrain.models.multitask import MultiTaskModel
@@ -127,3 +127,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
