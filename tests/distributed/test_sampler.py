@@ -77,9 +77,9 @@ def test_samples_are_counted_per_task(launched):
 @pytest.mark.parametrize(
     ("case", "texts"),
     [
-        ("task", ["disagree", "parts: words in 1 micro-steps, positions", "on rank(s) 0",
-                  "but others in 2 micro-steps", "on rank(s) 1"]),
-        ("mixture", ["on rank(s) 0", "words in 1 micro-steps, positions 0 to 7 on rank(s) 1"]),
+        ("task", ["disagree", "parts: words in 2 micro-steps, positions", "on rank(s) 0",
+                  "but others in 3 micro-steps", "on rank(s) 1"]),
+        ("mixture", ["on rank(s) 0", "words in 2 micro-steps, positions 0 to 11 on rank(s) 1"]),
         ("step", ["step: 0 on rank(s) 0, but 1 on rank(s) 1"]),
         ("deal", ["have not loaded the global batch", "positions are missing",
                   "positions are doubled", "on rank(s) 0, 1"]),
