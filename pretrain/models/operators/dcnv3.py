@@ -4,12 +4,10 @@ A `torch.library` operator: it can be compiled, exported, checkpointed, and trac
 device. Its backward pass keeps nothing but the three inputs.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from pretrain.models.operators import dcnv3_torch
+from pretrain.models.operators import dcnv3_cpu, dcnv3_torch
 from pretrain.models.operators.backends import AUTO, choose
 from pretrain.models.operators.window import Window
 
@@ -19,7 +17,7 @@ _GEOMETRY = (
     "int[] kernel_size, int[] stride, int[] pad, int[] dilation, int groups, float offset_scale, "
     "bool remove_center, str backend"
 )
-_BACKENDS: dict[str, ModuleType] = {"torch": dcnv3_torch}
+_BACKENDS = {"cpp": dcnv3_cpu, "torch": dcnv3_torch}
 
 
 def dcnv3(
@@ -49,8 +47,8 @@ def dcnv3(
     its distance from the kernel's centre. Bilinear; outside of the image there are zeros.
     `remove_center` leaves the middle point out: P is one less.
 
-    Sizes are a number or (vertical, horizontal). `backend` is `torch`, or `auto`: see
-    `backends.py`.
+    Sizes are a number or (vertical, horizontal). `backend` is `cpp` (on a CPU), `torch`
+    or `auto`, the fastest that works: see `backends.py`.
 
     Errors: ValueError or TypeError that names the argument which does not fit.
     """
@@ -80,19 +78,11 @@ def _window(
     return Window(*pairs, groups, offset_scale, remove_center)
 
 
-def _usable(device: torch.device) -> dict:
-    return {"torch": lambda: True}
-
-
-def _backend(name: str, device: torch.device) -> ModuleType:
-    return _BACKENDS[choose(name, device, _usable(device))]
-
-
 def _forward(value: Tensor, offset: Tensor, mask: Tensor, *geometry) -> Tensor:
     *fields, backend = geometry
     window = _window(*fields)
     window.check(value, offset, mask)
-    return _backend(backend, value.device).forward(value, offset, mask, window)
+    return choose(backend, value.device, _BACKENDS).forward(value, offset, mask, window)
 
 
 def _forward_shape(value: Tensor, offset: Tensor, mask: Tensor, *geometry) -> Tensor:
@@ -107,7 +97,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *fields, backend = geometry
     window = _window(*fields)
-    return _backend(backend, value.device).backward(gradient, value, offset, mask, window)
+    implementation = choose(backend, value.device, _BACKENDS)
+    return implementation.backward(gradient, value, offset, mask, window)
 
 
 def _backward_shapes(

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.models.operators.dcnv3 import dcnv3
 from tests.pretrain.models.operators.dcnv3_cases import GOLDENS, golden, random_case, results
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "cpp"]
 
 
 def test_all_goldens_are_here():
