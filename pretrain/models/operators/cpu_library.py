@@ -22,7 +22,7 @@ from data_pipeline.files import exclusive
 _log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
-_SOURCES = ("dcnv3_cpu.cpp",)
+_SOURCES = ("dcnv3_cpu.cpp", "ms_deform_attn_cpu.cpp")
 _HEADERS = ("lanes.h", "points.h", "sampling.h")
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")

@@ -1,8 +1,5 @@
 // DCNv3 on the CPU: the geometry of its points, and the operators that Python calls.
-#include <ATen/ATen.h>
 #include <torch/library.h>
-
-#include <tuple>
 
 #include "sampling.h"
 
@@ -55,7 +52,7 @@ struct Dcnv3 {
       for (int64_t q = 0; q < count; ++q) points.differentiate(q, scale, scale);
     }
 
-    OneMap maps(const Points<A>&) const {
+    OneMap maps() const {
       const auto& g = geometry_;
       return {g.width > 1 ? g.channels : 0, g.height > 1 ? g.width * g.channels : 0};
     }
@@ -67,25 +64,6 @@ struct Dcnv3 {
   };
 };
 
-// Calls `work` with two null pointers whose types are those of the values and of the places.
-template <class Work>
-void by_types(const at::Tensor& value, const at::Tensor& place, const Work& work) {
-  const bool same = value.scalar_type() == place.scalar_type();
-  const auto with = [&]<class T>(T) {
-    if constexpr (!std::is_same_v<T, Sum<T>>) {
-      if (!same) return work.template operator()<T, Sum<T>>();
-    }
-    work.template operator()<T, T>();
-  };
-  switch (value.scalar_type()) {
-    case at::kFloat: return with(float());
-    case at::kDouble: return with(double());
-    case at::kBFloat16: return with(c10::BFloat16());
-    case at::kHalf: return with(c10::Half());
-    default: TORCH_CHECK(false, "no kernel for ", value.scalar_type());
-  }
-}
-
 struct Call {
   Shape shape;
   Dcnv3 geometry;
@@ -95,25 +73,20 @@ Call described(const at::Tensor& value, at::IntArrayRef size, at::IntArrayRef st
                at::IntArrayRef steps_x, at::IntArrayRef stride, at::IntArrayRef origin,
                int64_t groups, double scale) {
   const int64_t height = value.size(1), width = value.size(2), channels = value.size(3);
-  TORCH_CHECK(height * width < (int64_t{1} << 31), "dcnv3: an image of ", height, " x ", width,
+  TORCH_CHECK(height * width <= kMostPixels, "dcnv3: an image of ", height, " x ", width,
               " has too many pixels for the C++ kernel; use backend='torch'");
   const int64_t points = steps_x.size();
   return {{value.size(0), size[0], size[1], groups, points, channels / groups, height * width},
           {height, width, channels, stride, origin, steps_y, steps_x, scale}};
 }
 
-// Arguments have been checked by the caller; all tensors are contiguous.
 at::Tensor dcnv3_forward(const at::Tensor& value, const at::Tensor& offset, const at::Tensor& mask,
                          at::IntArrayRef size, at::IntArrayRef steps_y, at::IntArrayRef steps_x,
                          at::IntArrayRef stride, at::IntArrayRef origin, int64_t groups,
                          double scale) {
   const Call call = described(value, size, steps_y, steps_x, stride, origin, groups, scale);
-  at::Tensor out = at::empty({value.size(0), size[0], size[1], value.size(3)}, value.options());
-  by_types(value, offset, [&]<class T, class S>() {
-    forward(call.shape, call.geometry, value.const_data_ptr<T>(), offset.const_data_ptr<S>(),
-            mask.const_data_ptr<S>(), out.mutable_data_ptr<T>());
-  });
-  return out;
+  return sum_of_samples(call.shape, call.geometry, value, offset, mask,
+                        {value.size(0), size[0], size[1], value.size(3)});
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> dcnv3_backward(
@@ -121,15 +94,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dcnv3_backward(
     const at::Tensor& mask, at::IntArrayRef size, at::IntArrayRef steps_y, at::IntArrayRef steps_x,
     at::IntArrayRef stride, at::IntArrayRef origin, int64_t groups, double scale) {
   const Call call = described(value, size, steps_y, steps_x, stride, origin, groups, scale);
-  at::Tensor of_offset = at::empty_like(offset), of_mask = at::empty_like(mask), of_value;
-  by_types(value, offset, [&]<class T, class S>() {
-    of_value = at::zeros(value.sizes(), value.options().dtype(c10::CppTypeToScalarType<Sum<T>>()));
-    backward(call.shape, call.geometry, gradient.const_data_ptr<T>(), value.const_data_ptr<T>(),
-             offset.const_data_ptr<S>(), mask.const_data_ptr<S>(),
-             of_value.mutable_data_ptr<Sum<T>>(), of_offset.mutable_data_ptr<S>(),
-             of_mask.mutable_data_ptr<S>());
-  });
-  return {of_value.to(value.scalar_type()), of_offset, of_mask};
+  return gradients_of_sum(call.shape, call.geometry, gradient, value, offset, mask);
 }
 
 }  // namespace

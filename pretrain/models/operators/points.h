@@ -6,12 +6,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 #include <vector>
 
 #include "lanes.h"
 
 namespace omnipretrain {
+
+// Pixels of an image are counted in 32 bits, values in 64.
+constexpr int64_t kMostPixels = std::numeric_limits<int32_t>::max();
 
 // Along one axis: the first of two pixels, their weights, and how these change with the coordinate.
 template <class A>
@@ -44,7 +48,7 @@ template <class A>
 template <class A>
 class Points {
  public:
-  explicit Points(int64_t capacity) : numbers_(22 * capacity), pixels_(3 * capacity) {
+  explicit Points(int64_t capacity) : numbers_(22 * capacity), pixel_(capacity) {
     A* next = numbers_.data();
     const auto take = [&](int64_t each) { return std::exchange(next, next + each * capacity); };
     for (A*& array : corner) array = take(1);
@@ -54,9 +58,7 @@ class Points {
     weight_gradient = take(1);
     place_scratch = take(2);
     weight_scratch = take(1);
-    pixel = pixels_.data();
-    right = pixel + capacity;
-    below = right + capacity;
+    pixel = pixel_.data();
   }
 
   // Point `q` lies at (at_x, at_y) on a map of height x width pixels that begins at pixel `start`.
@@ -95,7 +97,6 @@ class Points {
 
   const A *place, *weight;  // the caller's coordinates [point][x, y] and weights
   int32_t* pixel;           // the first of the four, counted from the image's first
-  int32_t *right, *below;   // pixels from there to its neighbours, where maps differ
   A* corner[4];             // weights of the four, with that of the point
   A *x[2], *y[2], *x_slope[2], *y_slope[2];
   A* products;  // [point][corner]: gradient of the sum times values of the pixel
@@ -104,7 +105,7 @@ class Points {
 
  private:
   std::vector<A> numbers_;
-  std::vector<int32_t> pixels_;
+  std::vector<int32_t> pixel_;
 };
 
 }  // namespace omnipretrain

@@ -4,9 +4,11 @@
 // and group has a sum over its points; vectors are over the channels of a group.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <numeric>
+#include <tuple>
 
 #include "points.h"
 
@@ -219,7 +221,7 @@ void forward(const Shape& shape, const Geometry& geometry, const T* values, cons
       placer.template set<false>(tile, points);
       by_depth(shape.depth, [&]<int64_t kDepth>() {
         gather_tile<kDepth>(shape, tile, values + tile.image * shape.pixels * channels, points,
-                            placer.maps(points), out + (row * shape.columns + column) * channels);
+                            placer.maps(), out + (row * shape.columns + column) * channels);
       });
     }
   });
@@ -256,7 +258,7 @@ void backward(const Shape& shape, const Geometry& geometry, const T* gradient, c
           placer.template set<true>(tile, points);
           by_depth(shape.depth, [&]<int64_t kDepth>() {
             scatter_tile<kDepth>(shape, tile, gradient + at * channels, values + image_start,
-                                 points, placer.maps(points), value_gradient + image_start);
+                                 points, placer.maps(), value_gradient + image_start);
           });
           placer.differentiate(tile, points);
           write(shape, tile, points, place_gradient, weight_gradient);
@@ -264,6 +266,54 @@ void backward(const Shape& shape, const Geometry& geometry, const T* gradient, c
       }
     }
   });
+}
+
+// Calls `work` with the types of the values, and of the places and weights.
+template <class Work>
+void by_types(const at::Tensor& value, const at::Tensor& place, const Work& work) {
+  const bool same = value.scalar_type() == place.scalar_type();
+  const auto with = [&]<class T>(T) {
+    if constexpr (!std::is_same_v<T, Sum<T>>) {
+      if (!same) return work.template operator()<T, Sum<T>>();
+    }
+    work.template operator()<T, T>();
+  };
+  switch (value.scalar_type()) {
+    case at::kFloat: return with(float());
+    case at::kDouble: return with(double());
+    case at::kBFloat16: return with(c10::BFloat16());
+    case at::kHalf: return with(c10::Half());
+    default: TORCH_CHECK(false, "no kernel for ", value.scalar_type());
+  }
+}
+
+// Checks and memory around `forward`; tensors are contiguous, the caller has checked their shapes.
+template <class Geometry>
+at::Tensor sum_of_samples(const Shape& shape, const Geometry& geometry, const at::Tensor& value,
+                          const at::Tensor& place, const at::Tensor& weight,
+                          at::IntArrayRef size) {
+  at::Tensor out = at::empty(size, value.options());
+  by_types(value, place, [&]<class T, class S>() {
+    forward(shape, geometry, value.const_data_ptr<T>(), place.const_data_ptr<S>(),
+            weight.const_data_ptr<S>(), out.mutable_data_ptr<T>());
+  });
+  return out;
+}
+
+// The same around `backward`: gradients of value, place and weight.
+template <class Geometry>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients_of_sum(
+    const Shape& shape, const Geometry& geometry, const at::Tensor& gradient,
+    const at::Tensor& value, const at::Tensor& place, const at::Tensor& weight) {
+  at::Tensor of_value, of_place = at::empty_like(place), of_weight = at::empty_like(weight);
+  by_types(value, place, [&]<class T, class S>() {
+    of_value = at::zeros(value.sizes(), value.options().dtype(c10::CppTypeToScalarType<Sum<T>>()));
+    backward(shape, geometry, gradient.const_data_ptr<T>(), value.const_data_ptr<T>(),
+             place.const_data_ptr<S>(), weight.const_data_ptr<S>(),
+             of_value.mutable_data_ptr<Sum<T>>(), of_place.mutable_data_ptr<S>(),
+             of_weight.mutable_data_ptr<S>());
+  });
+  return {of_value.to(value.scalar_type()), of_place, of_weight};
 }
 
 }  // namespace omnipretrain
