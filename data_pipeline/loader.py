@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from data_pipeline.evaluation import EvaluationLoader
-from data_pipeline.faults import FaultCount, FaultPolicy
+from data_pipeline.faults import FaultCount, FaultFile, FaultLimits, FaultPolicy, OnBadSample
 from data_pipeline.settings import Settings
 from data_pipeline.stall import StallWatch
 from data_pipeline.step_sampler import MicroBatch, Schedule, StepSampler
@@ -50,6 +50,9 @@ class LoaderSettings(Settings):
     """Micro-batches that each worker prepares ahead."""
     start_method: Literal["fork", "forkserver", "spawn"] = "fork"
     """How workers start; choose forkserver or spawn where forking a process with threads hangs."""
+    on_bad_sample: OnBadSample = "substitute"
+    """What a sample that cannot be used leads to: another one in its place, or the end of the
+    run."""
     max_bad_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of a task's samples on one rank that may be replaced before the run ends (judged from
     50 bad samples on; 0: none may)."""
@@ -57,6 +60,10 @@ class LoaderSettings(Settings):
     """Bad samples in a row, in one task on one rank, that end the run."""
     stall_seconds: float = Field(default=120.0, gt=0.0)
     """Waiting longer than this for a batch logs which positions are being processed."""
+
+    def fault_limits(self) -> FaultLimits:
+        """When bad samples end the run."""
+        return FaultLimits(self.max_bad_fraction, self.max_bad_run, self.on_bad_sample)
 
 
 class Part(NamedTuple):
@@ -105,6 +112,7 @@ class StepLoader:
         start_step: int,
         stop_step: int,
         pin_memory: bool = False,
+        fault_file: FaultFile | None = None,
     ) -> None:
         """Assemble the loader; workers start with the iteration.
 
@@ -116,12 +124,14 @@ class StepLoader:
             start_step: first step to load: 0, or the step that a resumed run continues with.
             stop_step: end of the run (not loaded).
             pin_memory: page-lock images for asynchronous copies; needs CUDA.
+            fault_file: where every bad sample is written down.
         """
         self.settings, self.rank = settings, rank
         self.streams = dict(streams)
         self.sampler = StepSampler(schedule, self.streams, rank, world, start_step, stop_step)
         self._micro_steps = {task: self.sampler.micro_steps(task) for task in self.streams}
-        self._policy = FaultPolicy(settings.max_bad_fraction, settings.max_bad_run, rank)
+        self._fault_file = fault_file
+        self._policy = FaultPolicy(settings.fault_limits(), rank, fault_file)
         self._pin_memory = pin_memory
 
     def faults(self) -> dict[str, FaultCount]:
@@ -154,6 +164,8 @@ class StepLoader:
         watch: StallWatch,
     ) -> StepWindow:
         parts = self.sampler.parts(step)
+        if self._fault_file is not None:
+            self._fault_file.step = step + 1
         window = StepWindow(step, [Part(task, []) for task, _ in parts], {"wait": 0.0}, dict(parts))
         for part in window.parts:
             for _ in range(self._micro_steps[part.task]):

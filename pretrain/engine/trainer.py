@@ -27,7 +27,7 @@ from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.loop import Loop, StepReport, TrainerState
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.metrics_log import MetricsLog
-from pretrain.engine.run_dir import RunDirError, record_start
+from pretrain.engine.run_dir import RunDirError, open_fault_file, record_start
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.throughput import Throughput
 from pretrain.engine.zero import start_engine
@@ -153,13 +153,18 @@ class Trainer:
         if newest is not None:
             self._restore(newest)
         step = self.state.step
-        with MetricsLog(self.run_dir, ranks.rank, step, recipe.steps, recipe.logging) as self.log:
+        with (
+            MetricsLog(self.run_dir, ranks.rank, step, recipe.steps, recipe.logging) as self.log,
+            open_fault_file(self.run_dir, ranks.rank, ranks.world, step) as self.faults,
+        ):
             if ranks.leads:
                 stage = self.engine.zero_optimization_stage()
                 record_start(self.run_dir, ranks.world, stage, str(ranks.device), step)
                 self.control.status("running", step)
             self._announce(newest)
-            self.evaluator = Evaluator(recipe, ranks, self.engine, self.tokenizer, self.log)
+            self.evaluator = Evaluator(
+                recipe, ranks, self.engine, self.tokenizer, self.log, self.faults
+            )
             self._train()
 
     def _train(self) -> None:
@@ -182,7 +187,7 @@ class Trainer:
             self.loader = StepLoader(
                 streams, schedule, recipe.loader, rank=self.ranks.rank,
                 world=self.ranks.world, start_step=state.step, stop_step=recipe.steps,
-                pin_memory=self.ranks.device.type == "cuda",
+                pin_memory=self.ranks.device.type == "cuda", fault_file=self.faults,
             )
             stopped = loop.run(
                 self.loader, state, wants_report=self._wants_report,
