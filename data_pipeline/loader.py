@@ -58,6 +58,8 @@ class LoaderSettings(Settings):
     50 bad samples on; 0: none may)."""
     max_bad_run: int = Field(default=20, ge=1)
     """Bad samples in a row, in one task on one rank, that end the run."""
+    quarantine: bool = True
+    """Whether bad samples that were met take no part from the next epoch of their data set on."""
     stall_seconds: float = Field(default=120.0, gt=0.0)
     """Waiting longer than this for a batch logs which positions are being processed."""
 
@@ -130,7 +132,7 @@ class StepLoader:
         self.streams = dict(streams)
         self.sampler = StepSampler(schedule, self.streams, rank, world, start_step, stop_step)
         self._micro_steps = {task: self.sampler.micro_steps(task) for task in self.streams}
-        self._fault_file = fault_file
+        self._fault_file, self._restart = fault_file, False
         self._policy = FaultPolicy(settings.fault_limits(), rank, fault_file)
         self._pin_memory = pin_memory
 
@@ -138,9 +140,28 @@ class StepLoader:
         """Bad samples met by this rank so far, by task."""
         return self._policy.counts
 
+    def take_faults(self) -> list[Fault]:
+        """One fault of each row that was bad in a window given out since the last call."""
+        return self._policy.take_rows()
+
+    def restart(self) -> None:
+        """Start workers anew before the next window: a stream's order has changed."""
+        self._restart = True
+
     def __iter__(self) -> Iterator[StepWindow]:
+        step = self.sampler.start_step
+        while step < self.sampler.stop_step:
+            self._restart = False
+            with closing(self._windows(self.sampler.from_step(step))) as windows:
+                for window in windows:
+                    yield window
+                    step = window.step + 1
+                    if self._restart:
+                        break
+
+    def _windows(self, sampler: StepSampler) -> Iterator[StepWindow]:
         settings = self.settings
-        requests = Requests(self.sampler)
+        requests = Requests(sampler)
         batches = load_batches(
             self.streams,
             requests,
@@ -153,7 +174,7 @@ class StepLoader:
         )
         watch = StallWatch(settings.stall_seconds, lambda: self._describe(requests))
         with closing(batches), watch:
-            for step in range(self.sampler.start_step, self.sampler.stop_step):
+            for step in range(sampler.start_step, sampler.stop_step):
                 yield self._window(step, batches, requests, watch)
 
     def _window(

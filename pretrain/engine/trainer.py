@@ -27,6 +27,7 @@ from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.loop import Loop, StepReport, TrainerState
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.metrics_log import MetricsLog
+from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.run_dir import RunDirError, open_fault_file, record_start
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.throughput import Throughput
@@ -170,7 +171,11 @@ class Trainer:
     def _train(self) -> None:
         recipe, state = self.recipe, self.state
         streams = build.build_streams(recipe, self.tokenizer)
-        schedule = self._schedule({name: stream.n_rows for name, stream in streams.items()})
+        self.schedule = schedule = self._schedule(
+            {name: stream.n_rows for name, stream in streams.items()}
+        )
+        self.quarantine = Quarantine(self.run_dir, self.ranks, state, streams)
+        self.agreement = self._agreement(streams)
         self.throughput = Throughput(self.ranks, recipe.logging.peak_tflops_per_device)
         loop = Loop(
             self.engine, self.ranks, recipe.seed,
@@ -178,11 +183,11 @@ class Trainer:
             recipe.failure.max_skipped_steps,
             {name: task.global_batch for name, task in recipe.tasks.items()},
             self.control, self.signals, lambda step: build.loss_weights(recipe, schedule, step),
-            self._agreement(streams),
+            self.agreement,
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self.ema.update if self.ema else lambda update: None,
         )
-        stopped = None
+        stopped, self.loader = None, None
         if state.step < recipe.steps:
             self.loader = StepLoader(
                 streams, schedule, recipe.loader, rank=self.ranks.rank,
@@ -193,6 +198,8 @@ class Trainer:
                 self.loader, state, wants_report=self._wants_report,
                 on_report=self._on_report, after_step=self._after_step,
             )
+        if self.loader is not None and self.saved_step != state.step:
+            self._look_after_bad_samples()
         self._save()
         if self.ranks.leads:
             self.control.status("stopped" if stopped else "finished", state.step, stopped or "")
@@ -221,11 +228,11 @@ class Trainer:
         common = {
             f"data of {name}": stream.reader.shards.fingerprint[:16]
             for name, stream in streams.items()
-        } | {
-            "world": str(self.ranks.world),
-            "ledger": f"{keyed_u64(json.dumps(self.state.ledger, sort_keys=True)):016x}",
-        }
+        } | {"world": str(self.ranks.world), "ledger": self._ledger_digest()}
         return Agreement(self.ranks, self.recipe.sampling.check_every_steps, common)
+
+    def _ledger_digest(self) -> str:
+        return f"{keyed_u64(json.dumps(self.state.ledger, sort_keys=True)):016x}"
 
     # ---- between steps ---------------------------------------------------------------------------
 
@@ -249,6 +256,7 @@ class Trainer:
             with self.ema.in_module() if averaged else contextlib.nullcontext():
                 self.evaluator.evaluate(state.step)
         if save_asked or state.step % recipe.checkpoint.every_steps == 0:
+            self._look_after_bad_samples()
             self._save()
             if save_asked and self.ranks.leads:
                 self.control.save_done()
@@ -260,6 +268,20 @@ class Trainer:
         count = torch.tensor([mine], device=self.ranks.device)
         dist.all_reduce(count)
         return int(count)
+
+    def _look_after_bad_samples(self) -> None:
+        """Before a checkpoint, which has to hold what ranks agree on: see `engine.quarantine`."""
+        faults, planned = self.loader.take_faults(), self.recipe.checkpoint.every_steps
+        if not self.recipe.loader.quarantine:
+            return
+        self.quarantine.gather(faults)
+        if self.state.step % planned == 0 and self.state.step < self.recipe.steps:
+            visits = self.schedule.visits(self.state.step)
+            samples = {n: v * self.recipe.tasks[n].global_batch for n, v in visits.items()}
+            if self.quarantine.revise(samples):
+                self.agreement.common["ledger"] = self._ledger_digest()
+                self.loader.restart()
+        self.quarantine.write_list()
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
