@@ -29,7 +29,7 @@ LONGEST_HEAD = 200
 """The first line of a bundle has at most so many bytes."""
 
 _START = b'{"format":"' + FORMAT.encode() + b'"'
-_LONGEST_LINE = 1 << 20
+LONGEST_LINE = 1 << 20
 START_BYTES = len(_START)
 """So many bytes of a member tell whether it is a bundle."""
 
@@ -127,7 +127,7 @@ def _line(content: object) -> bytes:
 
 
 def _line_at(payload: bytes, begin: int, place: str) -> bytes:
-    end = payload.find(b"\n", begin, begin + _LONGEST_LINE)
+    end = payload.find(b"\n", begin, begin + LONGEST_LINE)
     if end < 0:
         raise ShardError(f"{place}: no line of a bundle at its byte {begin}: damaged or cut")
     return payload[begin : end + 1]

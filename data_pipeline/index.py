@@ -34,6 +34,7 @@ import numpy as np
 
 from data_pipeline import array_file
 from data_pipeline.files import write_atomically
+from data_pipeline.index_structure import check_structure
 from data_pipeline.tar_headers import BLOCK, ShardError
 
 FORMAT = "omnipretrain.shard-index"
@@ -102,13 +103,13 @@ class ShardIndex:
     def key(self, row: int) -> str:
         """Return the key of a sample."""
         begin, end = _bounds(self.arrays["key_end"], row)
-        return self.arrays["keys"][begin:end].tobytes().decode()
+        return _text(self.arrays["keys"][begin:end].tobytes())
 
     def keys(self) -> list[str]:
         """Return all keys, in storage order."""
         blob = self.arrays["keys"].tobytes()
         ends = self.arrays["key_end"].tolist()
-        return [blob[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
+        return [_text(blob[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
 
     def span(self, row: int) -> tuple[int, int]:
         """Return the first byte of a sample in the tar and the first one behind it."""
@@ -165,10 +166,11 @@ class ShardIndex:
         """
         try:
             index = _from_file(*array_file.load(path))
-        except (ValueError, KeyError) as error:
+            if index.digest != _digest(index):
+                raise ValueError("its digest does not match its content")
+            check_structure(index, ARRAYS)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _bad_index(path, str(error)) from None
-        if index.digest != _digest(index):
-            raise _bad_index(path, "its digest does not match its content")
         return index
 
 
@@ -227,6 +229,10 @@ def _from_file(metadata: dict[str, str], stored: dict[str, np.ndarray]) -> Shard
         bundled=metadata["version"] == VERSIONS[True],
         digest=metadata["digest"],
     )
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
 
 
 def _bad_index(path: str | os.PathLike[str], what: str) -> ShardError:

@@ -15,6 +15,8 @@ from data_pipeline.index import ARRAYS, MAX_COLUMNS, ShardIndex, split_name, wit
 from data_pipeline.tar_headers import Member, ShardError, iter_members
 
 _COLUMN_SOURCES = ("json", "cls")
+# Larger members give no columns: a record of numbers is small, and they would be held in memory.
+_LARGEST_RECORD = 16 << 20
 _PLACE = ("member_offset", "member_size", "member_crc32", "member_header_crc32")
 _CHUNK = 1 << 20
 
@@ -167,6 +169,8 @@ class _Columns:
 
     def _append(self, name: str, row: int, value: int | float) -> None:
         if name not in self.rows:
+            if any("\ud800" <= letter <= "\udfff" for letter in name):
+                return  # half a character, which JSON can spell and UTF-8 cannot
             if len(self.rows) == MAX_COLUMNS:
                 self.dropped.add(name)
                 return
@@ -196,9 +200,11 @@ def _as_float(value: int | float) -> float:
         return float("inf") if value > 0 else float("-inf")
 
 
-def wants_payload(extension: str) -> bool:
-    """Return whether the builder reads numbers or samples from members of this extension."""
-    return extension in _COLUMN_SOURCES or extension == bundles.EXTENSION
+def wants_payload(extension: str, size: int) -> bool:
+    """Return whether the builder reads numbers or samples from members like this; size in bytes."""
+    if extension == bundles.EXTENSION:
+        return size <= bundles.MAX_BYTES
+    return extension in _COLUMN_SOURCES and size <= _LARGEST_RECORD
 
 
 def build_index(
@@ -229,19 +235,17 @@ def _read(file: BinaryIO, member: Member, shard: str) -> tuple[int, bytes | None
     """Return the crc32 of a payload, and the payload itself if the builder wants it."""
     split = split_name(member.name)
     extension = split[1] if split is not None else ""
-    keep = wants_payload(extension)
+    keep = wants_payload(extension, member.size)
     crc32, parts, left = 0, [], member.size
     while left:
         chunk = file.read(min(left, _CHUNK))
         if not chunk:
             raise ShardError(f"{shard}: was truncated while being read")
-        if left == member.size and extension == bundles.EXTENSION:
-            keep = bundles.is_bundle(extension, chunk)
-            if keep and member.size > bundles.MAX_BYTES:
-                raise ShardError(
-                    f"{shard}: byte {member.begin}: a bundle of {member.size} bytes is refused: at "
-                    f"most {bundles.MAX_BYTES}"
-                )
+        if left == member.size and bundles.is_bundle(extension, chunk) and not keep:
+            raise ShardError(
+                f"{shard}: byte {member.begin}: a bundle of {member.size} bytes is refused: at "
+                f"most {bundles.MAX_BYTES}"
+            )
         crc32 = zlib.crc32(chunk, crc32)
         left -= len(chunk)
         if keep:

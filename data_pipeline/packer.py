@@ -63,12 +63,18 @@ class ShardFile:
         self._builder = IndexBuilder(os.fspath(path))
         self._keys: set[str] = set()
         self.bytes = 0
-        """Bytes written so far, without the end-of-archive marker."""
+        """Bytes written so far, without the bundle in work and the end-of-archive marker."""
 
     @property
     def samples(self) -> int:
         """Samples written so far."""
         return len(self._keys)
+
+    @property
+    def bytes_at_most(self) -> int:
+        """Bytes of the samples added so far, with room for what a bundle in work adds to them."""
+        own = 2 * BLOCK + bundles.LONGEST_HEAD if self._per_bundle > 1 else 0
+        return self.bytes + self._waiting_bytes + own
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         """Append a sample.
@@ -125,7 +131,7 @@ class ShardFile:
         self._write(header)
         self._write(payload)
         self._write(bytes(member.end - self.bytes))
-        kept = payload if wants_payload(extension) else None
+        kept = payload if wants_payload(extension, len(payload)) else None
         self._builder.add(member, zlib.crc32(payload), kept)
 
     def _finish_bundle(self) -> None:
@@ -156,6 +162,7 @@ class ShardWriter:
         *,
         max_samples: int = 10_000,
         max_bytes: int | None = None,
+        bundle: int = 1,
         licence: str = "",
         command: str = "",
         classes: list[str] | None = None,
@@ -164,7 +171,8 @@ class ShardWriter:
         """Start writing `<out_dir>/<prefix>-000000.tar` and so on.
 
         Args: max_samples, max_bytes: a new shard begins before either would be exceeded; a single
-        sample larger than max_bytes gets a shard of its own. The rest goes into the manifest.
+        sample larger than max_bytes gets a shard of its own; bundle: samples that share a member of
+        the tar, see bundles.py. The rest goes into the manifest.
         Errors: FileExistsError if the folder already holds a manifest or shards of this prefix.
         """
         if max_samples < 1 or (max_bytes is not None and max_bytes < 1):
@@ -179,6 +187,7 @@ class ShardWriter:
         self._prefix = prefix
         self._max_samples = max_samples
         self._max_bytes = max_bytes
+        self._bundle = bundle
         self._about = {
             "licence": licence,
             "command": command,
@@ -194,11 +203,12 @@ class ShardWriter:
         Errors: ValueError as ShardFile.add.
         """
         if self._shard is not None and self._is_full(
-            sample_bytes(key, {e: len(p) for e, p in members.items()})
+            sample_bytes(key, {e: len(p) for e, p in members.items()}, self._bundle)
         ):
             self._finish_shard()
         if self._shard is None:
-            self._shard = ShardFile(self.folder / shard_name(self._prefix, len(self._written)))
+            path = self.folder / shard_name(self._prefix, len(self._written))
+            self._shard = ShardFile(path, self._bundle)
         self._shard.add(key, members)
 
     def close(self) -> Manifest:
@@ -223,7 +233,7 @@ class ShardWriter:
             self._shard.discard()
 
     def _is_full(self, coming_bytes: int) -> bool:
-        after = self._shard.bytes + coming_bytes + len(END_OF_ARCHIVE)
+        after = self._shard.bytes_at_most + coming_bytes + len(END_OF_ARCHIVE)
         too_large = self._max_bytes is not None and after > self._max_bytes
         return self._shard.samples >= self._max_samples or too_large
 

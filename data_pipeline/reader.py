@@ -3,10 +3,11 @@
 import itertools
 import os
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
+
+from zlib_ng.zlib_ng import crc32  # about eight times the speed of zlib's
 
 from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError, parse_header
@@ -121,13 +122,13 @@ class SampleReader:
             for begin, end, run in _runs(placed):
                 data = self._pread(number, begin, end)
                 view = memoryview(data)
-                for first, behind, extension, offset, size, crc32, header_crc32 in run:
+                for first, behind, extension, offset, size, payload_crc32, header_crc32 in run:
                     at = offset - begin
-                    if zlib.crc32(view[first - begin : behind - begin]) != header_crc32:
+                    if crc32(view[first - begin : behind - begin]) != header_crc32:
                         header = data[first - begin : behind - begin]
                         raise ShardError(_header_fault(header, first, index.bundled))
                     members[extension] = payload = data[at : at + size]
-                    if zlib.crc32(payload) != crc32:
+                    if crc32(payload) != payload_crc32:
                         raise ShardError(
                             f"member .{extension} ({size} bytes at byte {offset}) is damaged: its "
                             "crc32 is not that of the index"
@@ -173,10 +174,11 @@ def _runs(members: list[_Placed]) -> list[tuple[int, int, list[_Placed]]]:
     runs: list[tuple[int, int, list[_Placed]]] = []
     for member in members:
         begin, end = member[0], member[3] + member[4]
-        if runs and begin - runs[-1][1] <= _LARGEST_GAP_BYTES:
-            first, _, together = runs[-1]
+        # Members of a bundled sample share a header, so that they begin before the last one ends.
+        if runs and runs[-1][0] <= begin and begin - runs[-1][1] <= _LARGEST_GAP_BYTES:
+            first, last, together = runs[-1]
             together.append(member)
-            runs[-1] = (first, end, together)
+            runs[-1] = (first, max(last, end), together)
         else:
             runs.append((begin, end, [member]))
     return runs

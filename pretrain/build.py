@@ -54,6 +54,12 @@ def build_schedule(
     return sampler.build_schedule(stages, recipe.tasks, recipe.seed)
 
 
+def loss_weights(recipe: Recipe, schedule: sampler.Schedule, step: int) -> dict[str, float]:
+    """Factor of each task's loss in the loss of a step: the schedule's times the recipe's own."""
+    factors = schedule.loss_weights(step)
+    return {task: factor * recipe.tasks[task].loss_weight for task, factor in factors.items()}
+
+
 def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
     """All encoders, and the objective of every task, on torch's default device.
 

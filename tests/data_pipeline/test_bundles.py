@@ -16,26 +16,19 @@ from hypothesis import strategies as st
 from data_pipeline import bundles
 from data_pipeline.index import ShardIndex, index_path
 from data_pipeline.index_builder import build_index
-from data_pipeline.packer import ShardFile, make_manifest, sample_bytes
+from data_pipeline.manifest import Manifest
+from data_pipeline.packer import ShardFile, ShardWriter, sample_bytes
 from data_pipeline.packing import pack
 from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.verify import verify_shard
-from tests.data_pipeline.samples import sample
+from tests.data_pipeline.samples import sample, write_shards
 from tests.data_pipeline.test_packing import contents, job
 
 
-def write_bundles(folder: Path, count: int = 10, bundle: int = 4, per_shard: int = 100) -> ShardSet:
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for first in range(0, count, per_shard):
-        shard = ShardFile(folder / f"train-{first:06d}.tar", bundle)
-        for number in range(first, min(first + per_shard, count)):
-            shard.add(*sample(number))
-        written.append(shard.commit())
-    make_manifest(written).save(folder)
-    return ShardSet.open(folder)
+def write_bundles(folder: Path, bundle: int = 4) -> ShardSet:
+    return write_shards(folder, 10, 10, bundle=bundle)
 
 
 def split_by_hand(data: bytes) -> dict[str, dict[str, bytes]]:
@@ -96,6 +89,15 @@ def test_a_bundle_of_tiny_images_takes_a_fraction_of_the_room(tmp_path):
         bound = sample_bytes("000000", {e: len(p) for e, p in members.items()}, bundle)
         assert 64 * bound + 1024 >= sizes[-1]
     assert sizes[1] < 1.15 * 64 * 1035 < sizes[0] / 2.5
+
+
+def test_the_writer_keeps_to_its_limits(tmp_path):
+    with ShardWriter(tmp_path, max_bytes=5000, bundle=3) as writer:
+        for number in range(12):
+            writer.write(*sample(number))
+    records = Manifest.load(tmp_path).shards
+    assert len(records) > 1 and max(record.bytes for record in records) <= 5000
+    assert ShardSet.open(tmp_path).index(0).bundled
 
 
 def test_packing_bundles_is_reproducible_and_resumes(tmp_path):
