@@ -21,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.crops import random_box
 from data_pipeline.loader import LoaderSettings, StepLoader, TaskStream
 from data_pipeline.order import Order
 from data_pipeline.packer import ShardWriter
@@ -28,7 +29,7 @@ from data_pipeline.reader import Sample, SampleReader
 from data_pipeline.rng import sample_rng
 from data_pipeline.shards import ShardSet
 from data_pipeline.tokenizer import train_byte_level_bpe
-from data_pipeline.transforms import ImageSettings, ImageTransform, random_box
+from data_pipeline.transforms import ImageSettings, ImageTransform
 from tools.bench_measure import Measurement, interleaved, median_rate, ratio
 
 WORKERS = 2
