@@ -125,6 +125,10 @@ class TaskSettings(Settings):
     """Share of the steps that run this task, relative to the weights of the other tasks (in
     `sampling.mode` mixed: of its loss in that of a step)."""
 
+    loss_weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    """Factor of this task's loss in the gradient of its steps; logged losses are without it. It
+    cancels with `optimizer.kind` mt_adamw, whose measure of importance is `optimizer.omega`."""
+
     global_batch: int = Field(ge=2)
     """Samples per optimizer step over all ranks; even, since neighbours in the data order are
     partners that stay together."""
