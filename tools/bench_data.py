@@ -20,7 +20,6 @@ import torch
 from rich.console import Console
 
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
-from data_pipeline.crops import random_box
 from data_pipeline.loader import LoaderSettings, StepLoader, TaskStream
 from data_pipeline.order import Order
 from data_pipeline.packer import ShardWriter
