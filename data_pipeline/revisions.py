@@ -107,6 +107,11 @@ class RevisedOrder:
             for segment, end in zip(self._segments, ends, strict=True)
         )
 
+    @property
+    def taking_part(self) -> str:
+        """As `Order.taking_part`, before any revision: those belong to the run, not to its data."""
+        return self.base.taking_part
+
     def next_border(self, position: int) -> int:
         """First position at or behind `position` where a new revision may begin."""
         return _next_border(self._segments[-1], position)

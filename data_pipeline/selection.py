@@ -215,6 +215,11 @@ class KeptOrder:
         """As `Order.passes`."""
         return self.order.passes(samples)
 
+    @property
+    def taking_part(self) -> str:
+        """As `Order.taking_part`."""
+        return self.selection.digest
+
     def describe(self) -> dict[str, int]:
         """As `Order.describe`; `rows` are the kept ones."""
         return self.order.describe() | {"stored_rows": self.stored_rows}

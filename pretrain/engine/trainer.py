@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import StepLoader, TaskStream
+from data_pipeline.loader import StepLoader
 from data_pipeline.rng import keyed_u64
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import build, recipe_checks
@@ -20,6 +20,7 @@ from pretrain.engine.agreement import Agreement
 from pretrain.engine.balance import TaskBalance
 from pretrain.engine.checkpoint import Checkpoints, fill_masters
 from pretrain.engine.control import ControlFolder, StopSignals
+from pretrain.engine.data_record import data_entries
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
 from pretrain.engine.ds_config import engine_config, offloads_optimizer
 from pretrain.engine.ema import Ema
@@ -171,11 +172,13 @@ class Trainer:
     def _train(self) -> None:
         recipe, state = self.recipe, self.state
         streams = build.build_streams(recipe, self.tokenizer)
+        fingerprints = {name: stream.fingerprint for name, stream in streams.items()}
+        state.ledger += data_entries(fingerprints, state.ledger, state.step)
         self.schedule = schedule = self._schedule(
             {name: stream.n_rows for name, stream in streams.items()}
         )
         self.quarantine = Quarantine(self.run_dir, self.ranks, state, streams)
-        self.agreement = self._agreement(streams)
+        self.agreement = self._agreement(fingerprints)
         self.throughput = Throughput(self.ranks, recipe.logging.peak_tflops_per_device)
         loop = Loop(
             self.engine, self.ranks, recipe.seed,
@@ -223,12 +226,11 @@ class Trainer:
                 log.info("schedule: %s", line)
         return schedule
 
-    def _agreement(self, streams: dict[str, TaskStream]) -> Agreement:
-        """The check that ranks run the same, on the same data."""
-        common = {
-            f"data of {name}": stream.reader.shards.fingerprint[:16]
-            for name, stream in streams.items()
-        } | {"world": str(self.ranks.world), "ledger": self._ledger_digest()}
+    def _agreement(self, fingerprints: dict[str, str]) -> Agreement:
+        """The check that ranks run the same, on the same data: task -> fingerprint of its data."""
+        common = {f"data of {name}": found[:16] for name, found in fingerprints.items()} | {
+            "world": str(self.ranks.world), "ledger": self._ledger_digest(),
+        }  # fmt: skip
         return Agreement(self.ranks, self.recipe.sampling.check_every_steps, common)
 
     def _ledger_digest(self) -> str:
