@@ -11,7 +11,7 @@ on use. With N samples and M members in all, arrays are little-endian:
     member_extension    uint32 (M,)      number in the list of extensions
     member_offset       uint64 (M,)      first payload byte in the tar
     member_size         uint64 (M,)      payload bytes
-    member_crc32        uint32 (M,)      of the payload
+    member_crc32        uint32 (M,)      of the payload; 0 if the metadata says that it is unknown
     member_header_crc32 uint32 (M,)      of the 512-byte tar header in front of the payload
     column:<name>       int64 or float64 (N,)   a number per sample
 
@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -91,7 +92,10 @@ class ShardIndex:
     dropped_columns: int
     """Numeric columns left out because there are more than MAX_COLUMNS of them."""
     digest: str
-    """sha256 over everything above: equal exactly if the samples of two shards are equal."""
+    """sha256 over everything else: equal exactly if the samples of two shards are equal."""
+    payloads_hashed: bool = True
+    """False for an index of headers alone: `member_crc32` is 0 then, and what payloads hold is not
+    compared with anything."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -206,7 +210,7 @@ class IndexBuilder:
         if payload is not None and extension in _COLUMN_SOURCES:
             self._columns.add(len(arrays["key_end"]) - 1, extension, payload)
 
-    def finish(self, shard_bytes: int) -> ShardIndex:
+    def finish(self, shard_bytes: int, payloads_hashed: bool = True) -> ShardIndex:
         """Return the index of the finished shard of `shard_bytes` bytes."""
         self._check_not_split()
         arrays = {
@@ -224,6 +228,7 @@ class IndexBuilder:
             passed_over=self._passed_over,
             dropped_columns=dropped,
             digest="",
+            payloads_hashed=payloads_hashed,
         )
         object.__setattr__(index, "digest", _digest(index))
         return index
@@ -324,28 +329,42 @@ def build_index(
     """
     shard = os.fspath(tar_path)
     with open(shard, "rb", buffering=_CHUNK) as file:
-        total = os.fstat(file.fileno()).st_size
-        builder = IndexBuilder(shard)
-        passed = 0
-        for member in iter_members(file, shard, total):
-            split = split_name(member.name)
-            keep = split is not None and wants_payload(split[1])
-            crc32, parts, left = 0, [], member.size
-            while left:
-                chunk = file.read(min(left, _CHUNK))
-                if not chunk:
-                    raise ShardError(f"{shard}: was truncated while being read")
-                crc32 = zlib.crc32(chunk, crc32)
-                left -= len(chunk)
-                if keep:
-                    parts.append(chunk)
-            builder.add(member, crc32, b"".join(parts) if keep else None)
-            if progress is not None and member.end - passed >= _CHUNK:
-                progress(member.end - passed)
-                passed = member.end
+        return index_file(file, shard, os.fstat(file.fileno()).st_size, progress)
+
+
+def index_file(
+    file: BinaryIO,
+    shard: str,
+    total: int,
+    progress: Callable[[int], None] | None = None,
+    headers_only: bool = False,
+) -> ShardIndex:
+    """Index an open shard of `total` bytes that stands at its begin; `shard` names it in messages.
+
+    Args: headers_only: pass over payloads that give no columns; see `ShardIndex.payloads_hashed`.
+    Errors: as build_index.
+    """
+    builder = IndexBuilder(shard)
+    passed = 0
+    for member in iter_members(file, shard, total):
+        split = split_name(member.name)
+        keep = split is not None and wants_payload(split[1])
+        crc32, parts, left = 0, [], member.size if keep or not headers_only else 0
+        while left:
+            chunk = file.read(min(left, _CHUNK))
+            if not chunk:
+                raise ShardError(f"{shard}: was truncated while being read")
+            crc32 = zlib.crc32(chunk, crc32)
+            left -= len(chunk)
+            if keep:
+                parts.append(chunk)
+        builder.add(member, 0 if headers_only else crc32, b"".join(parts) if keep else None)
+        if progress is not None and member.end - passed >= _CHUNK:
+            progress(member.end - passed)
+            passed = member.end
     if progress is not None:
         progress(total - passed)
-    return builder.finish(total)
+    return builder.finish(total, payloads_hashed=not headers_only)
 
 
 def _bounds(ends: np.ndarray, row: int) -> tuple[int, int]:
@@ -357,7 +376,7 @@ def _bounds(ends: np.ndarray, row: int) -> tuple[int, int]:
 
 def _metadata(index: ShardIndex) -> dict[str, str]:
     """Return the safetensors metadata (strings only), without the digest."""
-    return {
+    metadata = {
         "dropped_columns": str(index.dropped_columns),
         "extensions": json.dumps(index.extensions),
         "format": FORMAT,
@@ -365,6 +384,7 @@ def _metadata(index: ShardIndex) -> dict[str, str]:
         "shard_bytes": str(index.shard_bytes),
         "version": str(VERSION),
     }
+    return metadata if index.payloads_hashed else metadata | {"payload_crc32": "unknown"}
 
 
 def _named_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
@@ -394,6 +414,7 @@ def _from_file(metadata: dict[str, str], stored: dict[str, np.ndarray]) -> Shard
         passed_over=int(metadata["passed_over"]),
         dropped_columns=int(metadata["dropped_columns"]),
         digest=metadata["digest"],
+        payloads_hashed="payload_crc32" not in metadata,
     )
 
 
