@@ -34,6 +34,7 @@ import numpy as np
 
 from data_pipeline import array_file
 from data_pipeline.files import write_atomically
+from data_pipeline.index_structure import check_structure
 from data_pipeline.tar_headers import Member, ShardError, iter_members
 
 FORMAT = "omnipretrain.shard-index"
@@ -42,6 +43,8 @@ SUFFIX = ".idx"
 COLUMN_PREFIX = "column:"
 MAX_COLUMNS = 128
 _COLUMN_SOURCES = ("json", "cls")
+# Larger members give no columns: a record of numbers is small, and they would be held in memory.
+_LARGEST_RECORD = 16 << 20
 _CHUNK = 1 << 20
 
 _ARRAYS = {
@@ -104,13 +107,13 @@ class ShardIndex:
     def key(self, row: int) -> str:
         """Return the key of a sample."""
         begin, end = _bounds(self.arrays["key_end"], row)
-        return self.arrays["keys"][begin:end].tobytes().decode()
+        return _text(self.arrays["keys"][begin:end].tobytes())
 
     def keys(self) -> list[str]:
         """Return all keys, in storage order."""
         blob = self.arrays["keys"].tobytes()
         ends = self.arrays["key_end"].tolist()
-        return [blob[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
+        return [_text(blob[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
 
     def span(self, row: int) -> tuple[int, int]:
         """Return the first byte of a sample in the tar and the first one behind it."""
@@ -159,10 +162,11 @@ class ShardIndex:
         """
         try:
             index = _from_file(*array_file.load(path))
-        except (ValueError, KeyError) as error:
+            if index.digest != _digest(index):
+                raise ValueError("its digest does not match its content")
+            check_structure(index, _ARRAYS)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _bad_index(path, str(error)) from None
-        if index.digest != _digest(index):
-            raise _bad_index(path, "its digest does not match its content")
         return index
 
 
@@ -284,6 +288,8 @@ class _Columns:
 
     def _append(self, name: str, row: int, value: int | float) -> None:
         if name not in self.rows:
+            if any("\ud800" <= letter <= "\udfff" for letter in name):
+                return  # half a character, which JSON can spell and UTF-8 cannot
             if len(self.rows) == MAX_COLUMNS:
                 self.dropped.add(name)
                 return
@@ -313,9 +319,9 @@ def _as_float(value: int | float) -> float:
         return float("inf") if value > 0 else float("-inf")
 
 
-def wants_payload(extension: str) -> bool:
-    """Return whether the builder reads numbers from members of this extension."""
-    return extension in _COLUMN_SOURCES
+def wants_payload(extension: str, size: int) -> bool:
+    """Return whether the builder reads numbers from members of this extension and size in bytes."""
+    return extension in _COLUMN_SOURCES and size <= _LARGEST_RECORD
 
 
 def build_index(
@@ -348,7 +354,7 @@ def index_file(
     passed = 0
     for member in iter_members(file, shard, total):
         split = split_name(member.name)
-        keep = split is not None and wants_payload(split[1])
+        keep = split is not None and wants_payload(split[1], member.size)
         crc32, parts, left = 0, [], member.size if keep or not headers_only else 0
         while left:
             chunk = file.read(min(left, _CHUNK))
@@ -416,6 +422,10 @@ def _from_file(metadata: dict[str, str], stored: dict[str, np.ndarray]) -> Shard
         digest=metadata["digest"],
         payloads_hashed="payload_crc32" not in metadata,
     )
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
 
 
 def _bad_index(path: str | os.PathLike[str], what: str) -> ShardError:

@@ -79,7 +79,7 @@ class ShardFile:
             self._write(header)
             self._write(payload)
             self._write(bytes(member.end - self.bytes))
-            kept = payload if wants_payload(extension) else None
+            kept = payload if wants_payload(extension, len(payload)) else None
             self._builder.add(member, zlib.crc32(payload), kept)
 
     def commit(self) -> WrittenShard:

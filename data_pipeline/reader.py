@@ -3,10 +3,11 @@
 import itertools
 import os
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
+
+from zlib_ng.zlib_ng import crc32  # about eight times the speed of zlib's
 
 from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import BLOCK, ShardError, parse_header
@@ -120,12 +121,12 @@ class SampleReader:
             for begin, end, run in _runs(wanted):
                 data = self._pread(number, begin, end)
                 view = memoryview(data)
-                for extension, offset, size, crc32, header_crc32 in run:
+                for extension, offset, size, payload_crc32, header_crc32 in run:
                     at = offset - begin
-                    if zlib.crc32(view[at - BLOCK : at]) != header_crc32:
+                    if crc32(view[at - BLOCK : at]) != header_crc32:
                         raise ShardError(_header_fault(data[at - BLOCK : at], offset - BLOCK))
                     members[extension] = payload = data[at : at + size]
-                    if zlib.crc32(payload) != crc32:
+                    if crc32(payload) != payload_crc32:
                         raise ShardError(
                             f"member .{extension} ({size} bytes at byte {offset}) is damaged: its "
                             "crc32 is not that of the index"

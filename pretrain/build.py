@@ -33,7 +33,7 @@ def plan_sampling(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> lis
     weights = {name: task.weight for name, task in recipe.tasks.items()}
     if recipe.sampling.alpha is not None and sizes is None:
         sizes = {
-            name: sum(len(source.shards) for source in open_sources(task.data))
+            name: sum(source.samples for source in open_sources(task.data))
             for name, task in recipe.tasks.items()
         }
     return sampler.plan_stages(recipe.sampling, weights, sizes)
