@@ -83,6 +83,10 @@ class FsspecStorage:
         if end - begin > _REQUEST:
             self._same(url, expected)
 
+    def glob(self, pattern: str) -> list[str]:
+        """URLs that match a pattern, sorted; errors as `state`."""
+        return repeated(lambda _: sorted(self._call(pattern, "glob")), self._patience(pattern))
+
     def _patience(self, url: str) -> Patience:
         return Patience(url, self._retry, self._count_retry)
 
@@ -131,9 +135,11 @@ class FsspecStorage:
             with self._limits.request(host):
                 # Driver instances are kept by fsspec, one for each set of options in the URL.
                 filesystem, path = fsspec.core.url_to_fs(url)
-                if method == "info":
+                if method in ("info", "glob"):
                     filesystem.invalidate_cache()  # listings may be old
                 found = getattr(filesystem, method)(path, **options)
+                if method == "glob":
+                    found = [filesystem.unstrip_protocol(name) for name in found]
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise FileNotFoundError(f"{shown}: there is no such file") from error
         except PermissionError as error:

@@ -10,7 +10,6 @@ import urllib.request
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
-
 # Left as they are in a path: what may stand in one, and what is escaped already.
 _IN_PATHS = "/%!$&'()*+,;=:@~-._"
 

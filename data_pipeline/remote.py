@@ -13,7 +13,7 @@ from data_pipeline.limits import HostLimits
 from data_pipeline.locations import scheme
 from data_pipeline.retry import RetryPolicy
 from data_pipeline.settings import Settings
-from data_pipeline.storage import FileState, Storage
+from data_pipeline.storage import FileState
 
 
 class RemoteSettings(Settings):
@@ -72,7 +72,11 @@ class UrlStorage:
         """As Storage.chunks."""
         return self._storage(url).chunks(url, begin, end, expected)
 
-    def _storage(self, url: str) -> Storage:
+    def glob(self, pattern: str) -> list[str]:
+        """URLs that match a pattern, sorted; not for http(s), which cannot be listed."""
+        return self._storage(pattern).glob(pattern)
+
+    def _storage(self, url: str) -> HttpStorage | FsspecStorage:
         self._leave_parent()
         kind = scheme(url)
         with self._lock:
@@ -89,7 +93,7 @@ class UrlStorage:
         rate = self.settings.mib_per_s_per_host
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._by_scheme: dict[str, Storage] = {}
+        self._by_scheme: dict[str, HttpStorage | FsspecStorage] = {}
         self._limits = HostLimits(
             self.settings.requests_per_host, None if rate is None else rate * 2**20
         )
@@ -101,7 +105,9 @@ class UrlStorage:
         self.__init__(state["settings"])
 
 
-def open_storage(kind: str, settings: RemoteSettings, limits: HostLimits) -> Storage:
+def open_storage(
+    kind: str, settings: RemoteSettings, limits: HostLimits
+) -> HttpStorage | FsspecStorage:
     """The storage of URLs with one scheme.
 
     Raises:

@@ -52,9 +52,10 @@ class RemoteFile(io.RawIOBase):
         return b"".join(parts)
 
     def _load(self, end: int) -> None:
-        """Ask for the bytes from the position on, at least up to `end` or as many as are worth it."""
+        """Ask for the bytes from the position on, up to `end` or as many as are worth it."""
         goes_on = self._window and self._position == self._begin + len(self._window)
-        self._request_bytes = min(2 * self._request_bytes, _MOST_BYTES) if goes_on else _LEAST_BYTES
+        larger = min(2 * self._request_bytes, _MOST_BYTES)
+        self._request_bytes = larger if goes_on else _LEAST_BYTES
         begin = self._position
         stop = begin + min(max(self._request_bytes, end - begin), _MOST_BYTES)
         self._window = self._storage.read(

@@ -1,6 +1,6 @@
 """Indices of shards that are read by URL: fetched from beside the shard, or built from afar.
 
-They are kept in the cache folder ($OMNIPRETRAIN_CACHE), under a name made of the URL and of size and
+They are kept in the cache folder ($OMNIPRETRAIN_CACHE), under a name made of the URL, size and
 version of the file: another content is another entry, and what is stored is never out of date.
 """
 
@@ -26,6 +26,26 @@ def cache_folder() -> Path:
     """Where indices are kept that cannot lie beside their shards."""
     home = os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/omnipretrain")
     return Path(home) / "indices"
+
+
+def foreign_index(
+    url: str,
+    storage: UrlStorage,
+    *,
+    full: bool | None = None,
+    force: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[ShardIndex, str]:
+    """Return the index of a remote shard that no manifest covers, and the shard's version.
+
+    Args: full: None: as the settings of the storage have it (`foreign_index`); the rest, and
+    errors, as `remote_index`.
+    """
+    state = storage.state(url)
+    if full is None:
+        full = storage.settings.foreign_index == "full"
+    index = remote_index(url, state, storage, full=full, force=force, progress=progress)
+    return index, state.version
 
 
 def remote_index(
