@@ -11,7 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from data_pipeline.files import exclusive, leftovers, temporary_name
-from data_pipeline.index import SUFFIX, ShardIndex, index_file
+from data_pipeline.index import SUFFIX, ShardIndex
+from data_pipeline.index_builder import index_file
 from data_pipeline.locations import base_name, beside, identity, without_secrets
 from data_pipeline.remote import UrlStorage
 from data_pipeline.remote_file import RemoteFile

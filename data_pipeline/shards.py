@@ -23,7 +23,8 @@ import numpy as np
 
 from data_pipeline.catalogue import Catalogue, Specs
 from data_pipeline.files import exclusive, leftovers, temporary_name
-from data_pipeline.index import SUFFIX, ShardIndex, build_index, index_path
+from data_pipeline.index import SUFFIX, ShardIndex, index_path
+from data_pipeline.index_builder import build_index
 from data_pipeline.locations import base_name, is_url, without_secrets
 from data_pipeline.remote import RemoteSettings, UrlStorage
 from data_pipeline.remote_index import CACHE_VARIABLE, cache_folder, foreign_index, remote_index

@@ -162,6 +162,8 @@ class TaskSettings(Settings):
                 "data.image.mode=keep_aspect gives images of different sizes, so micro_batch must "
                 f"be 1, not {self.micro_batch}"
             )
+        if getattr(self.data, "mixing", None) is not None and self.micro_batch == 1:
+            problems.append("data.mixing mixes neighbours: micro_batch must be even, not 1")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_pipeline.crops import random_box
 from data_pipeline.rng import sample_rng
-from data_pipeline.transforms import ImageSettings, random_box
+from data_pipeline.transforms import ImageSettings
 
 TEXT_LENGTH = 40
 
