@@ -16,7 +16,7 @@ from data_pipeline.locations import is_url
 from data_pipeline.order import Order
 from data_pipeline.shards import ShardSet
 from data_pipeline.storage import FileState, TransientReadError
-from data_pipeline.tar_headers import BLOCK, ShardError
+from data_pipeline.tar_headers import ShardError
 
 _LEAST_BLOCK_BYTES = 32 * 1024
 # What lies between the members of neighbouring samples that are wanted is read along up to here.
@@ -130,10 +130,10 @@ class RemoteLanes:
 
     def _limit(self, number: int, begin: int) -> int:
         """Where the chunk that may start at byte `begin` ends: what follows is another lane's."""
-        arrays = self._shards.index(number).arrays
-        row = int(np.searchsorted(arrays["sample_end"], begin, side="right"))
-        last = min(row + Order.chunk_rows, len(arrays["sample_end"])) - 1
-        return int(arrays["sample_end"][last])
+        index = self._shards.index(number)
+        row = int(np.searchsorted(index.arrays["sample_end"], begin, side="right"))
+        last = min(row + Order.chunk_rows, len(index)) - 1
+        return max(offset + size for _, offset, size, _, _ in index.members(last))
 
     def _fetch(self, lane: _Lane, end: int) -> None:
         """Ask for the next block of a lane, at least up to byte `end`."""
@@ -178,7 +178,7 @@ class RemoteLanes:
 
     def _go_on(self, lane: _Lane) -> None:
         """Ask for the next block when half of this one is used up; end a lane that is through."""
-        if lane.limit - lane.used < BLOCK:  # nothing but padding is left
+        if lane.used >= lane.limit:
             self._drop(lane)
         elif lane.coming is None and lane.end < lane.limit and lane.end - lane.used < (
             self._block_bytes // 2
