@@ -17,7 +17,7 @@ class ReadsAhead(Protocol):
         """Begin to fetch the bytes [begin, end) of a shard; never waits, never raises."""
 
 
-def open_source(shards: ShardSet) -> ByteSource:
+def byte_source_of(shards: ShardSet) -> ByteSource:
     """The source without a cache: files of this machine, or lanes of remote ranges."""
     if any(is_url(shard.path) for shard in shards.shards):
         return RemoteLanes(shards)
