@@ -20,6 +20,7 @@ from pydantic import Field
 
 from data_pipeline.evaluation import EvaluationLoader
 from data_pipeline.faults import FaultCount, FaultFile, FaultLimits, FaultPolicy, OnBadSample
+from data_pipeline.remote import RemoteSettings
 from data_pipeline.settings import Settings
 from data_pipeline.stall import StallWatch
 from data_pipeline.step_sampler import MicroBatch, Schedule, StepSampler
@@ -62,6 +63,8 @@ class LoaderSettings(Settings):
     """Whether bad samples that were met take no part from the next epoch of their data set on."""
     stall_seconds: float = Field(default=120.0, gt=0.0)
     """Waiting longer than this for a batch logs which positions are being processed."""
+    remote: RemoteSettings = RemoteSettings()
+    """How shards are read whose names are URLs."""
 
     def fault_limits(self) -> FaultLimits:
         """When bad samples end the run."""
