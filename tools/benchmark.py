@@ -3,6 +3,7 @@
     python -m tools.benchmark data --images photos/
     python -m tools.benchmark git --json git.json
     python -m tools.benchmark engine
+    python -m tools.benchmark dcnv3
     python -m tools.benchmark optimizer
 
 Ratios compare cases of the same run, which take turns; figures are medians of at least five
@@ -32,6 +33,7 @@ BENCHMARKS = {
     "data": "loading images: against webdataset, and against the limit set by decoding",
     "git": "the captioning model: against transformers, with one and five captions an image",
     "engine": "the training loop: against the bare DeepSpeed engine on the same work",
+    "dcnv3": "DCNv3 on the CPU: against the formulation with grid_sample",
     "optimizer": "MT-AdamW: time and temporary memory of a step against torch's AdamW",
 }
 
