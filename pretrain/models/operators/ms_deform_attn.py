@@ -64,6 +64,8 @@ def _prepare(
     if weights.dim() != 5 or (n, heads, len(sizes)) != (weights.shape[0], *weights.shape[2:4]):
         raise ValueError(f"ms_deform_attn: weights {tuple(weights.shape)} must be (N, Q, heads, "
                          f"maps, points) = ({n}, Q, {heads}, {len(sizes)}, points)")
+    if weights.shape[4] < 1:
+        raise ValueError(f"ms_deform_attn: weights {tuple(weights.shape)} have no points")
     if locations.shape != (*weights.shape, 2):
         raise ValueError(f"ms_deform_attn: locations {tuple(locations.shape)} must be "
                          f"{(*weights.shape, 2)}, as weights and (x, y)")
