@@ -17,6 +17,7 @@ from data_pipeline.expressions import ExpressionError
 from data_pipeline.filters import Condition, select_rows
 from data_pipeline.mixture import BlockCycle
 from data_pipeline.order import Order
+from data_pipeline.remote import RemoteSettings
 from data_pipeline.rng import keyed_u64
 from data_pipeline.selection import KeptOrder, Selection
 from data_pipeline.settings import Settings
@@ -27,7 +28,7 @@ class SourceSettings(Settings):
     """One of several data sets of a task."""
 
     shards: list[str] = Field(min_length=1)
-    """Folders with a manifest, tar files, globs or brace patterns."""
+    """Folders with a manifest, tar files, globs or brace patterns; paths or URLs."""
 
     weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     """Share of the task's samples, relative to the weights of its other sources."""
@@ -40,7 +41,8 @@ class ShardedData(Settings):
     """Base of every kind of data that is read from shards: `shards`, or weighted `sources`."""
 
     shards: list[str] | None = Field(default=None, min_length=1)
-    """Folders with a manifest, tar files, globs or brace patterns, read as one data set."""
+    """Folders with a manifest, tar files, globs or brace patterns, read as one data set; paths or
+    URLs."""
 
     sources: dict[str, SourceSettings] | None = Field(default=None, min_length=1)
     """Name -> data set, mixed by weight with exact counts; in place of `shards`."""
@@ -82,27 +84,34 @@ class Source(NamedTuple):
         return order if self.selection is None else KeptOrder(order, self.selection)
 
 
-def open_sources(data: ShardedData) -> list[Source]:
+def open_sources(data: ShardedData, remote: RemoteSettings | None = None) -> list[Source]:
     """The data sets that the settings name, sorted by name; with plain `shards` one without a name.
 
+    Args: remote: how URLs are read.
     Raises as `open_source`.
     """
     if data.shards is not None:
-        return [open_source(data.shards, data.where)]
+        return [open_source(data.shards, data.where, remote=remote)]
     return [
-        open_source(source.shards, source.where, name, source.weight)
+        open_source(source.shards, source.where, name, source.weight, remote)
         for name, source in sorted(data.sources.items())
     ]
 
 
 def open_source(
-    shards: Sequence[str], where: str | None = None, name: str = "", weight: float = 1.0
+    shards: Sequence[str],
+    where: str | None = None,
+    name: str = "",
+    weight: float = 1.0,
+    remote: RemoteSettings | None = None,
 ) -> Source:
     """One data set, and which of its samples meet the condition `where`.
 
-    Raises FileNotFoundError, ShardError; ExpressionError, also if none of the samples does.
+    Args: remote: how URLs are read.
+    Raises FileNotFoundError, ShardError; ExpressionError, also if none of the samples does; from
+    servers PermissionError and TransientReadError.
     """
-    opened = ShardSet.open(shards)
+    opened = ShardSet.open(shards, remote)
     if where is None:
         return Source(name, opened, weight)
     try:
@@ -137,7 +146,10 @@ def concatenated(sources: Sequence[Source]) -> ShardSet:
     """All shards of all sources. A shard that several sources list stands there several times."""
     if len(sources) == 1:
         return sources[0].shards
-    return ShardSet(shard for source in sources for shard in source.shards.shards)
+    return ShardSet(
+        (shard for source in sources for shard in source.shards.shards),
+        storage=sources[0].shards.storage,
+    )
 
 
 class MixedOrder:

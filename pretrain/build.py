@@ -31,8 +31,9 @@ def plan_sampling(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> lis
     """
     weights = {name: task.weight for name, task in recipe.tasks.items()}
     if recipe.sampling.alpha is not None and sizes is None:
+        remote = recipe.loader.remote
         sizes = {
-            name: sum(source.samples for source in open_sources(task.data))
+            name: sum(source.samples for source in open_sources(task.data, remote))
             for name, task in recipe.tasks.items()
         }
     return sampler.plan_stages(recipe.sampling, weights, sizes)
@@ -106,7 +107,7 @@ def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream]
 def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
     """Training data of task `name`, as `build_streams`."""
     task = recipe.tasks[name]
-    sources = open_sources(task.data)
+    sources = open_sources(task.data, recipe.loader.remote)
     return TaskStream(
         name,
         SampleReader(concatenated(sources)),
@@ -128,7 +129,9 @@ def build_evaluation_loader(
     task = recipe.tasks[name]
     if task.evaluation is None:
         raise ValueError(f"tasks.{name}.evaluation: this task has no held-out data")
-    held_out = open_source(task.evaluation.shards, task.evaluation.where)
+    held_out = open_source(
+        task.evaluation.shards, task.evaluation.where, remote=recipe.loader.remote
+    )
     changes = {
         "shards": task.evaluation.shards, "sources": None, "image": evaluation_image(task)
     }
