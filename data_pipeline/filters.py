@@ -20,9 +20,9 @@ from rich.progress import track
 
 from data_pipeline.columns import column_names, column_of
 from data_pipeline.expressions import Expression, ExpressionError
-from data_pipeline.files import exclusive
+from data_pipeline.files import cache_folder, exclusive
 from data_pipeline.selection import Selection
-from data_pipeline.shards import ShardSet, cache_folder
+from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError
 
 RULES = "1"
