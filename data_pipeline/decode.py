@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 _JPEG_START = b"\xff\xd8\xff"
 _PLAIN_COLORSPACES = ("YCbCr", "RGB", "Gray")
@@ -198,6 +198,8 @@ def _mirrored(orientation: int) -> tuple[bool, bool]:
 def _open(data: bytes) -> ImageFile.ImageFile:
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:  # its text names a memory address, different in every process
+        raise DecodeError("not a readable image: of no known format") from None
     except Exception as error:  # Pillow's plug-ins raise whatever their parsers meet
         raise DecodeError(f"not a readable image: {error}") from error
 
