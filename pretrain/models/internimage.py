@@ -18,7 +18,7 @@ from pretrain.models.dcnv3 import DCNv3
 from pretrain.models.internimage_heads import AttentionPool, ConvHead, PixelUp
 from pretrain.models.internimage_layers import Layer, Stage, Stem
 from pretrain.models.internimage_sizes import SIZES
-from pretrain.models.mixer_settings import DCNv3Settings, MixerSettings
+from pretrain.models.mixer_settings import ByStage, DCNv3Settings, MixerSettings
 from pretrain.models.sample_draws import SampleDraws
 
 STAGES = 4
@@ -68,9 +68,9 @@ class InternImageSettings(Settings):
     """A published model, whose values the fields below then have unless they are given too."""
     channels: int = Field(64, gt=0)
     """Channels of the first stage; each stage has twice those of the one before."""
-    depths: tuple[int, int, int, int] = (4, 4, 18, 4)
+    depths: ByStage = Field([4, 4, 18, 4])
     """Layers of each stage."""
-    groups: tuple[int, int, int, int] = (4, 8, 16, 32)
+    groups: ByStage = Field([4, 8, 16, 32])
     """Groups of DCNv3 (attention heads of other mixers) in each stage."""
     mixer: MixerSettings = DCNv3Settings()
     """What mixes positions; the block around it is the same for all kinds."""
@@ -82,7 +82,7 @@ class InternImageSettings(Settings):
     """Norms behind mixer and MLP besides those before them."""
     layer_scale: float | None = None
     """First value of learned factors on what a layer adds to each channel; null = no factors."""
-    post_norm_layers: tuple[int, ...] = ()
+    post_norm_layers: list[int] = Field([])
     """Layers of the third stage, from 0, behind which the residual stream is normalised."""
     stage_norm: bool = True
     """A norm at the end of each stage."""
@@ -131,6 +131,11 @@ class InternImageSettings(Settings):
     def size_multiple(self) -> int:
         """Sides of images must be multiples of this."""
         return 32 if isinstance(self.head, ProjectorSettings) else 1
+
+    @property
+    def any_sides(self) -> bool:
+        """Whether images of other sides are taken too."""
+        return self.size_multiple == 1
 
     @property
     def pools(self) -> tuple[str, ...]:

@@ -91,8 +91,8 @@ class Layer(nn.Module):
             self.res_post_norm2 = layer_norm(channels)
 
     @property
-    def mixer(self) -> nn.Module:
-        """What mixes the positions."""
+    def token_mixer(self) -> nn.Module:
+        """What mixes the positions, whatever its name is."""
         return self.get_submodule(self.mixer_name)
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -103,7 +103,7 @@ class Layer(nn.Module):
 
         Returns the shape of x.
         """
-        mixer = self.mixer
+        mixer = self.token_mixer
         if self.post_norm:
             mixed = self.norm1(mixer(x))
         else:
@@ -129,7 +129,7 @@ class Layer(nn.Module):
     def flops(self, height: int, width: int) -> int:
         """Multiplications and additions for one map."""
         mlp = 4 * height * width * self.channels * self.mlp.hidden
-        return self.mixer.flops(height, width) + mlp
+        return self.token_mixer.flops(height, width) + mlp
 
 
 class Stage(nn.Module):

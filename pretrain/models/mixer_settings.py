@@ -10,6 +10,9 @@ from data_pipeline.settings import Settings
 from pretrain.models.dcnv3 import DCNv3
 from pretrain.models.mixers import DepthwiseConv, ReducedAttention, WindowAttention
 
+ByStage = Annotated[list[int], Field(min_length=4, max_length=4)]
+"""A number for each of the four stages."""
+
 
 class DCNv3Settings(Settings):
     """Deformable aggregation."""
@@ -69,7 +72,7 @@ class ReducedAttentionSettings(Settings):
 
     type: Literal["reduced_attention"] = "reduced_attention"
     """Selects this mixer."""
-    reductions: tuple[int, int, int, int] = (8, 4, 2, 1)
+    reductions: ByStage = Field([8, 4, 2, 1])
     """Side of the patch that becomes one key, by stage."""
 
     def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:

@@ -145,8 +145,8 @@ class WindowAttention(nn.Module):
         return x.permute(0, 1, 2, 4, 5, 3).reshape(-1, side * side, x.shape[3])
 
     def _positions(self, query: Tensor, batch: int) -> Tensor:
-        """Scores of relative positions: (B, windows, heads, window**2, (window + 2 halo)**2), with 1
-        in place of B and windows where they are the same for all.
+        """Scores of relative positions: (B, windows, heads, window**2, (window + 2 halo)**2), or
+        (1, 1, ...) where they are the same for all.
 
         query: (B * windows, heads, window**2, head width).
         """

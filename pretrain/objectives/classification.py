@@ -1,4 +1,4 @@
-"""Classification: a linear head on the pooled tokens of an image."""
+"""Classification: a linear layer on one vector per image."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from data_pipeline.labels import NO_LABEL
 from data_pipeline.settings import Settings
+from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
-from pretrain.objectives.image_tokens import Pool, encode_images, find_encoder, pool_tokens
+from pretrain.objectives.image_tokens import (
+    Pool,
+    find_encoder,
+    image_vectors,
+    vector_flops,
+    vector_width,
+)
 
 _TOP = 5
 
@@ -26,7 +33,8 @@ class ClassificationSettings(Settings):
     encoder: str = "image"
     """Name of the encoder in `model.encoders` whose tokens the head reads."""
     pool: Pool = "mean"
-    """What the head sees of an image: the mean of its tokens, or the first one (`class_token`)."""
+    """What the linear layer sees of an image: the mean of its tokens, the first one
+    (`class_token`), or the vector that the encoder's own `head` makes."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Share of the target spread evenly over all classes."""
 
@@ -40,14 +48,15 @@ class ClassificationSettings(Settings):
     ) -> "Classification":
         """The objective for these encoders and the pixel statistics and classes of the data.
 
-        `vocabulary` is for objectives with text. Raises ValueError: no encoder of that name.
+        `vocabulary` is for objectives with text. Raises ValueError: no encoder of that name, or
+        one that cannot pool that way.
         """
         encoder = find_encoder(encoders, self.encoder)
         return Classification(
             classes,
             encoder=self.encoder,
-            encoder_width=encoder.width,
-            encoder_flops=encoder.flops,
+            encoder_width=vector_width(encoder, self.pool),
+            encoder_flops=vector_flops(encoder, self.pool),
             image_mean=image_mean,
             image_std=image_std,
             pool=self.pool,
@@ -61,7 +70,7 @@ class Classification(nn.Module):
     Args:
         classes: number of classes.
         encoder: name of the encoder that `forward` picks from those it is given.
-        encoder_width: channels of the encoder's tokens.
+        encoder_width: channels of what the encoder hands over.
         encoder_flops: (height, width) -> FLOPs of a forward pass for one image.
         image_mean, image_std: per channel, in units of the full range.
         pool, label_smoothing: as in `ClassificationSettings`.
@@ -103,14 +112,16 @@ class Classification(nn.Module):
     ) -> dict[str, Tensor]:
         """This micro-batch's share of the global batch's loss and metrics.
 
-        batch: images (B, 3, H, W) uint8; labels (B,) int64, NO_LABEL where there is none.
+        batch: images (B, 3, H, W) uint8; labels (B,) int64, NO_LABEL where there is none; draws of
+            the images, if the encoder needs some.
         totals: "images" and "labels" of the global batch.
 
         Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
         the labelled images of the global batch, `labelled` their part of all its images. Only
         "loss" carries a gradient: of zero, but through the head, where nothing is labelled.
         """
-        loss, *sums = self.label_sums(self._logits(encoders, batch["images"]), batch["labels"])
+        logits = self._logits(encoders, batch["images"], batch.get("draws"))
+        loss, *sums = self.label_sums(logits, batch["labels"])
         labels, images = (
             torch.as_tensor(totals[name], dtype=torch.float32, device=loss.device).clamp(min=1.0)
             for name in ("labels", "images")
@@ -160,7 +171,7 @@ class Classification(nn.Module):
         counts = {"images": 0, "labels": 0}
         with torch.no_grad(), evaluating(self, encoders[self.encoder]):
             for batch in loader:
-                logits = self._logits(encoders, batch["images"].to(device))
+                logits = self._logits(encoders, batch["images"].to(device), None)
                 found = torch.stack(self.label_sums(logits, batch["labels"].to(device)))
                 sums += found.double().cpu()
                 counts = {name: counts[name] + n for name, n in self.count(batch).items()}
@@ -173,7 +184,12 @@ class Classification(nn.Module):
         }
         return metrics | {"images": float(images), "labelled": labels / max(1, images)}, []
 
-    def _logits(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+    def _logits(
+        self, encoders: Mapping[str, nn.Module], images: Tensor, draws: SampleDraws | None
+    ) -> Tensor:
         """(B, classes) float32."""
-        tokens = encode_images(encoders[self.encoder], images, self.image_mean, self.image_std)
-        return self.head(pool_tokens(tokens, self.pool)).float()
+        encoder = encoders[self.encoder]
+        vectors = image_vectors(
+            encoder, images, self.image_mean, self.image_std, self.pool, draws
+        )
+        return self.head(vectors).float()
