@@ -76,6 +76,11 @@ class Order:
         return self.row_lanes * self.phases
 
     @property
+    def stored_rows(self) -> int:
+        """Rows of the data set that `rows` points into: here all of them take part."""
+        return self.n_rows
+
+    @property
     def _chunks(self) -> int:
         return self.n_rows // self.chunk_rows
 
@@ -99,6 +104,15 @@ class Order:
     def epochs(self, samples: int) -> dict[str, float]:
         """Passes over named parts of the data: there are none, as there is one data set."""
         return {}
+
+    def passes(self, samples: int) -> float:
+        """Epochs that `samples` samples from the start are."""
+        return samples / self.n_rows
+
+    @property
+    def taking_part(self) -> str:
+        """Tells which rows of the data set take part: equal exactly if they are the same."""
+        return f"all {self.n_rows}"
 
     def describe(self) -> dict[str, int]:
         """Plan constants and the rows in each part of an epoch, for logs and the data state."""

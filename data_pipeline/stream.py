@@ -1,6 +1,7 @@
 """One task's data: positions in, batch out, damaged samples replaced on the way."""
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from data_pipeline.order import Order
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
 from data_pipeline.rng import sample_rng
+from data_pipeline.selection import KeptOrder, Selection
 from data_pipeline.sources import MixedOrder
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.timing import StageClock
@@ -77,42 +79,59 @@ class TaskStream:
         self,
         name: str,
         reader: SampleReader,
-        order: Order | MixedOrder | None,
+        order: Order | KeptOrder | MixedOrder | None,
         fields: Fields,
         seed: int,
         global_batch: int,
         micro_batch: int,
+        selection: Selection | None = None,
     ) -> None:
         """Assemble a stream.
 
         Args:
             name: the task; it keys the random draws of its samples.
             order: position -> row (of all sources, one behind the other); none for evaluation,
-                where positions are rows, nothing is drawn at random, and a bad sample becomes a
-                row that is not valid.
+                where positions count the rows that take part, nothing is drawn at random, and a
+                bad sample becomes a row that is not valid.
             seed: key of the samples' random draws.
             global_batch: samples per step over all ranks.
             micro_batch: most samples per forward pass on one rank.
+            selection: rows that take part in evaluation, None for all; an order knows its own.
         """
         self.name, self.reader, self.order, self.fields = name, reader, order, fields
         self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
-        if order is not None and order.n_rows != self.n_rows:
-            raise ValueError(
-                f"task {name}: the order was planned for {order.n_rows} samples, the shards hold "
-                f"{self.n_rows}"
-            )
+        self.selection = selection
+        if order is not None and selection is not None:
+            raise ValueError(f"task {name}: a selection belongs to its order, or to evaluation")
+        stored = len(reader.shards)
+        for planned in (order and order.stored_rows, selection and selection.n_rows):
+            if planned is not None and planned != stored:
+                raise ValueError(
+                    f"task {name}: the order was planned for {planned} samples, the shards hold "
+                    f"{stored}"
+                )
 
     @property
     def n_rows(self) -> int:
-        """Samples in the data set, or in all its sources."""
-        return len(self.reader.shards)
+        """Samples of the data set, or of all its sources, that take part."""
+        if self.order is not None:
+            return self.order.n_rows
+        return len(self.reader.shards) if self.selection is None else self.selection.n_kept
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells training data apart: shards (without their folders), and samples that take part."""
+        parts = self.reader.shards.fingerprint, self.order.taking_part
+        return sha256("\n".join(parts).encode()).hexdigest()
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Metrics after `samples` samples of this task: `epoch` is samples per sample that there
         is; with several sources `epoch_NAME` is the passes over each, which is what repeats."""
-        parts = {} if self.order is None else self.order.epochs(samples)
+        if self.order is None:
+            return {"epoch": samples / self.n_rows}
+        parts = self.order.epochs(samples)
         named = {f"epoch_{name}": passes for name, passes in parts.items()}
-        return {"epoch": samples / self.n_rows} | named
+        return {"epoch": self.order.passes(samples)} | named
 
     def load(self, request: MicroBatch, allocate: Allocate | None = None) -> dict[str, Any]:
         """Read, decode and collate one micro-batch.
@@ -138,6 +157,8 @@ class TaskStream:
         buffers = (allocate or empty)(self.fields.buffers(len(positions)))
         arrays = {name: buffer.numpy() for name, buffer in buffers.items()}
         clock.lap("collate")
+        self.reader.expect(rows[wanted].tolist(), self.fields.extensions)
+        clock.lap("read")
         items: list[dict[str, Any] | None] = [None] * len(positions)
         keys = [""] * len(positions)
         faults: list[Fault] = []
@@ -163,10 +184,12 @@ class TaskStream:
     def locate(self, positions: np.ndarray) -> list[str]:
         """Shard of each position, for messages."""
         shards = self.reader.shards
-        return [shards.shards[shards.locate(int(row))[0]].path for row in self._rows(positions)]
+        return [shards.shards[shards.locate(int(row))[0]].label for row in self._rows(positions)]
 
     def _rows(self, positions: np.ndarray) -> np.ndarray:
-        return positions if self.order is None else self.order.rows(positions)
+        if self.order is not None:
+            return self.order.rows(positions)
+        return positions if self.selection is None else self.selection.select(positions)
 
     def _usable(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline.labels import NO_LABEL
 from data_pipeline.settings import Settings
+from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
 from pretrain.objectives.image_tokens import (
@@ -19,6 +20,7 @@ from pretrain.objectives.image_tokens import (
     vector_flops,
     vector_width,
 )
+from pretrain.objectives.mixing import mix_pairs, partners
 
 _TOP = 5
 
@@ -113,15 +115,16 @@ class Classification(nn.Module):
         """This micro-batch's share of the global batch's loss and metrics.
 
         batch: images (B, 3, H, W) uint8; labels (B,) int64, NO_LABEL where there is none; draws of
-            the images, if the encoder needs some.
+        the images, if the encoder needs some. With mix_share and mix_box neighbours are mixed
+        (`mix_pairs`): the loss is that of both labels by their shares, the other metrics judge an
+        image by the label of its larger part.
         totals: "images" and "labels" of the global batch.
 
         Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
         the labelled images of the global batch, `labelled` their part of all its images. Only
         "loss" carries a gradient: of zero, but through the head, where nothing is labelled.
         """
-        logits = self._logits(encoders, batch["images"], batch.get("draws"))
-        loss, *sums = self.label_sums(logits, batch["labels"])
+        loss, *sums = self._sums(encoders, batch)
         labels, images = (
             torch.as_tensor(totals[name], dtype=torch.float32, device=loss.device).clamp(min=1.0)
             for name in ("labels", "images")
@@ -171,7 +174,8 @@ class Classification(nn.Module):
         counts = {"images": 0, "labels": 0}
         with torch.no_grad(), evaluating(self, encoders[self.encoder]):
             for batch in loader:
-                logits = self._logits(encoders, batch["images"].to(device), None)
+                pixels = self._pixels(encoders, batch["images"].to(device))
+                logits = self._logits(encoders, pixels, None)
                 found = torch.stack(self.label_sums(logits, batch["labels"].to(device)))
                 sums += found.double().cpu()
                 counts = {name: counts[name] + n for name, n in self.count(batch).items()}
@@ -184,12 +188,33 @@ class Classification(nn.Module):
         }
         return metrics | {"images": float(images), "labelled": labels / max(1, images)}, []
 
+    def _sums(
+        self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """`label_sums` of a training batch, mixed if it says so."""
+        labels, draws = batch["labels"], batch.get("draws")
+        pixels = self._pixels(encoders, batch["images"])
+        if "mix_share" not in batch:
+            return self.label_sums(self._logits(encoders, pixels, draws), labels)
+        pixels, weights = mix_pairs(pixels, batch)
+        logits = self._logits(encoders, pixels, draws)
+        others = partners(labels)
+        larger = torch.where(weights > 0.5, others, labels)
+        _, *sums = self.label_sums(logits, larger)
+        options = {"ignore_index": NO_LABEL, "label_smoothing": self.label_smoothing}
+        own, other = (
+            F.cross_entropy(logits, target, reduction="none", **options)
+            for target in (labels, others)
+        )
+        return [((1 - weights) * own + weights * other).sum(), *sums]
+
+    def _pixels(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+        dtype = encoders[self.encoder].dtype
+        return normalise_pixels(images, self.image_mean, self.image_std, dtype)
+
     def _logits(
-        self, encoders: Mapping[str, nn.Module], images: Tensor, draws: SampleDraws | None
+        self, encoders: Mapping[str, nn.Module], pixels: Tensor, draws: SampleDraws | None
     ) -> Tensor:
         """(B, classes) float32."""
-        encoder = encoders[self.encoder]
-        vectors = image_vectors(
-            encoder, images, self.image_mean, self.image_std, self.pool, draws
-        )
+        vectors = image_vectors(encoders[self.encoder], pixels, self.pool, draws)
         return self.head(vectors).float()

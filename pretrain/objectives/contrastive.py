@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.settings import Settings
+from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.contrastive_loss import caption_ids, contrastive_sums
 from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
@@ -206,9 +207,9 @@ class Contrastive(nn.Module):
         self, encoders: Mapping[str, nn.Module], images: Tensor, draws: SampleDraws | None = None
     ) -> Tensor:
         """images: (B, 3, H, W) uint8. Returns (B, width) float32 of unit length."""
-        vectors = image_vectors(
-            encoders[self.encoder], images, self.image_mean, self.image_std, self.pool, draws
-        )
+        encoder = encoders[self.encoder]
+        pixels = normalise_pixels(images, self.image_mean, self.image_std, encoder.dtype)
+        vectors = image_vectors(encoder, pixels, self.pool, draws)
         return F.normalize(self.image_projection(vectors).float(), dim=1)
 
     def text_features(self, encoders: Mapping[str, nn.Module], tokens: Tensor) -> Tensor:

@@ -25,34 +25,36 @@ def encode_images(
     mean: Sequence[float],
     std: Sequence[float],
     draws: SampleDraws | None,
-    pooled: bool = False,
 ) -> Tensor:
     """Tokens (B, N, width) of images (B, 3, H, W) uint8; mean and std in units of the full range.
 
+    draws: as in `encode_pixels`.
+    """
+    return encode_pixels(encoder, normalise_pixels(images, mean, std, encoder.dtype), draws)
+
+
+def encode_pixels(encoder: nn.Module, pixels: Tensor, draws: SampleDraws | None) -> Tensor:
+    """Tokens (B, N, width) of normalised pixels (B, 3, H, W).
+
     draws: random numbers of these images (`batch.get("draws")`), for an encoder that takes some in
         training; none: it draws from torch's generator, which knows no samples.
-    pooled: the vectors (B, pooled_width) of the encoder's own head instead.
     """
-    options = {"draws": draws} if getattr(encoder, "takes_draws", False) else {}
-    if pooled:
-        options["pooled"] = True
-    return encoder(normalise_pixels(images, mean, std, encoder.dtype), **options)
+    return encoder(pixels, **_options(encoder, draws))
 
 
 def image_vectors(
-    encoder: nn.Module,
-    images: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    pool: Pool,
-    draws: SampleDraws | None,
+    encoder: nn.Module, pixels: Tensor, pool: Pool, draws: SampleDraws | None
 ) -> Tensor:
     """One vector per image (B, vector_width): the mean of its tokens, the first one, or what the
-    encoder's head makes of them. Arguments as in `encode_images`."""
-    tokens = encode_images(encoder, images, mean, std, draws, pooled=pool == "head")
+    encoder's own head makes of them. Arguments as in `encode_pixels`."""
     if pool == "head":
-        return tokens
+        return encoder(pixels, pooled=True, **_options(encoder, draws))
+    tokens = encode_pixels(encoder, pixels, draws)
     return tokens[:, 0] if pool == "class_token" else tokens.mean(dim=1)
+
+
+def _options(encoder: nn.Module, draws: SampleDraws | None) -> dict[str, SampleDraws | None]:
+    return {"draws": draws} if getattr(encoder, "takes_draws", False) else {}
 
 
 def vector_width(encoder: nn.Module, pool: Pool) -> int:
