@@ -110,7 +110,7 @@ def align(box: Box, width: int, height: int, factor: int, origin: tuple[int, int
     """Move the edges of `box` to the nearest lines that lie a multiple of `factor` from `origin`.
 
     Args:
-        width, height: of the image, which the box stays inside of.
+        width, height: of the image, which the box stays inside of; at least `factor`.
         origin: x and y of a line, 0 to factor - 1; see `decode.grid_origin`.
     """
     x0, x1 = _aligned(box.x, box.x + box.width, width, factor, origin[0])
@@ -120,7 +120,9 @@ def align(box: Box, width: int, height: int, factor: int, origin: tuple[int, int
 
 def _aligned(start: int, stop: int, length: int, factor: int, origin: int) -> tuple[int, int]:
     last = (length - origin) // factor
-    start, stop = (min(max(round((at - origin) / factor), 0), last) for at in (start, stop))
+    start, stop = (max(round((at - origin) / factor), 0) for at in (start, stop))
+    start = min(start, last - 1)
+    stop = min(max(stop, start + 1), last)
     return origin + start * factor, origin + stop * factor
 
 

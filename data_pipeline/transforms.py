@@ -77,7 +77,7 @@ class ImageSettings(ColourSettings):
     """Mean per channel that the device subtracts, in units of pixel / 255 (default: CLIP)."""
     std: tuple[float, float, float] = CLIP_STD
     """Standard deviation per channel that the device divides by (default: CLIP)."""
-    scaled_decode_margin: float | None = Field(default=2.0, ge=1.0)
+    scaled_decode_margin: float | None = Field(default=1.5, ge=1.0)
     """In training JPEGs are decoded at 1/2, 1/4 or 1/8 when the reduced crop still measures this
     multiple of the output size; null: always at full size. For modes random_resized_crop and
     large_scale_jitter. Crops are then cut on the grid of the reduced image."""
