@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_pipeline.bundles import LONGEST_LINE
 from data_pipeline.tar_headers import BLOCK
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ def check_structure(index: "ShardIndex", types: Mapping[str, type]) -> None:
     # Compared so that no sum of two 64-bit numbers is needed, which could wrap around.
     if (offsets > room).any() or (offsets < BLOCK).any() or (sizes > room - offsets).any():
         raise ValueError("a member lies outside of the shard")
+    if index.bundled and samples:
+        ends = arrays["member_end"][:-1]
+        begins, firsts = arrays["sample_begin"], offsets[np.append(np.uint64(0), ends)]
+        if (begins >= firsts).any() or (firsts - begins > np.uint64(LONGEST_LINE)).any():
+            raise ValueError("a bundled sample does not begin with its line")
+        if (offsets[1:] < offsets[:-1]).any():
+            raise ValueError("members of a bundle are not in order")
 
 
 def _check_length(name: str, values: np.ndarray, wanted: int) -> None:

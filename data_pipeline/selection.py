@@ -211,6 +211,11 @@ class KeptOrder:
         """As `Order.epochs`."""
         return self.order.epochs(samples)
 
+    @property
+    def taking_part(self) -> str:
+        """As `Order.taking_part`."""
+        return self.selection.digest
+
     def describe(self) -> dict[str, int]:
         """As `Order.describe`; `rows` are the kept ones."""
         return self.order.describe() | {"stored_rows": self.stored_rows}

@@ -22,8 +22,10 @@ import braceexpand
 import numpy as np
 
 from data_pipeline import manifest as manifests
+from data_pipeline.columns import column_names, column_of
 from data_pipeline.files import exclusive, leftovers, temporary_name
-from data_pipeline.index import SUFFIX, ShardIndex, build_index, index_path
+from data_pipeline.index import SUFFIX, ShardIndex, index_path
+from data_pipeline.index_builder import build_index
 from data_pipeline.tar_headers import ShardError
 
 CACHE_VARIABLE = "OMNIPRETRAIN_CACHE"
@@ -127,6 +129,10 @@ class ShardSet:
             self._indices.popitem(last=False)
         return index
 
+    def read_index(self, number: int) -> ShardIndex:
+        """As `index`, but kept nowhere: for one pass over all shards, also by several threads."""
+        return self._checked_index(self.shards[number])
+
     def column(self, name: str) -> np.ndarray:
         """Return a numeric column of all samples: (N,) int64, or float64 with NaN for missing.
 
@@ -135,9 +141,9 @@ class ShardSet:
         parts: list[np.ndarray | None] = []
         known: set[str] = set()
         for number in range(len(self.shards)):
-            columns = self.index(number).columns
-            known.update(columns)
-            parts.append(columns.get(name))
+            index = self.index(number)
+            known.update(column_names(index))
+            parts.append(column_of(index, name))
         if name not in known:
             raise KeyError(f"no column {name!r}; there are {', '.join(sorted(known)) or 'none'}")
         return np.concatenate(
@@ -226,12 +232,16 @@ def _index_places(shard_path: str) -> list[Path]:
     return [index_path(shard_path), _cache_path(shard_path)]
 
 
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: $OMNIPRETRAIN_CACHE, or below ~/.cache."""
+    return Path(os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/omnipretrain"))
+
+
 def _cache_path(shard_path: str) -> Path:
     """Where the index of a shard in a read-only folder lies; equal names do not collide."""
-    home = os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/omnipretrain")
     real = os.path.realpath(shard_path)
     digest = sha256(os.fsencode(real)).hexdigest()[:24]
-    return Path(home) / "indices" / f"{digest}-{os.path.basename(real)}{SUFFIX}"
+    return cache_folder() / "indices" / f"{digest}-{os.path.basename(real)}{SUFFIX}"
 
 
 def _expand_all(

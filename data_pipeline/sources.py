@@ -13,6 +13,8 @@ from typing import NamedTuple, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from data_pipeline.expressions import ExpressionError
+from data_pipeline.filters import Condition, select_rows
 from data_pipeline.mixture import BlockCycle
 from data_pipeline.order import Order
 from data_pipeline.rng import keyed_u64
@@ -30,6 +32,9 @@ class SourceSettings(Settings):
     weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     """Share of the task's samples, relative to the weights of its other sources."""
 
+    where: Condition | None = None
+    """Only samples that meet this condition on index columns take part, as of a task's `where`."""
+
 
 class ShardedData(Settings):
     """Base of every kind of data that is read from shards: `shards`, or weighted `sources`."""
@@ -40,11 +45,17 @@ class ShardedData(Settings):
     sources: dict[str, SourceSettings] | None = Field(default=None, min_length=1)
     """Name -> data set, mixed by weight with exact counts; in place of `shards`."""
 
+    where: Condition | None = None
+    """Only samples of `shards` that meet this condition on index columns take part, for example
+    "width >= 256 and captions.count > 0"; null = all."""
+
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.shards is None) == (self.sources is None):
             what = "neither is given" if self.shards is None else "both are given; set one to null"
             raise ValueError(f"shards: exactly one of shards and sources is needed, {what}")
+        if self.sources is not None and self.where is not None:
+            raise ValueError("where: with several sources it is a key of each of them, not of data")
         for name in self.sources or ():
             if not re.fullmatch(r"\w+", name, flags=re.ASCII):
                 raise ValueError(f"sources: the name {name!r} must be letters, digits and _ only")
@@ -74,14 +85,32 @@ class Source(NamedTuple):
 def open_sources(data: ShardedData) -> list[Source]:
     """The data sets that the settings name, sorted by name; with plain `shards` one without a name.
 
-    Raises FileNotFoundError, ShardError.
+    Raises as `open_source`.
     """
     if data.shards is not None:
-        return [Source("", ShardSet.open(data.shards), 1.0)]
+        return [open_source(data.shards, data.where)]
     return [
-        Source(name, ShardSet.open(source.shards), source.weight)
+        open_source(source.shards, source.where, name, source.weight)
         for name, source in sorted(data.sources.items())
     ]
+
+
+def open_source(
+    shards: Sequence[str], where: str | None = None, name: str = "", weight: float = 1.0
+) -> Source:
+    """One data set, and which of its samples meet the condition `where`.
+
+    Raises FileNotFoundError, ShardError; ExpressionError, also if none of the samples does.
+    """
+    opened = ShardSet.open(shards)
+    if where is None:
+        return Source(name, opened, weight)
+    try:
+        selection = select_rows(opened, where)
+    except ExpressionError as error:
+        of_source = f"source {name}: " if name else ""
+        raise type(error)(f"{of_source}where: {error}") from None
+    return Source(name, opened, weight, None if selection.n_kept == len(opened) else selection)
 
 
 def plan_order(
@@ -167,6 +196,11 @@ class MixedOrder:
         return {
             name: places / self.orders[name].n_rows for name, places in self._taken(samples)
         }
+
+    @property
+    def taking_part(self) -> str:
+        """As `Order.taking_part`."""
+        return " ".join(f"{name}: {order.taking_part}" for name, order in self.orders.items())
 
     def describe(self) -> str:
         """One line for people: how pairs are dealt to sources."""

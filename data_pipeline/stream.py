@@ -1,6 +1,7 @@
 """One task's data: positions in, batch out, damaged samples replaced on the way."""
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -116,6 +117,12 @@ class TaskStream:
         if self.order is not None:
             return self.order.n_rows
         return len(self.reader.shards) if self.selection is None else self.selection.n_kept
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells training data apart: shards (without their folders), and samples that take part."""
+        parts = self.reader.shards.fingerprint, self.order.taking_part
+        return sha256("\n".join(parts).encode()).hexdigest()
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Metrics after `samples` samples of this task: `epoch` is samples per sample that there

@@ -9,8 +9,7 @@ from data_pipeline.captions import CaptionDataSettings, CaptionFields
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.reader import SampleReader
-from data_pipeline.shards import ShardSet
-from data_pipeline.sources import concatenated, open_sources, plan_order
+from data_pipeline.sources import concatenated, open_source, open_sources, plan_order
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
 from pretrain import sampler
@@ -27,8 +26,8 @@ def plan_sampling(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> lis
     """The stages that the recipe asks for.
 
     Args:
-        sizes: task -> samples; where `sampling.alpha` needs them and they are not given, the shards
-            are opened (FileNotFoundError, ShardError).
+        sizes: task -> samples that take part; where `sampling.alpha` needs them and they are not
+            given, the shards are opened (raises as `data_pipeline.sources.open_source`).
     """
     weights = {name: task.weight for name, task in recipe.tasks.items()}
     if recipe.sampling.alpha is not None and sizes is None:
@@ -129,6 +128,7 @@ def build_evaluation_loader(
     task = recipe.tasks[name]
     if task.evaluation is None:
         raise ValueError(f"tasks.{name}.evaluation: this task has no held-out data")
+    held_out = open_source(task.evaluation.shards, task.evaluation.where)
     changes = {
         "shards": task.evaluation.shards, "sources": None, "image": evaluation_image(task)
     }
@@ -138,12 +138,13 @@ def build_evaluation_loader(
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(
         name,
-        SampleReader(ShardSet.open(task.evaluation.shards)),
+        SampleReader(held_out.shards),
         None,
         build_fields(data, tokenizer, train=False),
         recipe.seed,
         micro_batch * world,
         micro_batch,
+        held_out.selection,
     )
     loader = recipe.loader
     return EvaluationLoader(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import StepLoader, TaskStream
+from data_pipeline.loader import StepLoader
 from data_pipeline.rng import keyed_u64
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import build, recipe_checks
@@ -20,6 +20,7 @@ from pretrain.engine.agreement import Agreement
 from pretrain.engine.balance import TaskBalance
 from pretrain.engine.checkpoint import Checkpoints, fill_masters
 from pretrain.engine.control import ControlFolder, StopSignals
+from pretrain.engine.data_record import data_entries
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
 from pretrain.engine.ds_config import engine_config, offloads_optimizer
 from pretrain.engine.ema import Ema
@@ -165,6 +166,8 @@ class Trainer:
     def _train(self) -> None:
         recipe, state = self.recipe, self.state
         streams = build.build_streams(recipe, self.tokenizer)
+        fingerprints = {name: stream.fingerprint for name, stream in streams.items()}
+        state.ledger += data_entries(fingerprints, state.ledger, state.step)
         schedule = self._schedule({name: stream.n_rows for name, stream in streams.items()})
         self.throughput = Throughput(self.ranks, recipe.logging.peak_tflops_per_device)
         loop = Loop(
@@ -173,7 +176,7 @@ class Trainer:
             recipe.failure.max_skipped_steps,
             {name: task.global_batch for name, task in recipe.tasks.items()},
             self.control, self.signals, lambda step: build.loss_weights(recipe, schedule, step),
-            self._agreement(streams),
+            self._agreement(fingerprints),
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self.ema.update if self.ema else lambda update: None,
         )
@@ -211,12 +214,9 @@ class Trainer:
                 log.info("schedule: %s", line)
         return schedule
 
-    def _agreement(self, streams: dict[str, TaskStream]) -> Agreement:
-        """The check that ranks run the same, on the same data."""
-        common = {
-            f"data of {name}": stream.reader.shards.fingerprint[:16]
-            for name, stream in streams.items()
-        } | {
+    def _agreement(self, fingerprints: dict[str, str]) -> Agreement:
+        """The check that ranks run the same, on the same data: task -> fingerprint of its data."""
+        common = {f"data of {name}": found[:16] for name, found in fingerprints.items()} | {
             "world": str(self.ranks.world),
             "ledger": f"{keyed_u64(json.dumps(self.state.ledger, sort_keys=True)):016x}",
         }

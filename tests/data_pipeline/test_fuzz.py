@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import array_file, index
-from data_pipeline.index import ShardIndex, build_index
+from data_pipeline.index import ShardIndex
+from data_pipeline.index_builder import build_index
 from data_pipeline.manifest import FILE_NAME, Manifest
 from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.shards import Shard, ShardSet
@@ -34,10 +35,10 @@ NUMBERS = [b"00000000000\0", b"-0000001000\0", b"+0000000001\0", b"0_000000001\0
            b"\x80" + 11 * b"\xff", b"\xff" * 12, b"           \0", b"00000001000 "]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=[1, 4], ids=["plain", "bundled"])
+def whole(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    write_shards(folder, 6, 6)
+    write_shards(folder, 6, 6, bundle=request.param)
     return folder
 
 
@@ -205,7 +206,7 @@ def test_an_index_that_contradicts_itself_never_gives_wrong_bytes(whole, tmp_pat
     place = folder / "train-000000.tar.idx"
     metadata, arrays = array_file.load(place)
     arrays = {name: values.copy() for name, values in arrays.items()}
-    name = data.draw(st.sampled_from(sorted(index._ARRAYS)))
+    name = data.draw(st.sampled_from(sorted(index.ARRAYS)))
     values, limits = arrays[name], np.iinfo(arrays[name].dtype)
     if data.draw(st.booleans()):
         near = st.integers(0, 100) | st.integers(0, int(limits.max))
