@@ -137,13 +137,18 @@ def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> li
 
 def _check_image_sizes(where: str, task: "TaskSettings", patch: int, encoder: str) -> list[str]:
     images = {f"{where}.data.image": task.data.image}
+    if task.data.second_view is not None:
+        images[f"{where}.data.second_view"] = task.data.second_view
     if task.evaluation is not None and task.evaluation.image is not None:
         images[f"{where}.evaluation.image"] = task.evaluation.image
+    sizes = [(f"{key}.size", image.size) for key, image in images.items() if image.fixed_size]
+    for key, image in images.items():
+        sizes += [(f"{key}.sizes", size) for size in image.sizes or ()]
     return [
-        f"{key}.size={image.size} is not a multiple of model.encoders.{encoder}.patch_size={patch}:"
-        f" use {image.size // patch * patch or patch} or {(image.size // patch + 1) * patch}"
-        for key, image in images.items()
-        if image.size % patch and image.mode != "keep_aspect"
+        f"{key}={size} is not a multiple of model.encoders.{encoder}.patch_size={patch}: use "
+        f"{size // patch * patch or patch} or {(size // patch + 1) * patch}"
+        for key, size in sizes
+        if size % patch
     ]
 
 

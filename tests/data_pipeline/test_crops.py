@@ -124,11 +124,8 @@ def test_jittered_boxes():
 
 
 def test_geometry_maps_the_crop_to_the_output():
-    geometry = Geometry(0.5, 0.25, 10.0, 5.0, 30, 40)
-    x0, y0, x1, y1 = geometry.crop
-    assert (x0, y0, x1, y1) == (20.0, 20.0, 100.0, 140.0)
-    corners = np.array([[x0, y0], [x1, y1], [60.0, 20.0]])
+    geometry = Geometry((20.0, 20.0, 100.0, 140.0), 30, 40)
+    corners = np.array([[20.0, 20.0], [100.0, 140.0], [60.0, 20.0]])
     assert geometry.points(corners).tolist() == [[0, 0], [40, 30], [20, 0]]
-    flipped = Geometry(0.5, 0.25, 10.0, 5.0, 30, 40, flip=True)
-    assert flipped.crop == geometry.crop
+    flipped = Geometry(geometry.crop, 30, 40, flip=True)
     assert flipped.points(corners).tolist() == [[40, 0], [0, 30], [20, 0]]
