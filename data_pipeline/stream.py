@@ -131,9 +131,11 @@ class TaskStream:
     def epochs(self, samples: int) -> dict[str, float]:
         """Metrics after `samples` samples of this task: `epoch` is samples per sample that there
         is; with several sources `epoch_NAME` is the passes over each, which is what repeats."""
-        parts = {} if self.order is None else self.order.epochs(samples)
+        if self.order is None:
+            return {"epoch": samples / self.n_rows}
+        parts = self.order.epochs(samples)
         named = {f"epoch_{name}": passes for name, passes in parts.items()}
-        return {"epoch": samples / self.n_rows} | named
+        return {"epoch": self.order.passes(samples)} | named
 
     def load(self, request: MicroBatch, allocate: Allocate | None = None) -> dict[str, Any]:
         """Read, decode and collate one micro-batch.
@@ -160,6 +162,8 @@ class TaskStream:
         buffers = (allocate or empty)(fields.buffers(len(positions)))
         arrays = {name: buffer.numpy() for name, buffer in buffers.items()}
         clock.lap("collate")
+        self.reader.expect(rows[wanted].tolist(), self.fields.extensions)
+        clock.lap("read")
         items: list[dict[str, Any] | None] = [None] * len(positions)
         keys = [""] * len(positions)
         faults: list[Fault] = []
@@ -186,7 +190,7 @@ class TaskStream:
     def locate(self, positions: np.ndarray) -> list[str]:
         """Shard of each position, for messages."""
         shards = self.reader.shards
-        return [shards.shards[shards.locate(int(row))[0]].path for row in self._rows(positions)]
+        return [shards.shards[shards.locate(int(row))[0]].label for row in self._rows(positions)]
 
     def _rows(self, positions: np.ndarray) -> np.ndarray:
         if self.order is not None:

@@ -5,8 +5,13 @@ from typing import Any
 
 from torch import nn
 
+<<<<<<< HEAD
 from data_pipeline.boxes import BoxDataSettings, BoxFields
 from data_pipeline.captions import CaptionFields
+=======
+from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.faults import FaultFile
+>>>>>>> main
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.pictures import PictureDataSettings, PictureFields
@@ -33,8 +38,9 @@ def plan_sampling(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> lis
     """
     weights = {name: task.weight for name, task in recipe.tasks.items()}
     if recipe.sampling.alpha is not None and sizes is None:
+        remote = recipe.loader.remote
         sizes = {
-            name: sum(source.samples for source in open_sources(task.data))
+            name: sum(source.samples for source in open_sources(task.data, remote))
             for name, task in recipe.tasks.items()
         }
     return sampler.plan_stages(recipe.sampling, weights, sizes)
@@ -75,7 +81,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
     objectives = {
         name: build_objective(task, encoders, tokenizer) for name, task in recipe.tasks.items()
     }
-    return MultiTaskModel(encoders, objectives)
+    return MultiTaskModel(encoders, objectives, recipe.seed)
 
 
 def build_objective(
@@ -112,10 +118,10 @@ def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream]
 def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
     """Training data of task `name`, as `build_streams`."""
     task = recipe.tasks[name]
-    sources = open_sources(task.data)
+    sources = open_sources(task.data, recipe.loader.remote)
     return TaskStream(
         name,
-        SampleReader(concatenated(sources)),
+        SampleReader(concatenated(sources), max_member_bytes=task.data.max_member_bytes),
         plan_order(sources, task.global_batch, recipe.seed, name),
         build_fields(task.data, tokenizer, train=True),
         recipe.seed,
@@ -125,16 +131,25 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
 
 
 def build_evaluation_loader(
-    recipe: Recipe, name: str, tokenizer: Tokenizer, rank: int = 0, world: int = 1
+    recipe: Recipe,
+    name: str,
+    tokenizer: Tokenizer,
+    rank: int = 0,
+    world: int = 1,
+    fault_file: FaultFile | None = None,
 ) -> EvaluationLoader:
     """Held-out data of task `name` for one rank; every rank gets the same number of batches.
+
+    fault_file: where every bad sample is written down.
 
     Raises ValueError if the task has no `evaluation`, FileNotFoundError, ShardError.
     """
     task = recipe.tasks[name]
     if task.evaluation is None:
         raise ValueError(f"tasks.{name}.evaluation: this task has no held-out data")
-    held_out = open_source(task.evaluation.shards, task.evaluation.where)
+    held_out = open_source(
+        task.evaluation.shards, task.evaluation.where, remote=recipe.loader.remote
+    )
     changes = {
         "shards": task.evaluation.shards, "sources": None, "image": evaluation_image(task)
     }
@@ -144,7 +159,7 @@ def build_evaluation_loader(
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(
         name,
-        SampleReader(held_out.shards),
+        SampleReader(held_out.shards, max_member_bytes=task.data.max_member_bytes),
         None,
         build_fields(data, tokenizer, train=False),
         recipe.seed,
@@ -161,8 +176,8 @@ def build_evaluation_loader(
         max_samples=task.evaluation.max_samples,
         prefetch_batches=loader.prefetch_batches,
         start_method=loader.start_method,
-        max_bad_fraction=loader.max_bad_fraction,
-        max_bad_run=loader.max_bad_run,
+        limits=loader.fault_limits(),
+        fault_file=fault_file,
     )
 
 

@@ -102,7 +102,7 @@ def _task(recipe: Recipe, name: str, task: TaskSettings, world: int) -> Iterator
         f"tasks.{name}: global batch {task.global_batch} = {world} rank(s) x {len(dealt)} "
         f"micro-step(s) of up to {max(dealt)}" + (f", less {padded} padding rows" if padded else "")
     )
-    sources = open_sources(task.data)
+    sources = open_sources(task.data, recipe.loader.remote)
     shards = concatenated(sources)
     visits = build_schedule(recipe).visits(recipe.steps)[name]
     samples = sum(source.samples for source in sources)
@@ -121,7 +121,9 @@ def _task(recipe: Recipe, name: str, task: TaskSettings, world: int) -> Iterator
                 f"{epochs[source.name]:.2f} times"
             )
     if task.evaluation is not None:
-        held_out = open_source(task.evaluation.shards, task.evaluation.where)
+        held_out = open_source(
+            task.evaluation.shards, task.evaluation.where, remote=recipe.loader.remote
+        )
         used = min(held_out.samples, task.evaluation.max_samples or held_out.samples)
         yield f"tasks.{name}: evaluation on {used} of {_kept_of(held_out)}"
 
