@@ -5,13 +5,9 @@ from typing import Any
 
 from torch import nn
 
-<<<<<<< HEAD
 from data_pipeline.boxes import BoxDataSettings, BoxFields
 from data_pipeline.captions import CaptionFields
-=======
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
 from data_pipeline.faults import FaultFile
->>>>>>> main
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.pictures import PictureDataSettings, PictureFields
