@@ -5,17 +5,19 @@ from typing import Any
 
 from torch import nn
 
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.boxes import BoxDataSettings, BoxFields
+from data_pipeline.captions import CaptionFields
 from data_pipeline.faults import FaultFile
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
+from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import SampleReader
 from data_pipeline.sources import concatenated, open_source, open_sources, plan_order
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
 from pretrain import sampler
 from pretrain.models.multitask import MultiTaskModel
-from pretrain.recipe import Recipe, TaskSettings
+from pretrain.recipe import Data, Recipe, TaskSettings
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -83,17 +85,21 @@ def build_objective(
 ) -> nn.Module:
     """The objective of a task, told what its data knows."""
     known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
-    if isinstance(task.data, LabelDataSettings):
+    if isinstance(task.data, LabelDataSettings | BoxDataSettings):
         known["classes"] = task.data.classes
     return task.objective.build(encoders, tokenizer, **known)
 
 
 def build_fields(
-    data: CaptionDataSettings | LabelDataSettings, tokenizer: Tokenizer, train: bool
-) -> CaptionFields | LabelFields:
+    data: Data, tokenizer: Tokenizer, train: bool
+) -> CaptionFields | LabelFields | PictureFields | BoxFields:
     """What turns samples into batches of this kind of data."""
     if isinstance(data, LabelDataSettings):
         return LabelFields(data, train)
+    if isinstance(data, BoxDataSettings):
+        return BoxFields(data, train)
+    if isinstance(data, PictureDataSettings):
+        return PictureFields(data, train)
     return CaptionFields(data, tokenizer, train)
 
 

@@ -25,10 +25,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from data_pipeline.boxes import BoxDataSettings
 from data_pipeline.captions import CaptionDataSettings
 from data_pipeline.filters import Condition
 from data_pipeline.labels import LabelDataSettings
 from data_pipeline.loader import LoaderSettings
+from data_pipeline.pictures import PictureDataSettings
 from data_pipeline.settings import Settings
 from data_pipeline.tokenizer import TokenizerSettings
 from data_pipeline.transforms import ImageSettings
@@ -90,7 +92,10 @@ Encoder = Annotated[
 Objective = Annotated[
     CaptioningSettings | ClassificationSettings | ContrastiveSettings, Field(discriminator="type")
 ]
-Data = Annotated[CaptionDataSettings | LabelDataSettings, Field(discriminator="type")]
+Data = Annotated[
+    CaptionDataSettings | LabelDataSettings | PictureDataSettings | BoxDataSettings,
+    Field(discriminator="type"),
+]
 
 DATA_TYPES = {
     settings.model_fields["type"].default: settings.data_type
