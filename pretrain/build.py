@@ -5,17 +5,19 @@ from typing import Any
 
 from torch import nn
 
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.boxes import BoxDataSettings, BoxFields
+from data_pipeline.captions import CaptionFields
 from data_pipeline.faults import FaultFile
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
+from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import SampleReader
 from data_pipeline.sources import concatenated, open_source, open_sources, plan_order
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
 from pretrain import sampler
 from pretrain.models.multitask import MultiTaskModel
-from pretrain.recipe import Recipe, TaskSettings
+from pretrain.recipe import Data, Recipe, TaskSettings
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -75,7 +77,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
     objectives = {
         name: build_objective(task, encoders, tokenizer) for name, task in recipe.tasks.items()
     }
-    return MultiTaskModel(encoders, objectives)
+    return MultiTaskModel(encoders, objectives, recipe.seed)
 
 
 def build_objective(
@@ -83,17 +85,21 @@ def build_objective(
 ) -> nn.Module:
     """The objective of a task, told what its data knows."""
     known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
-    if isinstance(task.data, LabelDataSettings):
+    if isinstance(task.data, LabelDataSettings | BoxDataSettings):
         known["classes"] = task.data.classes
     return task.objective.build(encoders, tokenizer, **known)
 
 
 def build_fields(
-    data: CaptionDataSettings | LabelDataSettings, tokenizer: Tokenizer, train: bool
-) -> CaptionFields | LabelFields:
+    data: Data, tokenizer: Tokenizer, train: bool
+) -> CaptionFields | LabelFields | PictureFields | BoxFields:
     """What turns samples into batches of this kind of data."""
     if isinstance(data, LabelDataSettings):
         return LabelFields(data, train)
+    if isinstance(data, BoxDataSettings):
+        return BoxFields(data, train)
+    if isinstance(data, PictureDataSettings):
+        return PictureFields(data, train)
     return CaptionFields(data, tokenizer, train)
 
 
@@ -111,7 +117,7 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
     sources = open_sources(task.data, recipe.loader.remote)
     return TaskStream(
         name,
-        SampleReader(concatenated(sources)),
+        SampleReader(concatenated(sources), max_member_bytes=task.data.max_member_bytes),
         plan_order(sources, task.global_batch, recipe.seed, name),
         build_fields(task.data, tokenizer, train=True),
         recipe.seed,
@@ -149,7 +155,7 @@ def build_evaluation_loader(
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(
         name,
-        SampleReader(held_out.shards),
+        SampleReader(held_out.shards, max_member_bytes=task.data.max_member_bytes),
         None,
         build_fields(data, tokenizer, train=False),
         recipe.seed,

@@ -194,8 +194,8 @@ def test_every_fault_is_reported_at_once():
         ),
         (
             ["tasks.caption.data.image.size=60"],
-            "tasks.caption.data.image.size=60 is not a multiple of "
-            "model.encoders.image.patch_size=16: use 48 or 64",
+            "tasks.caption.data.image.size=60 is not a multiple of 16, as model.encoders.image "
+            "(vit) needs: use 48 or 64",
         ),
         (
             ["tasks.caption.data.text_length=65"],
@@ -394,7 +394,8 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
     labels = "tasks.classify.data.type=labels"
     assert load_recipe("digits_multitask", [labels]) == load_recipe("digits_multitask")
     assert multi("tasks.contrast.data.type=labls") == (
-        "tasks.contrast.data.type: 'labls' is not one of captions, labels; did you mean 'labels'?"
+        "tasks.contrast.data.type: 'labls' is not one of captions, labels, images, boxes; did you "
+        "mean 'labels'?"
     )
     shards = "{type: labels, shards: [x], classes: 3, image: {size: 64}}"
     (fault,) = faults(
@@ -443,8 +444,8 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
         ),
         (
             ["tasks.classify.data.image.size=60"],
-            "tasks.classify.data.image.size=60 is not a multiple of "
-            "model.encoders.image.patch_size=16: use 48 or 64",
+            "tasks.classify.data.image.size=60 is not a multiple of 16, as model.encoders.image "
+            "(vit) needs: use 48 or 64",
         ),
         (
             ["tasks.contrast.objective.temperature=0.001"],
