@@ -6,6 +6,8 @@
         --captions captions_train2017.json --instances instances_train2017.json
     python -m tools.make_shards table  --out data/web --table pairs.csv --image-field path
 
+and so on for img2dataset, tsv, voc, yolo, frames, parquet and text: `make_shards SOURCE --help`.
+
 Shards, their indices and manifest.json go to OUT/SPLIT. Run the same command again after an
 interruption: finished shards are checked and kept.
 """
@@ -13,6 +15,7 @@ interruption: finished shards are checked and kept.
 import argparse
 import errno
 import functools
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -31,7 +34,15 @@ from rich.progress import (
 
 from data_pipeline.packing import PackJob, PackResult, SampleFault, pack, plan_ranges
 from data_pipeline.tar_headers import ShardError
-from tools import digit_scenes
+from tools import (
+    digit_scenes,
+    pack_boxes,
+    pack_frames,
+    pack_img2dataset,
+    pack_parquet,
+    pack_text,
+    pack_tsv,
+)
 from tools.pack_coco import coco_source
 from tools.pack_options import (
     add_classes,
@@ -161,6 +172,10 @@ def _report(job: PackJob, result: PackResult, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    for name, value in job.details.items():
+        if value and name not in ("seed", "missing"):
+            text = f"{name.replace('_', ' ')}: {json.dumps(value, ensure_ascii=False)}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
     if not manifest.licence:
         console.print("no licence given: --licence records it in the manifest", highlight=False)
 
@@ -196,6 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument(
         "--number-fields", nargs="+", default=[], metavar="NAME", help="CSV fields with numbers"
     )
+    for module in (pack_tsv, pack_img2dataset, pack_boxes, pack_frames, pack_parquet, pack_text):
+        module.add_sources(sources)
     return parser
 
 

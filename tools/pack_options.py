@@ -143,19 +143,25 @@ def add_source(sources: Any, name: str, text: str, run: Any) -> argparse.Argumen
     return parser
 
 
-def add_image_source(sources: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
-    """Add a sub-command as add_source, with the options of all sources of images."""
+def add_data_source(sources: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+    """Add a sub-command as add_source, with the options of all sources of people's own data."""
     parser = add_source(sources, name, text, run)
     parser.add_argument(
         "--split", type=split_name, default="train", help="its name (default %(default)s)"
     )
     parser.add_argument("--max-bytes", type=byte_count, help="per shard, e.g. 500M")
-    parser.add_argument("--short-side", type=positive, help="shrink images to this many pixels")
     parser.add_argument("--licence", help="licence text for the manifest, or @FILE")
     parser.add_argument(
         "--on-missing",
         choices=("error", "skip"),
         default="error",
-        help="what to do with missing and unusable images (default %(default)s)",
+        help="what to do with missing and unusable input (default %(default)s)",
     )
+    return parser
+
+
+def add_image_source(sources: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+    """Add a sub-command as add_data_source, with the options of all sources of images."""
+    parser = add_data_source(sources, name, text, run)
+    parser.add_argument("--short-side", type=positive, help="shrink images to this many pixels")
     return parser
