@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from data_pipeline.captions import CaptionDataSettings
+from data_pipeline.filters import Condition
 from data_pipeline.labels import LabelDataSettings
 from data_pipeline.loader import LoaderSettings
 from data_pipeline.settings import Settings
@@ -104,6 +105,10 @@ class EvaluationSettings(Settings):
     shards: list[str] = Field(min_length=1)
     """Held-out shards: folders, tars, globs or brace patterns; every row is used once."""
 
+    where: Condition | None = None
+    """Only samples that meet this condition on index columns are used, as in `data`; the condition
+    of `data` itself is not applied here. null = all."""
+
     max_samples: int | None = Field(default=None, ge=1)
     """At most so many samples, spread evenly over the shards; null = all."""
 
@@ -162,6 +167,8 @@ class TaskSettings(Settings):
                 "data.image.mode=keep_aspect gives images of different sizes, so micro_batch must "
                 f"be 1, not {self.micro_batch}"
             )
+        if getattr(self.data, "mixing", None) is not None and self.micro_batch == 1:
+            problems.append("data.mixing mixes neighbours: micro_batch must be even, not 1")
         if problems:
             raise ValueError("\n".join(problems))
         return self
