@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from data_pipeline.images import ImageDataSettings
 from pretrain.sampler.settings import problems as sampling_problems
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> li
 
 
 def _check_image_sizes(where: str, task: "TaskSettings", patch: int, encoder: str) -> list[str]:
+    if not isinstance(task.data, ImageDataSettings):
+        return []  # _check_data says that the objective reads other data
     images = {f"{where}.data.image": task.data.image}
     if task.evaluation is not None and task.evaluation.image is not None:
         images[f"{where}.evaluation.image"] = task.evaluation.image
@@ -157,6 +160,10 @@ def _check_evaluation(recipe: "Recipe") -> list[str]:
         )
     for name in tested:
         task = recipe.tasks[name]
+        if not isinstance(task.data, ImageDataSettings):
+            if task.evaluation.image is not None:
+                found.append(f"tasks.{name}.evaluation.image: data of type text have no images")
+            continue
         image = task.evaluation.image or task.data.image
         size = task.evaluation.micro_batch or task.micro_batch
         if image.mode == "keep_aspect" and size > 1:
