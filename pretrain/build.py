@@ -77,7 +77,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
     objectives = {
         name: build_objective(task, encoders, tokenizer) for name, task in recipe.tasks.items()
     }
-    return MultiTaskModel(encoders, objectives)
+    return MultiTaskModel(encoders, objectives, recipe.seed)
 
 
 def build_objective(
