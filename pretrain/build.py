@@ -5,11 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.boxes import BoxDataSettings, BoxFields
+from data_pipeline.captions import CaptionFields
 from data_pipeline.faults import FaultFile
 from data_pipeline.images import ImageDataSettings
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
+from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import SampleReader
 from data_pipeline.sources import concatenated, open_source, open_sources, plan_order
 from data_pipeline.text import TextDataSettings, TextFields
@@ -17,7 +19,7 @@ from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
 from pretrain import sampler
 from pretrain.models.multitask import MultiTaskModel
-from pretrain.recipe import Recipe, TaskSettings
+from pretrain.recipe import Data, Recipe, TaskSettings
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -87,19 +89,21 @@ def build_objective(
     known: dict[str, Any] = {}
     if isinstance(task.data, ImageDataSettings):
         known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
-    if isinstance(task.data, LabelDataSettings):
+    if isinstance(task.data, LabelDataSettings | BoxDataSettings):
         known["classes"] = task.data.classes
     return task.objective.build(encoders, tokenizer, **known)
 
 
 def build_fields(
-    data: CaptionDataSettings | LabelDataSettings | TextDataSettings,
-    tokenizer: Tokenizer,
-    train: bool,
-) -> CaptionFields | LabelFields | TextFields:
+    data: Data, tokenizer: Tokenizer, train: bool
+) -> CaptionFields | LabelFields | PictureFields | BoxFields | TextFields:
     """What turns samples into batches of this kind of data."""
     if isinstance(data, LabelDataSettings):
         return LabelFields(data, train)
+    if isinstance(data, BoxDataSettings):
+        return BoxFields(data, train)
+    if isinstance(data, PictureDataSettings):
+        return PictureFields(data, train)
     if isinstance(data, TextDataSettings):
         return TextFields(data, tokenizer)
     return CaptionFields(data, tokenizer, train)

@@ -25,10 +25,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from data_pipeline.boxes import BoxDataSettings
 from data_pipeline.captions import CaptionDataSettings
 from data_pipeline.filters import Condition
 from data_pipeline.labels import LabelDataSettings
 from data_pipeline.loader import LoaderSettings
+from data_pipeline.pictures import PictureDataSettings
 from data_pipeline.settings import Settings
 from data_pipeline.text import TextDataSettings
 from data_pipeline.tokenizer import TokenizerSettings
@@ -92,7 +94,12 @@ Objective = Annotated[
     CaptioningSettings | ClassificationSettings | ContrastiveSettings, Field(discriminator="type")
 ]
 Data = Annotated[
-    CaptionDataSettings | LabelDataSettings | TextDataSettings, Field(discriminator="type")
+    CaptionDataSettings
+    | LabelDataSettings
+    | PictureDataSettings
+    | BoxDataSettings
+    | TextDataSettings,
+    Field(discriminator="type"),
 ]
 
 DATA_TYPES = {

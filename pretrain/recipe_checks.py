@@ -142,22 +142,28 @@ def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str
     if not isinstance(task.data, ImageDataSettings):
         return []  # _check_data says that the objective reads other data
     images = {f"{where}.data.image": task.data.image}
+    if task.data.second_view is not None:
+        images[f"{where}.data.second_view"] = task.data.second_view
     if task.evaluation is not None and task.evaluation.image is not None:
         images[f"{where}.evaluation.image"] = task.evaluation.image
     found = []
     for key, image in images.items():
-        below, needs = image.size // step * step, f"model.encoders.{name} ({encoder.type}) needs"
+        needs = f"model.encoders.{name} ({encoder.type}) needs"
         if image.mode == "keep_aspect":
             if not encoder.any_sides:
                 found.append(
                     f"{key}.mode=keep_aspect gives sides that are not multiples of {step}, as "
                     f"{needs}: use another mode"
                 )
-        elif image.size % step:
-            found.append(
-                f"{key}.size={image.size} is not a multiple of {step}, as {needs}: "
-                f"use {below or step} or {below + step}"
-            )
+            continue
+        sizes = [("size", image.size), *(("sizes", size) for size in image.sizes or ())]
+        for field, size in sizes:
+            below = size // step * step
+            if size % step:
+                found.append(
+                    f"{key}.{field}={size} is not a multiple of {step}, as {needs}: "
+                    f"use {below or step} or {below + step}"
+                )
     return found
 
 
