@@ -41,6 +41,10 @@ class TextFields:
         self.settings, self.tokenizer = settings, tokenizer
         self._mark, self._vocab_size = tokenizer_mark(tokenizer), tokenizer.vocab_size
 
+    def of_step(self, seed: int, task: str, step: int) -> "TextFields":
+        """Nothing is chosen by the step."""
+        return self
+
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
         """No arrays are written in place."""
         return {}
