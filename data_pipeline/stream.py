@@ -52,8 +52,12 @@ class Fields(Protocol):
     def extensions(self) -> frozenset[str]:
         """Members of a sample that are needed."""
 
+    def of_step(self, seed: int, task: str, step: int) -> "Fields":
+        """These fields, with what is chosen once for all samples of a step, on all ranks."""
+
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the uint8 arrays of a batch that `sample` writes in place, a row each."""
+        """Shapes of the uint8 arrays of a batch that `sample` writes in place, a row each; the
+        largest of any step, if steps differ."""
 
     def sample(
         self,
@@ -157,7 +161,8 @@ class TaskStream:
         rows = np.full_like(positions, -1)
         wanted = np.flatnonzero(request.valid)
         rows[wanted] = self._rows(positions[wanted])
-        buffers = (allocate or empty)(self.fields.buffers(len(positions)))
+        fields = self.fields.of_step(self.seed, self.name, request.step)
+        buffers = (allocate or empty)(fields.buffers(len(positions)))
         arrays = {name: buffer.numpy() for name, buffer in buffers.items()}
         clock.lap("collate")
         self.reader.expect(rows[wanted].tolist(), self.fields.extensions)
@@ -167,13 +172,14 @@ class TaskStream:
         faults: list[Fault] = []
         for place in wanted.tolist():
             out = {name: array[place] for name, array in arrays.items()} or None
-            found = self._usable(int(positions[place]), int(rows[place]), out, clock, faults)
+            where = int(positions[place]), int(rows[place])
+            found = self._usable(fields, *where, out, clock, faults)
             if found is None:
                 rows[place] = -1
             else:
                 items[place], rows[place], keys[place] = found
         activity.collating()
-        batch = self.fields.collate(items, [item is not None for item in items], buffers)
+        batch = fields.collate(items, [item is not None for item in items], buffers)
         positions[rows < 0] = -1
         batch |= {
             "position": torch.from_numpy(positions),
@@ -204,6 +210,7 @@ class TaskStream:
 
     def _usable(
         self,
+        fields: Fields,
         position: int,
         row: int,
         out: dict[str, np.ndarray] | None,
@@ -228,7 +235,7 @@ class TaskStream:
                 sample = self._read(row, position)
                 clock.lap("read")
                 activity.decoding(position, row, attempt)
-                item = self._fields_of(sample, position, rng_for, out, clock)
+                item = self._fields_of(fields, sample, position, rng_for, out, clock)
                 return item, row, sample.key
             except BadSample as bad:
                 clock.lap("read")
@@ -253,6 +260,7 @@ class TaskStream:
 
     def _fields_of(
         self,
+        fields: Fields,
         sample: Sample,
         position: int,
         rng_for: RngFor,
@@ -260,7 +268,7 @@ class TaskStream:
         clock: StageClock,
     ) -> dict[str, Any]:
         try:
-            return self.fields.sample(sample, rng_for, out, clock)
+            return fields.sample(sample, rng_for, out, clock)
         except BadSample:
             raise
         except Exception as error:  # a defect, not a bad sample: say where, and stop

@@ -182,6 +182,9 @@ class Slow:
     def __getattr__(self, name: str):
         return getattr(self.__dict__["fields"], name)
 
+    def of_step(self, *step):
+        return self
+
     def sample(self, sample, *arguments):
         if sample.row == self.row:
             time.sleep(self.seconds)
