@@ -390,12 +390,21 @@ def test_tasks_of_all_kinds_share_an_encoder():
     assert recipe.tasks["classify"].data.classes == 10
 
 
+def test_text_data_fit_no_objective_that_reads_images():
+    text = "tasks.other={objective: {type: captioning}, data: {type: text, shards: [x]}, "
+    evaluation = "global_batch: 2, micro_batch: 2, evaluation: {shards: [x], image: {size: 64}}}"
+    others = ("tasks.caption=null", "tasks.contrast=null", "model.encoders.text=null")
+    found = faults(*others, text + evaluation, recipe="digits_multitask")
+    assert any("tasks.other.data.type='text' does not fit" in line for line in found)
+    assert any("evaluation.image: data of type text have no images" in line for line in found)
+
+
 def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
     labels = "tasks.classify.data.type=labels"
     assert load_recipe("digits_multitask", [labels]) == load_recipe("digits_multitask")
     assert multi("tasks.contrast.data.type=labls") == (
-        "tasks.contrast.data.type: 'labls' is not one of captions, labels, images, boxes; did you "
-        "mean 'labels'?"
+        "tasks.contrast.data.type: 'labls' is not one of captions, labels, images, boxes, text; "
+        "did you mean 'labels'?"
     )
     shards = "{type: labels, shards: [x], classes: 3, image: {size: 64}}"
     (fault,) = faults(
