@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from data_pipeline.columns import column_names, column_of
-from data_pipeline.expressions import Expression, ExpressionError
+from data_pipeline.expressions import Expression, ExpressionError, UnknownColumn
 from data_pipeline.files import cache_folder, exclusive
 from data_pipeline.selection import Selection
 from data_pipeline.shards import ShardSet
@@ -94,11 +94,17 @@ def _stored(place: Path, shards: ShardSet) -> Selection | None:
 
 def _evaluate(shards: ShardSet, expression: Expression) -> Selection:
     known: set[str] = set()
+    derived: set[str] = set()
+    outdated: list[str] = []
 
     def mask(number: int) -> np.ndarray:
         index = shards.read_index(number)
         known.update(column_names(index))
         shard = shards.shards[number]
+        if index.derived is None:
+            outdated.append(shard.label)
+        else:
+            derived.update(index.derived.columns)
 
         def column(name: str) -> np.ndarray:
             if name == "shard":
@@ -117,8 +123,35 @@ def _evaluate(shards: ShardSet, expression: Expression) -> Selection:
             console=Console(stderr=True), disable=len(shards.shards) < _SHARDS_OF_A_BAR,
         )  # fmt: skip
         selection = Selection.gather(len(shards), bar)
-    expression.check_columns(known)
+    _check_columns(expression, known, derived, outdated)
     return selection
+
+
+def _check_columns(
+    expression: Expression, known: set[str], derived: set[str], outdated: list[str]
+) -> None:
+    """Refuse columns that no shard has, and those that old indices lack though the samples may not.
+
+    Args:
+        known: columns of any shard.
+        derived: those of them that newer indices have only.
+        outdated: shards with an older index.
+    """
+    hint = ""
+    if outdated:
+        hint = (
+            f" (the indices of {len(outdated)} shard(s), {min(outdated)} among them, are from "
+            "before there were nested numbers, truth values and lengths of texts: `python -m "
+            "tools.shards index --force` writes them again)"
+        )
+    try:
+        expression.check_columns(known)
+    except UnknownColumn as error:
+        raise UnknownColumn(f"{error}{hint}") from None
+    if outdated and (lacking := sorted(derived & expression.columns.keys())):
+        raise ExpressionError(
+            f"condition `{expression.text}`: not every shard has {', '.join(lacking)}{hint}"
+        )
 
 
 def _in_parallel(function, count: int) -> Iterator[np.ndarray]:

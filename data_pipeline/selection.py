@@ -211,6 +211,10 @@ class KeptOrder:
         """As `Order.epochs`."""
         return self.order.epochs(samples)
 
+    def passes(self, samples: int) -> float:
+        """As `Order.passes`."""
+        return self.order.passes(samples)
+
     @property
     def taking_part(self) -> str:
         """As `Order.taking_part`."""

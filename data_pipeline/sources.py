@@ -6,8 +6,9 @@ source stands at the places 2n and 2n + 1 of that source's own order: each row o
 epoch of that source, however often the others have been through.
 """
 
+import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -199,14 +200,18 @@ class MixedOrder:
 
     def can_avoid(self, batch: np.ndarray, position: int) -> bool:
         """As `Order.can_avoid`, judged by the source of `position` alone."""
-        choices, _ = self.locate(np.append(batch, position))
-        sharing = int((choices[:-1] == choices[-1]).sum())
-        return list(self.orders.values())[choices[-1]].n_rows >= 2 * sharing
+        choices, places = self.locate(np.append(batch, position))
+        own = places[:-1][choices[:-1] == choices[-1]]
+        return list(self.orders.values())[choices[-1]].can_avoid(own, int(places[-1]))
+
+    def passes(self, samples: int) -> float:
+        """Samples per sample that there is."""
+        return samples / self.n_rows
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Passes over each source after `samples` samples of the task."""
         return {
-            name: places / self.orders[name].n_rows for name, places in self._taken(samples)
+            name: self.orders[name].passes(places) for name, places in self.taken(samples).items()
         }
 
     @property
@@ -218,11 +223,29 @@ class MixedOrder:
         """One line for people: how pairs are dealt to sources."""
         return self.cycle.describe(list(self.orders), "pairs of samples")
 
-    def _taken(self, samples: int) -> Iterator[tuple[str, int]]:
+    def taken(self, samples: int) -> dict[str, int]:
         """Samples of each source among the first `samples` of the task."""
         pairs = self.cycle.before(samples >> 1)
         counts = dict(zip(self.orders, (2 * pairs).tolist(), strict=True))
         if samples & 1:
             choice, _ = self.cycle.locate_one(samples >> 1)
             counts[list(self.orders)[choice]] += 1
-        yield from counts.items()
+        return counts
+
+    def split(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Source -> its own numbers of those of (n,) rows that are its rows."""
+        owners = np.searchsorted(self._first_row, rows, side="right") - 1
+        return {
+            name: rows[owners == number] - self._first_row[number]
+            for number, name in enumerate(self.orders)
+        }
+
+    def first_row(self, source: str) -> int:
+        """Row of all sources that is the first of one of them."""
+        return int(self._first_row[list(self.orders).index(source)])
+
+    def with_orders(self, orders: "Mapping[str, Order | KeptOrder]") -> "MixedOrder":
+        """The same deal among the same sources, whose orders became others."""
+        changed = copy.copy(self)
+        changed.orders = {name: orders[name] for name in self.orders}
+        return changed

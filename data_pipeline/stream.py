@@ -127,9 +127,11 @@ class TaskStream:
     def epochs(self, samples: int) -> dict[str, float]:
         """Metrics after `samples` samples of this task: `epoch` is samples per sample that there
         is; with several sources `epoch_NAME` is the passes over each, which is what repeats."""
-        parts = {} if self.order is None else self.order.epochs(samples)
+        if self.order is None:
+            return {"epoch": samples / self.n_rows}
+        parts = self.order.epochs(samples)
         named = {f"epoch_{name}": passes for name, passes in parts.items()}
-        return {"epoch": samples / self.n_rows} | named
+        return {"epoch": self.order.passes(samples)} | named
 
     def load(self, request: MicroBatch, allocate: Allocate | None = None) -> dict[str, Any]:
         """Read, decode and collate one micro-batch.

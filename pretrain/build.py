@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.faults import FaultFile
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.reader import SampleReader
@@ -120,9 +121,16 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
 
 
 def build_evaluation_loader(
-    recipe: Recipe, name: str, tokenizer: Tokenizer, rank: int = 0, world: int = 1
+    recipe: Recipe,
+    name: str,
+    tokenizer: Tokenizer,
+    rank: int = 0,
+    world: int = 1,
+    fault_file: FaultFile | None = None,
 ) -> EvaluationLoader:
     """Held-out data of task `name` for one rank; every rank gets the same number of batches.
+
+    fault_file: where every bad sample is written down.
 
     Raises ValueError if the task has no `evaluation`, FileNotFoundError, ShardError.
     """
@@ -158,8 +166,8 @@ def build_evaluation_loader(
         max_samples=task.evaluation.max_samples,
         prefetch_batches=loader.prefetch_batches,
         start_method=loader.start_method,
-        max_bad_fraction=loader.max_bad_fraction,
-        max_bad_run=loader.max_bad_run,
+        limits=loader.fault_limits(),
+        fault_file=fault_file,
     )
 
 
