@@ -25,6 +25,7 @@ from data_pipeline.settings import Settings
 from data_pipeline.stall import StallWatch
 from data_pipeline.step_sampler import MicroBatch, Schedule, StepSampler
 from data_pipeline.stream import DataError, Fault, TaskStream
+from data_pipeline.weak_stream import WeakStream
 from data_pipeline.workers import Requests, load_batches
 
 __all__ = [
@@ -109,7 +110,7 @@ class StepLoader:
 
     def __init__(
         self,
-        streams: Mapping[str, TaskStream],
+        streams: Mapping[str, TaskStream | WeakStream],
         schedule: Schedule,
         settings: LoaderSettings,
         rank: int,
@@ -131,7 +132,7 @@ class StepLoader:
             pin_memory: page-lock images for asynchronous copies; needs CUDA.
             fault_file: where every bad sample is written down.
         """
-        self.settings, self.rank = settings, rank
+        self.settings, self.rank, self._world = settings, rank, world
         self.streams = dict(streams)
         self.sampler = StepSampler(schedule, self.streams, rank, world, start_step, stop_step)
         self._micro_steps = {task: self.sampler.micro_steps(task) for task in self.streams}
@@ -164,6 +165,9 @@ class StepLoader:
 
     def _windows(self, sampler: StepSampler) -> Iterator[StepWindow]:
         settings = self.settings
+        for stream in self.streams.values():
+            if isinstance(stream, WeakStream):
+                stream.start(self.rank, self._world, sampler.start_step)
         requests = Requests(sampler)
         batches = load_batches(
             self.streams,

@@ -15,6 +15,7 @@ from data_pipeline.arena import Arena, InArena
 from data_pipeline.reader import TransientReadError
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.stream import DataError, TaskStream, empty
+from data_pipeline.weak_stream import WeakStream
 
 # A tensor that is sent costs a file descriptor and about a millisecond; small ones are cheaper
 # inside the message itself.
@@ -24,7 +25,9 @@ LEAST_SHARED_BYTES = 1 << 18
 class RequestDataset(Dataset):
     """Answers MicroBatch requests; the object that worker processes hold."""
 
-    def __init__(self, streams: Mapping[str, TaskStream], rank: int, arena: Arena | None) -> None:
+    def __init__(
+        self, streams: Mapping[str, TaskStream | WeakStream], rank: int, arena: Arena | None
+    ) -> None:
         self.streams, self.rank, self.arena = dict(streams), rank, arena
 
     def __getitem__(self, request: MicroBatch) -> dict[str, Any]:
@@ -68,7 +71,7 @@ class Requests:
 
 
 def load_batches(
-    streams: Mapping[str, TaskStream],
+    streams: Mapping[str, TaskStream | WeakStream],
     requests: Iterable[MicroBatch],
     rank: int,
     *,
@@ -125,7 +128,7 @@ def start_worker(worker_number: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _arena(streams: Iterable[TaskStream], workers: int, slots: int) -> Arena | None:
+def _arena(streams: Iterable[TaskStream | WeakStream], workers: int, slots: int) -> Arena | None:
     needed = max(
         sum(int(np.prod(shape)) for shape in stream.fields.buffers(stream.micro_batch).values())
         for stream in streams

@@ -79,6 +79,7 @@ _PATHS = (
     "tokenizer.path",
     "tasks.*.data.shards",
     "tasks.*.data.sources.*.shards",
+    "tasks.*.data.stream.shards",
     "tasks.*.evaluation.shards",
 )
 
