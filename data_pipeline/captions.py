@@ -88,7 +88,7 @@ class CaptionFields(ImageFields):
             clock: books "decode" and "transform" (which includes text).
 
         Returns:
-            images (H, W, 3) uint8; tokens (K, text_length) int64; lengths (K,) int64, 0 where the
+            what `load_image` does; tokens (K, text_length) int64; lengths (K,) int64, 0 where the
             image has fewer than K captions; captions: all of them, list of str.
 
         Raises:
@@ -108,7 +108,7 @@ class CaptionFields(ImageFields):
             lengths[place] = len(ids) + 2
         if clock is not None:
             clock.lap("transform")
-        return {"images": image, "tokens": tokens, "lengths": lengths, "captions": captions}
+        return {**image, "tokens": tokens, "lengths": lengths, "captions": captions}
 
     def collate(
         self,
@@ -119,10 +119,10 @@ class CaptionFields(ImageFields):
         """Batch of the results of `sample`; None stands for a padding row.
 
         Returns:
-            images (B, 3, H, W) uint8, channels_last in memory; tokens (B, K, T) int64, rows
-            BOS w.. EOS pad.., T the longest text rounded up to 8, at most text_length;
-            loss_mask (B, K, T) bool, True at tokens that are predicted (words and EOS);
-            valid (B,) bool; captions: list of B lists of str (evaluation only).
+            what `stack_images` does; tokens (B, K, T) int64, rows BOS w.. EOS pad.., T the longest
+            text rounded up to 8, at most text_length; loss_mask (B, K, T) bool, True at tokens that
+            are predicted (words and EOS); valid (B,) bool; captions: list of B lists of str
+            (evaluation only).
 
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
@@ -138,7 +138,7 @@ class CaptionFields(ImageFields):
         width = min(-(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE, shape[2])
         places = np.arange(width)
         batch: dict[str, Any] = {
-            "images": self.stack_images(items, buffers),
+            **self.stack_images(items, buffers),
             "tokens": torch.from_numpy(np.ascontiguousarray(tokens[:, :, :width])),
             "loss_mask": torch.from_numpy((places > 0) & (places < lengths[:, :, None])),
             "valid": torch.tensor(list(valid), dtype=torch.bool),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from data_pipeline import activity
 from data_pipeline.order import Order
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
 from data_pipeline.rng import sample_rng
@@ -48,13 +49,6 @@ class Fault(NamedTuple):
 Found = tuple[dict[str, Any], int, str]
 """Arrays, row and key of a sample."""
 
-Usable = Callable[
-    [int, int, dict[str, np.ndarray] | None, StageClock, list[Fault]], Found | None
-]
-"""(position, row, arrays to write to, clock, list that takes the faults) -> what can be used there;
-None leaves the place empty."""
-
-
 class Fields(Protocol):
     """What a kind of data does with a sample; see `captions.CaptionFields`."""
 
@@ -62,8 +56,12 @@ class Fields(Protocol):
     def extensions(self) -> frozenset[str]:
         """Members of a sample that are needed."""
 
+    def of_step(self, seed: int, task: str, step: int) -> "Fields":
+        """These fields, with what is chosen once for all samples of a step, on all ranks."""
+
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the uint8 arrays of a batch that `sample` writes in place, a row each."""
+        """Shapes of the uint8 arrays of a batch that `sample` writes in place, a row each; the
+        largest of any step, if steps differ."""
 
     def sample(
         self,
@@ -112,6 +110,7 @@ class TaskStream:
         self.name, self.reader, self.order, self.fields = name, reader, order, fields
         self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
         self.selection = selection
+        self._counted: dict[str, int] = {}
         if order is not None and selection is not None:
             raise ValueError(f"task {name}: a selection belongs to its order, or to evaluation")
         stored = len(reader.shards)
@@ -154,13 +153,22 @@ class TaskStream:
         Returns:
             the batch of the fields' `collate`, with B = len(request.positions), and
             position (B,) int64 and row (B,) int64, -1 in padding rows; key: list of B str;
-            seconds: dict stage -> float; faults: list of Fault in the order they were met.
+            seconds: dict stage -> float; counters: what storage did since the last batch (see
+            `storage.ByteSource`); faults: list of Fault in the order they were met.
 
         Raises:
             DataError: nothing usable could be found for a position.
             TransientReadError: storage failed and stayed so.
         """
-        return load_batch(request, self.fields, self._expected_rows, self._usable, allocate)
+        fields = self.fields.of_step(self.seed, self.name, request.step)
+        batch = load_batch(request, fields, self._expected_rows, self._usable, allocate)
+        return batch | {"counters": self._count()}
+
+    def _count(self) -> dict[str, int]:
+        """What the source counted since the last call, in this process."""
+        now, before = dict(self.reader.source.counters), self._counted
+        self._counted = now
+        return {name: max(value - before.get(name, 0), 0) for name, value in now.items()}
 
     def locate(self, positions: np.ndarray) -> list[str]:
         """Shard of each position, for messages."""
@@ -180,6 +188,7 @@ class TaskStream:
 
     def _usable(
         self,
+        fields: Fields,
         position: int,
         row: int,
         out: dict[str, np.ndarray] | None,
@@ -199,10 +208,12 @@ class TaskStream:
                 if candidate is None:
                     continue
                 row = candidate
+            activity.reading(position, row, attempt)
             try:
                 sample = self._read(row, position)
                 clock.lap("read")
-                item = fields_of(self.fields, self.name, sample, position, rng_for, out, clock)
+                activity.decoding(position, row, attempt)
+                item = fields_of(fields, self.name, sample, position, rng_for, out, clock)
                 return item, row, sample.key
             except BadSample as bad:
                 clock.lap("read")
@@ -235,6 +246,13 @@ class TaskStream:
         return row
 
 
+Usable = Callable[
+    [Fields, int, int, dict[str, np.ndarray] | None, StageClock, list[Fault]], Found | None
+]
+"""(fields, position, row, arrays to write to, clock, list that takes the faults) -> what is usable
+there; None leaves the place empty."""
+
+
 def load_batch(
     request: MicroBatch,
     fields: Fields,
@@ -242,10 +260,11 @@ def load_batch(
     usable: Usable,
     allocate: Allocate | None,
 ) -> dict[str, Any]:
-    """Assemble one micro-batch; as TaskStream.load.
+    """Assemble one micro-batch; as TaskStream.load, without its counters.
 
     Args:
         request: positions, and which of them are padding.
+        fields: of the step of the request.
         rows_of: positions (n,) int64 -> rows (n,) int64.
         usable: what stands at a position; see Usable.
         allocate: gives memory for the arrays that are written in place.
@@ -264,11 +283,13 @@ def load_batch(
     faults: list[Fault] = []
     for place in wanted.tolist():
         out = {name: array[place] for name, array in arrays.items()} or None
-        found = usable(int(positions[place]), int(rows[place]), out, clock, faults)
+        where = int(positions[place]), int(rows[place])
+        found = usable(fields, *where, out, clock, faults)
         if found is None:
             rows[place] = -1
         else:
             items[place], rows[place], keys[place] = found
+    activity.collating()
     batch = fields.collate(items, [item is not None for item in items], buffers)
     positions[rows < 0] = -1
     batch |= {

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from data_pipeline import activity
 from data_pipeline.reader import BadSample, Sample
 from data_pipeline.retry import Interrupted, Patience, RetryPolicy
 from data_pipeline.rng import sample_rng
@@ -80,6 +81,7 @@ class WeakStream:
         self._place, self._start_step = (0, 1), 0
         self._samples: Iterator[Sample] | None = None
         self._skipped: list[ShardFault] = []
+        self._bytes_read = 0
 
     @property
     def fingerprint(self) -> str:
@@ -115,7 +117,10 @@ class WeakStream:
 
     def load(self, request: MicroBatch, allocate: Allocate | None = None) -> dict[str, Any]:
         """As TaskStream.load; `row` is 0 for a sample, and that of a Fault -1."""
-        return load_batch(request, self.fields, np.zeros_like, self._usable, allocate)
+        fields = self.fields.of_step(self.seed, self.name, request.step)
+        batch = load_batch(request, fields, np.zeros_like, self._usable, allocate)
+        bytes_read, self._bytes_read = self._bytes_read, 0
+        return batch | {"counters": {"bytes_read": bytes_read}}
 
     def close(self) -> None:
         """End what is being read."""
@@ -124,10 +129,11 @@ class WeakStream:
             samples.close()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_samples": None, "_skipped": []}
+        return {**self.__dict__, "_samples": None, "_skipped": [], "_bytes_read": 0}
 
     def _usable(
         self,
+        fields: Fields,
         position: int,
         row: int,
         out: dict[str, np.ndarray] | None,
@@ -140,15 +146,17 @@ class WeakStream:
             return sample_rng(self.seed, self.name, position, purpose)
 
         for attempt in range(MAX_ATTEMPTS + 1):
+            activity.reading(position, row, attempt)
             sample = self._next()
             clock.lap("read")
+            activity.decoding(position, row, attempt)
             faults += (
                 Fault(self.name, position, attempt, -1, fault.shard, fault.key, fault.reason)
                 for fault in self._skipped
             )
             self._skipped.clear()
             try:
-                item = fields_of(self.fields, self.name, sample, position, rng_for, out, clock)
+                item = fields_of(fields, self.name, sample, position, rng_for, out, clock)
                 return item, row, sample.key
             except BadSample as bad:
                 faults.append(
@@ -213,6 +221,7 @@ class WeakStream:
         url = self.urls[number]
         try:
             for place, sample in enumerate(streamed_samples(url, number)):
+                self._bytes_read += sum(map(len, sample.members.values()))
                 if place % sharers == turn:
                     yield sample
         except ShardFault as fault:

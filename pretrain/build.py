@@ -5,10 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.boxes import BoxDataSettings, BoxFields
+from data_pipeline.captions import CaptionFields
 from data_pipeline.faults import FaultFile
+from data_pipeline.images import ImageDataSettings
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
+from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import SampleReader
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.sources import (
@@ -18,12 +21,13 @@ from data_pipeline.sources import (
     open_sources,
     plan_order,
 )
+from data_pipeline.text import TextDataSettings, TextFields
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
 from data_pipeline.weak_stream import WeakStream
 from pretrain import sampler
 from pretrain.models.multitask import MultiTaskModel
-from pretrain.recipe import Recipe, TaskSettings
+from pretrain.recipe import Data, Recipe, TaskSettings
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -90,25 +94,33 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
     objectives = {
         name: build_objective(task, encoders, tokenizer) for name, task in recipe.tasks.items()
     }
-    return MultiTaskModel(encoders, objectives)
+    return MultiTaskModel(encoders, objectives, recipe.seed)
 
 
 def build_objective(
     task: TaskSettings, encoders: dict[str, nn.Module], tokenizer: Tokenizer
 ) -> nn.Module:
     """The objective of a task, told what its data knows."""
-    known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
-    if isinstance(task.data, LabelDataSettings):
+    known: dict[str, Any] = {}
+    if isinstance(task.data, ImageDataSettings):
+        known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
+    if isinstance(task.data, LabelDataSettings | BoxDataSettings):
         known["classes"] = task.data.classes
     return task.objective.build(encoders, tokenizer, **known)
 
 
 def build_fields(
-    data: CaptionDataSettings | LabelDataSettings, tokenizer: Tokenizer, train: bool
-) -> CaptionFields | LabelFields:
+    data: Data, tokenizer: Tokenizer, train: bool
+) -> CaptionFields | LabelFields | PictureFields | BoxFields | TextFields:
     """What turns samples into batches of this kind of data."""
     if isinstance(data, LabelDataSettings):
         return LabelFields(data, train)
+    if isinstance(data, BoxDataSettings):
+        return BoxFields(data, train)
+    if isinstance(data, PictureDataSettings):
+        return PictureFields(data, train)
+    if isinstance(data, TextDataSettings):
+        return TextFields(data, tokenizer)
     return CaptionFields(data, tokenizer, train)
 
 
@@ -138,7 +150,7 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream 
     sources = open_sources(task.data, recipe.loader.remote)
     return TaskStream(
         name,
-        SampleReader(concatenated(sources)),
+        SampleReader(concatenated(sources), max_member_bytes=task.data.max_member_bytes),
         plan_order(sources, task.global_batch, recipe.seed, name),
         build_fields(task.data, tokenizer, train=True),
         recipe.seed,
@@ -167,17 +179,18 @@ def build_evaluation_loader(
     held_out = open_source(
         task.evaluation.shards, task.evaluation.where, remote=recipe.loader.remote
     )
-    changes = {
-        "shards": task.evaluation.shards, "sources": None, "stream": None,
-        "image": evaluation_image(task),
+    changes: dict[str, Any] = {
+        "shards": task.evaluation.shards, "sources": None, "stream": None
     }
+    if isinstance(task.data, ImageDataSettings):
+        changes["image"] = evaluation_image(task)
     if task.objective.type == "contrastive":
         changes["captions_per_image"] = task.objective.evaluation_references
     data = task.data.model_copy(update=changes)
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(
         name,
-        SampleReader(held_out.shards),
+        SampleReader(held_out.shards, max_member_bytes=task.data.max_member_bytes),
         None,
         build_fields(data, tokenizer, train=False),
         recipe.seed,

@@ -193,8 +193,8 @@ def test_every_fault_is_reported_at_once():
         ),
         (
             ["tasks.caption.data.image.size=60"],
-            "tasks.caption.data.image.size=60 is not a multiple of "
-            "model.encoders.image.patch_size=16: use 48 or 64",
+            "tasks.caption.data.image.size=60 is not a multiple of 16, as model.encoders.image "
+            "(vit) needs: use 48 or 64",
         ),
         (
             ["tasks.caption.data.text_length=65"],
@@ -389,11 +389,21 @@ def test_tasks_of_all_kinds_share_an_encoder():
     assert recipe.tasks["classify"].data.classes == 10
 
 
+def test_text_data_fit_no_objective_that_reads_images():
+    text = "tasks.other={objective: {type: captioning}, data: {type: text, shards: [x]}, "
+    evaluation = "global_batch: 2, micro_batch: 2, evaluation: {shards: [x], image: {size: 64}}}"
+    others = ("tasks.caption=null", "tasks.contrast=null", "model.encoders.text=null")
+    found = faults(*others, text + evaluation, recipe="digits_multitask")
+    assert any("tasks.other.data.type='text' does not fit" in line for line in found)
+    assert any("evaluation.image: data of type text have no images" in line for line in found)
+
+
 def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
     labels = "tasks.classify.data.type=labels"
     assert load_recipe("digits_multitask", [labels]) == load_recipe("digits_multitask")
     assert multi("tasks.contrast.data.type=labls") == (
-        "tasks.contrast.data.type: 'labls' is not one of captions, labels; did you mean 'labels'?"
+        "tasks.contrast.data.type: 'labls' is not one of captions, labels, images, boxes, text; "
+        "did you mean 'labels'?"
     )
     shards = "{type: labels, shards: [x], classes: 3, image: {size: 64}}"
     (fault,) = faults(
@@ -442,8 +452,8 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
         ),
         (
             ["tasks.classify.data.image.size=60"],
-            "tasks.classify.data.image.size=60 is not a multiple of "
-            "model.encoders.image.patch_size=16: use 48 or 64",
+            "tasks.classify.data.image.size=60 is not a multiple of 16, as model.encoders.image "
+            "(vit) needs: use 48 or 64",
         ),
         (
             ["tasks.contrast.objective.temperature=0.001"],
