@@ -317,7 +317,7 @@ def test_sources_in_place_of_shards(tmp_path, monkeypatch):
         ["tasks.caption.data.shards=null", sources, "tasks.caption.data.sources.a=null"],
     )
     assert list(fewer.tasks["caption"].data.sources) == ["b"]
-    assert fault(sources).endswith("is needed, both are given; set one to null")
+    assert fault(sources).endswith("is needed, shards and sources are given; set one to null")
     recipe.dump(tmp_path / "r.yaml")
     assert load_resolved(tmp_path / "r.yaml") == recipe
 
