@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 
 _JPEG_START = b"\xff\xd8\xff"
 _PLAIN_COLORSPACES = ("YCbCr", "RGB", "Gray")
@@ -75,8 +75,9 @@ def decode(
 
     Args:
         data: encoded image; header: from `read_header` of the same bytes.
-        factor: 1, 2, 4 or 8: decode at ceil(size / factor), for plain upright JPEGs only
-            (`largest_factor` returns 1 for the others).
+        factor: 1, 2, 4 or 8: decode at ceil(size / factor), for plain JPEGs only
+            (`largest_factor` returns 1 for the others). Each pixel stands for factor x factor
+            pixels of the grid that `grid_origin` begins; those at an edge may be cut.
         scratch: where a plain JPEG's pixels go; the result then lives until the next call with it.
 
     Returns:
@@ -86,21 +87,34 @@ def decode(
         DecodeError: truncated or otherwise damaged.
     """
     if header.picture is not None:
-        return _decode_pillow(header.picture)
+        return _decode_pillow(header.picture, header.orientation)
     try:
         pixels = _decode_jpeg(data, header, factor, scratch)
     except ValueError:
         # Strict mode also stops at harmless warnings (bytes after the end, odd marker lengths).
         # Pillow lives with those, and reports what is truly cut or damaged.
-        return _decode_pillow(_open(data), factor)
+        return _decode_pillow(_open(data), header.orientation, factor)
     return _apply_orientation(pixels, header.orientation)
 
 
 def largest_factor(header: ImageHeader, limit: float) -> int:
     """Largest of 1, 2, 4, 8 that `decode` can reduce this image by and that is at most `limit`."""
-    if header.picture is not None or header.orientation != 1:
+    if header.picture is not None:
         return 1
     return next((factor for factor in _DCT_FACTORS if factor <= limit), 1)
+
+
+def grid_origin(header: ImageHeader, factor: int) -> tuple[int, int]:
+    """x and y, 0 to factor - 1, of the first line of the grid of pixels decoded at 1 / factor.
+
+    JPEGs are reduced before they are turned upright: where that mirrors an axis, the pixel that is
+    cut by the edge of the image comes first.
+    """
+    flip_rows, flip_columns = _mirrored(header.orientation)
+    return (
+        header.width % factor if flip_columns else 0,
+        header.height % factor if flip_rows else 0,
+    )
 
 
 def jpeg_orientation(data: bytes) -> int:
@@ -169,9 +183,13 @@ def _apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
         return pixels
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
-    flip_rows = orientation in (3, 4, 7, 8)
-    flip_columns = orientation in (2, 3, 6, 7)
+    flip_rows, flip_columns = _mirrored(orientation)
     return pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+
+
+def _mirrored(orientation: int) -> tuple[bool, bool]:
+    """Whether the rows and the columns of the upright image run backwards in the stored one."""
+    return orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -192,13 +210,15 @@ def _pillow_header(data: bytes, max_pixels: int) -> ImageHeader:
     return _upright(picture.height, picture.width, orientation, picture)
 
 
-def _decode_pillow(picture: ImageFile.ImageFile, factor: int = 1) -> np.ndarray:
+def _decode_pillow(
+    picture: ImageFile.ImageFile, orientation: int, factor: int = 1
+) -> np.ndarray:
     try:
         picture.load()
-        upright = ImageOps.exif_transpose(picture)
+        rgb = _to_rgb(picture)
         if factor > 1:
-            upright = upright.reduce(factor)
-        return np.asarray(_to_rgb(upright))
+            rgb = rgb.reduce(factor)
+        return _apply_orientation(np.asarray(rgb), orientation)
     except DecodeError:
         raise
     except Exception as error:

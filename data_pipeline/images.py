@@ -40,7 +40,7 @@ class ImageFields:
 
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the uint8 batch arrays that `load_image` can write rows of in place."""
-        if not self.transform.fixed_size:
+        if not self.settings.image.fixed_size:
             return {}
         size = self.settings.image.size
         return {"images": (count, size, size, 3)}

@@ -12,8 +12,11 @@ on use. With N samples and M members in all, arrays are little-endian:
     member_offset       uint64 (M,)      first payload byte in the tar
     member_size         uint64 (M,)      payload bytes
     member_crc32        uint32 (M,)      of the payload
-    member_header_crc32 uint32 (M,)      of the 512-byte tar header in front of the payload
+    member_header_crc32 uint32 (M,)      of the 512-byte tar header in front of the payload; in a
+                                         bundle (bundles.py): of the line that describes the sample
     column:<name>       int64 or float64 (N,)   a number per sample
+
+In a bundled shard, a sample begins with its line and has no padding; such an index is of version 2.
 
 Columns are found in the samples themselves: numbers of the `json` member, `<name>.count` for its
 lists, and `cls`. A float column has NaN where a sample lacks the number.
@@ -22,28 +25,26 @@ lists, and `cls`. A float column has NaN where a sample lacks the number.
 import json
 import os
 import re
-import zlib
-from array import array
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_pipeline import array_file
 from data_pipeline.files import write_atomically
-from data_pipeline.tar_headers import Member, ShardError, iter_members
+from data_pipeline.index_structure import check_structure
+from data_pipeline.tar_headers import BLOCK, ShardError
 
 FORMAT = "omnipretrain.shard-index"
-VERSION = 1
+VERSIONS = {False: "1", True: "2"}
+"""Without and with bundles: readers that do not know bundles refuse the second."""
 SUFFIX = ".idx"
 COLUMN_PREFIX = "column:"
 MAX_COLUMNS = 128
-_COLUMN_SOURCES = ("json", "cls")
-_CHUNK = 1 << 20
 
-_ARRAYS = {
+ARRAYS = {
     "keys": np.uint8,
     "key_end": np.uint64,
     "sample_begin": np.uint64,
@@ -90,6 +91,8 @@ class ShardIndex:
     """Members that belong to no sample: names without a dot, hidden files, `__meta__` entries."""
     dropped_columns: int
     """Numeric columns left out because there are more than MAX_COLUMNS of them."""
+    bundled: bool
+    """Whether all samples lie in bundles, each behind a line of its own; see bundles.py."""
     digest: str
     """sha256 over everything above: equal exactly if the samples of two shards are equal."""
 
@@ -100,13 +103,13 @@ class ShardIndex:
     def key(self, row: int) -> str:
         """Return the key of a sample."""
         begin, end = _bounds(self.arrays["key_end"], row)
-        return self.arrays["keys"][begin:end].tobytes().decode()
+        return _text(self.arrays["keys"][begin:end].tobytes())
 
     def keys(self) -> list[str]:
         """Return all keys, in storage order."""
         blob = self.arrays["keys"].tobytes()
         ends = self.arrays["key_end"].tolist()
-        return [blob[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
+        return [_text(blob[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
 
     def span(self, row: int) -> tuple[int, int]:
         """Return the first byte of a sample in the tar and the first one behind it."""
@@ -127,6 +130,14 @@ class ShardIndex:
                 strict=True,
             )
         ]
+
+    def header_span(self, row: int, offset: int) -> tuple[int, int]:
+        """Return where that lies which member_header_crc32 of the member at `offset` checks."""
+        if not self.bundled:
+            return offset - BLOCK, offset
+        first = int(self.arrays["member_end"][row - 1]) if row else 0
+        begin, end = self.arrays["sample_begin"][row], self.arrays["member_offset"][first]
+        return int(begin), int(end)
 
     def extension_counts(self) -> dict[str, int]:
         """Return how many samples have a member of each extension."""
@@ -155,197 +166,12 @@ class ShardIndex:
         """
         try:
             index = _from_file(*array_file.load(path))
-        except (ValueError, KeyError) as error:
+            if index.digest != _digest(index):
+                raise ValueError("its digest does not match its content")
+            check_structure(index, ARRAYS)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _bad_index(path, str(error)) from None
-        if index.digest != _digest(index):
-            raise _bad_index(path, "its digest does not match its content")
         return index
-
-
-class IndexBuilder:
-    """Collects the members of one shard, in tar order, and turns them into a ShardIndex."""
-
-    def __init__(self, shard: str) -> None:
-        """`shard` names the shard in messages."""
-        self._shard = shard
-        self._arrays = {
-            name: array({np.uint8: "B", np.uint32: "I", np.uint64: "Q"}[dtype])
-            for name, dtype in _ARRAYS.items()
-        }
-        self._extension_numbers: dict[str, int] = {}
-        self._columns = _Columns()
-        self._passed_over = 0
-        self._key: str | None = None
-        self._sample_extensions: set[str] = set()
-        self._seen: dict[str, set[str]] = {}
-
-    def add(self, member: Member, crc32: int, payload: bytes | None) -> None:
-        """Append one member; `payload` is needed for extensions that `wants_payload` names.
-
-        Errors: ShardError if the sample has this extension twice, or lies in two places.
-        """
-        split = split_name(member.name)
-        if split is None:
-            self._passed_over += 1
-            return
-        key, extension = split
-        arrays = self._arrays
-        if key != self._key:
-            self._start_sample(key, member)
-        if extension in self._sample_extensions:
-            raise ShardError(f"{self._shard}: byte {member.begin}: {member.name!r} appears twice")
-        self._sample_extensions.add(extension)
-        number = self._extension_numbers.setdefault(extension, len(self._extension_numbers))
-        arrays["member_extension"].append(number)
-        arrays["member_offset"].append(member.offset)
-        arrays["member_size"].append(member.size)
-        arrays["member_crc32"].append(crc32)
-        arrays["member_header_crc32"].append(member.header_crc32)
-        arrays["member_end"][-1] += 1
-        arrays["sample_end"][-1] = member.end
-        if payload is not None and extension in _COLUMN_SOURCES:
-            self._columns.add(len(arrays["key_end"]) - 1, extension, payload)
-
-    def finish(self, shard_bytes: int) -> ShardIndex:
-        """Return the index of the finished shard of `shard_bytes` bytes."""
-        self._check_not_split()
-        arrays = {
-            name: np.frombuffer(self._arrays[name], dtype)
-            if len(self._arrays[name])
-            else np.empty(0, dtype)
-            for name, dtype in _ARRAYS.items()
-        }
-        columns, dropped = self._columns.finish(len(arrays["key_end"]))
-        index = ShardIndex(
-            shard_bytes=shard_bytes,
-            extensions=tuple(self._extension_numbers),
-            arrays=arrays,
-            columns=columns,
-            passed_over=self._passed_over,
-            dropped_columns=dropped,
-            digest="",
-        )
-        object.__setattr__(index, "digest", _digest(index))
-        return index
-
-    def _start_sample(self, key: str, member: Member) -> None:
-        self._check_not_split()
-        arrays = self._arrays
-        self._key, self._sample_extensions = key, set()
-        arrays["keys"].frombytes(key.encode())
-        arrays["key_end"].append(len(arrays["keys"]))
-        arrays["sample_begin"].append(member.begin)
-        arrays["sample_end"].append(member.end)
-        arrays["member_end"].append(arrays["member_end"][-1] if arrays["member_end"] else 0)
-
-    def _check_not_split(self) -> None:
-        """Refuse a key whose members lie apart: other readers would see two half samples.
-
-        The same key with the same extensions again is a second sample, as webdataset has it.
-        """
-        if self._key is None:
-            return
-        before = self._seen.setdefault(self._key, self._sample_extensions)
-        if before is not self._sample_extensions and not before & self._sample_extensions:
-            raise ShardError(
-                f"{self._shard}: byte {self._arrays['sample_begin'][-1]}: the members of sample "
-                f"{self._key!r} are not beside each other ({sorted(before)} and "
-                f"{sorted(self._sample_extensions)}): repack it, e.g. with `tar --sort=name`"
-            )
-
-
-@dataclass(slots=True)
-class _Columns:
-    """Sparse numeric columns while an index is being built."""
-
-    rows: dict[str, array] = field(default_factory=dict)
-    values: dict[str, list[int | float]] = field(default_factory=dict)
-    dropped: set[str] = field(default_factory=set)
-
-    def add(self, row: int, extension: str, payload: bytes) -> None:
-        try:
-            content = json.loads(payload)
-        except (ValueError, RecursionError):
-            return  # members of other people need not be valid; an index is no place to judge
-        if extension == "cls":
-            content = {"cls": content}
-        if not isinstance(content, dict):
-            return
-        for name, value in content.items():
-            if isinstance(value, list):
-                name, value = f"{name}.count", len(value)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._append(name, row, value)
-
-    def _append(self, name: str, row: int, value: int | float) -> None:
-        if name not in self.rows:
-            if len(self.rows) == MAX_COLUMNS:
-                self.dropped.add(name)
-                return
-            self.rows[name], self.values[name] = array("Q"), []
-        rows = self.rows[name]
-        if not rows or rows[-1] != row:  # `cls` may also be a field of the json member
-            rows.append(row)
-            self.values[name].append(value)
-
-    def finish(self, samples: int) -> tuple[dict[str, np.ndarray], int]:
-        columns = {}
-        for name in sorted(self.rows):
-            values = self.values[name]
-            whole = all(isinstance(v, int) and -(2**63) <= v < 2**63 for v in values)
-            if whole and len(values) == samples:
-                columns[name] = np.array(values, np.int64)
-            else:
-                columns[name] = np.full(samples, np.nan)
-                columns[name][self.rows[name]] = [_as_float(value) for value in values]
-        return columns, len(self.dropped)
-
-
-def _as_float(value: int | float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # JSON integers have no limit
-        return float("inf") if value > 0 else float("-inf")
-
-
-def wants_payload(extension: str) -> bool:
-    """Return whether the builder reads numbers from members of this extension."""
-    return extension in _COLUMN_SOURCES
-
-
-def build_index(
-    tar_path: str | os.PathLike[str], progress: Callable[[int], None] | None = None
-) -> ShardIndex:
-    """Index a shard by one pass over all its bytes.
-
-    Args: progress: called with the number of bytes passed since its last call.
-    Errors: OSError if it cannot be read; ShardError naming shard and byte if it is damaged, holds
-    links, devices or unsafe names, or if members of a sample lie apart.
-    """
-    shard = os.fspath(tar_path)
-    with open(shard, "rb", buffering=_CHUNK) as file:
-        total = os.fstat(file.fileno()).st_size
-        builder = IndexBuilder(shard)
-        passed = 0
-        for member in iter_members(file, shard, total):
-            split = split_name(member.name)
-            keep = split is not None and wants_payload(split[1])
-            crc32, parts, left = 0, [], member.size
-            while left:
-                chunk = file.read(min(left, _CHUNK))
-                if not chunk:
-                    raise ShardError(f"{shard}: was truncated while being read")
-                crc32 = zlib.crc32(chunk, crc32)
-                left -= len(chunk)
-                if keep:
-                    parts.append(chunk)
-            builder.add(member, crc32, b"".join(parts) if keep else None)
-            if progress is not None and member.end - passed >= _CHUNK:
-                progress(member.end - passed)
-                passed = member.end
-    if progress is not None:
-        progress(total - passed)
-    return builder.finish(total)
 
 
 def _bounds(ends: np.ndarray, row: int) -> tuple[int, int]:
@@ -363,12 +189,19 @@ def _metadata(index: ShardIndex) -> dict[str, str]:
         "format": FORMAT,
         "passed_over": str(index.passed_over),
         "shard_bytes": str(index.shard_bytes),
-        "version": str(VERSION),
+        "version": VERSIONS[index.bundled],
     }
 
 
 def _named_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
     return index.arrays | {COLUMN_PREFIX + name: c for name, c in index.columns.items()}
+
+
+def with_digest(**fields: Any) -> ShardIndex:
+    """Return a ShardIndex of these fields, with its digest computed."""
+    index = ShardIndex(**fields, digest="")
+    object.__setattr__(index, "digest", _digest(index))
+    return index
 
 
 def _digest(index: ShardIndex) -> str:
@@ -380,12 +213,12 @@ def _digest(index: ShardIndex) -> str:
 
 
 def _from_file(metadata: dict[str, str], stored: dict[str, np.ndarray]) -> ShardIndex:
-    if metadata["format"] != FORMAT or metadata["version"] != str(VERSION):
+    if metadata["format"] != FORMAT or metadata["version"] not in VERSIONS.values():
         raise ValueError(f"it is {metadata['format']} version {metadata['version']}")
     return ShardIndex(
         shard_bytes=int(metadata["shard_bytes"]),
         extensions=tuple(json.loads(metadata["extensions"])),
-        arrays={name: stored[name] for name in _ARRAYS},
+        arrays={name: stored[name] for name in ARRAYS},
         columns={
             name.removeprefix(COLUMN_PREFIX): values
             for name, values in stored.items()
@@ -393,8 +226,13 @@ def _from_file(metadata: dict[str, str], stored: dict[str, np.ndarray]) -> Shard
         },
         passed_over=int(metadata["passed_over"]),
         dropped_columns=int(metadata["dropped_columns"]),
+        bundled=metadata["version"] == VERSIONS[True],
         digest=metadata["digest"],
     )
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
 
 
 def _bad_index(path: str | os.PathLike[str], what: str) -> ShardError:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from data_pipeline.images import ImageDataSettings, ImageFields
 from data_pipeline.members import AbsentValue, MemberSource, bad, check_source
+from data_pipeline.mixing import MixingSettings, collate_mixes, draw_mix
 from data_pipeline.reader import Sample
 from data_pipeline.timing import StageClock
 
@@ -27,6 +28,8 @@ class LabelDataSettings(ImageDataSettings):
     number under KEY of the json member (dots descend: "json:annotations.label")."""
     classes: int = Field(ge=2)
     """Number of classes; labels run from 0. A label outside of that is a bad sample."""
+    mixing: MixingSettings | None = None
+    """Mixup and CutMix of neighbours, images and labels; null: none. Needs an even micro-batch."""
     unlabelled: Literal["without_loss", "fault"] = "without_loss"
     """Samples that have no label: `without_loss` keeps them in the batch, where they count for
     nothing; `fault` treats them as bad samples, which are replaced, counted and limited."""
@@ -73,6 +76,7 @@ class LabelFields(ImageFields):
     def __init__(self, settings: LabelDataSettings, train: bool) -> None:
         super().__init__(settings, train)
         self.source = LabelSource(settings.label_source, settings.classes)
+        self._mixes = train and settings.mixing is not None
 
     @property
     def extensions(self) -> frozenset[str]:
@@ -89,13 +93,17 @@ class LabelFields(ImageFields):
         """Arrays of one sample; arguments as in `ImageFields.load_image`.
 
         Returns:
-            images (H, W, 3) uint8; label: int, NO_LABEL where there is none.
+            images (H, W, 3) uint8; label: int, NO_LABEL where there is none; in training with
+            `mixing` also mix: Mix.
 
         Raises:
             BadSample: no usable image, or a label that is none of the classes.
         """
         label = self._label(sample)  # first: a sample with a bad one is not decoded
-        return {"images": self.load_image(sample, rng_for, out, clock), "label": label}
+        item = {"images": self.load_image(sample, rng_for, out, clock), "label": label}
+        if self._mixes:
+            item["mix"] = draw_mix(self.settings.mixing, rng_for("mix"))
+        return item
 
     def collate(
         self,
@@ -107,17 +115,19 @@ class LabelFields(ImageFields):
 
         Returns:
             images (B, 3, H, W) uint8, channels_last in memory; labels (B,) int64, NO_LABEL where
-            there is none and in padding rows; valid (B,) bool.
+            there is none and in padding rows; valid (B,) bool; in training with `mixing` also what
+            `collate_mixes` returns.
 
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
         """
         labels = [NO_LABEL if item is None else item["label"] for item in items]
-        return {
+        batch = {
             "images": self.stack_images(items, buffers),
             "labels": torch.tensor(labels, dtype=torch.int64),
             "valid": torch.tensor(list(valid), dtype=torch.bool),
         }
+        return batch | collate_mixes(items) if self._mixes else batch
 
     def _label(self, sample: Sample) -> int:
         try:

@@ -87,11 +87,35 @@ class Manifest:
             totals = content.pop("samples"), content.pop("bytes")
             content["shards"] = [ShardRecord(**record) for record in content["shards"]]
             manifest = cls(**content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _check_types(manifest)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ShardError(f"{path}: damaged or foreign manifest: {error}") from None
         if totals != (manifest.samples, manifest.bytes):
             raise ShardError(f"{path}: damaged: its totals are not the sums over its shards")
         for record in manifest.shards:
-            if os.path.basename(record.name) != record.name or record.name in ("", ".", ".."):
+            if not _is_file_name(record.name):
                 raise ShardError(f"{path}: shard name {record.name!r} is not a file name")
         return manifest
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether `name` stays inside its folder and the file system can hold it."""
+    is_storable = "\0" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
+    return is_storable and os.path.basename(name) == name and name not in ("", ".", "..")
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise ValueError for values of other types than a manifest's: JSON promises none."""
+    types = {"fields": dict, "columns": list, "licence": str, "command": str, "details": dict}
+    for name, kind in types.items():
+        if not isinstance(getattr(manifest, name), kind):
+            raise ValueError(f"{name} is no {kind.__name__}")
+    if not isinstance(manifest.classes, list | None):
+        raise ValueError("classes is no list")
+    for record in manifest.shards:
+        numbers = record.samples, record.bytes
+        texts = record.name, record.sha256, record.index_digest
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"samples and bytes of {record.name!r} are no counts")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"name and digests of {record.name!r} are no texts")

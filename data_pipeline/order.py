@@ -76,6 +76,11 @@ class Order:
         return self.row_lanes * self.phases
 
     @property
+    def stored_rows(self) -> int:
+        """Rows of the data set that `rows` points into: here all of them take part."""
+        return self.n_rows
+
+    @property
     def _chunks(self) -> int:
         return self.n_rows // self.chunk_rows
 

@@ -16,12 +16,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from data_pipeline import bundles
 from data_pipeline.files import sync_folder, temporary_name
-from data_pipeline.index import IndexBuilder, ShardIndex, index_path, split_name, wants_payload
+from data_pipeline.index import ShardIndex, index_path, split_name
+from data_pipeline.index_builder import IndexBuilder, wants_payload
 from data_pipeline.manifest import FILE_NAME, Manifest, ShardRecord
 from data_pipeline.tar_headers import BLOCK, Member, padded
 
 END_OF_ARCHIVE = bytes(2 * BLOCK)
+# Bundles are for tiny samples: one is held in memory while it is written and when it is indexed.
+_LARGEST_BUNDLE = 1 << 24
 _EXTENSION = re.compile(r"[^./\0A-Z][^/\0A-Z]*")
 
 
@@ -40,21 +44,37 @@ class ShardFile:
     equal samples give equal bytes.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Start the shard `path` under a temporary name beside it."""
+    def __init__(self, path: str | os.PathLike[str], bundle: int = 1) -> None:
+        """Start the shard `path` under a temporary name beside it.
+
+        Args: bundle: store so many samples in one member of the tar, see bundles.py; 1: plainly.
+        """
+        if bundle < 1:
+            raise ValueError(f"bundle {bundle}: must be at least 1")
         self.path = Path(path)
+        self._per_bundle = bundle
+        self._waiting: list[bytes] = []
+        """Samples of the bundle in work: a line and the members of each."""
+        self._waiting_bytes = 0
+        self._bundles = 0
         self._temporary = temporary_name(self.path)
         self._file = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115
         self._digest = sha256()
         self._builder = IndexBuilder(os.fspath(path))
         self._keys: set[str] = set()
         self.bytes = 0
-        """Bytes written so far, without the end-of-archive marker."""
+        """Bytes written so far, without the bundle in work and the end-of-archive marker."""
 
     @property
     def samples(self) -> int:
         """Samples written so far."""
         return len(self._keys)
+
+    @property
+    def bytes_at_most(self) -> int:
+        """Bytes of the samples added so far, with room for what a bundle in work adds to them."""
+        own = 2 * BLOCK + bundles.LONGEST_HEAD if self._per_bundle > 1 else 0
+        return self.bytes + self._waiting_bytes + own
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         """Append a sample.
@@ -66,24 +86,19 @@ class ShardFile:
         if key in self._keys:
             raise ValueError(f"{self.path}: the key {key!r} appears twice")
         self._keys.add(key)
-        for extension, payload in members.items():
-            name = f"{key}.{extension}"
-            header = _tar_header(name, len(payload))
-            member = Member(
-                name=name,
-                begin=self.bytes,
-                offset=self.bytes + len(header),
-                size=len(payload),
-                header_crc32=zlib.crc32(header[-BLOCK:]),
-            )
-            self._write(header)
-            self._write(payload)
-            self._write(bytes(member.end - self.bytes))
-            kept = payload if wants_payload(extension) else None
-            self._builder.add(member, zlib.crc32(payload), kept)
+        if self._per_bundle == 1:
+            for extension, payload in members.items():
+                self._add_member(f"{key}.{extension}", extension, payload)
+            return
+        self._waiting.append(b"".join([bundles.sample_line(key, members), *members.values()]))
+        self._waiting_bytes += len(self._waiting[-1])
+        if len(self._waiting) == self._per_bundle or self._waiting_bytes >= _LARGEST_BUNDLE:
+            self._finish_bundle()
 
     def commit(self) -> WrittenShard:
         """Finish the shard: it appears whole, with its index, under its final name."""
+        if self._waiting:
+            self._finish_bundle()
         self._write(END_OF_ARCHIVE)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -103,6 +118,28 @@ class ShardFile:
         with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer, too
             self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+    def _add_member(self, name: str, extension: str, payload: bytes) -> None:
+        header = _tar_header(name, len(payload))
+        member = Member(
+            name=name,
+            begin=self.bytes,
+            offset=self.bytes + len(header),
+            size=len(payload),
+            header_crc32=zlib.crc32(header[-BLOCK:]),
+        )
+        self._write(header)
+        self._write(payload)
+        self._write(bytes(member.end - self.bytes))
+        kept = payload if wants_payload(extension, len(payload)) else None
+        self._builder.add(member, zlib.crc32(payload), kept)
+
+    def _finish_bundle(self) -> None:
+        payload = b"".join([bundles.head_line(len(self._waiting)), *self._waiting])
+        name = f"{self._bundles:06d}.{bundles.EXTENSION}"
+        self._waiting, self._waiting_bytes = [], 0
+        self._bundles += 1
+        self._add_member(name, bundles.EXTENSION, payload)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -125,6 +162,7 @@ class ShardWriter:
         *,
         max_samples: int = 10_000,
         max_bytes: int | None = None,
+        bundle: int = 1,
         licence: str = "",
         command: str = "",
         classes: list[str] | None = None,
@@ -133,7 +171,8 @@ class ShardWriter:
         """Start writing `<out_dir>/<prefix>-000000.tar` and so on.
 
         Args: max_samples, max_bytes: a new shard begins before either would be exceeded; a single
-        sample larger than max_bytes gets a shard of its own. The rest goes into the manifest.
+        sample larger than max_bytes gets a shard of its own; bundle: samples that share a member of
+        the tar, see bundles.py. The rest goes into the manifest.
         Errors: FileExistsError if the folder already holds a manifest or shards of this prefix.
         """
         if max_samples < 1 or (max_bytes is not None and max_bytes < 1):
@@ -148,6 +187,7 @@ class ShardWriter:
         self._prefix = prefix
         self._max_samples = max_samples
         self._max_bytes = max_bytes
+        self._bundle = bundle
         self._about = {
             "licence": licence,
             "command": command,
@@ -163,11 +203,12 @@ class ShardWriter:
         Errors: ValueError as ShardFile.add.
         """
         if self._shard is not None and self._is_full(
-            sample_bytes(key, {e: len(p) for e, p in members.items()})
+            sample_bytes(key, {e: len(p) for e, p in members.items()}, self._bundle)
         ):
             self._finish_shard()
         if self._shard is None:
-            self._shard = ShardFile(self.folder / shard_name(self._prefix, len(self._written)))
+            path = self.folder / shard_name(self._prefix, len(self._written))
+            self._shard = ShardFile(path, self._bundle)
         self._shard.add(key, members)
 
     def close(self) -> Manifest:
@@ -192,7 +233,7 @@ class ShardWriter:
             self._shard.discard()
 
     def _is_full(self, coming_bytes: int) -> bool:
-        after = self._shard.bytes + coming_bytes + len(END_OF_ARCHIVE)
+        after = self._shard.bytes_at_most + coming_bytes + len(END_OF_ARCHIVE)
         too_large = self._max_bytes is not None and after > self._max_bytes
         return self._shard.samples >= self._max_samples or too_large
 
@@ -220,8 +261,13 @@ def shard_name(prefix: str, number: int) -> str:
     return f"{prefix}-{number:06d}.tar"
 
 
-def sample_bytes(key: str, sizes: Mapping[str, int]) -> int:
-    """Return how many bytes a sample takes in a tar, from the payload size of each extension."""
+def sample_bytes(key: str, sizes: Mapping[str, int], bundle: int = 1) -> int:
+    """Return how many bytes a sample takes in a tar, from the payload size of each extension.
+
+    Args: bundle: samples per bundle; above 1 the result is an upper bound.
+    """
+    if bundle > 1:
+        return bundles.bundled_bytes(key, sizes, bundle)
     return sum(
         len(_tar_header(f"{key}.{extension}", size)) + padded(size)
         for extension, size in sizes.items()
@@ -235,6 +281,8 @@ def check_sample(key: str, members: Mapping[str, bytes]) -> None:
     if not key or key.startswith("/") or ".." in key.split("/"):
         raise ValueError(f"unsafe key {key!r}: empty, absolute or with '..'")
     for extension in members:
+        if extension == bundles.EXTENSION:
+            raise ValueError(f"sample {key!r}: the extension {extension!r} is for bundles")
         if not _EXTENSION.fullmatch(extension):
             raise ValueError(f"sample {key!r}: {extension!r} is not a lower-case extension")
         if split_name(f"{key}.{extension}") != (key, extension):

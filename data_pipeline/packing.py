@@ -55,6 +55,8 @@ class PackJob:
     """Makes the members of a sample from an item; picklable. It raises SampleFault."""
     skip_faults: bool = False
     """Leave items with a SampleFault out, and count them, instead of stopping."""
+    bundle: int = 1
+    """Samples per bundle, see bundles.py; 1: members lie plainly in the tar."""
     licence: str = ""
     command: str = ""
     classes: list[str] | None = None
@@ -66,7 +68,9 @@ class PackJob:
         Whether faults are skipped does not count: shards without any are the same either way, so
         that a packing that a fault has stopped may go on with skip_faults.
         """
-        plan = [self.prefix, list(self.ranges), dict(self.details), self.classes]
+        plan: list[Any] = [self.prefix, list(self.ranges), dict(self.details), self.classes]
+        if self.bundle > 1:
+            plan.append(self.bundle)
         digest = sha256(json.dumps(plan).encode())
         digest.update(repr(self.build).encode())
         for key, item in zip(self.keys, self.items, strict=True):
@@ -92,6 +96,7 @@ class _Task:
     items: Sequence[Any]
     build: Build
     skip_faults: bool
+    bundle: int
 
 
 def plan_ranges(
@@ -144,6 +149,7 @@ def pack(job: PackJob, *, processes: int = 1, progress: Progress | None = None) 
                     job.items[begin:end],
                     job.build,
                     job.skip_faults,
+                    job.bundle,
                 )
                 for number, (begin, end) in enumerate(job.ranges)
             ]
@@ -263,7 +269,7 @@ def _pack_shard(task: _Task, progress: Progress) -> tuple[WrittenShard, bool]:
     if existing is not None:
         progress(len(task.items))
         return existing, True
-    shard = ShardFile(task.path)
+    shard = ShardFile(task.path, task.bundle)
     unreported = 0
     try:
         for key, item in zip(task.keys, task.items, strict=True):

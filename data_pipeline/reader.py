@@ -3,13 +3,14 @@
 import itertools
 import os
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from zlib_ng.zlib_ng import crc32  # about eight times the speed of zlib's
+
 from data_pipeline.shards import ShardSet
-from data_pipeline.tar_headers import BLOCK, ShardError, parse_header
+from data_pipeline.tar_headers import ShardError, parse_header
 
 # Unwanted bytes up to this many are read along rather than skipped by a second system call.
 _LARGEST_GAP_BYTES = 64 * 1024
@@ -117,15 +118,17 @@ class SampleReader:
             wanted = index.members(local)
             if extensions is not None:
                 wanted = [member for member in wanted if member[0] in extensions]
-            for begin, end, run in _runs(wanted):
+            placed = [(*index.header_span(local, member[1]), *member) for member in wanted]
+            for begin, end, run in _runs(placed):
                 data = self._pread(number, begin, end)
                 view = memoryview(data)
-                for extension, offset, size, crc32, header_crc32 in run:
+                for first, behind, extension, offset, size, payload_crc32, header_crc32 in run:
                     at = offset - begin
-                    if zlib.crc32(view[at - BLOCK : at]) != header_crc32:
-                        raise ShardError(_header_fault(data[at - BLOCK : at], offset - BLOCK))
+                    if crc32(view[first - begin : behind - begin]) != header_crc32:
+                        header = data[first - begin : behind - begin]
+                        raise ShardError(_header_fault(header, first, index.bundled))
                     members[extension] = payload = data[at : at + size]
-                    if zlib.crc32(payload) != crc32:
+                    if crc32(payload) != payload_crc32:
                         raise ShardError(
                             f"member .{extension} ({size} bytes at byte {offset}) is damaged: its "
                             "crc32 is not that of the index"
@@ -162,24 +165,32 @@ class SampleReader:
         return data
 
 
-def _runs(
-    members: list[tuple[str, int, int, int, int]],
-) -> list[tuple[int, int, list[tuple[str, int, int, int, int]]]]:
+_Placed = tuple[int, int, str, int, int, int, int]
+"""Begin and end of the header of a member, then what ShardIndex.members says about it."""
+
+
+def _runs(members: list[_Placed]) -> list[tuple[int, int, list[_Placed]]]:
     """Group members into byte ranges (begin, end, members) that are worth one read each."""
-    runs: list[tuple[int, int, list]] = []
+    runs: list[tuple[int, int, list[_Placed]]] = []
     for member in members:
-        begin, end = member[1] - BLOCK, member[1] + member[2]
-        if runs and begin - runs[-1][1] <= _LARGEST_GAP_BYTES:
-            first, _, together = runs[-1]
+        begin, end = member[0], member[3] + member[4]
+        # Members of a bundled sample share a header, so that they begin before the last one ends.
+        if runs and runs[-1][0] <= begin and begin - runs[-1][1] <= _LARGEST_GAP_BYTES:
+            first, last, together = runs[-1]
             together.append(member)
-            runs[-1] = (first, end, together)
+            runs[-1] = (first, max(last, end), together)
         else:
             runs.append((begin, end, [member]))
     return runs
 
 
-def _header_fault(block: bytes, at: int) -> str:
+def _header_fault(block: bytes, at: int, bundled: bool) -> str:
     """Say what stands at byte `at` where the index expects the header of a member."""
+    if bundled:
+        return (
+            f"byte {at} holds {block[:60]!r}, which is not the line of the sample in its bundle: "
+            "the shard was replaced or damaged"
+        )
     try:
         found = parse_header(block, "the shard", at)
     except ShardError as error:

@@ -34,6 +34,14 @@ def sample_rng(seed: int, task: str, position: int, purpose: str) -> np.random.G
     return np.random.Generator(np.random.Philox(key=key.astype(np.uint64)))
 
 
+def substream(rng: np.random.Generator, number: int) -> np.random.Generator:
+    """Independent generator that belongs to the state of `rng`, 2**128 draws further on per number.
+
+    What draws from it can draw as often as it likes without moving the draws of anything else.
+    """
+    return np.random.Generator(rng.bit_generator.jumped(number))
+
+
 def mix64(values: np.ndarray) -> np.ndarray:
     """Bijective scrambling of 64-bit words (the splitmix64 finaliser). Input and output: uint64."""
     z = values ^ (values >> np.uint64(30))

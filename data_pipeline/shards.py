@@ -23,7 +23,8 @@ import numpy as np
 
 from data_pipeline import manifest as manifests
 from data_pipeline.files import exclusive, leftovers, temporary_name
-from data_pipeline.index import SUFFIX, ShardIndex, build_index, index_path
+from data_pipeline.index import SUFFIX, ShardIndex, index_path
+from data_pipeline.index_builder import build_index
 from data_pipeline.tar_headers import ShardError
 
 CACHE_VARIABLE = "OMNIPRETRAIN_CACHE"

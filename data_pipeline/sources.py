@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from data_pipeline.mixture import BlockCycle
 from data_pipeline.order import Order
 from data_pipeline.rng import keyed_u64
+from data_pipeline.selection import KeptOrder, Selection
 from data_pipeline.settings import Settings
 from data_pipeline.shards import ShardSet
 
@@ -56,6 +57,18 @@ class Source(NamedTuple):
     name: str
     shards: ShardSet
     weight: float
+    selection: Selection | None = None
+    """Rows that take part; None: all of them."""
+
+    @property
+    def samples(self) -> int:
+        """Number of rows that take part."""
+        return len(self.shards) if self.selection is None else self.selection.n_kept
+
+    def plan(self, key: int, global_batch: int) -> "Order | KeptOrder":
+        """Order of its own rows for steps of `global_batch` samples; `key` seeds it."""
+        order = Order.plan(self.samples, key, global_batch)
+        return order if self.selection is None else KeptOrder(order, self.selection)
 
 
 def open_sources(data: ShardedData) -> list[Source]:
@@ -73,7 +86,7 @@ def open_sources(data: ShardedData) -> list[Source]:
 
 def plan_order(
     sources: Sequence[Source], global_batch: int, seed: int, name: str
-) -> "Order | MixedOrder":
+) -> "Order | KeptOrder | MixedOrder":
     """The order of a task's samples; rows count through the sources one behind the other.
 
     Args:
@@ -82,12 +95,9 @@ def plan_order(
         seed, name: of the run and the task; two tasks on the same shards see different orders.
     """
     if len(sources) == 1:
-        key = keyed_u64(seed, "order", name) >> 1
-        return Order.plan(len(sources[0].shards), key, global_batch)
+        return sources[0].plan(keyed_u64(seed, "order", name) >> 1, global_batch)
     orders = {
-        source.name: Order.plan(
-            len(source.shards), keyed_u64(seed, "order", name, source.name) >> 1, global_batch
-        )
+        source.name: source.plan(keyed_u64(seed, "order", name, source.name) >> 1, global_batch)
         for source in sources
     }
     weights = [source.weight for source in sources]
@@ -110,15 +120,19 @@ class MixedOrder:
         seed: key of the deal.
 
     Attributes:
-        n_rows: rows of all sources.
+        n_rows: rows of all sources that take part.
+        stored_rows: rows of all sources; what `rows` points into.
         cycle: the deal of pairs of positions.
     """
 
-    def __init__(self, orders: dict[str, Order], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self, orders: dict[str, Order | KeptOrder], weights: Sequence[float], seed: int
+    ) -> None:
         self.orders = orders
         self.cycle = BlockCycle(weights, seed, "sources")
-        sizes = [order.n_rows for order in orders.values()]
-        self.n_rows = sum(sizes)
+        self.n_rows = sum(order.n_rows for order in orders.values())
+        sizes = [order.stored_rows for order in orders.values()]
+        self.stored_rows = sum(sizes)
         self._first_row = np.cumsum([0, *sizes[:-1]])
 
     def rows(self, positions: np.ndarray, attempt: int = 0) -> np.ndarray:

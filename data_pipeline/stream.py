@@ -9,6 +9,7 @@ import torch
 from data_pipeline.order import Order
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
 from data_pipeline.rng import sample_rng
+from data_pipeline.selection import KeptOrder, Selection
 from data_pipeline.sources import MixedOrder
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.timing import StageClock
@@ -77,35 +78,44 @@ class TaskStream:
         self,
         name: str,
         reader: SampleReader,
-        order: Order | MixedOrder | None,
+        order: Order | KeptOrder | MixedOrder | None,
         fields: Fields,
         seed: int,
         global_batch: int,
         micro_batch: int,
+        selection: Selection | None = None,
     ) -> None:
         """Assemble a stream.
 
         Args:
             name: the task; it keys the random draws of its samples.
             order: position -> row (of all sources, one behind the other); none for evaluation,
-                where positions are rows, nothing is drawn at random, and a bad sample becomes a
-                row that is not valid.
+                where positions count the rows that take part, nothing is drawn at random, and a
+                bad sample becomes a row that is not valid.
             seed: key of the samples' random draws.
             global_batch: samples per step over all ranks.
             micro_batch: most samples per forward pass on one rank.
+            selection: rows that take part in evaluation, None for all; an order knows its own.
         """
         self.name, self.reader, self.order, self.fields = name, reader, order, fields
         self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
-        if order is not None and order.n_rows != self.n_rows:
-            raise ValueError(
-                f"task {name}: the order was planned for {order.n_rows} samples, the shards hold "
-                f"{self.n_rows}"
-            )
+        self.selection = selection
+        if order is not None and selection is not None:
+            raise ValueError(f"task {name}: a selection belongs to its order, or to evaluation")
+        stored = len(reader.shards)
+        for planned in (order and order.stored_rows, selection and selection.n_rows):
+            if planned is not None and planned != stored:
+                raise ValueError(
+                    f"task {name}: the order was planned for {planned} samples, the shards hold "
+                    f"{stored}"
+                )
 
     @property
     def n_rows(self) -> int:
-        """Samples in the data set, or in all its sources."""
-        return len(self.reader.shards)
+        """Samples of the data set, or of all its sources, that take part."""
+        if self.order is not None:
+            return self.order.n_rows
+        return len(self.reader.shards) if self.selection is None else self.selection.n_kept
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Metrics after `samples` samples of this task: `epoch` is samples per sample that there
@@ -166,7 +176,9 @@ class TaskStream:
         return [shards.shards[shards.locate(int(row))[0]].path for row in self._rows(positions)]
 
     def _rows(self, positions: np.ndarray) -> np.ndarray:
-        return positions if self.order is None else self.order.rows(positions)
+        if self.order is not None:
+            return self.order.rows(positions)
+        return positions if self.selection is None else self.selection.select(positions)
 
     def _usable(
         self,

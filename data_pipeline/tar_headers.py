@@ -33,6 +33,8 @@ _REFUSED = {
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # Extended headers hold one name and a few numbers; more is damage or an attack on memory.
 _LARGEST_EXTENDED_HEADER = 1 << 20
+# Digits of the largest size that a 64-bit offset can reach.
+_SIZE_DIGITS = 19
 
 
 class ShardError(ValueError):
@@ -209,8 +211,8 @@ def _apply_extended(
         if keyword == b"path":
             extended.name = _text(value)
         elif keyword == b"size":
-            if not value.isdigit():
-                raise _damage(shard, position, f"pax size {value!r} is not a number")
+            if not value.isdigit() or len(value) > _SIZE_DIGITS:
+                raise _damage(shard, position, f"pax size {value[:40]!r} is not a size")
             extended.size = int(value)
 
 
@@ -246,10 +248,10 @@ def _number(field: bytes, shard: str, at: int, what: str) -> int:
     if field[0] == 0x80:  # GNU: too large for octal digits
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip(b" ")
-    try:
-        return int(digits, 8) if digits else 0
-    except ValueError:
-        raise _damage(shard, at, f"bad {what} field {field!r} in a tar header: damaged") from None
+    # Not left to int(): it reads signs and underscores too, and a negative size leads back.
+    if digits.strip(b"01234567"):
+        raise _damage(shard, at, f"bad {what} field {field!r} in a tar header: damaged")
+    return int(digits, 8) if digits else 0
 
 
 def _signed_sum(block: bytes) -> int:

@@ -4,61 +4,83 @@ Every random choice comes from the generator that is passed in, as draws from [0
 pixels for the same generator in any process, with any number of threads.
 """
 
-import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 
+from data_pipeline.colours import Colours, ColourSettings, apply_colours, draw_colours
+from data_pipeline.crops import (
+    Box,
+    Geometry,
+    align,
+    jittered_box,
+    keep_aspect_size,
+    random_box,
+    resize,
+)
 from data_pipeline.decode import (
     DecodeError,
     ImageHeader,
     Scratch,
     decode,
+    grid_origin,
     largest_factor,
     read_header,
 )
-from data_pipeline.settings import Settings
+from data_pipeline.erase import EraseSettings, erase
+from data_pipeline.rand_augment import RandAugmentSettings, rand_augment
+from data_pipeline.rng import substream
 from data_pipeline.timing import StageClock
 
 # Statistics of the CLIP image encoders, in units of the full range (pixel / 255).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_resize_into = torch.ops.aten._upsample_bicubic2d_aa.out
+# Numbers of the streams of draws beside the one that is passed in.
+_ERASE, _RAND_AUGMENT = 1, 2
 
 
-class ImageSettings(Settings):
+class ImageSettings(ColourSettings):
     """How an encoded image becomes a uint8 array; normalisation happens later, on the device."""
 
     size: int = Field(default=224, ge=1)
     """Output height and width in pixels; the length of the shorter side in mode keep_aspect."""
-    mode: Literal["random_resized_crop", "center_crop", "keep_aspect"] = "random_resized_crop"
+    sizes: list[int] | None = Field(default=None, min_length=1)
+    """Training draws one of these in place of `size` for each step, the same on all ranks;
+    evaluation uses `size`. null: always `size`. Not for mode keep_aspect."""
+    mode: Literal[
+        "random_resized_crop", "center_crop", "keep_aspect", "large_scale_jitter"
+    ] = "random_resized_crop"
     """random_resized_crop draws a box per sample; center_crop resizes the shorter side and cuts
-    the middle; keep_aspect resizes without cutting (images differ in size: micro-batches of 1)."""
+    the middle; keep_aspect resizes without cutting (images differ in size: micro-batches of 1);
+    large_scale_jitter shrinks or enlarges by a draw from `jitter`, cuts what is too large at a
+    random place and pads what is too small (evaluation: the whole image, padded)."""
     max_size: int | None = Field(default=None, ge=1)
     """Bound in pixels on the longer side; mode keep_aspect only."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Range of the crop's share of the image area; mode random_resized_crop."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's width / height, drawn log-uniformly; mode random_resized_crop."""
+    jitter: tuple[float, float] = (0.1, 2.0)
+    """Range of the scale in mode large_scale_jitter; at 1 the image just fits into `size`."""
     flip_probability: float = Field(default=0.0, ge=0.0, le=1.0)
     """Chance of a left-right flip in training. 0 by default: captions may say left and right."""
-    brightness: float = Field(default=0.0, ge=0.0)
-    """Colour jitter in training: brightness is multiplied by a draw from 1 +- this."""
-    contrast: float = Field(default=0.0, ge=0.0)
-    """Colour jitter in training: distance from the mean grey, multiplied by 1 +- this."""
-    saturation: float = Field(default=0.0, ge=0.0)
-    """Colour jitter in training: distance from each pixel's grey, multiplied by 1 +- this."""
+    rand_augment: RandAugmentSettings | None = None
+    """RandAugment in training, after the flip and before the other changes of colour; null: none.
+    Beside it timm, and so InternImage, has no colour jitter."""
+    erase: EraseSettings | None = None
+    """Random erasing in training, last of all; null: none."""
     mean: tuple[float, float, float] = CLIP_MEAN
     """Mean per channel that the device subtracts, in units of pixel / 255 (default: CLIP)."""
     std: tuple[float, float, float] = CLIP_STD
     """Standard deviation per channel that the device divides by (default: CLIP)."""
     scaled_decode_margin: float | None = Field(default=2.0, ge=1.0)
-    """JPEGs are decoded at 1/2, 1/4 or 1/8 when the reduced crop still measures this multiple of
-    `size`; none: always at full size. Applies to mode random_resized_crop only."""
+    """In training JPEGs are decoded at 1/2, 1/4 or 1/8 when the reduced crop still measures this
+    multiple of the output size; null: always at full size. For modes random_resized_crop and
+    large_scale_jitter. Crops are then cut on the grid of the reduced image."""
     max_pixels: int = Field(default=89_000_000, ge=1)
     """Larger images are refused before they are decoded, as bad samples."""
 
@@ -67,16 +89,54 @@ class ImageSettings(Settings):
         low, high = self.scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"scale: needs 0 < low <= high <= 1, got {list(self.scale)}")
-        low, high = self.ratio
-        if not 0 < low <= high:
-            raise ValueError(f"ratio: needs 0 < low <= high, got {list(self.ratio)}")
+        for name in ("ratio", "jitter"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name}: needs 0 < low <= high, got {[low, high]}")
         if self.max_size is not None and self.mode != "keep_aspect":
             raise ValueError(f"max_size is for mode keep_aspect; mode is {self.mode}: remove it")
         if self.max_size is not None and self.max_size < self.size:
             raise ValueError(f"max_size {self.max_size} is smaller than size {self.size}")
+        if self.sizes is not None and self.mode == "keep_aspect":
+            raise ValueError("sizes is not for mode keep_aspect: remove it")
+        if self.sizes is not None and min(self.sizes) < 1:
+            raise ValueError(f"sizes: must be positive, got {self.sizes}")
         if min(self.std) <= 0:
             raise ValueError(f"std: must be positive, got {list(self.std)}")
         return self
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether all images come out as (size, size, 3)."""
+        return self.mode != "keep_aspect"
+
+    @property
+    def largest_size(self) -> int:
+        """The largest output that training may ask for, in pixels."""
+        return max([self.size, *(self.sizes or ())])
+
+
+class View(NamedTuple):
+    """One image as it was made."""
+
+    image: np.ndarray
+    """(H, W, 3) uint8."""
+    geometry: Geometry
+    """Where its pixels come from; those beyond its height and width are padding."""
+    colours: Colours
+    """What was done to its colours, but for `rand_augment`."""
+
+
+class Cut(NamedTuple):
+    """What is to be made of an image, as far as it is decided before decoding."""
+
+    box: Box
+    """The part that is resized; on the grid of `factor`."""
+    factor: int
+    """The image may be decoded at 1 / factor."""
+    height: int
+    """What the part is resized to."""
+    width: int
 
 
 class ImageTransform:
@@ -84,13 +144,9 @@ class ImageTransform:
 
     def __init__(self, settings: ImageSettings) -> None:
         self.settings = settings
-        self._pixels = Scratch()
+        self.fill = tuple(round(255 * value) for value in settings.mean)
+        self.scratch = Scratch()
         self._resized = Scratch()
-
-    @property
-    def fixed_size(self) -> bool:
-        """Whether all images come out as (size, size, 3)."""
-        return self.settings.mode != "keep_aspect"
 
     def __call__(
         self,
@@ -114,141 +170,149 @@ class ImageTransform:
         Raises:
             DecodeError: damaged, not an image, or above max_pixels.
         """
-        size = self.settings.size
-        if out is None and self.fixed_size:
-            out = np.empty((size, size, 3), dtype=np.uint8)
-        header = read_header(data, self.settings.max_pixels)
-        if self.settings.mode == "random_resized_crop" and rng is not None:
-            x, y, width, height = random_box(
-                header.width, header.height, self.settings.scale, self.settings.ratio, rng
-            )
-            factor = self._decode_factor(header, width, height)
-            pixels = decode(data, header, factor, self._pixels)
-            # The edges move to the nearest line of the reduced image's grid.
-            left, right = round(x / factor), round((x + width) / factor)
-            top, bottom = round(y / factor), round((y + height) / factor)
-            region = pixels[top:bottom, left:right]
-        else:
-            region = decode(data, header, 1, self._pixels)
-        if clock is not None:
-            clock.lap("decode")
-        out = self._resize(region, rng is not None, out)
-        if rng is not None:
-            self._augment(out, rng)
-        if clock is not None:
-            clock.lap("transform")
-        return out
+        return make_views(data, [self], [rng], [out], clock)[0].image
 
-    def _decode_factor(self, header: ImageHeader, width: int, height: int) -> int:
+    def plan(self, header: ImageHeader, rng: np.random.Generator | None) -> Cut:
+        """Choose the part of the image and its size. Raises DecodeError (see `__call__`)."""
+        settings, size = self.settings, self.settings.size
+        width, height = header.width, header.height
+        whole = Box(0, 0, width, height)
+        if settings.mode == "large_scale_jitter":
+            if rng is None:
+                box, scale = whole, min(size / width, size / height)
+            else:
+                box, scale = jittered_box(width, height, size, settings.jitter, rng)
+            resized = (min(size, max(round(s * scale), 1)) for s in (box.height, box.width))
+            return self._reduced(header, box, *resized, train=rng is not None)
+        if settings.mode == "random_resized_crop" and rng is not None:
+            box = random_box(width, height, settings.scale, settings.ratio, rng)
+            return self._reduced(header, box, size, size, train=True)
+        return Cut(whole, 1, *self._shorter_side_to_size(height, width))
+
+    def render(
+        self,
+        pixels: np.ndarray,
+        corner: tuple[int, int],
+        factor: int,
+        cut: Cut,
+        rng: np.random.Generator | None,
+        out: np.ndarray | None,
+    ) -> View:
+        """Crop, resize and augment.
+
+        Args:
+            pixels: (H, W, 3) uint8, the image decoded at 1 / factor.
+            corner: x and y of its first whole pixel in the upright image, in full-size pixels, if
+                that is not 0.
+            cut: from `plan`, drawn from the same generator.
+            rng, out: as in `__call__`.
+        """
+        box = cut.box
+        # A first pixel that is cut by the edge of the image stands before the grid's first line.
+        x, y = (
+            (at - start) // factor + (start > 0) for at, start in zip(box[:2], corner, strict=True)
+        )
+        region = pixels[y : y + box.height // factor, x : x + box.width // factor]
+        image, top, left = self._resize(region, cut, out)
+        draws = np.zeros(4) if rng is None else rng.random(4)
+        flip = rng is not None and bool(draws[0] < self.settings.flip_probability)
+        scale_x, scale_y = cut.width / box.width, cut.height / box.height
+        geometry = Geometry(
+            scale_x,
+            scale_y,
+            box.x * scale_x + left,
+            box.y * scale_y + top,
+            min(cut.height, image.shape[0]),
+            min(cut.width, image.shape[1]),
+            flip,
+        )
+        shown = image[: geometry.height, : geometry.width]
+        if flip:
+            cv2.flip(shown, 1, dst=shown)
+        colours = Colours() if rng is None else self._augment(shown, draws[1:], rng)
+        return View(image, geometry, colours)
+
+    def _reduced(
+        self, header: ImageHeader, box: Box, height: int, width: int, train: bool
+    ) -> Cut:
         margin = self.settings.scaled_decode_margin
-        if margin is None:
-            return 1
-        return largest_factor(header, min(width, height) / (margin * self.settings.size))
+        if margin is None or not train:
+            return Cut(box, 1, height, width)
+        limit = min(box.width / width, box.height / height) / margin
+        factor = largest_factor(header, limit)
+        origin = grid_origin(header, factor)
+        return Cut(
+            align(box, header.width, header.height, factor, origin), factor, height, width
+        )
 
-    def _resize(self, region: np.ndarray, train: bool, out: np.ndarray | None) -> np.ndarray:
+    def _resize(
+        self, region: np.ndarray, cut: Cut, out: np.ndarray | None
+    ) -> tuple[np.ndarray, int, int]:
+        """The output, and the row and column of the resized part that it begins with."""
+        size, shape = self.settings.size, (cut.height, cut.width)
+        if not self.settings.fixed_size:
+            return resize(region, *shape), 0, 0
+        if out is None:
+            out = np.empty((size, size, 3), dtype=np.uint8)
+        if shape == (size, size):
+            return resize(region, size, size, out), 0, 0
+        buffer = self._resized.take(cut.height * cut.width * 3)[: cut.height * cut.width * 3]
+        resized = resize(region, *shape, buffer.reshape(*shape, 3))
+        if self.settings.mode == "large_scale_jitter":
+            out[:] = self.fill
+            out[: cut.height, : cut.width] = resized
+            return out, 0, 0
+        top, left = (cut.height - size) // 2, (cut.width - size) // 2
+        out[:] = resized[top : top + size, left : left + size]
+        return out, top, left
+
+    def _shorter_side_to_size(self, height: int, width: int) -> tuple[int, int]:
         settings = self.settings
-        if settings.mode == "random_resized_crop" and train:
-            return resize(region, settings.size, settings.size, out)
-        if settings.mode == "keep_aspect":
-            height, width = self._shorter_side_to_size(region, settings.max_size)
-            return resize(region, height, width)
-        height, width = self._shorter_side_to_size(region, None)
-        top, left = (height - settings.size) // 2, (width - settings.size) // 2
-        buffer = self._resized.take(height * width * 3)[: height * width * 3]
-        resized = resize(region, height, width, buffer.reshape(height, width, 3))
-        out[:] = resized[top : top + settings.size, left : left + settings.size]
-        return out
-
-    def _shorter_side_to_size(self, image: np.ndarray, max_size: int | None) -> tuple[int, int]:
-        height, width = keep_aspect_size(*image.shape[:2], self.settings.size, max_size)
-        if height * width > self.settings.max_pixels:  # a line of pixels, blown up
+        to_height, to_width = keep_aspect_size(height, width, settings.size, settings.max_size)
+        if to_height * to_width > settings.max_pixels:  # a line of pixels, blown up
             raise DecodeError(
-                f"image of shape {image.shape[:2]} would be resized to {(height, width)}"
+                f"image of shape {(height, width)} would be resized to {(to_height, to_width)}"
             )
-        return height, width
+        return to_height, to_width
 
-    def _augment(self, image: np.ndarray, rng: np.random.Generator) -> None:
+    def _augment(self, image: np.ndarray, jitter: np.ndarray, rng: np.random.Generator) -> Colours:
         settings = self.settings
         # All draws are made whatever the settings are: changing one leaves the others' draws alone.
-        flip, *jitter = rng.random(4)
-        if flip < settings.flip_probability:
-            cv2.flip(image, 1, dst=image)
-        spans = (settings.brightness, settings.contrast, settings.saturation)
-        if any(spans):
-            factors = [1 + span * (2 * draw - 1) for span, draw in zip(spans, jitter, strict=True)]
-            color_jitter(image, *(max(factor, 0.0) for factor in factors))
+        colours = draw_colours(settings, jitter, rng.random(7))
+        if settings.rand_augment is not None:
+            own = substream(rng, _RAND_AUGMENT)
+            rand_augment(image, settings.rand_augment, self.fill, own)
+        apply_colours(image, colours)
+        if settings.erase is not None:
+            erase(image, settings.erase, settings.mean, settings.std, substream(rng, _ERASE))
+        return colours
 
 
-def random_box(
-    width: int,
-    height: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-) -> tuple[int, int, int, int]:
-    """Draw (x, y, width, height) with an area share from `scale` and a width / height from `ratio`.
+def make_views(
+    data: bytes,
+    transforms: Sequence[ImageTransform],
+    rngs: Sequence[np.random.Generator | None],
+    outs: Sequence[np.ndarray | None],
+    clock: StageClock | None = None,
+) -> list[View]:
+    """Apply several transforms to one image, which is decoded once.
 
-    Ten tries; if none fits into the image, the largest centred box within the range of ratios.
+    Arguments, but for one of each per transform, and errors: as `ImageTransform.__call__`.
     """
-    shares, aspects, (place_x, place_y) = np.split(rng.random(22), [10, 20])
-    for share, aspect in zip(shares.tolist(), aspects.tolist(), strict=True):
-        area = width * height * (scale[0] + share * (scale[1] - scale[0]))
-        shape = math.exp(math.log(ratio[0]) + aspect * math.log(ratio[1] / ratio[0]))
-        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
-        if 0 < w <= width and 0 < h <= height:
-            return int(place_x * (width - w + 1)), int(place_y * (height - h + 1)), w, h
-    w = min(width, max(round(height * ratio[1]), 1))
-    h = min(height, max(round(width / ratio[0]), 1))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-def keep_aspect_size(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
-    """(height, width) with the shorter side at `size` unless the longer would pass `max_size`.
-
-    GIT's test-time rule: the bound first lowers the shorter side to a rounded value, from which the
-    longer one follows rounded down, so that it can pass `max_size` by the rounding.
-    """
-    short, long = min(height, width), max(height, width)
-    if max_size is not None and long / short * size > max_size:
-        size = max(round(max_size * short / long), 1)
-    if short == size:
-        return height, width
-    other = int(size * long / short)
-    return (other, size) if width < height else (size, other)
-
-
-def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Resize (H, W, 3) uint8 by an antialiased bicubic filter: Pillow's, but for rounding.
-
-    torch has it as vector code, about ten times faster than Pillow and, where images shrink, four
-    times faster than OpenCV's area averages. Its in-place form, because fresh memory for the result
-    would cost as much again.
-    """
-    if min(image.strides) < 0 or not image.flags.writeable:  # what torch does not take
-        image = image.copy()
-    if out is None:
-        out = np.empty((height, width, 3), dtype=np.uint8)
-    source, target = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (image, out))
-    _resize_into(source, [height, width], False, None, None, out=target)
-    return out
-
-
-def color_jitter(image: np.ndarray, brightness: float, contrast: float, saturation: float) -> None:
-    """Scale brightness, then contrast about the mean grey, then saturation; in place, uint8.
-
-    Each step rounds and clips to 0..255, as if it stood alone. Grey is 0.299 R + 0.587 G + 0.114 B.
-    """
-    grey = np.array([[0.299, 0.587, 0.114]], dtype=np.float32)
-    levels = np.arange(256, dtype=np.float64)
-    if brightness != 1:
-        cv2.LUT(image, _to_uint8(levels * brightness), dst=image)
-    if contrast != 1:
-        mean = float(np.dot(grey[0], cv2.mean(image)[:3]))
-        cv2.LUT(image, _to_uint8(mean + (levels - mean) * contrast), dst=image)
-    if saturation != 1:
-        blend = saturation * np.eye(3, dtype=np.float32) + (1 - saturation) * grey
-        cv2.transform(image, blend, dst=image)
-
-
-def _to_uint8(values: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    header = read_header(data, transforms[0].settings.max_pixels)
+    cuts = [
+        transform.plan(header, rng) for transform, rng in zip(transforms, rngs, strict=True)
+    ]
+    # Factors are powers of two: what lies on the grid of one lies on that of any smaller one.
+    factor = min(cut.factor for cut in cuts)
+    pixels = decode(data, header, factor, transforms[0].scratch)
+    if clock is not None:
+        clock.lap("decode")
+    corner = grid_origin(header, factor)
+    views = [
+        transform.render(pixels, corner, factor, cut, rng, out)
+        for transform, cut, rng, out in zip(transforms, cuts, rngs, outs, strict=True)
+    ]
+    if clock is not None:
+        clock.lap("transform")
+    return views

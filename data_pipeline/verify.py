@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import BinaryIO
 
+from data_pipeline import bundles
 from data_pipeline.index import ShardIndex
-from data_pipeline.tar_headers import BLOCK, ShardError, iter_members
+from data_pipeline.tar_headers import ShardError, iter_members
 
 _CHUNK = 1 << 20
 
@@ -89,16 +90,20 @@ class _HashedFile:
 
 def _first_fault(file: _HashedFile, index: ShardIndex, row: int, total: int) -> str | None:
     fault = None
-    for extension, offset, size, crc32, header_crc32 in index.members(row):
-        file.pass_to(min(offset - BLOCK, total))
-        header = file.crc32(BLOCK)
+    header = 0
+    for number, (extension, offset, size, crc32, header_crc32) in enumerate(index.members(row)):
+        begin, end = index.header_span(row, offset)
+        if number == 0 or not index.bundled:  # the members of a bundled sample share a line
+            file.pass_to(min(begin, total))
+            header = file.crc32(end - begin)
         payload = file.crc32(size)
         if fault is not None:
             continue  # the rest is read for the hash only
         if offset + size > total:
             fault = f"member .{extension}: cut, the file ends at byte {total}"
         elif header != header_crc32:
-            fault = f"member .{extension}: damaged tar header at byte {offset - BLOCK}"
+            what = "line in its bundle" if index.bundled else "tar header"
+            fault = f"member .{extension}: damaged {what} at byte {begin}"
         elif payload != crc32:
             fault = f"member .{extension}: damaged payload ({size} bytes at byte {offset})"
     return fault
@@ -106,6 +111,9 @@ def _first_fault(file: _HashedFile, index: ShardIndex, row: int, total: int) -> 
 
 def _check_structure(file: BinaryIO, index: ShardIndex, report: Report) -> None:
     """Walk the headers as any tar reader does: what the index skips must be sound as well."""
+    if index.bundled:
+        _check_bundles(file, index, report)
+        return
     offsets = set(index.arrays["member_offset"].tolist())
     others = 0
     try:
@@ -121,5 +129,35 @@ def _check_structure(file: BinaryIO, index: ShardIndex, report: Report) -> None:
     if offsets or others != index.passed_over:
         report.faults.append(
             f"{report.path}: {len(offsets)} members of its index are not in the tar, and "
+            f"{others - index.passed_over} members of the tar are not in its index"
+        )
+
+
+def _check_bundles(file: BinaryIO, index: ShardIndex, report: Report) -> None:
+    """Walk the tar headers and the first line of each bundle: samples must fill it to the end."""
+    begins, ends = (index.arrays[f"sample_{side}"].tolist() for side in ("begin", "end"))
+    row, others = 0, 0
+    try:
+        file.seek(0)
+        for member in iter_members(file, report.path, report.bytes):
+            start = file.read(min(member.size, bundles.LONGEST_HEAD))
+            if not bundles.is_bundle(bundles.EXTENSION, start):
+                others += 1
+                continue
+            head, samples = bundles.read_head(start, report.path)
+            at, behind = member.offset + head, row + samples
+            while row < min(behind, len(begins)) and begins[row] == at:
+                at = ends[row]
+                row += 1
+            if row != behind or at != member.offset + member.size:
+                raise ShardError(
+                    f"{report.path}: byte {at}: bundle {member.name!r} is not what its index says"
+                )
+    except ShardError as error:
+        report.faults.append(str(error))
+        return
+    if row != len(begins) or others != index.passed_over:
+        report.faults.append(
+            f"{report.path}: {len(begins) - row} samples of its index are not in the tar, and "
             f"{others - index.passed_over} members of the tar are not in its index"
         )

@@ -33,7 +33,7 @@ def plan_sampling(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> lis
     weights = {name: task.weight for name, task in recipe.tasks.items()}
     if recipe.sampling.alpha is not None and sizes is None:
         sizes = {
-            name: sum(len(source.shards) for source in open_sources(task.data))
+            name: sum(source.samples for source in open_sources(task.data))
             for name, task in recipe.tasks.items()
         }
     return sampler.plan_stages(recipe.sampling, weights, sizes)
@@ -52,6 +52,12 @@ def build_schedule(
     """
     stages = sampler.stages_of(ledger) or plan_sampling(recipe, sizes)
     return sampler.build_schedule(stages, recipe.tasks, recipe.seed)
+
+
+def loss_weights(recipe: Recipe, schedule: sampler.Schedule, step: int) -> dict[str, float]:
+    """Factor of each task's loss in the loss of a step: the schedule's times the recipe's own."""
+    factors = schedule.loss_weights(step)
+    return {task: factor * recipe.tasks[task].loss_weight for task, factor in factors.items()}
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:

@@ -125,6 +125,10 @@ class TaskSettings(Settings):
     """Share of the steps that run this task, relative to the weights of the other tasks (in
     `sampling.mode` mixed: of its loss in that of a step)."""
 
+    loss_weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    """Factor of this task's loss in the gradient of its steps; logged losses are without it. It
+    cancels with `optimizer.kind` mt_adamw, whose measure of importance is `optimizer.omega`."""
+
     global_batch: int = Field(ge=2)
     """Samples per optimizer step over all ranks; even, since neighbours in the data order are
     partners that stay together."""
@@ -158,6 +162,8 @@ class TaskSettings(Settings):
                 "data.image.mode=keep_aspect gives images of different sizes, so micro_batch must "
                 f"be 1, not {self.micro_batch}"
             )
+        if getattr(self.data, "mixing", None) is not None and self.micro_batch == 1:
+            problems.append("data.mixing mixes neighbours: micro_batch must be even, not 1")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -198,16 +198,12 @@ def warnings(recipe: "Recipe") -> list[str]:
     """One line per setting that has no effect beside another one."""
     if recipe.optimizer.kind != "mt_adamw":
         return []
-    found = []
-    for name, task in recipe.tasks.items():
-        for where, block in ((f"tasks.{name}", task), (f"tasks.{name}.objective", task.objective)):
-            weight = getattr(block, "loss_weight", 1.0)
-            if weight != 1.0:
-                found.append(
-                    f"{where}.loss_weight={weight:g} cancels with optimizer.kind=mt_adamw, which "
-                    f"divides each gradient by its norm: use optimizer.omega to weight task {name}"
-                )
-    return found
+    return [
+        f"tasks.{name}.loss_weight={task.loss_weight:g} cancels with optimizer.kind=mt_adamw, "
+        f"which divides each gradient by its norm: use optimizer.omega to weight task {name}"
+        for name, task in recipe.tasks.items()
+        if task.loss_weight != 1.0
+    ]
 
 
 _CHECKS = (

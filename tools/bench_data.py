@@ -8,7 +8,7 @@ they hold in memory, and do nothing else.
 import argparse
 import multiprocessing
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import cv2
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
 from rich.console import Console
 
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
@@ -28,8 +27,10 @@ from data_pipeline.reader import Sample, SampleReader
 from data_pipeline.rng import sample_rng
 from data_pipeline.shards import ShardSet
 from data_pipeline.tokenizer import train_byte_level_bpe
-from data_pipeline.transforms import ImageSettings, ImageTransform, random_box
+from data_pipeline.transforms import ImageSettings, ImageTransform
 from tools.bench_measure import Measurement, interleaved, median_rate, ratio
+from tools.bench_peers import Peers
+from tools.bench_tiny import TinyBench
 
 WORKERS = 2
 BATCH = 64
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=Path, help="folder of JPEGs, or of shards; default: made-up photographs"
     )
     parser.add_argument("--samples", type=int, default=4800, help="images per repetition")
+    parser.add_argument("--tiny-samples", type=int, default=20_000, help="images of 32 pixels")
     parser.add_argument("--size", type=int, default=224, help="output pixels")
 
 
@@ -56,15 +58,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         jpegs = photographs(args.images)
         shards = pack(jpegs, Path(folder) / "shards", args.samples)
         bench = DataBench(shards, jpegs, args.size)
+        tiny = TinyBench(Path(folder) / "tiny", args.tiny_samples)
         cases = {
             "omnipretrain": bench.ours,
-            "webdataset, same decoder": partial(bench.webdataset, bench.decode_fast),
-            "webdataset + Pillow": partial(bench.webdataset, bench.decode_pillow),
+            "webdataset, same decoder": lambda: _drain(bench.peers.webdataset(bench.decode_fast)),
+            "webdataset + Pillow": lambda: _drain(
+                bench.peers.webdataset(bench.peers.decode_pillow)
+            ),
+            "open_clip's way": lambda: _drain(bench.peers.open_clip_style()),
             "limit: decode + resize in memory": bench.limit,
             "limit: decode in memory": partial(bench.limit, decode_only=True),
             "reading only, omnipretrain": bench.read_ours,
             "reading only, webdataset": bench.read_webdataset,
+            "tiny images, read + decode, omnipretrain": tiny.ours,
+            "tiny images, read + decode, webdataset + Pillow": tiny.webdataset_pillow,
             "order, 128 positions a call": bench.order,
+            "first batch at position 10": partial(bench.first_batch, 10),
+            "first batch at position 10^9": partial(bench.first_batch, 10**9),
         }
         with Console(stderr=True).status("packing") as status:
 
@@ -80,15 +90,15 @@ def report(
     results: dict[str, list[Measurement]], bench: "DataBench", jpegs: list[bytes]
 ) -> dict[str, Any]:
     """Table, bars and notes from the measurements."""
-    ours, (same, pillow, limit) = results["omnipretrain"], list(results.values())[1:4]
+    ours, same, pillow, open_clip, limit = list(results.values())[:5]
     rows = [
         {
             "case": name,
             "items/s": median_rate(measured),
             "items per CPU-s": median_rate(measured, "cpu_seconds"),
             "us per item (CPU)": 1e6 / median_rate(measured, "cpu_seconds"),
-            "ours / this": ratio(ours, measured) if position < 5 else None,
-            "ours / this (CPU)": ratio(ours, measured, "cpu_seconds") if position < 5 else None,
+            "ours / this": ratio(ours, measured) if position < 6 else None,
+            "ours / this (CPU)": ratio(ours, measured, "cpu_seconds") if position < 6 else None,
         }
         for position, (name, measured) in enumerate(results.items())
     ]
@@ -98,12 +108,17 @@ def report(
         return {"what": what, "measured": measured, "bar": value, "at_least": at_least}
 
     reading = cost["reading only, omnipretrain"]
+    tiny, tiny_peer = (results[name] for name in results if name.startswith("tiny"))
+    near, far = (results[name] for name in results if name.startswith("first batch"))
     bars = [
-        bar("webdataset, same decoder: ratio", ratio(ours, same), 1.2, True),
-        bar("webdataset + Pillow: ratio", ratio(ours, pillow), 1.9, True),
-        bar("share of the in-memory limit", ratio(ours, limit), 0.85, True),
+        bar("webdataset, same decoder: ratio", ratio(ours, same), 1.3, True),
+        bar("webdataset + Pillow: ratio", ratio(ours, pillow), 2.0, True),
+        bar("open_clip's way: ratio", ratio(ours, open_clip), 3.0, True),
+        bar("share of the in-memory limit", ratio(ours, limit), 0.9, True),
         bar("order: us per sample", cost["order, 128 positions a call"], 10.0, False),
-        bar("reading from tars: us per sample, with checksums", reading, 25.0, False),
+        bar("reading from tars: us per sample, with checksums", reading, 20.0, False),
+        bar("tiny images, against webdataset + Pillow", ratio(tiny, tiny_peer), 10.0, True),
+        bar("first batch at 10^9: time / time at 10", ratio(near, far), 1.1, False),
     ]
     pixels = [simplejpeg.decode_jpeg_header(jpeg)[:2] for jpeg in jpegs]
     megapixels = [h * w / 1e6 for h, w in pixels]
@@ -134,57 +149,33 @@ class DataBench:
         self.fields = CaptionFields(data, self.tokenizer, train=True)
         self.transform = ImageTransform(self.image)
         self.big_order = Order.plan(10**9, 0, 1024)
+        urls = [shard.path for shard in shards.shards]
+        self.peers = Peers(
+            urls, self.image, self.tokenizer.encode, self._collate, BATCH, WORKERS
+        )
 
     def ours(self) -> float:
         """The loader of this project."""
+        return _drain(self._loader(0, self.samples // BATCH, WORKERS))
+
+    def first_batch(self, position: int) -> float:
+        """From nothing to the first batch of a run that goes on at `position`."""
+        step = position // BATCH
+        return _drain(self._loader(step, step + 1, 0))
+
+    def _loader(self, start: int, stop: int, workers: int) -> Iterator[dict[str, Any]]:
         order = Order.plan(self.samples, 0, BATCH)
         stream = TaskStream("bench", SampleReader(self.shards), order, self.fields, 0, BATCH, BATCH)
-        settings = LoaderSettings(workers=WORKERS, prefetch_batches=2)
-        steps = self.samples // BATCH
+        settings = LoaderSettings(workers=workers, prefetch_batches=2)
         loader = StepLoader(
-            {"bench": stream}, lambda step: ("bench", step), settings, 0, 1, 0, steps
+            {"bench": stream}, lambda step: ("bench", step), settings, 0, 1, start, stop
         )
-        return _drain(window.micro_batches[0] for window in loader)
-
-    def webdataset(self, decode) -> float:
-        """A webdataset pipeline with shard shuffle and a buffer of 1,000 samples."""
-        import webdataset
-
-        urls = [shard.path for shard in self.shards.shards]
-        pipeline = (
-            webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
-            .shuffle(1000)
-            .map(decode)
-            .batched(BATCH, collation_fn=self._collate, partial=True)
-        )
-        loader = torch.utils.data.DataLoader(
-            pipeline, batch_size=None, num_workers=WORKERS, prefetch_factor=2
-        )
-        return _drain(iter(loader))
+        return (window.micro_batches[0] for window in loader)
 
     def decode_fast(self, sample: dict[str, Any]) -> dict[str, Any]:
         """The very code that the loader of this project runs on a sample."""
         key, members = sample["__key__"], {"jpg": sample["jpg"], "txt": sample["txt"]}
         return self.fields.sample(Sample(0, "", key, members), self._rng_for(key))
-
-    def decode_pillow(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Decode, crop and resize (bicubic) with Pillow."""
-        import io
-
-        key = sample["__key__"]
-        rng = sample_rng(0, "bench", int(key), "image")
-        with Image.open(io.BytesIO(sample["jpg"])) as opened:
-            picture = opened.convert("RGB")
-        x, y, w, h = random_box(*picture.size, self.image.scale, self.image.ratio, rng)
-        side = (self.size, self.size)
-        picture = picture.resize(side, Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
-        if rng.random() < self.image.flip_probability:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        tokens = np.zeros((1, 40), dtype=np.int64)
-        ids = self.tokenizer.encode(sample["txt"].decode())[:38]
-        tokens[0, 1 : 1 + len(ids)] = ids
-        lengths = np.array([len(ids) + 2])
-        return {"images": np.asarray(picture), "tokens": tokens, "lengths": lengths}
 
     def limit(self, decode_only: bool = False) -> float:
         """Decode (and crop, resize, flip) from memory in as many processes, keeping nothing."""
@@ -302,10 +293,11 @@ def _size(jpeg: bytes) -> tuple[int, int]:
     return simplejpeg.decode_jpeg_header(jpeg)[:2]
 
 
-def _drain(batches: Iterator[dict[str, Any]]) -> float:
+def _drain(batches: Iterable[Any]) -> float:
     """Take all batches, touching each as a copy to the device would begin to."""
     count = 0
     for batch in batches:
-        count += len(batch["images"])
-        batch["images"][-1, 0, 0, 0].item()
+        images = batch["images"] if isinstance(batch, dict) else batch[0]
+        count += len(images)
+        images[-1, 0, 0, 0].item()
     return count

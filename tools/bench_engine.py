@@ -1,9 +1,10 @@
 """What the training loop costs above the DeepSpeed engine that it drives.
 
-Both cases train the same GIT with the same engine on the same batches, which lie in memory, and
-take turns. The bare one is what DeepSpeed's tutorials show: forward, backward, step. Ours adds
-counts, agreement of the ranks, schedule, randomness, metrics to JSON lines and TensorBoard, control
-files and progress.
+Both cases train the same model with the same engine on the same batches, which lie in memory, and
+take turns. The bare one is what DeepSpeed's tutorials show: forward, backward, step. Ours adds the
+sampler (which task at which step), the guard against stale gradients, the balance of tasks, counts,
+agreement of the ranks, schedule, randomness, metrics to JSON lines and TensorBoard, control files
+and progress.
 """
 
 import argparse
@@ -17,6 +18,9 @@ import torch
 from tools.bench_measure import interleaved
 
 VOCABULARY = 1000
+CLASSES = 100
+WEIGHTS = {"caption": 2.0, "classify": 1.0}
+"""Tasks, and their shares of the steps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=128, help="channels of encoder and decoder")
     parser.add_argument("--batch", type=int, default=16, help="images per micro-batch")
     parser.add_argument("--micro-steps", type=int, default=2, help="micro-batches per step")
-    parser.add_argument("--zero", type=int, choices=(1, 2, 3), default=2, help="ZeRO stage")
+    parser.add_argument("--zero", type=int, choices=(1, 2, 3), default=3, help="ZeRO stage")
+    parser.add_argument("--tasks", type=int, choices=(1, 2), default=2, help="tasks in turn")
     parser.add_argument("--log-every", type=int, default=10, help="steps between metrics")
 
 
@@ -43,10 +48,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(args: argparse.Namespace, ranks, folder: Path) -> dict[str, Any]:
     engine = _engine(args, ranks)
-    windows = _windows(args)
+    batches = {task: _batches(args, task) for task in _weights(args)}
     cases = {
-        "bare DeepSpeed engine": lambda: _bare(engine, windows, ranks),
-        "training loop": _ours(args, engine, windows, ranks, folder),
+        "bare DeepSpeed engine": lambda: _bare(args, engine, batches),
+        "training loop": _ours(args, engine, batches, ranks, folder),
     }
     results = interleaved(cases, args.repeats, lambda text: None)
     seconds = {name: [m.cpu_seconds / m.items for m in ms] for name, ms in results.items()}
@@ -54,8 +59,8 @@ def _measure(args: argparse.Namespace, ranks, folder: Path) -> dict[str, Any]:
     bare, ours = seconds.values()
     overhead = median(o / b for o, b in zip(ours, bare, strict=True)) - 1
     return {
-        "title": f"One optimizer step (ZeRO-{args.zero}, {args.micro_steps} micro-steps of "
-                 f"{args.batch} images, one process)",
+        "title": f"One optimizer step (ZeRO-{args.zero}, {args.tasks} task(s) in turn, "
+                 f"{args.micro_steps} micro-steps of {args.batch} images, one process)",
         "rows": [
             {"case": name, "wall ms": 1e3 * median(wall[name]),
              "CPU ms": 1e3 * median(seconds[name])}
@@ -68,76 +73,112 @@ def _measure(args: argparse.Namespace, ranks, folder: Path) -> dict[str, Any]:
     }
 
 
-def _engine(args: argparse.Namespace, ranks):
-    from pretrain.engine.zero import start_engine
-    from pretrain.models.git import GitDecoder
-    from pretrain.models.multitask import MultiTaskModel
-    from pretrain.models.vit import VisionTransformer
-    from pretrain.objectives.captioning import Captioning
+def _weights(args: argparse.Namespace) -> dict[str, float]:
+    return dict(list(WEIGHTS.items())[: args.tasks])
+
+
+def _schedule(args: argparse.Namespace):
+    from pretrain.sampler import Stage, build_schedule
+
+    weights = _weights(args)
+    return build_schedule([Stage(0, "block", weights)], weights, seed=0)
+
+
+def _settings(args: argparse.Namespace):
     from pretrain.optim.groups import OptimizerSettings
 
-    def build() -> MultiTaskModel:
-        encoder = VisionTransformer(
-            image_size=64, patch_size=8, width=args.width, layers=4, heads=4
-        )
-        decoder = GitDecoder(
-            VOCABULARY, args.width, width=args.width, layers=2, heads=4, mlp_width=4 * args.width,
-            max_positions=64,
-        )
-        captioning = Captioning(
-            decoder, encoder="image",
-            encoder_cost=lambda h, w: (encoder.tokens(h, w), encoder.flops(h, w)),
-            visual_width=args.width, bos_id=1, eos_id=2, pad_id=0,
-            image_mean=(0.5, 0.5, 0.5), image_std=(0.25, 0.25, 0.25),
-        )
-        return MultiTaskModel({"image": encoder}, {"caption": captioning})
+    if args.tasks == 1:
+        return OptimizerSettings(lr=1e-4)
+    return OptimizerSettings(kind="mt_adamw", lr=1e-4, clip_norm=None)
+
+
+def _engine(args: argparse.Namespace, ranks):
+    from pretrain.engine.zero import start_engine
 
     config = {
         "train_micro_batch_size_per_gpu": args.batch,
         "gradient_accumulation_steps": args.micro_steps,
-        "gradient_clipping": 1.0,
+        "gradient_clipping": 1.0 if args.tasks == 1 else 0.0,
         "zero_optimization": {"stage": args.zero},
         "steps_per_print": 10**12,
+        "zero_allow_untested_optimizer": True,
     }
-    return start_engine(build, OptimizerSettings(lr=1e-4), config, 0, ranks.device)
+    return start_engine(lambda: _model(args), _settings(args), config, 0, ranks.device)
 
 
-def _windows(args: argparse.Namespace) -> list:
-    from data_pipeline.loader import Part, StepWindow
+def _model(args: argparse.Namespace):
+    from pretrain.models.git import GitDecoder
+    from pretrain.models.multitask import MultiTaskModel
+    from pretrain.models.vit import VisionTransformer
+    from pretrain.objectives.captioning import Captioning
+    from pretrain.objectives.classification import ClassificationSettings
 
+    encoder = VisionTransformer(
+        image_size=64, patch_size=8, width=args.width, layers=4, heads=4
+    )
+    pixels = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.25, 0.25, 0.25)}
+    decoder = GitDecoder(
+        VOCABULARY, args.width, width=args.width, layers=2, heads=4, mlp_width=4 * args.width,
+        max_positions=64,
+    )
+    objectives = {"caption": Captioning(
+        decoder, encoder="image",
+        encoder_cost=lambda h, w: (encoder.tokens(h, w), encoder.flops(h, w)),
+        visual_width=args.width, bos_id=1, eos_id=2, pad_id=0, **pixels,
+    )}
+    if args.tasks == 2:
+        settings = ClassificationSettings(type="classification")
+        objectives["classify"] = settings.build(
+            {"image": encoder}, None, **pixels, classes=CLASSES
+        )
+    return MultiTaskModel({"image": encoder}, objectives)
+
+
+def _batches(args: argparse.Namespace, task: str) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    windows = []
-    for step in range(args.steps):
-        micro_batches = []
-        for _ in range(args.micro_steps):
-            shape = (args.batch, 1, 24)
-            loss_mask = torch.ones(shape, dtype=torch.bool)
-            loss_mask[..., 0] = False
-            micro_batches.append({
-                "images": torch.randint(256, (args.batch, 3, 64, 64), dtype=torch.uint8,
-                                        generator=generator),
-                "tokens": torch.randint(3, VOCABULARY, shape, generator=generator),
-                "loss_mask": loss_mask,
-                "valid": torch.ones(args.batch, dtype=torch.bool),
-            })
-        windows.append(StepWindow(step, [Part("caption", micro_batches)], {"wait": 0.0}))
-    return windows
+    return [_batch(args.batch, task, generator) for _ in range(args.micro_steps)]
 
 
-def _bare(engine, windows: list, ranks) -> int:
-    """DeepSpeed as its tutorials use it."""
-    for window in windows:
-        tokens = sum(int(b["loss_mask"].sum()) for b in window.micro_batches)
-        last = len(window.micro_batches) - 1
-        for index, batch in enumerate(window.micro_batches):
+def _batch(size: int, task: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    images = torch.randint(256, (size, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    batch = {"images": images, "valid": torch.ones(size, dtype=torch.bool)}
+    if task == "classify":
+        return batch | {"labels": torch.randint(CLASSES, (size,), generator=generator)}
+    loss_mask = torch.ones((size, 1, 24), dtype=torch.bool)
+    loss_mask[..., 0] = False
+    tokens = torch.randint(3, VOCABULARY, loss_mask.shape, generator=generator)
+    return batch | {"tokens": tokens, "loss_mask": loss_mask}
+
+
+def _bare(args: argparse.Namespace, engine, batches: dict[str, list]) -> int:
+    """DeepSpeed as its tutorials use it: the tasks of a fixed list, counts known beforehand."""
+    schedule = _schedule(args)
+    for task in [schedule(step)[0] for step in range(args.steps)]:
+        objective = engine.module.objectives[task]
+        totals: dict[str, int] = {}
+        for batch in batches[task]:
+            for name, count in objective.count(batch).items():
+                totals[name] = totals.get(name, 0) + count
+        last = len(batches[task]) - 1
+        _tell_task(engine, task)
+        for index, batch in enumerate(batches[task]):
             engine.set_gradient_accumulation_boundary(index == last)
-            loss = engine("caption", batch, {"tokens": tokens})["loss"]
+            loss = engine(task, batch, totals)["loss"]
             engine.backward(loss, scale_wrt_gas=False)
         engine.step()
-    return len(windows)
+    return args.steps
 
 
-def _ours(args: argparse.Namespace, engine, windows: list, ranks, folder: Path):
+def _tell_task(engine, task: str) -> None:
+    """MT-AdamW cannot step without it."""
+    inner = engine.optimizer.optimizer
+    if hasattr(inner, "begin_step"):
+        inner.begin_step(task, WEIGHTS[task] / sum(WEIGHTS.values()))
+
+
+def _ours(args: argparse.Namespace, engine, batches: dict[str, list], ranks, folder: Path):
+    from data_pipeline.loader import Part, StepWindow
+    from pretrain.engine.balance import TaskBalance
     from pretrain.engine.control import ControlFolder, StopSignals
     from pretrain.engine.loop import Loop, TrainerState
     from pretrain.engine.metrics_log import LoggingSettings, MetricsLog
@@ -146,22 +187,30 @@ def _ours(args: argparse.Namespace, engine, windows: list, ranks, folder: Path):
     control = ControlFolder(folder)
     control.take_ownership()
     throughput = Throughput(ranks, peak_tflops_per_device=None)
+    schedule = _schedule(args)
     loop = Loop(
         engine, ranks, 0, (1e-4, lambda step: 1.0), 0,
-        {"caption": args.batch * args.micro_steps}, control, StopSignals(),
+        dict.fromkeys(_weights(args), args.batch * args.micro_steps), control, StopSignals(),
+        schedule.loss_weights,
+        before_step=TaskBalance(engine, _settings(args), schedule.ratio).before_step,
     )
     settings = LoggingSettings(every_steps=args.log_every)
     log = MetricsLog(folder, ranks.rank, 0, args.steps, settings)
 
+    def windows():
+        for step in range(args.steps):
+            task, _ = schedule(step)
+            yield StepWindow(step, [Part(task, batches[task])], {"wait": 0.0})
+
     def case() -> int:
         loop.run(
-            windows, TrainerState(),
+            windows(), TrainerState(),
             wants_report=lambda step: log.due(step + 1, args.steps),
             on_report=lambda state, report: log.log(
                 state.step, report.task, throughput.describe(report)
             ),
             after_step=lambda state, save: log.progress(state.step),
         )
-        return len(windows)
+        return args.steps
 
     return case

@@ -69,8 +69,8 @@ class Loop:
         global_batches: task -> samples of one step.
         control: control files; read and written on rank 0 only.
         signals: flags set by signals on this rank.
-        loss_weights: step -> task -> factor of its loss, for steps of several tasks; they are
-            accumulated into one optimizer step on sum_k w_k loss_k. None = 1.
+        loss_weights: step -> task -> factor of its loss; several tasks of a step are accumulated
+            into one optimizer step on sum_k w_k loss_k. None = 1.
         agreement: the check that all ranks run the same; None = one with its defaults.
         before_step: called with (step, task) before the forward pass of a step of one task.
         after_update: called after each optimizer step that changed the weights, with the number of
@@ -197,7 +197,7 @@ class Loop:
         ], (stop, save)
 
     def _weights(self, window) -> Mapping[str, float]:
-        if self.loss_weights is None or len(window.parts) == 1:
+        if self.loss_weights is None:
             return {part.task: 1.0 for part in window.parts}
         return self.loss_weights(window.step)
 
@@ -207,7 +207,8 @@ class Loop:
             "samples": self.global_batches[part.task],
             "flops": sum(objective.flops(batch) for batch in part.micro_batches),
         }
-        return sizes if len(weights) == 1 else sizes | {"loss_weight": weights[part.task]}
+        weight = weights[part.task]
+        return sizes if weight == 1.0 else sizes | {"loss_weight": weight}
 
     def _agree(self, window) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
         """Sum over all ranks: the counts of each part, the requests to stop and save, the check."""

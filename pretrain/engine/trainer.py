@@ -172,7 +172,8 @@ class Trainer:
             (recipe.optimizer.lr, lambda step: lr_factor(step, recipe.schedule, recipe.steps)),
             recipe.failure.max_skipped_steps,
             {name: task.global_batch for name, task in recipe.tasks.items()},
-            self.control, self.signals, schedule.loss_weights, self._agreement(streams),
+            self.control, self.signals, lambda step: build.loss_weights(recipe, schedule, step),
+            self._agreement(streams),
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self.ema.update if self.ema else lambda update: None,
         )

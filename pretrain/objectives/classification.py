@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from data_pipeline.labels import NO_LABEL
 from data_pipeline.settings import Settings
+from pretrain.models.pixels import normalise_pixels
 from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
 from pretrain.objectives.image_tokens import Pool, encode_images, find_encoder, pool_tokens
+from pretrain.objectives.mixing import mix_pairs, partners
 
 _TOP = 5
 
@@ -103,14 +105,16 @@ class Classification(nn.Module):
     ) -> dict[str, Tensor]:
         """This micro-batch's share of the global batch's loss and metrics.
 
-        batch: images (B, 3, H, W) uint8; labels (B,) int64, NO_LABEL where there is none.
+        batch: images (B, 3, H, W) uint8; labels (B,) int64, NO_LABEL where there is none. With
+        mix_share and mix_box neighbours are mixed (`mix_pairs`): the loss is that of both labels by
+        their shares, the other metrics judge an image by the label of its larger part.
         totals: "images" and "labels" of the global batch.
 
         Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
         the labelled images of the global batch, `labelled` their part of all its images. Only
         "loss" carries a gradient: of zero, but through the head, where nothing is labelled.
         """
-        loss, *sums = self.label_sums(self._logits(encoders, batch["images"]), batch["labels"])
+        loss, *sums = self._sums(encoders, batch)
         labels, images = (
             torch.as_tensor(totals[name], dtype=torch.float32, device=loss.device).clamp(min=1.0)
             for name in ("labels", "images")
@@ -173,7 +177,31 @@ class Classification(nn.Module):
         }
         return metrics | {"images": float(images), "labelled": labels / max(1, images)}, []
 
+    def _sums(
+        self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """`label_sums` of a training batch, mixed if it says so."""
+        labels, encoder = batch["labels"], encoders[self.encoder]
+        pixels = normalise_pixels(batch["images"], self.image_mean, self.image_std, encoder.dtype)
+        if "mix_share" not in batch:
+            return self.label_sums(self._head(encoder(pixels)), labels)
+        pixels, weights = mix_pairs(pixels, batch)
+        logits = self._head(encoder(pixels))
+        others = partners(labels)
+        larger = torch.where(weights > 0.5, others, labels)
+        _, *sums = self.label_sums(logits, larger)
+        options = {"ignore_index": NO_LABEL, "label_smoothing": self.label_smoothing}
+        own, other = (
+            F.cross_entropy(logits, target, reduction="none", **options)
+            for target in (labels, others)
+        )
+        return [((1 - weights) * own + weights * other).sum(), *sums]
+
     def _logits(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         """(B, classes) float32."""
-        tokens = encode_images(encoders[self.encoder], images, self.image_mean, self.image_std)
+        return self._head(
+            encode_images(encoders[self.encoder], images, self.image_mean, self.image_std)
+        )
+
+    def _head(self, tokens: Tensor) -> Tensor:
         return self.head(pool_tokens(tokens, self.pool)).float()

@@ -21,9 +21,11 @@ def sample(number: int) -> tuple[str, dict[str, bytes]]:
     return f"{number:06d}", members
 
 
-def write_shards(folder: Path, count: int, per_shard: int, prefix: str = "train") -> ShardSet:
+def write_shards(
+    folder: Path, count: int, per_shard: int, prefix: str = "train", bundle: int = 1
+) -> ShardSet:
     """Write samples 0 .. count - 1 and open them."""
-    with ShardWriter(folder, prefix, max_samples=per_shard) as writer:
+    with ShardWriter(folder, prefix, max_samples=per_shard, bundle=bundle) as writer:
         for number in range(count):
             writer.write(*sample(number))
     return ShardSet.open(folder)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from webdataset.tariterators import base_plus_ext
 
-from data_pipeline.index import MAX_COLUMNS, ShardIndex, build_index, index_path, split_name
+from data_pipeline.index import MAX_COLUMNS, ShardIndex, index_path, split_name
+from data_pipeline.index_builder import build_index
 from data_pipeline.tar_headers import ShardError
 from tests.data_pipeline.samples import sample, write_shards
 

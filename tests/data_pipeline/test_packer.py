@@ -10,7 +10,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.index import build_index
+from data_pipeline.index_builder import build_index
 from data_pipeline.manifest import Manifest
 from data_pipeline.packer import END_OF_ARCHIVE, ShardWriter, sample_bytes
 from data_pipeline.reader import SampleReader

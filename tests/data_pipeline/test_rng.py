@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.rng import keyed_u64, permute, sample_rng
+from data_pipeline.rng import keyed_u64, permute, sample_rng, substream
 
 
 def test_values_are_pinned():
@@ -33,6 +33,17 @@ def test_generators_differ_by_every_part():
         (0, "a", 1, "y"),
     ]
     assert len({sample_rng(*part).random() for part in parts}) == 5
+
+
+def test_substreams_are_their_own():
+    rng = sample_rng(1, "caption", 9, "image")
+    one, two = substream(rng, 1).random(50), substream(rng, 2).random(50)
+    own = rng.random(50)
+    assert len({*one, *two, *own}) == 150
+    again = sample_rng(1, "caption", 9, "image")
+    assert np.array_equal(substream(again, 2).random(50), two)
+    assert np.array_equal(again.random(50), own)  # taking one changes nothing
+    assert not np.array_equal(substream(again, 1).random(50), one)  # it belongs to the state
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**64 - 1))

@@ -10,16 +10,10 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from data_pipeline.crops import keep_aspect_size, random_box, resize
 from data_pipeline.decode import DecodeError
 from data_pipeline.rng import sample_rng
-from data_pipeline.transforms import (
-    ImageSettings,
-    ImageTransform,
-    color_jitter,
-    keep_aspect_size,
-    random_box,
-    resize,
-)
+from data_pipeline.transforms import ImageSettings, ImageTransform
 from tests.data_pipeline.photos import encoded, jpeg, picture
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -182,21 +176,6 @@ def test_flip_happens_as_often_as_asked():
         assert low <= sum(np.array_equal(image, plain[:, ::-1]) for image in images) <= high
 
 
-def test_color_jitter_is_what_it_says():
-    pixels = picture(10)
-    grey = pixels @ np.array([0.299, 0.587, 0.114])
-    brighter, flatter, greyer = pixels.copy(), pixels.copy(), pixels.copy()
-    color_jitter(brighter, 1.3, 1, 1)
-    assert np.array_equal(brighter, np.clip(np.rint(pixels * 1.3), 0, 255))
-    color_jitter(flatter, 1, 0.5, 1)
-    assert np.abs(flatter - (grey.mean() + (pixels - grey.mean()) * 0.5)).max() < 1.01
-    color_jitter(greyer, 1, 1, 0.25)
-    assert np.abs(greyer - (grey[:, :, None] * 0.75 + pixels * 0.25)).max() < 1.01
-    same = pixels.copy()
-    color_jitter(same, 1, 1, 1)
-    assert np.array_equal(same, pixels)
-
-
 def test_threads_do_not_change_pixels():
     transform = ImageTransform(ImageSettings(size=200))
     data, threads = jpeg(picture(11, 300, 400)), (cv2.getNumThreads(), torch.get_num_threads())
@@ -220,6 +199,9 @@ def test_threads_do_not_change_pixels():
         ({"max_size": 300}, "mode keep_aspect"),
         ({"mode": "keep_aspect", "size": 300, "max_size": 200}, "smaller than size"),
         ({"std": (0, 1, 1)}, "std"),
+        ({"jitter": (2.0, 0.1)}, "jitter"),
+        ({"mode": "keep_aspect", "sizes": [32]}, "sizes is not for mode keep_aspect"),
+        ({"sizes": [32, 0]}, "sizes: must be positive"),
         ({"sise": 3}, "Extra inputs"),
     ],
 )

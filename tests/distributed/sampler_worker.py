@@ -27,6 +27,8 @@ from tests.distributed.toy import SAMPLES, ToyEncoder, ToyObjective, toy_batch
 STEPS = 16
 WEIGHTS = {"words": 1.0, "others": 2.0}
 MODES = ("block", "mixed")
+LOSS_WEIGHTS = {"words": 1.0, "others": 0.5}
+"""Factors of the tasks' own, beside those of the schedule."""
 
 
 def two_tasks() -> MultiTaskModel:
@@ -37,6 +39,10 @@ def two_tasks() -> MultiTaskModel:
 
 def schedule_of(mode: str) -> Schedule:
     return build_schedule([Stage(0, mode, WEIGHTS)], WEIGHTS, SEED)
+
+
+def loss_weights(schedule: Schedule, step: int) -> dict[str, float]:
+    return {task: w * LOSS_WEIGHTS[task] for task, w in schedule.loss_weights(step).items()}
 
 
 def global_batch(task: str, visit: int) -> dict[str, torch.Tensor]:
@@ -82,7 +88,7 @@ class Cells:
         loop = Loop(
             self.engine, self.ranks, SEED, (SGD.lr, lambda step: 1.0), 0,
             dict.fromkeys(WEIGHTS, SAMPLES), ControlFolder(self.out), self.signals,
-            schedule.loss_weights, Agreement(self.ranks, every, common),
+            lambda step: loss_weights(schedule, step), Agreement(self.ranks, every, common),
         )
         found = []
         state = TrainerState(step=steps[0])

@@ -16,6 +16,7 @@ from tests.distributed.sampler_worker import (
     STEPS,
     WEIGHTS,
     global_batch,
+    loss_weights,
     schedule_of,
     two_tasks,
 )
@@ -39,10 +40,10 @@ def plain_losses(mode: str, rate: float = SGD.lr) -> list[list]:
         total = 0.0
         for task, visit in schedule.parts(step):
             batch = global_batch(task, visit)
-            weight = schedule.loss_weights(step)[task]
+            weight = loss_weights(schedule, step)[task]
             loss = model(task, batch, {"images": batch["valid"].sum().float()})["loss"]
             total = total + weight * loss
-            losses.append([step + 1, task, loss.item(), weight if mode == "mixed" else None])
+            losses.append([step + 1, task, loss.item(), None if weight == 1.0 else weight])
         model.zero_grad()
         total.backward()
         with torch.no_grad():

@@ -1,0 +1,253 @@
+"""Build the index of a shard: while it is written, or by one pass over its bytes."""
+
+import json
+import os
+import zlib
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+
+from data_pipeline import bundles
+from data_pipeline.index import ARRAYS, MAX_COLUMNS, ShardIndex, split_name, with_digest
+from data_pipeline.tar_headers import Member, ShardError, iter_members
+
+_COLUMN_SOURCES = ("json", "cls")
+# Larger members give no columns: a record of numbers is small, and they would be held in memory.
+_LARGEST_RECORD = 16 << 20
+_PLACE = ("member_offset", "member_size", "member_crc32", "member_header_crc32")
+_CHUNK = 1 << 20
+
+
+class IndexBuilder:
+    """Collects the members of one shard, in tar order, and turns them into a ShardIndex."""
+
+    def __init__(self, shard: str) -> None:
+        """`shard` names the shard in messages."""
+        self._shard = shard
+        self._arrays = {
+            name: array({np.uint8: "B", np.uint32: "I", np.uint64: "Q"}[dtype])
+            for name, dtype in ARRAYS.items()
+        }
+        self._extension_numbers: dict[str, int] = {}
+        self._columns = _Columns()
+        self._passed_over = 0
+        self._bundled: bool | None = None
+        self._key: str | None = None
+        self._sample_extensions: set[str] = set()
+        self._seen: dict[str, set[str]] = {}
+
+    def add(self, member: Member, crc32: int, payload: bytes | None) -> None:
+        """Append one member; `payload` is needed for extensions that `wants_payload` names.
+
+        A bundle is no member of a sample: the samples inside of it are appended.
+
+        Errors: ShardError if the sample has this extension twice, or lies in two places, or if a
+        bundle is damaged or has plain members beside it.
+        """
+        split = split_name(member.name)
+        if split is None:
+            self._passed_over += 1
+            return
+        key, extension = split
+        start = b"" if payload is None else payload[: bundles.START_BYTES]
+        bundled = bundles.is_bundle(extension, start)
+        if self._bundled not in (None, bundled):
+            raise ShardError(
+                f"{self._shard}: byte {member.begin}: {member.name!r}: a shard holds either "
+                "bundles or plain members: repack it with `python -m tools.shards repack`"
+            )
+        self._bundled = bundled
+        if bundled:
+            self._add_bundle(member, payload)
+            return
+        if key != self._key:
+            self._start_sample(key, member.begin)
+        if extension in self._sample_extensions:
+            raise ShardError(f"{self._shard}: byte {member.begin}: {member.name!r} appears twice")
+        place = member.offset, member.size, crc32, member.header_crc32
+        self._add_member(extension, place, member.end, payload)
+
+    def finish(self, shard_bytes: int) -> ShardIndex:
+        """Return the index of the finished shard of `shard_bytes` bytes."""
+        self._check_not_split()
+        arrays = {
+            name: np.frombuffer(self._arrays[name], dtype)
+            if len(self._arrays[name])
+            else np.empty(0, dtype)
+            for name, dtype in ARRAYS.items()
+        }
+        columns, dropped = self._columns.finish(len(arrays["key_end"]))
+        return with_digest(
+            shard_bytes=shard_bytes,
+            extensions=tuple(self._extension_numbers),
+            arrays=arrays,
+            columns=columns,
+            passed_over=self._passed_over,
+            dropped_columns=dropped,
+            bundled=bool(self._bundled),
+        )
+
+    def _add_bundle(self, member: Member, payload: bytes) -> None:
+        place = f"{self._shard}: byte {member.begin}"
+        for sample in bundles.iter_samples(payload, place):
+            self._start_sample(sample.key, member.offset + sample.begin)
+            for extension, offset, size, crc32 in sample.members:
+                begin = member.offset + offset
+                self._add_member(
+                    extension,
+                    (begin, size, crc32, sample.line_crc32),
+                    begin + size,
+                    payload[offset : offset + size],
+                )
+
+    def _add_member(
+        self, extension: str, place: tuple[int, int, int, int], end: int, payload: bytes | None
+    ) -> None:
+        """Append to the sample in work; place: offset, size, crc32, crc32 of the header."""
+        arrays = self._arrays
+        self._sample_extensions.add(extension)
+        number = self._extension_numbers.setdefault(extension, len(self._extension_numbers))
+        arrays["member_extension"].append(number)
+        for name, value in zip(_PLACE, place, strict=True):
+            arrays[name].append(value)
+        arrays["member_end"][-1] += 1
+        arrays["sample_end"][-1] = end
+        if payload is not None and extension in _COLUMN_SOURCES:
+            self._columns.add(len(arrays["key_end"]) - 1, extension, payload)
+
+    def _start_sample(self, key: str, begin: int) -> None:
+        self._check_not_split()
+        arrays = self._arrays
+        self._key, self._sample_extensions = key, set()
+        arrays["keys"].frombytes(key.encode())
+        arrays["key_end"].append(len(arrays["keys"]))
+        arrays["sample_begin"].append(begin)
+        arrays["sample_end"].append(begin)
+        arrays["member_end"].append(arrays["member_end"][-1] if arrays["member_end"] else 0)
+
+    def _check_not_split(self) -> None:
+        """Refuse a key whose members lie apart: other readers would see two half samples.
+
+        The same key with the same extensions again is a second sample, as webdataset has it.
+        """
+        if self._key is None:
+            return
+        before = self._seen.setdefault(self._key, self._sample_extensions)
+        if before is not self._sample_extensions and not before & self._sample_extensions:
+            raise ShardError(
+                f"{self._shard}: byte {self._arrays['sample_begin'][-1]}: the members of sample "
+                f"{self._key!r} are not beside each other ({sorted(before)} and "
+                f"{sorted(self._sample_extensions)}): repack it, e.g. with `tar --sort=name`"
+            )
+
+
+@dataclass(slots=True)
+class _Columns:
+    """Sparse numeric columns while an index is being built."""
+
+    rows: dict[str, array] = field(default_factory=dict)
+    values: dict[str, list[int | float]] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+
+    def add(self, row: int, extension: str, payload: bytes) -> None:
+        try:
+            content = json.loads(payload)
+        except (ValueError, RecursionError):
+            return  # members of other people need not be valid; an index is no place to judge
+        if extension == "cls":
+            content = {"cls": content}
+        if not isinstance(content, dict):
+            return
+        for name, value in content.items():
+            if isinstance(value, list):
+                name, value = f"{name}.count", len(value)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._append(name, row, value)
+
+    def _append(self, name: str, row: int, value: int | float) -> None:
+        if name not in self.rows:
+            if any("\ud800" <= letter <= "\udfff" for letter in name):
+                return  # half a character, which JSON can spell and UTF-8 cannot
+            if len(self.rows) == MAX_COLUMNS:
+                self.dropped.add(name)
+                return
+            self.rows[name], self.values[name] = array("Q"), []
+        rows = self.rows[name]
+        if not rows or rows[-1] != row:  # `cls` may also be a field of the json member
+            rows.append(row)
+            self.values[name].append(value)
+
+    def finish(self, samples: int) -> tuple[dict[str, np.ndarray], int]:
+        columns = {}
+        for name in sorted(self.rows):
+            values = self.values[name]
+            whole = all(isinstance(v, int) and -(2**63) <= v < 2**63 for v in values)
+            if whole and len(values) == samples:
+                columns[name] = np.array(values, np.int64)
+            else:
+                columns[name] = np.full(samples, np.nan)
+                columns[name][self.rows[name]] = [_as_float(value) for value in values]
+        return columns, len(self.dropped)
+
+
+def _as_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # JSON integers have no limit
+        return float("inf") if value > 0 else float("-inf")
+
+
+def wants_payload(extension: str, size: int) -> bool:
+    """Return whether the builder reads numbers or samples from members like this; size in bytes."""
+    if extension == bundles.EXTENSION:
+        return size <= bundles.MAX_BYTES
+    return extension in _COLUMN_SOURCES and size <= _LARGEST_RECORD
+
+
+def build_index(
+    tar_path: str | os.PathLike[str], progress: Callable[[int], None] | None = None
+) -> ShardIndex:
+    """Index a shard by one pass over all its bytes.
+
+    Args: progress: called with the number of bytes passed since its last call.
+    Errors: OSError if it cannot be read; ShardError naming shard and byte if it is damaged, holds
+    links, devices or unsafe names, or if members of a sample lie apart.
+    """
+    shard = os.fspath(tar_path)
+    with open(shard, "rb", buffering=_CHUNK) as file:
+        total = os.fstat(file.fileno()).st_size
+        builder = IndexBuilder(shard)
+        passed = 0
+        for member in iter_members(file, shard, total):
+            builder.add(member, *_read(file, member, shard))
+            if progress is not None and member.end - passed >= _CHUNK:
+                progress(member.end - passed)
+                passed = member.end
+    if progress is not None:
+        progress(total - passed)
+    return builder.finish(total)
+
+
+def _read(file: BinaryIO, member: Member, shard: str) -> tuple[int, bytes | None]:
+    """Return the crc32 of a payload, and the payload itself if the builder wants it."""
+    split = split_name(member.name)
+    extension = split[1] if split is not None else ""
+    keep = wants_payload(extension, member.size)
+    crc32, parts, left = 0, [], member.size
+    while left:
+        chunk = file.read(min(left, _CHUNK))
+        if not chunk:
+            raise ShardError(f"{shard}: was truncated while being read")
+        if left == member.size and bundles.is_bundle(extension, chunk) and not keep:
+            raise ShardError(
+                f"{shard}: byte {member.begin}: a bundle of {member.size} bytes is refused: at "
+                f"most {bundles.MAX_BYTES}"
+            )
+        crc32 = zlib.crc32(chunk, crc32)
+        left -= len(chunk)
+        if keep:
+            parts.append(chunk)
+    return crc32, b"".join(parts) if keep else None

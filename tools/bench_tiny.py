@@ -1,0 +1,56 @@
+"""Images of 32 x 32 pixels, where the loader and not the decoder is what costs."""
+
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from data_pipeline.order import Order
+from data_pipeline.packer import ShardWriter
+from data_pipeline.reader import SampleReader
+from data_pipeline.shards import ShardSet
+from tools.digit_scenes import make_scene, scene_members
+
+SIDE = 32
+
+
+class TinyBench:
+    """Reads and decodes every sample (jpg, cls) once per repetition, in one process."""
+
+    def __init__(self, folder: Path, samples: int) -> None:
+        scenes = [make_scene(index, size=SIDE) for index in range(64)]
+        jpegs = [scene_members(scene)["jpg"] for scene in scenes]
+        with ShardWriter(folder, "tiny", max_samples=samples // 4) as writer:
+            for number, jpeg in zip(range(samples), itertools.cycle(jpegs), strict=False):
+                writer.write(f"{number:08d}", {"jpg": jpeg, "cls": b"%d" % (number % 10)})
+        self.shards = ShardSet.open(str(folder))
+        self.samples = samples
+
+    def ours(self) -> float:
+        """Rows in training order."""
+        order = Order.plan(self.samples, 0, 64)
+        with SampleReader(self.shards) as reader:
+            for row in order.rows(np.arange(self.samples)).tolist():
+                members = reader.read(row).members
+                simplejpeg.decode_jpeg(members["jpg"], "RGB")
+                int(members["cls"])
+        return self.samples
+
+    def webdataset_pillow(self) -> float:
+        """Samples in storage order."""
+        import webdataset
+
+        urls = [shard.path for shard in self.shards.shards]
+        samples = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+        return sum(_decoded(sample) for sample in samples)
+
+
+def _decoded(sample: dict[str, Any]) -> int:
+    with Image.open(io.BytesIO(sample["jpg"])) as picture:
+        np.asarray(picture.convert("RGB"))
+    int(sample["cls"])
+    return 1
