@@ -11,7 +11,7 @@ on use. With N samples and M members in all, arrays are little-endian:
     member_extension    uint32 (M,)      number in the list of extensions
     member_offset       uint64 (M,)      first payload byte in the tar
     member_size         uint64 (M,)      payload bytes
-    member_crc32        uint32 (M,)      of the payload
+    member_crc32        uint32 (M,)      of the payload; 0 if the metadata says that it is unknown
     member_header_crc32 uint32 (M,)      of the 512-byte tar header in front of the payload; in a
                                          bundle (bundles.py): of the line that describes the sample
     column:<name>       int64 or float64 (N,)   a number per sample
@@ -94,7 +94,10 @@ class ShardIndex:
     bundled: bool
     """Whether all samples lie in bundles, each behind a line of its own; see bundles.py."""
     digest: str
-    """sha256 over everything above: equal exactly if the samples of two shards are equal."""
+    """sha256 over everything else: equal exactly if the samples of two shards are equal."""
+    payloads_hashed: bool = True
+    """False for an index of headers alone: `member_crc32` is 0 then, and what payloads hold is not
+    compared with anything."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -183,7 +186,7 @@ def _bounds(ends: np.ndarray, row: int) -> tuple[int, int]:
 
 def _metadata(index: ShardIndex) -> dict[str, str]:
     """Return the safetensors metadata (strings only), without the digest."""
-    return {
+    metadata = {
         "dropped_columns": str(index.dropped_columns),
         "extensions": json.dumps(index.extensions),
         "format": FORMAT,
@@ -191,6 +194,7 @@ def _metadata(index: ShardIndex) -> dict[str, str]:
         "shard_bytes": str(index.shard_bytes),
         "version": VERSIONS[index.bundled],
     }
+    return metadata if index.payloads_hashed else metadata | {"payload_crc32": "unknown"}
 
 
 def _named_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
@@ -228,6 +232,7 @@ def _from_file(metadata: dict[str, str], stored: dict[str, np.ndarray]) -> Shard
         dropped_columns=int(metadata["dropped_columns"]),
         bundled=metadata["version"] == VERSIONS[True],
         digest=metadata["digest"],
+        payloads_hashed="payload_crc32" not in metadata,
     )
 
 

@@ -70,7 +70,7 @@ class IndexBuilder:
         place = member.offset, member.size, crc32, member.header_crc32
         self._add_member(extension, place, member.end, payload)
 
-    def finish(self, shard_bytes: int) -> ShardIndex:
+    def finish(self, shard_bytes: int, payloads_hashed: bool = True) -> ShardIndex:
         """Return the index of the finished shard of `shard_bytes` bytes."""
         self._check_not_split()
         arrays = {
@@ -88,6 +88,7 @@ class IndexBuilder:
             passed_over=self._passed_over,
             dropped_columns=dropped,
             bundled=bool(self._bundled),
+            payloads_hashed=payloads_hashed or bool(self._bundled),  # a bundle has its own crc32
         )
 
     def _add_bundle(self, member: Member, payload: bytes) -> None:
@@ -218,17 +219,44 @@ def build_index(
     """
     shard = os.fspath(tar_path)
     with open(shard, "rb", buffering=_CHUNK) as file:
-        total = os.fstat(file.fileno()).st_size
-        builder = IndexBuilder(shard)
-        passed = 0
-        for member in iter_members(file, shard, total):
-            builder.add(member, *_read(file, member, shard))
-            if progress is not None and member.end - passed >= _CHUNK:
-                progress(member.end - passed)
-                passed = member.end
+        return index_file(file, shard, os.fstat(file.fileno()).st_size, progress)
+
+
+def index_file(
+    file: BinaryIO,
+    shard: str,
+    total: int,
+    progress: Callable[[int], None] | None = None,
+    headers_only: bool = False,
+) -> ShardIndex:
+    """Index an open shard of `total` bytes that stands at its begin; `shard` names it in messages.
+
+    Args: headers_only: pass over payloads that the builder does not want; see
+    `ShardIndex.payloads_hashed`.
+    Errors: as build_index.
+    """
+    builder = IndexBuilder(shard)
+    passed = 0
+    for member in iter_members(file, shard, total):
+        if headers_only and not _is_wanted(member):
+            builder.add(member, 0, None)
+        else:
+            crc32, payload = _read(file, member, shard)
+            builder.add(member, 0 if headers_only else crc32, payload)
+        if progress is not None and member.end - passed >= _CHUNK:
+            progress(member.end - passed)
+            passed = member.end
     if progress is not None:
         progress(total - passed)
-    return builder.finish(total)
+    return builder.finish(total, payloads_hashed=not headers_only)
+
+
+def _is_wanted(member: Member) -> bool:
+    split = split_name(member.name)
+    if split is None:
+        return False
+    # A bundle that is too large is read as far as it takes to say so.
+    return split[1] == bundles.EXTENSION or wants_payload(split[1], member.size)
 
 
 def _read(file: BinaryIO, member: Member, shard: str) -> tuple[int, bytes | None]:

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from data_pipeline.evaluation import EvaluationLoader
 from data_pipeline.faults import FaultCount, FaultPolicy
+from data_pipeline.remote import RemoteSettings
 from data_pipeline.settings import Settings
 from data_pipeline.stall import StallWatch
 from data_pipeline.step_sampler import MicroBatch, Schedule, StepSampler
@@ -57,6 +58,8 @@ class LoaderSettings(Settings):
     """Bad samples in a row, in one task on one rank, that end the run."""
     stall_seconds: float = Field(default=120.0, gt=0.0)
     """Waiting longer than this for a batch logs which positions are being processed."""
+    remote: RemoteSettings = RemoteSettings()
+    """How shards are read whose names are URLs."""
 
 
 class Part(NamedTuple):

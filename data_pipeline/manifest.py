@@ -79,7 +79,11 @@ class Manifest:
         Errors: FileNotFoundError; ShardError if it is not a manifest of this version.
         """
         path = Path(folder) / FILE_NAME
-        text = path.read_bytes()
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, text: bytes, place: str) -> "Manifest":
+        """Read a manifest's bytes; `place` names it in messages. Errors: ShardError."""
         try:
             content = json.loads(text)
             if content.pop("format") != FORMAT or content.pop("version") != VERSION:
@@ -89,12 +93,12 @@ class Manifest:
             manifest = cls(**content)
             _check_types(manifest)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ShardError(f"{path}: damaged or foreign manifest: {error}") from None
+            raise ShardError(f"{place}: damaged or foreign manifest: {error}") from None
         if totals != (manifest.samples, manifest.bytes):
-            raise ShardError(f"{path}: damaged: its totals are not the sums over its shards")
+            raise ShardError(f"{place}: damaged: its totals are not the sums over its shards")
         for record in manifest.shards:
             if not _is_file_name(record.name):
-                raise ShardError(f"{path}: shard name {record.name!r} is not a file name")
+                raise ShardError(f"{place}: shard name {record.name!r} is not a file name")
         return manifest
 
 

@@ -1,15 +1,16 @@
-"""Read single samples by row number: one pread each, and no byte that was not checked."""
+"""Read single samples by row number: one range each, and no byte that was not checked."""
 
 import itertools
-import os
 import time
-from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from zlib_ng.zlib_ng import crc32  # about eight times the speed of zlib's
 
+from data_pipeline.byte_sources import ReadsAhead, open_source
+from data_pipeline.index import ShardIndex
 from data_pipeline.shards import ShardSet
+from data_pipeline.storage import ByteSource, TransientReadError
 from data_pipeline.tar_headers import ShardError, parse_header
 
 # Unwanted bytes up to this many are read along rather than skipped by a second system call.
@@ -37,45 +38,39 @@ class BadSample(ValueError):
         return f"{self.shard}: sample {self.key!r} (row {self.row}): {self.reason}"
 
 
-class TransientReadError(RuntimeError):
-    """The operating system could not read a shard, also after waiting and trying again.
-
-    It says nothing about the data, so nothing may be substituted: it ends the run.
-    """
-
-
 class SampleReader:
     """Reads samples of a ShardSet. Not for use by several threads at once.
 
-    Safe across fork (pread shares no file position) and pickle (file descriptors stay behind).
+    Safe across fork and pickle, as its source is.
     """
 
     def __init__(
         self,
         shards: ShardSet,
+        source: ByteSource | None = None,
         *,
-        open_files: int = 256,
         retries: int = 5,
         first_wait_s: float = 0.5,
     ) -> None:
-        """Keep at most `open_files` shards open; retry failed reads, doubling the wait each time.
+        """Read from `source`, by default from where the shards lie (`byte_sources.open_source`).
 
-        The defaults wait 15.5 s in all before a TransientReadError.
+        Reads that the operating system fails are tried again, doubling the wait each time: the
+        defaults wait 15.5 s in all before a TransientReadError. Remote storage has its own
+        patience.
         """
         self.shards = shards
-        self.open_files = open_files
+        self.source = open_source(shards) if source is None else source
         self.retries = retries
         self.first_wait_s = first_wait_s
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def read(self, row: int, extensions: Collection[str] | None = None) -> Sample:
         """Return a sample with all its members, or those of `extensions` that it has.
 
         Every tar header (size and name of the member) and every payload that is returned matches
-        its crc32 in the index.
+        its crc32 in the index; payloads have none in an index of headers alone.
 
         Errors: IndexError for a row that does not exist; BadSample for a permanent fault of the
-        data; TransientReadError if the file system fails.
+        data; TransientReadError if storage fails.
         """
         for attempt in itertools.count():
             try:
@@ -83,17 +78,33 @@ class SampleReader:
             except OSError as error:
                 self.close()  # a stale handle heals only if the file is opened again
                 if attempt == self.retries:
-                    path = self.shards.shards[self.shards.locate(row)[0]].path
+                    path = self.shards.shards[self.shards.locate(row)[0]].label
                     raise TransientReadError(
                         f"{path}: {error.strerror or error} (tried {attempt + 1} times)"
                     ) from error
+            self.source.counters["retries"] += 1
             time.sleep(self.first_wait_s * 2**attempt)
         raise AssertionError("unreachable")
 
+    def expect(self, rows: Collection[int], extensions: Collection[str] | None = None) -> None:
+        """Announce what will be read next; a remote source fetches it with several requests.
+
+        Changes nothing but the time that reading takes; faults of the data wait for `read`.
+        """
+        if not isinstance(self.source, ReadsAhead):
+            return
+        for row in rows:
+            try:
+                number, local = self.shards.locate(row)
+                wanted = _wanted(self.shards.index(number), local, extensions)
+            except (ShardError, OSError):
+                continue
+            for begin, end, _ in _runs(wanted):
+                self.source.expect(number, begin, end)
+
     def close(self) -> None:
         """Close all shards; reading again opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        self.source.close()
 
     def __enter__(self) -> "SampleReader":
         return self
@@ -101,26 +112,15 @@ class SampleReader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptors"):
-            self.close()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_descriptors": OrderedDict()}
-
     def _read_once(self, row: int, extensions: Collection[str] | None) -> Sample:
         number, local = self.shards.locate(row)
-        path, key = self.shards.shards[number].path, "?"
+        path, key = self.shards.shards[number].label, "?"
         members: dict[str, bytes] = {}
         try:
             index = self.shards.index(number)
             key = index.key(local)
-            wanted = index.members(local)
-            if extensions is not None:
-                wanted = [member for member in wanted if member[0] in extensions]
-            placed = [(*index.header_span(local, member[1]), *member) for member in wanted]
-            for begin, end, run in _runs(placed):
-                data = self._pread(number, begin, end)
+            for begin, end, run in _runs(_wanted(index, local, extensions)):
+                data = self.source.pread(number, begin, end)
                 view = memoryview(data)
                 for first, behind, extension, offset, size, payload_crc32, header_crc32 in run:
                     at = offset - begin
@@ -128,7 +128,7 @@ class SampleReader:
                         header = data[first - begin : behind - begin]
                         raise ShardError(_header_fault(header, first, index.bundled))
                     members[extension] = payload = data[at : at + size]
-                    if crc32(payload) != payload_crc32:
+                    if index.payloads_hashed and crc32(payload) != payload_crc32:
                         raise ShardError(
                             f"member .{extension} ({size} bytes at byte {offset}) is damaged: its "
                             "crc32 is not that of the index"
@@ -137,36 +137,19 @@ class SampleReader:
             raise BadSample(str(error), path, key, row) from error
         return Sample(row, path, key, members)
 
-    def _descriptor(self, number: int) -> int:
-        descriptors = self._descriptors
-        if number in descriptors:
-            descriptors.move_to_end(number)
-            return descriptors[number]
-        path = self.shards.shards[number].path
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            self.shards.index(number).check_shard_size(path, os.fstat(descriptor).st_size)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        descriptors[number] = descriptor
-        if len(descriptors) > self.open_files:
-            os.close(descriptors.popitem(last=False)[1])
-        return descriptor
-
-    def _pread(self, number: int, begin: int, end: int) -> bytes:
-        descriptor = self._descriptor(number)
-        data = os.pread(descriptor, end - begin, begin)
-        while len(data) < end - begin:  # at 2 GiB, or at the end of a file that shrank
-            more = os.pread(descriptor, end - begin - len(data), begin + len(data))
-            if not more:
-                raise ShardError(f"the shard ends at byte {begin + len(data)}: truncated")
-            data += more
-        return data
-
 
 _Placed = tuple[int, int, str, int, int, int, int]
 """Begin and end of the header of a member, then what ShardIndex.members says about it."""
+
+
+def _wanted(
+    index: ShardIndex, row: int, extensions: Collection[str] | None
+) -> list[_Placed]:
+    """Members of a sample that are to be read."""
+    members = index.members(row)
+    if extensions is not None:
+        members = [member for member in members if member[0] in extensions]
+    return [(*index.header_span(row, member[1]), *member) for member in members]
 
 
 def _runs(members: list[_Placed]) -> list[tuple[int, int, list[_Placed]]]:

@@ -2,37 +2,38 @@
 
 shards = ShardSet.open("photos/train")           # folder with a manifest.json: one read
 shards = ShardSet.open("laion/{00000..00099}.tar")
+shards = ShardSet.open("https://host/laion/{00000..00099}.tar")
 shard_number, row_in_shard = shards.locate(123_456)
 """
 
 import bisect
 import errno
-import glob
 import itertools
 import logging
 import os
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import braceexpand
 import numpy as np
 
-from data_pipeline import manifest as manifests
+from data_pipeline.catalogue import Catalogue, Specs
 from data_pipeline.files import exclusive, leftovers, temporary_name
 from data_pipeline.index import SUFFIX, ShardIndex, index_path
 from data_pipeline.index_builder import build_index
+from data_pipeline.locations import base_name, is_url, without_secrets
+from data_pipeline.remote import RemoteSettings, UrlStorage
+from data_pipeline.remote_index import CACHE_VARIABLE, cache_folder, foreign_index, remote_index
+from data_pipeline.storage import FileState
 from data_pipeline.tar_headers import ShardError
 
-CACHE_VARIABLE = "OMNIPRETRAIN_CACHE"
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 Progress = Callable[[int], None]
-_Records = dict[str, dict[str, manifests.ShardRecord] | None]
-"""Manifests read so far: folder -> shard name -> record; None for folders without a manifest."""
 _log = logging.getLogger(__name__)
 
 
@@ -41,14 +42,22 @@ class Shard:
     """One tar file of a data set."""
 
     path: str
+    """Or URL."""
     samples: int
     bytes: int
     index_digest: str
+    version: str = ""
+    """Of a remote file, as FileState has it; "" where it was not asked for."""
 
     @property
     def name(self) -> str:
         """File name without folders."""
-        return os.path.basename(self.path)
+        return base_name(self.path)
+
+    @property
+    def label(self) -> str:
+        """The path for messages: a URL without what may be secret in it."""
+        return without_secrets(self.path)
 
 
 class ShardSet:
@@ -57,9 +66,16 @@ class ShardSet:
     Copies for worker processes (fork or pickle) are cheap: they carry the shard list only.
     """
 
-    def __init__(self, shards: Iterable[Shard], *, cached_indices: int = 4096) -> None:
+    def __init__(
+        self,
+        shards: Iterable[Shard],
+        *,
+        storage: UrlStorage | None = None,
+        cached_indices: int = 4096,
+    ) -> None:
         """Take shards in their order; `cached_indices` bounds how many indices stay mapped."""
         self.shards: list[Shard] = list(shards)
+        self.storage = UrlStorage() if storage is None else storage
         if not any(shard.samples for shard in self.shards):
             raise ShardError(f"no samples in {len(self.shards)} shards")
         # array, not list: workers share its pages, since reading it touches no reference counts.
@@ -69,23 +85,24 @@ class ShardSet:
         self._faults: dict[int, str] = {}
 
     @classmethod
-    def open(cls, specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> "ShardSet":
-        """Open folders, tar paths, globs and brace expressions, in the order given.
+    def open(cls, specs: Specs, remote: RemoteSettings | None = None) -> "ShardSet":
+        """Open folders, tar paths, globs, URLs and brace expressions, in the order given.
 
         A folder with a manifest.json stands for its shards; one without for its `*.tar`, sorted.
         Shards that no manifest covers are indexed now if they have no index yet: one pass over
         their bytes, kept beside them or, if that folder is read-only, under $OMNIPRETRAIN_CACHE
-        (default ~/.cache/omnipretrain).
+        (default ~/.cache/omnipretrain). Indices of remote shards are kept there too.
 
-        Errors: FileNotFoundError if a spec matches nothing; ShardError naming the damaged file.
+        Args: remote: how URLs are read.
+        Errors: FileNotFoundError if a spec matches nothing; ShardError naming the damaged file;
+        PermissionError and TransientReadError from servers.
         """
-        known: _Records = {}
-        shards: dict[str, Shard] = {}
-        for path in _expand_all(specs, known):
-            if path in shards:
-                raise ShardError(f"{path}: is listed twice")
-            shards[path] = _open_shard(path, known)
-        return cls(shards.values())
+        catalogue = Catalogue(UrlStorage(remote))
+        paths = catalogue.expand(specs)
+        for path, count in Counter(paths).items():
+            if count > 1:
+                raise ShardError(f"{without_secrets(path)}: is listed twice")
+        return cls(_open_shards(paths, catalogue), storage=catalogue.storage)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -151,30 +168,32 @@ class ShardSet:
 
     def __getstate__(self) -> dict:
         """Pickle without mapped indices."""
-        return {"shards": self.shards, "cached_indices": self._cached_indices}
+        return {
+            "shards": self.shards,
+            "storage": self.storage,
+            "cached_indices": self._cached_indices,
+        }
 
     def __setstate__(self, state: dict) -> None:
         """Restore from the shard list."""
-        self.__init__(state["shards"], cached_indices=state["cached_indices"])
+        self.__init__(**state)
 
-    @staticmethod
-    def _checked_index(shard: Shard) -> ShardIndex:
-        index = load_or_build_index(shard.path)
+    def _checked_index(self, shard: Shard) -> ShardIndex:
+        if is_url(shard.path):
+            # Of a shard whose manifest told the digest, the version is not known: it is not asked.
+            digest = "" if shard.version else shard.index_digest
+            state = FileState(shard.bytes, shard.version)
+            full = self.storage.settings.foreign_index == "full"
+            index = remote_index(shard.path, state, self.storage, digest=digest, full=full)
+        else:
+            index = load_or_build_index(shard.path)
         if (index.digest, len(index)) != (shard.index_digest, shard.samples):
             raise ShardError(
-                f"{shard.path}: its index does not belong to the shard that was opened (another "
+                f"{shard.label}: its index does not belong to the shard that was opened (another "
                 f"digest; {len(index)} samples, not {shard.samples}): files were swapped or "
                 "replaced. Restore them, or pack again"
             )
         return index
-
-
-def expand_specs(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
-    """Turn folders, globs and brace expressions into tar paths, in order; duplicates are kept.
-
-    Errors: FileNotFoundError if one matches nothing; ShardError for URLs and unfinished folders.
-    """
-    return _expand_all(specs, {})
 
 
 def load_or_build_index(
@@ -229,35 +248,9 @@ def _index_places(shard_path: str) -> list[Path]:
 
 def _cache_path(shard_path: str) -> Path:
     """Where the index of a shard in a read-only folder lies; equal names do not collide."""
-    home = os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/omnipretrain")
     real = os.path.realpath(shard_path)
     digest = sha256(os.fsencode(real)).hexdigest()[:24]
-    return Path(home) / "indices" / f"{digest}-{os.path.basename(real)}{SUFFIX}"
-
-
-def _expand_all(
-    specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], known: _Records
-) -> list[str]:
-    if isinstance(specs, str | os.PathLike):
-        specs = [specs]
-    paths: list[str] = []
-    for spec in map(os.fspath, specs):
-        if spec.startswith("pipe:") or "://" in spec:
-            raise ShardError(f"{spec}: only local shards are read; copy them to a disk first")
-        path = os.path.expanduser(spec)
-        for pattern in [path] if os.path.exists(path) else braceexpand.braceexpand(path):
-            for path in _glob(pattern, spec):
-                paths += _shards_of_folder(path, known) if os.path.isdir(path) else [path]
-    return paths
-
-
-def _glob(pattern: str, spec: str) -> list[str]:
-    if os.path.exists(pattern) or not glob.has_magic(pattern):
-        return [pattern]
-    found = sorted(path for path in glob.glob(pattern) if not path.endswith(SUFFIX))
-    if not found:
-        raise FileNotFoundError(f"{spec}: no file matches")
-    return found
+    return cache_folder() / f"{digest}-{os.path.basename(real)}{SUFFIX}"
 
 
 def _can_write_beside(place: Path) -> bool:
@@ -273,34 +266,24 @@ def _can_write_beside(place: Path) -> bool:
     return True
 
 
-def _shards_of_folder(folder: str, known: _Records) -> list[str]:
-    if os.path.exists(os.path.join(folder, manifests.PLAN_NAME)):
-        raise ShardError(f"{folder}: its packing is not finished: run the same command again")
-    records = _records(folder, known)
-    if records is not None:
-        return [os.path.join(folder, name) for name in records]
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
-    if not found:
-        raise FileNotFoundError(f"{folder}: holds neither a manifest.json nor a *.tar")
-    return found
+def _open_shards(paths: list[str], catalogue: Catalogue) -> list[Shard]:
+    """Shards by manifest or by their indices; those of servers several at a time."""
+    records = {path: catalogue.record(path) for path in paths}
 
+    def open_one(path: str) -> Shard:
+        record = records[path]
+        if record is not None:
+            return Shard(path, record.samples, record.bytes, record.index_digest)
+        if not is_url(path):
+            index, version = load_or_build_index(path), ""
+        else:
+            index, version = foreign_index(path, catalogue.storage)
+        return Shard(path, len(index), index.shard_bytes, index.digest, version)
 
-def _records(folder: str, known: _Records) -> dict[str, manifests.ShardRecord] | None:
-    """Return the manifest records of a folder by shard name; None without a manifest."""
-    folder = os.path.normpath(folder or ".")
-    if folder not in known:
+    if not any(is_url(path) and records[path] is None for path in paths):
+        return [open_one(path) for path in paths]
+    with ThreadPoolExecutor(catalogue.storage.settings.requests_per_host) as executor:
         try:
-            loaded = manifests.Manifest.load(folder)
-            known[folder] = {record.name: record for record in loaded.shards}
-        except FileNotFoundError:
-            known[folder] = None
-    return known[folder]
-
-
-def _open_shard(path: str, known: _Records) -> Shard:
-    records = _records(os.path.dirname(path), known) or {}
-    record = records.get(os.path.basename(path))
-    if record is not None:
-        return Shard(path, record.samples, record.bytes, record.index_digest)
-    index = load_or_build_index(path)
-    return Shard(path, len(index), index.shard_bytes, index.digest)
+            return list(executor.map(open_one, paths))
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)

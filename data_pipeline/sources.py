@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.mixture import BlockCycle
 from data_pipeline.order import Order
+from data_pipeline.remote import RemoteSettings
 from data_pipeline.rng import keyed_u64
 from data_pipeline.selection import KeptOrder, Selection
 from data_pipeline.settings import Settings
@@ -25,7 +26,7 @@ class SourceSettings(Settings):
     """One of several data sets of a task."""
 
     shards: list[str] = Field(min_length=1)
-    """Folders with a manifest, tar files, globs or brace patterns."""
+    """Folders with a manifest, tar files, globs or brace patterns; paths or URLs."""
 
     weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     """Share of the task's samples, relative to the weights of its other sources."""
@@ -35,7 +36,8 @@ class ShardedData(Settings):
     """Base of every kind of data that is read from shards: `shards`, or weighted `sources`."""
 
     shards: list[str] | None = Field(default=None, min_length=1)
-    """Folders with a manifest, tar files, globs or brace patterns, read as one data set."""
+    """Folders with a manifest, tar files, globs or brace patterns, read as one data set; paths or
+    URLs."""
 
     sources: dict[str, SourceSettings] | None = Field(default=None, min_length=1)
     """Name -> data set, mixed by weight with exact counts; in place of `shards`."""
@@ -71,15 +73,16 @@ class Source(NamedTuple):
         return order if self.selection is None else KeptOrder(order, self.selection)
 
 
-def open_sources(data: ShardedData) -> list[Source]:
+def open_sources(data: ShardedData, remote: RemoteSettings | None = None) -> list[Source]:
     """The data sets that the settings name, sorted by name; with plain `shards` one without a name.
 
-    Raises FileNotFoundError, ShardError.
+    Args: remote: how URLs are read.
+    Raises FileNotFoundError, ShardError; PermissionError and TransientReadError from servers.
     """
     if data.shards is not None:
-        return [Source("", ShardSet.open(data.shards), 1.0)]
+        return [Source("", ShardSet.open(data.shards, remote), 1.0)]
     return [
-        Source(name, ShardSet.open(source.shards), source.weight)
+        Source(name, ShardSet.open(source.shards, remote), source.weight)
         for name, source in sorted(data.sources.items())
     ]
 
@@ -108,7 +111,10 @@ def concatenated(sources: Sequence[Source]) -> ShardSet:
     """All shards of all sources. A shard that several sources list stands there several times."""
     if len(sources) == 1:
         return sources[0].shards
-    return ShardSet(shard for source in sources for shard in source.shards.shards)
+    return ShardSet(
+        (shard for source in sources for shard in source.shards.shards),
+        storage=sources[0].shards.storage,
+    )
 
 
 class MixedOrder:

@@ -4,6 +4,13 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 
+class TransientReadError(RuntimeError):
+    """Storage could not be read, also after waiting and trying again.
+
+    It says nothing about the data, so nothing may be substituted: it ends the run.
+    """
+
+
 class FileState(NamedTuple):
     """What identifies the content of a file as it was when first seen."""
 
@@ -14,13 +21,17 @@ class FileState(NamedTuple):
 
 
 class Storage(Protocol):
-    """Files by URL, read without state.
+    """Files by URL, read without state; for any number of threads.
 
     Implementations wait and retry on transient faults, going on at the byte where they were cut
-    off, and give up with `reader.TransientReadError` after their deadline. What will never be
-    readable (absent, forbidden, changed since `expected`, shorter than asked for) is a
-    `tar_headers.ShardError` or FileNotFoundError that names the URL.
+    off, and give up with TransientReadError after their deadline. What will never be readable is
+    a FileNotFoundError (absent), PermissionError (forbidden) or `tar_headers.ShardError` (changed
+    since `expected`, shorter than asked for) that names the URL. An `expected` without a version
+    is compared by its size.
     """
+
+    retries: int
+    """Failed attempts so far that were followed by another one."""
 
     def state(self, url: str) -> FileState:
         """Size and version, without reading the content."""

@@ -148,6 +148,8 @@ class TaskStream:
         buffers = (allocate or empty)(self.fields.buffers(len(positions)))
         arrays = {name: buffer.numpy() for name, buffer in buffers.items()}
         clock.lap("collate")
+        self.reader.expect(rows[wanted].tolist(), self.fields.extensions)
+        clock.lap("read")
         items: list[dict[str, Any] | None] = [None] * len(positions)
         keys = [""] * len(positions)
         faults: list[Fault] = []
@@ -173,7 +175,7 @@ class TaskStream:
     def locate(self, positions: np.ndarray) -> list[str]:
         """Shard of each position, for messages."""
         shards = self.reader.shards
-        return [shards.shards[shards.locate(int(row))[0]].path for row in self._rows(positions)]
+        return [shards.shards[shards.locate(int(row))[0]].label for row in self._rows(positions)]
 
     def _rows(self, positions: np.ndarray) -> np.ndarray:
         if self.order is not None:

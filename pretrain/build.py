@@ -32,8 +32,9 @@ def plan_sampling(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> lis
     """
     weights = {name: task.weight for name, task in recipe.tasks.items()}
     if recipe.sampling.alpha is not None and sizes is None:
+        remote = recipe.loader.remote
         sizes = {
-            name: sum(source.samples for source in open_sources(task.data))
+            name: sum(source.samples for source in open_sources(task.data, remote))
             for name, task in recipe.tasks.items()
         }
     return sampler.plan_stages(recipe.sampling, weights, sizes)
@@ -107,7 +108,7 @@ def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream]
 def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
     """Training data of task `name`, as `build_streams`."""
     task = recipe.tasks[name]
-    sources = open_sources(task.data)
+    sources = open_sources(task.data, recipe.loader.remote)
     return TaskStream(
         name,
         SampleReader(concatenated(sources)),
@@ -138,7 +139,7 @@ def build_evaluation_loader(
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(
         name,
-        SampleReader(ShardSet.open(task.evaluation.shards)),
+        SampleReader(ShardSet.open(task.evaluation.shards, recipe.loader.remote)),
         None,
         build_fields(data, tokenizer, train=False),
         recipe.seed,

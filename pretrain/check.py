@@ -96,7 +96,7 @@ def _task(recipe: Recipe, name: str, task: TaskSettings, world: int) -> Iterator
         f"tasks.{name}: global batch {task.global_batch} = {world} rank(s) x {len(dealt)} "
         f"micro-step(s) of up to {max(dealt)}" + (f", less {padded} padding rows" if padded else "")
     )
-    sources = open_sources(task.data)
+    sources = open_sources(task.data, recipe.loader.remote)
     shards = concatenated(sources)
     visits = build_schedule(recipe).visits(recipe.steps)[name]
     per_epoch = len(shards) / task.global_batch
@@ -114,7 +114,7 @@ def _task(recipe: Recipe, name: str, task: TaskSettings, world: int) -> Iterator
                 f"{epochs[source.name]:.2f} times"
             )
     if task.evaluation is not None:
-        held_out = ShardSet.open(task.evaluation.shards)
+        held_out = ShardSet.open(task.evaluation.shards, recipe.loader.remote)
         used = min(len(held_out), task.evaluation.max_samples or len(held_out))
         yield f"tasks.{name}: evaluation on {used} of {len(held_out)} samples"
 

@@ -28,9 +28,10 @@ from rich.progress import (
 )
 
 from data_pipeline import manifest as manifests
+from data_pipeline.catalogue import expand_specs
 from data_pipeline.index_builder import build_index
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
-from data_pipeline.shards import ShardSet, expand_specs, load_or_build_index, stored_index
+from data_pipeline.shards import ShardSet, load_or_build_index, stored_index
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.verify import verify_shard
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from data_pipeline.local_files import LocalFiles
 from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
 from data_pipeline.shards import ShardSet
@@ -152,7 +153,7 @@ def open_descriptors() -> int:
 def test_open_files_are_bounded_and_closed(tmp_path):
     shards = write_shards(tmp_path, 20, 1)
     before = open_descriptors()
-    reader = SampleReader(shards, open_files=3)
+    reader = SampleReader(shards, LocalFiles(shards, open_files=3))
     for row in [*range(20), *range(20)]:
         reader.read(row)
     assert open_descriptors() == before + 3

@@ -1,0 +1,24 @@
+"""Which ByteSource reads a set of shards, by where they lie."""
+
+from typing import Protocol, runtime_checkable
+
+from data_pipeline.local_files import LocalFiles
+from data_pipeline.locations import is_url
+from data_pipeline.remote_lanes import RemoteLanes
+from data_pipeline.shards import ShardSet
+from data_pipeline.storage import ByteSource
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A ByteSource that can begin to fetch what is wanted soon."""
+
+    def expect(self, number: int, begin: int, end: int) -> None:
+        """Begin to fetch the bytes [begin, end) of a shard; never waits, never raises."""
+
+
+def open_source(shards: ShardSet) -> ByteSource:
+    """The source without a cache: files of this machine, or lanes of remote ranges."""
+    if any(is_url(shard.path) for shard in shards.shards):
+        return RemoteLanes(shards)
+    return LocalFiles(shards)

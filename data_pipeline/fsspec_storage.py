@@ -1,0 +1,171 @@
+"""Files of object stores and everything else that fsspec has a driver for."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+
+from data_pipeline.limits import HostLimits
+from data_pipeline.locations import without_secrets
+from data_pipeline.retry import Interrupted, Patience, RetryPolicy, repeated, resumed
+from data_pipeline.storage import FileState
+from data_pipeline.tar_headers import ShardError
+
+_PIECE = 1 << 20
+# Bytes of one request of `chunks`: drivers return a range as a whole.
+_REQUEST = 8 << 20
+_DRIVERS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "hf": "huggingface_hub",
+    "oss": "ossfs",
+    "webhdfs": "requests",
+    "hdfs": "pyarrow",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+}
+_VERSIONS = ("ETag", "etag", "version_id", "md5Hash", "content_md5", "LastModified",
+             "last_modified", "mtime", "modified", "updated", "created")  # fmt: skip
+# Refused access may heal (clocks, tokens being renewed), and so may errors of a driver's own kind,
+# which cannot be told from wrong settings: neither is tried for long.
+_ATTEMPTS_IF_UNCLEAR = 5
+
+
+class FsspecStorage:
+    """A Storage for the URLs of one fsspec driver, which finds credentials by itself.
+
+    A driver has its own time-outs; the deadline holds between its attempts. For any number of
+    threads, but not across a fork.
+    """
+
+    def __init__(self, protocol: str, retry: RetryPolicy, limits: HostLimits) -> None:
+        """Load the driver of URLs that begin with `protocol://`.
+
+        Raises:
+            ShardError: there is no such driver; the text has the command that installs it.
+        """
+        self.retries = 0
+        self._retry, self._limits = retry, limits
+        self._lock = threading.Lock()
+        _check_driver(protocol)
+
+    def state(self, url: str) -> FileState:
+        """Size and version; FileNotFoundError, PermissionError, ShardError, TransientReadError."""
+        return repeated(lambda _: self._state(url), self._patience(url))
+
+    def read(self, url: str, begin: int, end: int, expected: FileState | None = None) -> bytes:
+        """Exactly the bytes [begin, end); errors as `state`, and ShardError if the file changed."""
+        return b"".join(self.chunks(url, begin, end, expected))
+
+    def chunks(
+        self, url: str, begin: int, end: int, expected: FileState | None = None
+    ) -> Iterator[bytes]:
+        """The bytes [begin, end) in pieces; errors as `read`.
+
+        Drivers do not say which version a range is of, so the state is asked before and, after
+        more than one request, behind them.
+        """
+        patience = self._patience(url)
+        expected = self._same(url, expected)
+        if end > expected.size:
+            raise ShardError(
+                f"{without_secrets(url)}: has {expected.size} bytes, the bytes {begin}-{end - 1} "
+                "are not there: truncated or replaced"
+            )
+        yield from resumed(lambda first, last, _: self._range(url, first, last), begin, end,
+                           patience)  # fmt: skip
+        if end - begin > _REQUEST:
+            self._same(url, expected)
+
+    def glob(self, pattern: str) -> list[str]:
+        """URLs that match a pattern, sorted; errors as `state`."""
+        return repeated(lambda _: sorted(self._call(pattern, "glob")), self._patience(pattern))
+
+    def _patience(self, url: str) -> Patience:
+        return Patience(url, self._retry, self._count_retry)
+
+    def _count_retry(self) -> None:
+        with self._lock:
+            self.retries += 1
+
+    def _same(self, url: str, expected: FileState | None) -> FileState:
+        """The state of the file now; ShardError if it is not the expected one."""
+        found = self.state(url)
+        if expected is None:
+            return found
+        changed = expected.version and found.version and expected.version != found.version
+        if expected.size != found.size or changed:
+            raise ShardError(
+                f"{without_secrets(url)}: was replaced: it has {found.size} bytes and version "
+                f"{found.version or '?'}, expected were {expected.size} and "
+                f"{expected.version or '?'}. Restore it, or begin a new run"
+            )
+        return found
+
+    def _state(self, url: str) -> FileState:
+        info = self._call(url, "info")
+        if info.get("type") == "directory" or info.get("size") is None:
+            raise FileNotFoundError(f"{without_secrets(url)}: is not a file")
+        version = next((info[name] for name in _VERSIONS if info.get(name)), "")
+        return FileState(int(info["size"]), str(version))
+
+    def _range(self, url: str, begin: int, end: int) -> Iterator[bytes]:
+        while begin < end:
+            stop = min(begin + _REQUEST, end)
+            data = self._call(url, "cat_file", start=begin, end=stop)
+            if len(data) > stop - begin:
+                raise Interrupted(f"asked for {stop - begin} bytes, the driver gave {len(data)}")
+            for at in range(0, len(data), _PIECE):
+                yield data[at : at + _PIECE]
+            begin += len(data)
+            if begin < stop:
+                return  # `resumed` asks again from here
+
+    def _call(self, url: str, method: str, **options: int) -> Any:
+        """Ask the driver; sort its errors into what may heal and what will not."""
+        shown = without_secrets(url)
+        host = shown.split("://", 1)[1].split("/", 1)[0]
+        try:
+            with self._limits.request(host):
+                # Driver instances are kept by fsspec, one for each set of options in the URL.
+                filesystem, path = fsspec.core.url_to_fs(url)
+                if method in ("info", "glob"):
+                    filesystem.invalidate_cache()  # listings may be old
+                found = getattr(filesystem, method)(path, **options)
+                if method == "glob":
+                    found = [filesystem.unstrip_protocol(name) for name in found]
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise FileNotFoundError(f"{shown}: there is no such file") from error
+        except PermissionError as error:
+            refused = PermissionError(f"{shown}: access is refused: {error}")
+            raise Interrupted(
+                str(error), attempts=_ATTEMPTS_IF_UNCLEAR, otherwise=refused
+            ) from error
+        except OSError as error:  # time-outs too
+            raise Interrupted(f"{type(error).__name__}: {error}") from error
+        except Exception as error:
+            raise Interrupted(
+                f"{type(error).__name__}: {error}", attempts=_ATTEMPTS_IF_UNCLEAR
+            ) from error
+        if isinstance(found, bytes):
+            self._limits.received(host, len(found))
+        return found
+
+
+def _check_driver(protocol: str) -> None:
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        package = _DRIVERS.get(protocol)
+        how = f"`pip install {package}`" if package else str(error)
+        raise ShardError(f"{protocol}:// needs a driver that is not installed: {how}") from error
+    except ValueError as error:  # fsspec does not know the protocol
+        raise ShardError(
+            f"{protocol}:// is not a kind of storage that is known: {error}"
+        ) from error
