@@ -5,102 +5,147 @@ places of the data set, so that all shards are in use at the same time. What a l
 the next few samples, and what it has left behind is not needed again before the next epoch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from math import log2
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.shards import Shard
+from data_pipeline.order import Order
+from data_pipeline.shards import Shard, ShardSet
+
+WHOLE_SHARD = float("inf")
+"""As `block_bytes`: a shard is one block."""
 
 
-class Block(NamedTuple):
-    """Samples [begin, end) of a shard."""
+class Extent(NamedTuple):
+    """A block as bytes of a shard. The extents of a shard hold all its bytes."""
 
-    shard: Shard
+    name: str
+    """By the content of the shard and the samples, whatever its file is called."""
+    number: int
+    """Of the shard in its set."""
     begin: int
     end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.begin
 
 
 def block_rows(shard: Shard, block_bytes: float) -> int:
     """Samples in a block of `shard`: the power of two whose bytes are nearest to `block_bytes`.
 
-    It depends on the shard alone, so that all tasks and runs that read a shard share its blocks. A
-    power of two, because the order walks through 64 neighbours, mostly from a multiple of 64 on:
-    smaller blocks end where the walk ends.
+    It depends on the shard alone, so that all tasks and runs that read a shard share its blocks.
+    At most the 64 neighbours that the order reads in a row, of which most begin at a multiple of a
+    power of two; more would be fetched for other lanes, and too early.
     """
+    if block_bytes == WHOLE_SHARD:
+        return max(shard.samples, 1)
     mean = max(shard.bytes, 1) / max(shard.samples, 1)
-    whole = 2 ** max(shard.samples - 1, 0).bit_length()
-    if block_bytes >= mean * whole:
-        return whole
-    return int(2 ** round(np.log2(max(block_bytes / mean, 1.0))))
+    return int(min(2 ** round(log2(max(block_bytes / mean, 1.0))), Order.chunk_rows))
+
+
+def block_key(shard: Shard) -> str:
+    """First part of the names of a shard's blocks; another content or version has another one."""
+    return sha256(f"{shard.index_digest}\0{shard.version}".encode()).hexdigest()[:32]
+
+
+def extent_of_row(shards: ShardSet, number: int, row: int, block_bytes: float) -> Extent:
+    """The block that holds a row of shard `number`.
+
+    Raises ShardError, OSError: the index of the shard cannot be read.
+    """
+    shard = shards.shards[number]
+    rows = block_rows(shard, block_bytes)
+    first = row // rows * rows
+    last = min(first + rows, shard.samples)
+    begins = shards.index(number).arrays["sample_begin"]
+    begin = int(begins[first]) if first else 0
+    end = int(begins[last]) if last < shard.samples else shard.bytes
+    return Extent(_name(block_key(shard), first, last), number, begin, end)
+
+
+def extent_of_byte(shards: ShardSet, number: int, byte: int, block_bytes: float) -> Extent:
+    """The block that holds a byte of shard `number`; raises as `extent_of_row`."""
+    begins = shards.index(number).arrays["sample_begin"]
+    row = int(np.searchsorted(begins, byte, side="right")) - 1
+    return extent_of_row(shards, number, max(row, 0), block_bytes)
 
 
 class Blocks:
     """All blocks of several sets of shards, numbered; a shard in two sets has one range of numbers.
 
     Args:
-        sets: name -> shards in the order of the set's rows.
-        block_bytes: what a block is to hold.
+        sets: name -> shards.
+        block_bytes: what a block is to hold, or WHOLE_SHARD.
     """
 
-    def __init__(self, sets: dict[str, Sequence[Shard]], block_bytes: float) -> None:
-        numbers: dict[str, int] = {}
-        self._shards: list[Shard] = []
-        self._sets: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    def __init__(self, sets: Mapping[str, ShardSet], block_bytes: float) -> None:
+        self._sets, self._block_bytes = dict(sets), block_bytes
+        self._of_key: dict[str, int] = {}
+        self._homes: list[tuple[str, int]] = []  # a set, and the number there, of each shard
+        self._rows_of: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        distinct: list[Shard] = []
         for name, shards in sets.items():
-            for shard in shards:
-                if shard.index_digest not in numbers:
-                    numbers[shard.index_digest] = len(self._shards)
-                    self._shards.append(shard)
-            ends = np.cumsum([shard.samples for shard in shards], dtype=np.int64)
-            self._sets[name] = ends, np.array([numbers[s.index_digest] for s in shards])
-        self._rows = np.array([block_rows(s, block_bytes) for s in self._shards], dtype=np.int64)
-        samples = np.array([shard.samples for shard in self._shards], dtype=np.int64)
-        self._first = np.concatenate([[0], np.cumsum(-(-samples // self._rows))])
-        self._sample_bytes = np.array([s.bytes / max(s.samples, 1) for s in self._shards])
-        self._samples = samples
+            numbers = []
+            for number, shard in enumerate(shards.shards):
+                key = block_key(shard)
+                if key not in self._of_key:
+                    self._of_key[key] = len(distinct)
+                    distinct.append(shard)
+                    self._homes.append((name, number))
+                numbers.append(self._of_key[key])
+            ends = np.cumsum([shard.samples for shard in shards.shards], dtype=np.int64)
+            self._rows_of[name] = ends, np.array(numbers, dtype=np.int64)
+        self._block_rows = np.array([block_rows(s, block_bytes) for s in distinct], dtype=np.int64)
+        self._samples = np.array([shard.samples for shard in distinct], dtype=np.int64)
+        self._first = np.concatenate([[0], np.cumsum(-(-self._samples // self._block_rows))])
+        self._sample_bytes = np.array([s.bytes / max(s.samples, 1) for s in distinct])
+        self.total_bytes = sum(shard.bytes for shard in distinct)
+        """Of all shards, each counted once."""
 
     def __len__(self) -> int:
         """Return the number of blocks."""
         return int(self._first[-1])
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all shards, each counted once."""
-        return sum(shard.bytes for shard in self._shards)
-
     def of_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Numbers of the blocks that hold `rows`, (n,) int64, of the set `name`: (n,) int64."""
-        ends, shards = self._sets[name]
+        ends, shards = self._rows_of[name]
         places = np.searchsorted(ends, rows, side="right")
         starts = np.concatenate([[0], ends[:-1]])
         within = shards[places]
-        return self._first[within] + (rows - starts[places]) // self._rows[within]
+        return self._first[within] + (rows - starts[places]) // self._block_rows[within]
 
-    def sizes(self, numbers: np.ndarray) -> np.ndarray:
-        """Bytes of each block, (n,) float64, if all samples of a shard were equally large."""
-        shards, begins, ends = self._spans(numbers)
-        return (ends - begins) * self._sample_bytes[shards]
+    def sizes(self) -> np.ndarray:
+        """Bytes of each block, (blocks,) float64, if all samples of a shard were equally large."""
+        shards = np.repeat(np.arange(len(self._samples)), np.diff(self._first))
+        begins = (np.arange(len(self)) - self._first[shards]) * self._block_rows[shards]
+        counts = np.minimum(self._block_rows[shards], self._samples[shards] - begins)
+        return counts * self._sample_bytes[shards]
 
-    def block(self, number: int) -> Block:
-        """What block `number` holds."""
-        (shard,), (begin,), (end,) = self._spans(np.array([number]))
-        return Block(self._shards[shard], int(begin), int(end))
+    def extent(self, block: int) -> tuple[str, Extent]:
+        """A set that has a block, and where the block lies there; raises as `extent_of_row`."""
+        shard = int(np.searchsorted(self._first, block, side="right")) - 1
+        row = (block - int(self._first[shard])) * int(self._block_rows[shard])
+        name, number = self._homes[shard]
+        return name, extent_of_row(self._sets[name], number, row, self._block_bytes)
 
-    def numbers(self, blocks: Iterable[tuple[str, int, int]]) -> list[int]:
-        """Numbers of blocks given as (index digest, begin, end); -1 for those of other sets."""
-        shards = {shard.index_digest: number for number, shard in enumerate(self._shards)}
-        found = []
-        for digest, begin, end in blocks:
-            shard = shards.get(digest, -1)
-            rows = int(self._rows[shard])
-            fits = shard >= 0 and begin % rows == 0
-            fits = fits and end == min(begin + rows, int(self._samples[shard]))
-            found.append(int(self._first[shard]) + begin // rows if fits else -1)
+    def named(self, names: Iterable[str]) -> dict[str, int]:
+        """Numbers of those blocks that belong to these sets, by their names."""
+        found = {}
+        for name in names:
+            key, _, span = name.partition("-")
+            shard = self._of_key.get(key)
+            if shard is None:
+                continue
+            first, rows = int(span.partition("-")[0], 16), int(self._block_rows[shard])
+            if name == _name(key, first, min(first + rows, int(self._samples[shard]))):
+                found[name] = int(self._first[shard]) + first // rows
         return found
 
-    def _spans(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        shards = np.searchsorted(self._first, numbers, side="right") - 1
-        begins = (numbers - self._first[shards]) * self._rows[shards]
-        ends = np.minimum(begins + self._rows[shards], self._samples[shards])
-        return shards, begins, ends
+
+def _name(key: str, first: int, last: int) -> str:
+    return f"{key}-{first:x}-{last:x}"

@@ -15,6 +15,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.files import TEMPORARY_SUFFIX, exclusive, temporary_name
@@ -27,12 +28,23 @@ class CacheError(Exception):
     """The cache folder cannot be used (read-only, full, gone); reading goes on without it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Space in a cache folder that a block will fill."""
+
+    name: str
+    size: int
+    temporary: Path
+    descriptor: int
+
+
 class CacheFolder:
     """A folder of named blocks; for any number of processes and threads."""
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
         """Nothing is created before it is needed; all blocks together have at most `max_bytes`."""
         self.folder, self.max_bytes = Path(os.path.abspath(os.path.expanduser(folder))), max_bytes
+        self._unfinished: dict[Path, Reservation] = {}  # of this process
 
     def path(self, name: str) -> Path:
         """Where a block lies; 256 folders keep listings short."""
@@ -77,35 +89,61 @@ class CacheFolder:
                 raise _unusable(self.folder, error) from error
             yield
 
-    def put(self, name: str, size: int, chunks: Iterable[bytes]) -> bool:
-        """Write a block of `size` bytes; it is there as a whole or not at all.
+    def reserve(self, name: str, size: int) -> "Reservation | None":
+        """Take the space of a block of `size` bytes; None if the cap leaves no room for it.
 
-        Returns:
-            False if the cap leaves no room; nothing was read from `chunks` then.
+        `fill` or `release` it, in any thread.
+        """
+        temporary = temporary_name(self.path(name))
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            with self._locked() as used:
+                if used + size > self.max_bytes:
+                    return None
+                descriptor = _create(temporary, size)
+                self._note(used + size)
+        except OSError as error:
+            raise _unusable(self.folder, error) from error
+        reservation = Reservation(name, size, temporary, descriptor)
+        self._unfinished[temporary] = reservation
+        return reservation
+
+    def fill(self, reservation: "Reservation", chunks: Iterable[bytes]) -> None:
+        """Write a block; it is there as a whole or, if this raises, not at all.
 
         Raises:
             CacheError: the folder failed. What `chunks` raises passes through.
         """
-        descriptor, temporary = self._reserve(name, size)
-        if temporary is None:
-            return False
         try:
             written = 0
             for chunk in chunks:
-                written += self._write(descriptor, chunk)
-            if written != size:
-                raise CacheError(f"{self.folder}: {written} bytes came for a block of {size}")
-            # Not forced to disk: a power cut may leave a block of zeros, which checksums find.
-            os.rename(temporary, self.path(name))
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
-            self._account(-size)
-            if isinstance(error, OSError) and error.filename == os.fspath(temporary):
-                raise _unusable(self.folder, error) from error
+                written += self._write(reservation.descriptor, chunk)
+            if written != reservation.size:
+                raise CacheError(
+                    f"cache {self.folder}: {written} bytes came for a block of {reservation.size}"
+                )
+            self._commit(reservation)
+        except BaseException:
+            self.release(reservation)
             raise
-        finally:
-            os.close(descriptor)
-        return True
+
+    def release(self, reservation: "Reservation") -> None:
+        """Give the space back; nothing if that has been done."""
+        if self._unfinished.pop(reservation.temporary, None) is None:
+            return
+        os.close(reservation.descriptor)
+        with contextlib.suppress(OSError):  # a folder that is gone needs no account
+            reservation.temporary.unlink(missing_ok=True)
+            with self._locked() as used:
+                self._note(used - reservation.size)
+
+    def discard_unfinished(self) -> None:
+        """Before the process ends: release what its threads are still writing, and their locks."""
+        for reservation in list(self._unfinished.values()):
+            self.release(reservation)
+            with contextlib.suppress(OSError):
+                path = self.path(reservation.name)
+                path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
 
     def remove(self, name: str) -> bool:
         """Remove a block; False if it was not there."""
@@ -123,10 +161,13 @@ class CacheFolder:
 
     def used(self) -> int:
         """Bytes of all blocks, whole or being written; without a lock, so perhaps a moment old."""
-        used = self._noted()
-        if used is None:
-            with self._locked() as used:
-                pass
+        try:
+            used = self._noted()
+            if used is None:
+                with self._locked() as used:
+                    pass
+        except OSError as error:
+            raise _unusable(self.folder, error) from error
         return used
 
     def scan(self) -> dict[str, tuple[int, float]]:
@@ -162,28 +203,6 @@ class CacheFolder:
         """How many read-aheads of this folder are at work, in all runs."""
         return sum(not _is_abandoned(path) for path in self.folder.glob(f"*{READER_SUFFIX}"))
 
-    def _reserve(self, name: str, size: int) -> tuple[int, Path | None]:
-        """Take space: (descriptor, path) of a file of `size` bytes; (-1, None) if there is none."""
-        temporary = temporary_name(self.path(name))
-        try:
-            with self._locked() as used:
-                if used + size > self.max_bytes:
-                    return -1, None
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                descriptor = os.open(temporary, flags, 0o666)
-                try:
-                    _lock(descriptor)
-                    if size:
-                        os.posix_fallocate(descriptor, 0, size)
-                    self._note(used + size)
-                except BaseException:
-                    temporary.unlink(missing_ok=True)
-                    os.close(descriptor)
-                    raise
-        except OSError as error:
-            raise _unusable(self.folder, error) from error
-        return descriptor, temporary
-
     def _write(self, descriptor: int, chunk: bytes) -> int:
         view = memoryview(chunk)
         try:
@@ -193,10 +212,14 @@ class CacheFolder:
             raise _unusable(self.folder, error) from error
         return len(chunk)
 
-    def _account(self, change: int) -> None:
-        # A folder that is gone needs no account.
-        with contextlib.suppress(OSError), self._locked() as used:
-            self._note(used + change)
+    def _commit(self, reservation: "Reservation") -> None:
+        try:
+            # Not forced to disk: a power cut may leave a block of zeros, which checksums find.
+            os.rename(reservation.temporary, self.path(reservation.name))
+        except OSError as error:
+            raise _unusable(self.folder, error) from error
+        if self._unfinished.pop(reservation.temporary, None) is not None:
+            os.close(reservation.descriptor)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
@@ -255,6 +278,20 @@ def _size_and_time(entry: os.DirEntry) -> tuple[int, float]:
     except FileNotFoundError:
         return 0, 0.0
     return state.st_size, state.st_mtime
+
+
+def _create(path: Path, size: int) -> int:
+    """A new file of `size` bytes, locked; raises OSError if the disk has no room for it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        _lock(descriptor)
+        if size:
+            os.posix_fallocate(descriptor, 0, size)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _lock(descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""What a node cache will do, found without reading anything: hits, downloads, and against LRU."""
+"""What a node's cache will do, found without reading anything: downloads, and those of LRU."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -6,69 +6,101 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.blocks import Blocks
-from data_pipeline.eviction import CachePlan
-from data_pipeline.future import Future, NodeReads
+from data_pipeline.eviction import KNOWN_USES, CachePlan
+from data_pipeline.future import BlockFuture, NodeReads
 
 
-@dataclass
 class Tally:
-    """A cache that only counts; sizes are the mean of a shard's samples."""
+    """A cache that only counts. Samples of one shard count as equally large."""
 
-    sizes: np.ndarray
-    """(blocks,) float64 bytes."""
-    capacity: float
-    """Bytes."""
-    held: float = 0.0
-    most_held: float = 0.0
-    fetched: int = 0
-    fetched_bytes: float = 0.0
+    def __init__(self, sizes: np.ndarray, capacity: float) -> None:
+        """`sizes` of the blocks, (n,) float64 bytes; `capacity` in bytes."""
+        self._sizes = sizes.tolist()
+        self.capacity = capacity
+        self.held = self.most_held = self.fetched_bytes = 0.0
+        self.fetched = 0
 
     def has_room(self, block: int) -> bool:
         """As `eviction.Store`."""
-        return self.held + self.sizes[block] <= self.capacity
+        return self.held + self._sizes[block] <= self.capacity
 
     def fetch(self, block: int) -> None:
         """As `eviction.Store`."""
-        self.held += self.sizes[block]
+        self.held += self._sizes[block]
         self.most_held = max(self.most_held, self.held)
-        self.count(block)
+        self.pass_by(block)
 
     def evict(self, block: int) -> None:
         """As `eviction.Store`."""
-        self.held -= self.sizes[block]
+        self.held -= self._sizes[block]
 
-    def count(self, block: int) -> None:
-        """A block was downloaded."""
+    def pass_by(self, block: int) -> None:
+        """Count a download that is not kept."""
         self.fetched += 1
-        self.fetched_bytes += self.sizes[block]
+        self.fetched_bytes += self._sizes[block]
 
 
-def simulate(future, blocks, capacity, ahead, known=8_000_000):
-    sizes = blocks.sizes(np.arange(len(blocks)))
-    tally = Tally(sizes, capacity)
-    plan = CachePlan(future, len(blocks), read_ahead_steps=ahead, known_uses=known)
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy makes of a cache, on one node."""
+
+    uses: int
+    """Blocks that steps read, each once a step."""
+    fetched: int
+    """Blocks that were downloaded."""
+    fetched_bytes: float
+    most_held_bytes: float
+
+    @property
+    def hit_rate(self) -> float:
+        """Part of the uses that needed no download of their own."""
+        return 1 - self.fetched / max(self.uses, 1)
+
+
+def simulate(
+    reads: NodeReads,
+    capacity: float,
+    start_step: int,
+    stop_step: int,
+    *,
+    read_ahead_steps: int,
+    known_uses: int = KNOWN_USES,
+) -> Outcome:
+    """The cache as it is: known future, read-ahead.
+
+    Args:
+        reads: what a node reads.
+        capacity: bytes.
+        start_step, stop_step: of the run; the cache is empty at first.
+        read_ahead_steps, known_uses: as `CachePlan`.
+    """
+    blocks = reads.blocks
+    tally = Tally(blocks.sizes(), capacity)
+    future = BlockFuture(reads, start_step, stop_step)
+    plan = CachePlan(
+        future, len(blocks), read_ahead_steps=read_ahead_steps, known_uses=known_uses
+    )
     uses = 0
-    for step in range(future.now, future.stop_step):
+    for step in range(start_step, stop_step):
         plan.advance(step)
         while plan.look_ahead():
             pass
         plan.fill(tally)
         used = future.uses(step)
         uses += len(used)
-        for block in used[~plan._held[used]].tolist():
-            tally.count(block)
-    return uses, tally
+        for block in used[~plan.held(used)].tolist():
+            tally.pass_by(block)  # there was no room for it
+    return Outcome(uses, tally.fetched, tally.fetched_bytes, tally.most_held)
 
 
-def simulate_lru(future, blocks, capacity):
-    sizes = blocks.sizes(np.arange(len(blocks))).tolist()
-    tally = Tally(sizes, capacity)
-    held = OrderedDict()
+def simulate_lru(reads: NodeReads, capacity: float, start_step: int, stop_step: int) -> Outcome:
+    """A cache that fetches what is missing and evicts what was used the longest time ago."""
+    tally = Tally(reads.blocks.sizes(), capacity)
+    held: OrderedDict[int, None] = OrderedDict()
     uses = 0
-    for step in range(future.now, future.stop_step):
-        used = future.advance()[0].tolist()
-        uses += len(used)
-        for block in used:
+    for _, _, blocks in reads.steps(start_step, stop_step):
+        uses += len(blocks)
+        for block in blocks.tolist():
             if block in held:
                 held.move_to_end(block)
                 continue
@@ -78,5 +110,5 @@ def simulate_lru(future, blocks, capacity):
                 held[block] = None
                 tally.fetch(block)
             else:
-                tally.count(block)
-    return uses, tally
+                tally.pass_by(block)
+    return Outcome(uses, tally.fetched, tally.fetched_bytes, tally.most_held)

@@ -11,7 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
-from data_pipeline.future import NEVER, Future
+from data_pipeline.future import BlockFuture
+
+
+KNOWN_USES = 1 << 23
+"""Uses to come that are remembered: 200 MB. An epoch of eight million samples on a node."""
 
 
 class Store(Protocol):
@@ -30,7 +34,9 @@ class Store(Protocol):
 class CachePlan:
     """The blocks that a cache holds, ordered by the step that reads them next."""
 
-    def __init__(self, future: Future, blocks: int, *, read_ahead_steps: int, known_uses: int):
+    def __init__(
+        self, future: BlockFuture, blocks: int, *, read_ahead_steps: int, known_uses: int = KNOWN_USES
+    ) -> None:
         """Start with nothing in the cache.
 
         Args:
@@ -48,31 +54,38 @@ class CachePlan:
         self._by_step: dict[int, list[np.ndarray]] = {}
         self._steps: list[int] = []  # heap of the keys above, negated
 
-    def holds(self, block: int) -> bool:
-        """Whether a block is in the cache or on its way."""
-        return bool(self._held[block])
+    def held(self, blocks: np.ndarray) -> np.ndarray:
+        """(n,) bool: which blocks are in the cache or on their way."""
+        return self._held[blocks]
 
     def advance(self, step: int) -> None:
         """Let all steps before `step` pass."""
         while self.future.now < step:
-            if self.future.known_until <= self.future.now:
-                self.look_ahead()
+            self._know(self.future.now)
+            self._by_step.pop(self.future.now, None)
             self._file(*self.future.advance())
         self.front = max(self.front, step)
+        if len(self._steps) > 2 * len(self._by_step) + 1024:  # most of them lie behind
+            self._steps = [-key for key in self._by_step]
+            heapq.heapify(self._steps)
 
     def look_ahead(self) -> bool:
-        """Look at some more steps; False if all are known that are to be known."""
-        future = self.future
-        if future.known_until >= future.stop_step or future.pending >= self.known_uses:
+        """Look at some more steps; False if `sees_all`."""
+        if self.sees_all:
             return False
-        self._file(*future.look_ahead())
+        self._file(*self.future.look_ahead())
         return True
 
-    def add(self, block: int) -> None:
-        """A block has come into the cache."""
-        self._held[block] = True
-        number = np.array([block])
-        self._file(number, self.future.next_use(number))
+    @property
+    def sees_all(self) -> bool:
+        """Whether as much of the future is known as is to be known."""
+        future = self.future
+        return future.known_until >= future.stop_step or future.pending >= self.known_uses
+
+    def add(self, blocks: np.ndarray) -> None:
+        """Blocks, (n,) int64, have come into the cache."""
+        self._held[blocks] = True
+        self._file(blocks, self.future.next_use(blocks))
 
     def drop(self, block: int) -> None:
         """A block has gone."""
@@ -84,16 +97,16 @@ class CachePlan:
             step = -self._steps[0]
             if step <= after:
                 return None
-            filed = self._by_step[step]
+            filed = self._by_step.get(step, [])
             while filed:
-                batch = filed[-1]
-                still = self._held[batch] & (self.future.next_use(batch) == step)
-                batch = batch[still]
-                if batch.size:
-                    filed[-1] = batch
-                    return int(batch[-1])
-                filed.pop()
-            del self._by_step[heapq.heappop(self._steps) * -1]
+                block = int(filed[-1][-1])
+                if self._held[block] and self.future.next_use(filed[-1][-1:])[0] == step:
+                    return block
+                filed[-1] = filed[-1][:-1]
+                if not len(filed[-1]):
+                    filed.pop()
+            self._by_step.pop(step, None)
+            heapq.heappop(self._steps)
         return None
 
     def missing(self) -> Iterator[tuple[int, int]]:
@@ -103,24 +116,37 @@ class CachePlan:
         """
         end = min(self.future.now + self.read_ahead_steps, self.future.stop_step)
         while self.front < end:
-            while self.future.known_until <= self.front:
-                self._file(*self.future.look_ahead())
+            self._know(self.front)
             used = self.future.uses(self.front)
             for block in used[~self._held[used]].tolist():
                 yield self.front, block
             self.front += 1
 
-    def fill(self, store: Store) -> None:
-        """Fetch what the read-ahead lacks, as far as there is room for it."""
+    def fill(self, store: Store, most: int | None = None) -> int:
+        """Fetch what the read-ahead lacks, as far as there is room for it.
+
+        Args: most: leave the rest for the next time after so many blocks.
+        Returns: how many blocks were fetched.
+        """
+        fetched = 0
         for step, block in self.missing():
+            if fetched == most:
+                break
             while not store.has_room(block):
-                victim = self.last_needed(after=step)
+                victim = self.last_needed(after=step) if self.sees_all else None
                 if victim is None:
-                    return  # all that is here is needed before that block
+                    return fetched  # all that is here is, or may be, needed before that block
                 self.drop(victim)
                 store.evict(victim)
+            self.add(np.array([block]))
             store.fetch(block)
-            self.add(block)
+            fetched += 1
+        return fetched
+
+    def _know(self, step: int) -> None:
+        """Look ahead until the uses of `step` are known."""
+        while self.future.known_until <= step:
+            self._file(*self.future.look_ahead())
 
     def _file(self, blocks: np.ndarray, steps: np.ndarray) -> None:
         """Note the next uses of those blocks that are in the cache."""
@@ -128,12 +154,10 @@ class CachePlan:
         blocks, steps = blocks[held], steps[held]
         order = np.argsort(steps, kind="stable")
         blocks, steps = blocks[order], steps[order]
-        borders = np.flatnonzero(np.diff(steps)) + 1
-        for batch, step in zip(
-            np.split(blocks, borders), steps[np.concatenate([[0], borders])].tolist()
-            if steps.size else [], strict=False,
-        ):
+        begins = np.flatnonzero(np.diff(steps, prepend=-1))
+        for begin, end in zip(begins, [*begins[1:], len(steps)], strict=True):
+            step = int(steps[begin])
             if step not in self._by_step:
                 self._by_step[step] = []
                 heapq.heappush(self._steps, -step)
-            self._by_step[step].append(batch)
+            self._by_step[step].append(blocks[begin:end])

@@ -80,7 +80,7 @@ class NodeReads:
         return offsets[offsets >= 0]
 
 
-class Future:
+class BlockFuture:
     """When each block is read next, as a run goes on; knows as far ahead as it has looked.
 
     A use costs 24 bytes while it lies ahead, a block 16 bytes (of memory that is touched only once
