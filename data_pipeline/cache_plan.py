@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.blocks import Blocks
 from data_pipeline.eviction import KNOWN_USES, CachePlan
 from data_pipeline.future import BlockFuture, NodeReads
 

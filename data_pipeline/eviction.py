@@ -7,12 +7,12 @@ go of blocks that are still to be used.
 
 import heapq
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 
 from data_pipeline.future import BlockFuture
-
 
 KNOWN_USES = 1 << 23
 """Uses to come that are remembered: 200 MB. An epoch of eight million samples on a node."""
@@ -35,7 +35,12 @@ class CachePlan:
     """The blocks that a cache holds, ordered by the step that reads them next."""
 
     def __init__(
-        self, future: BlockFuture, blocks: int, *, read_ahead_steps: int, known_uses: int = KNOWN_USES
+        self,
+        future: BlockFuture,
+        blocks: int,
+        *,
+        read_ahead_steps: int,
+        known_uses: int = KNOWN_USES,
     ) -> None:
         """Start with nothing in the cache.
 
@@ -155,7 +160,7 @@ class CachePlan:
         order = np.argsort(steps, kind="stable")
         blocks, steps = blocks[order], steps[order]
         begins = np.flatnonzero(np.diff(steps, prepend=-1))
-        for begin, end in zip(begins, [*begins[1:], len(steps)], strict=True):
+        for begin, end in pairwise([*begins, len(steps)]):
             step = int(steps[begin])
             if step not in self._by_step:
                 self._by_step[step] = []

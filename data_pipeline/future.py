@@ -1,4 +1,4 @@
-"""Which blocks the ranks of one node will read, step by step: computed, since the order is known."""
+"""Which blocks the ranks of one node will read, step by step; computed, not observed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 

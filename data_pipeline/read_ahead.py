@@ -197,11 +197,10 @@ class ReadAhead:
         started = time.monotonic()
         found = self.folder.scan()
         mine = self._blocks.named(found)
-        for name, block in mine.items():
+        for block in mine.values():
             if block not in self._held:
-                _, extent = self._blocks.extent(block)
-                self._hold(block, extent)
-        new = np.array([b for b in mine.values()], dtype=np.int64)
+                self._hold(block, self._blocks.extent(block)[1])
+        new = np.array(list(mine.values()), dtype=np.int64)
         self.plan.add(new[~self.plan.held(new)])
         gone = set(self._held) - set(mine.values()) - set(self._coming)
         for block in gone:
