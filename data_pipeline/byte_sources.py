@@ -25,7 +25,7 @@ class KeepsCopies(Protocol):
         """Drop the copies of these bytes; False if there are none, or reading would not help."""
 
 
-def open_source(shards: ShardSet) -> ByteSource:
+def byte_source_of(shards: ShardSet) -> ByteSource:
     """The source without a cache: files of this machine, or lanes of remote ranges."""
     if any(is_url(shard.path) for shard in shards.shards):
         return RemoteLanes(shards)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from data_pipeline.blocks import WHOLE_SHARD, Extent, extent_of_byte
-from data_pipeline.byte_sources import open_source
+from data_pipeline.byte_sources import byte_source_of
 from data_pipeline.cache_folder import CacheError, CacheFolder
 from data_pipeline.origin import Origin
 from data_pipeline.settings import Settings
@@ -53,7 +53,7 @@ class CachedShards:
         self.counters = {"bytes_read": 0, "retries": 0, "cache_hits": 0, "cache_misses": 0}
         self._shards, self._settings = shards, settings
         self._folder = CacheFolder(settings.folder, settings.max_bytes)
-        self._origin, self._direct = Origin(shards), open_source(shards)
+        self._origin, self._direct = Origin(shards), byte_source_of(shards)
         self._gave_up = False
 
     def pread(self, number: int, begin: int, end: int) -> bytes:
@@ -155,4 +155,4 @@ def fetch_block(folder: CacheFolder, origin: Origin, extent: Extent) -> int | No
 
 def source_of(shards: ShardSet, cache: CacheSettings | None) -> ByteSource:
     """What reads a set of shards: through a cache, or from where they lie."""
-    return open_source(shards) if cache is None else CachedShards(shards, cache)
+    return byte_source_of(shards) if cache is None else CachedShards(shards, cache)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.faults import FaultCount, FaultPolicy
+from data_pipeline.faults import FaultCount, FaultFile, FaultLimits, FaultPolicy
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.stream import TaskStream
 from data_pipeline.workers import load_batches
@@ -28,9 +28,9 @@ class EvaluationLoader:
         *,
         prefetch_batches: int = 2,
         start_method: str = "fork",
-        max_bad_fraction: float = 0.01,
-        max_bad_run: int = 20,
+        limits: FaultLimits | None = None,
         pin_memory: bool = False,
+        fault_file: FaultFile | None = None,
     ) -> None:
         """Assemble the loader; worker processes live as long as one iteration.
 
@@ -39,8 +39,10 @@ class EvaluationLoader:
             rank, world: this process and how many there are.
             workers: worker processes, 0 for none.
             max_samples: at most so many samples, spread evenly over the data set.
-            prefetch_batches, start_method, max_bad_fraction, max_bad_run: as in LoaderSettings.
+            prefetch_batches, start_method: as in LoaderSettings.
+            limits: on bad samples, per iteration; None = the defaults.
             pin_memory: page-lock images; needs CUDA.
+            fault_file: where every bad sample is written down.
         """
         if stream.order is not None:
             raise ValueError(f"task {stream.name}: evaluation needs a stream without an order")
@@ -51,8 +53,8 @@ class EvaluationLoader:
             "start_method": start_method,
             "pin_memory": pin_memory,
         }
-        self._limits = (max_bad_fraction, max_bad_run)
-        self._policy = FaultPolicy(*self._limits, rank)
+        self._limits, self._fault_file = limits or FaultLimits(), fault_file
+        self._policy = FaultPolicy(self._limits, rank, fault_file)
         self.samples = min(stream.n_rows, max_samples or stream.n_rows)
 
     def __len__(self) -> int:
@@ -64,7 +66,7 @@ class EvaluationLoader:
         return self._policy.counts
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self._policy = FaultPolicy(*self._limits, self.rank)
+        self._policy = FaultPolicy(self._limits, self.rank, self._fault_file)
         batches = load_batches(
             {self.stream.name: self.stream}, self.requests(), self.rank, **self._options, window=1
         )

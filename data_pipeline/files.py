@@ -8,10 +8,16 @@ import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+CACHE_VARIABLE = "OMNIPRETRAIN_CACHE"
 TEMPORARY_SUFFIX = ".tmp"
 
 # File systems without working flock (some NFS and Lustre mounts) answer with one of these.
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: $OMNIPRETRAIN_CACHE, or below ~/.cache."""
+    return Path(os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/omnipretrain"))
 
 
 def temporary_name(path: Path) -> Path:

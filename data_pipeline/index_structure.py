@@ -29,7 +29,8 @@ def check_structure(index: "ShardIndex", types: Mapping[str, type]) -> None:
     for name in types.keys() - {"keys"}:
         per_member = name.startswith("member_") and name != "member_end"
         _check_length(name, arrays[name], members if per_member else samples)
-    for name, column in index.columns.items():
+    derived = index.derived.columns if index.derived is not None else {}
+    for name, column in [*index.columns.items(), *derived.items()]:
         _check_length(f"column {name}", column, samples)
     _check_ends("key_end", arrays["key_end"], len(arrays["keys"]))
     _check_ends("member_end", arrays["member_end"], members)

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from data_pipeline.evaluation import EvaluationLoader
-from data_pipeline.faults import FaultCount, FaultPolicy
+from data_pipeline.faults import FaultCount, FaultFile, FaultLimits, FaultPolicy, OnBadSample
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.settings import Settings
 from data_pipeline.stall import StallWatch
@@ -51,15 +51,24 @@ class LoaderSettings(Settings):
     """Micro-batches that each worker prepares ahead."""
     start_method: Literal["fork", "forkserver", "spawn"] = "fork"
     """How workers start; choose forkserver or spawn where forking a process with threads hangs."""
+    on_bad_sample: OnBadSample = "substitute"
+    """What a sample that cannot be used leads to: another one in its place, or the end of the
+    run."""
     max_bad_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of a task's samples on one rank that may be replaced before the run ends (judged from
     50 bad samples on; 0: none may)."""
     max_bad_run: int = Field(default=20, ge=1)
     """Bad samples in a row, in one task on one rank, that end the run."""
+    quarantine: bool = True
+    """Whether bad samples that were met take no part from the next epoch of their data set on."""
     stall_seconds: float = Field(default=120.0, gt=0.0)
     """Waiting longer than this for a batch logs which positions are being processed."""
     remote: RemoteSettings = RemoteSettings()
     """How shards are read whose names are URLs."""
+
+    def fault_limits(self) -> FaultLimits:
+        """When bad samples end the run."""
+        return FaultLimits(self.max_bad_fraction, self.max_bad_run, self.on_bad_sample)
 
 
 class Part(NamedTuple):
@@ -108,6 +117,7 @@ class StepLoader:
         start_step: int,
         stop_step: int,
         pin_memory: bool = False,
+        fault_file: FaultFile | None = None,
     ) -> None:
         """Assemble the loader; workers start with the iteration.
 
@@ -119,21 +129,42 @@ class StepLoader:
             start_step: first step to load: 0, or the step that a resumed run continues with.
             stop_step: end of the run (not loaded).
             pin_memory: page-lock images for asynchronous copies; needs CUDA.
+            fault_file: where every bad sample is written down.
         """
         self.settings, self.rank = settings, rank
         self.streams = dict(streams)
         self.sampler = StepSampler(schedule, self.streams, rank, world, start_step, stop_step)
         self._micro_steps = {task: self.sampler.micro_steps(task) for task in self.streams}
-        self._policy = FaultPolicy(settings.max_bad_fraction, settings.max_bad_run, rank)
+        self._fault_file, self._restart = fault_file, False
+        self._policy = FaultPolicy(settings.fault_limits(), rank, fault_file)
         self._pin_memory = pin_memory
 
     def faults(self) -> dict[str, FaultCount]:
         """Bad samples met by this rank so far, by task."""
         return self._policy.counts
 
+    def take_faults(self) -> list[Fault]:
+        """One fault of each row that was bad in a window given out since the last call."""
+        return self._policy.take_rows()
+
+    def restart(self) -> None:
+        """Start workers anew before the next window: a stream's order has changed."""
+        self._restart = True
+
     def __iter__(self) -> Iterator[StepWindow]:
+        step = self.sampler.start_step
+        while step < self.sampler.stop_step:
+            self._restart = False
+            with closing(self._windows(self.sampler.from_step(step))) as windows:
+                for window in windows:
+                    yield window
+                    step = window.step + 1
+                    if self._restart:
+                        break
+
+    def _windows(self, sampler: StepSampler) -> Iterator[StepWindow]:
         settings = self.settings
-        requests = Requests(self.sampler)
+        requests = Requests(sampler)
         batches = load_batches(
             self.streams,
             requests,
@@ -146,7 +177,7 @@ class StepLoader:
         )
         watch = StallWatch(settings.stall_seconds, lambda: self._describe(requests))
         with closing(batches), watch:
-            for step in range(self.sampler.start_step, self.sampler.stop_step):
+            for step in range(sampler.start_step, sampler.stop_step):
                 yield self._window(step, batches, requests, watch)
 
     def _window(
@@ -157,6 +188,8 @@ class StepLoader:
         watch: StallWatch,
     ) -> StepWindow:
         parts = self.sampler.parts(step)
+        if self._fault_file is not None:
+            self._fault_file.step = step + 1
         window = StepWindow(step, [Part(task, []) for task, _ in parts], {"wait": 0.0}, dict(parts))
         for part in window.parts:
             for _ in range(self._micro_steps[part.task]):

@@ -105,6 +105,15 @@ class Order:
         """Passes over named parts of the data: there are none, as there is one data set."""
         return {}
 
+    def passes(self, samples: int) -> float:
+        """Epochs that `samples` samples from the start are."""
+        return samples / self.n_rows
+
+    @property
+    def taking_part(self) -> str:
+        """Tells which rows of the data set take part: equal exactly if they are the same."""
+        return f"all {self.n_rows}"
+
     def describe(self) -> dict[str, int]:
         """Plan constants and the rows in each part of an epoch, for logs and the data state."""
         listed, lanes = self._listed_rows, self.lanes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from zlib_ng.zlib_ng import crc32  # about eight times the speed of zlib's
 
-from data_pipeline.byte_sources import KeepsCopies, ReadsAhead, open_source
+from data_pipeline.byte_sources import KeepsCopies, ReadsAhead, byte_source_of
 from data_pipeline.index import ShardIndex
 from data_pipeline.shards import ShardSet
 from data_pipeline.storage import ByteSource, TransientReadError
@@ -52,14 +52,14 @@ class SampleReader:
         retries: int = 5,
         first_wait_s: float = 0.5,
     ) -> None:
-        """Read from `source`, by default from where the shards lie (`byte_sources.open_source`).
+        """Read from `source`, by default from where the shards lie (`byte_sources.byte_source_of`).
 
         Reads that the operating system fails are tried again, doubling the wait each time: the
         defaults wait 15.5 s in all before a TransientReadError. Remote storage has its own
         patience.
         """
         self.shards = shards
-        self.source = open_source(shards) if source is None else source
+        self.source = byte_source_of(shards) if source is None else source
         self.retries = retries
         self.first_wait_s = first_wait_s
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
-from data_pipeline.files import exclusive, leftovers, temporary_name
+from data_pipeline.files import cache_folder, exclusive, leftovers, temporary_name
 from data_pipeline.index import SUFFIX, ShardIndex
 from data_pipeline.index_builder import index_file
 from data_pipeline.locations import base_name, beside, identity, without_secrets
@@ -19,14 +19,7 @@ from data_pipeline.remote_file import RemoteFile
 from data_pipeline.storage import FileState
 from data_pipeline.tar_headers import ShardError
 
-CACHE_VARIABLE = "OMNIPRETRAIN_CACHE"
 _log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Where indices are kept that cannot lie beside their shards."""
-    home = os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/omnipretrain")
-    return Path(home) / "indices"
 
 
 def foreign_index(
@@ -98,7 +91,8 @@ def remote_index(
 
 def _place(url: str, state: FileState, kind: str) -> Path:
     name = f"{identity(url)}\0{state.size}\0{state.version}\0{kind}"
-    return cache_folder() / f"{sha256(name.encode()).hexdigest()[:24]}-{base_name(url)}{SUFFIX}"
+    digest = sha256(name.encode()).hexdigest()[:24]
+    return cache_folder() / "indices" / f"{digest}-{base_name(url)}{SUFFIX}"
 
 
 def _stored(place: Path) -> ShardIndex | None:

@@ -211,6 +211,15 @@ class KeptOrder:
         """As `Order.epochs`."""
         return self.order.epochs(samples)
 
+    def passes(self, samples: int) -> float:
+        """As `Order.passes`."""
+        return self.order.passes(samples)
+
+    @property
+    def taking_part(self) -> str:
+        """As `Order.taking_part`."""
+        return self.selection.digest
+
     def describe(self) -> dict[str, int]:
         """As `Order.describe`; `rows` are the kept ones."""
         return self.order.describe() | {"stored_rows": self.stored_rows}

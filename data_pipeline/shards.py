@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.catalogue import Catalogue, Specs
-from data_pipeline.files import exclusive, leftovers, temporary_name
+from data_pipeline.columns import column_names, column_of
+from data_pipeline.files import CACHE_VARIABLE, cache_folder, exclusive, leftovers, temporary_name
 from data_pipeline.index import SUFFIX, ShardIndex, index_path
 from data_pipeline.index_builder import build_index
 from data_pipeline.locations import base_name, is_url, without_secrets
 from data_pipeline.remote import RemoteSettings, UrlStorage
-from data_pipeline.remote_index import CACHE_VARIABLE, cache_folder, foreign_index, remote_index
+from data_pipeline.remote_index import foreign_index, remote_index
 from data_pipeline.storage import FileState
 from data_pipeline.tar_headers import ShardError
 
@@ -145,6 +146,10 @@ class ShardSet:
             self._indices.popitem(last=False)
         return index
 
+    def read_index(self, number: int) -> ShardIndex:
+        """As `index`, but kept nowhere: for one pass over all shards, also by several threads."""
+        return self._checked_index(self.shards[number])
+
     def column(self, name: str) -> np.ndarray:
         """Return a numeric column of all samples: (N,) int64, or float64 with NaN for missing.
 
@@ -153,9 +158,9 @@ class ShardSet:
         parts: list[np.ndarray | None] = []
         known: set[str] = set()
         for number in range(len(self.shards)):
-            columns = self.index(number).columns
-            known.update(columns)
-            parts.append(columns.get(name))
+            index = self.index(number)
+            known.update(column_names(index))
+            parts.append(column_of(index, name))
         if name not in known:
             raise KeyError(f"no column {name!r}; there are {', '.join(sorted(known)) or 'none'}")
         return np.concatenate(
@@ -250,7 +255,7 @@ def _cache_path(shard_path: str) -> Path:
     """Where the index of a shard in a read-only folder lies; equal names do not collide."""
     real = os.path.realpath(shard_path)
     digest = sha256(os.fsencode(real)).hexdigest()[:24]
-    return cache_folder() / f"{digest}-{os.path.basename(real)}{SUFFIX}"
+    return cache_folder() / "indices" / f"{digest}-{os.path.basename(real)}{SUFFIX}"
 
 
 def _can_write_beside(place: Path) -> bool:

@@ -6,13 +6,16 @@ source stands at the places 2n and 2n + 1 of that source's own order: each row o
 epoch of that source, however often the others have been through.
 """
 
+import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from data_pipeline.expressions import ExpressionError
+from data_pipeline.filters import Condition, select_rows
 from data_pipeline.mixture import BlockCycle
 from data_pipeline.order import Order
 from data_pipeline.remote import RemoteSettings
@@ -31,6 +34,9 @@ class SourceSettings(Settings):
     weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     """Share of the task's samples, relative to the weights of its other sources."""
 
+    where: Condition | None = None
+    """Only samples that meet this condition on index columns take part, as of a task's `where`."""
+
 
 class ShardedData(Settings):
     """Base of every kind of data that is read from shards: `shards`, or weighted `sources`."""
@@ -42,11 +48,17 @@ class ShardedData(Settings):
     sources: dict[str, SourceSettings] | None = Field(default=None, min_length=1)
     """Name -> data set, mixed by weight with exact counts; in place of `shards`."""
 
+    where: Condition | None = None
+    """Only samples of `shards` that meet this condition on index columns take part, for example
+    "width >= 256 and captions.count > 0"; null = all."""
+
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.shards is None) == (self.sources is None):
             what = "neither is given" if self.shards is None else "both are given; set one to null"
             raise ValueError(f"shards: exactly one of shards and sources is needed, {what}")
+        if self.sources is not None and self.where is not None:
+            raise ValueError("where: with several sources it is a key of each of them, not of data")
         for name in self.sources or ():
             if not re.fullmatch(r"\w+", name, flags=re.ASCII):
                 raise ValueError(f"sources: the name {name!r} must be letters, digits and _ only")
@@ -77,14 +89,38 @@ def open_sources(data: ShardedData, remote: RemoteSettings | None = None) -> lis
     """The data sets that the settings name, sorted by name; with plain `shards` one without a name.
 
     Args: remote: how URLs are read.
-    Raises FileNotFoundError, ShardError; PermissionError and TransientReadError from servers.
+    Raises as `open_source`.
     """
     if data.shards is not None:
-        return [Source("", ShardSet.open(data.shards, remote), 1.0)]
+        return [open_source(data.shards, data.where, remote=remote)]
     return [
-        Source(name, ShardSet.open(source.shards, remote), source.weight)
+        open_source(source.shards, source.where, name, source.weight, remote)
         for name, source in sorted(data.sources.items())
     ]
+
+
+def open_source(
+    shards: Sequence[str],
+    where: str | None = None,
+    name: str = "",
+    weight: float = 1.0,
+    remote: RemoteSettings | None = None,
+) -> Source:
+    """One data set, and which of its samples meet the condition `where`.
+
+    Args: remote: how URLs are read.
+    Raises FileNotFoundError, ShardError; ExpressionError, also if none of the samples does; from
+    servers PermissionError and TransientReadError.
+    """
+    opened = ShardSet.open(shards, remote)
+    if where is None:
+        return Source(name, opened, weight)
+    try:
+        selection = select_rows(opened, where)
+    except ExpressionError as error:
+        of_source = f"source {name}: " if name else ""
+        raise type(error)(f"{of_source}where: {error}") from None
+    return Source(name, opened, weight, None if selection.n_kept == len(opened) else selection)
 
 
 def plan_order(
@@ -164,25 +200,52 @@ class MixedOrder:
 
     def can_avoid(self, batch: np.ndarray, position: int) -> bool:
         """As `Order.can_avoid`, judged by the source of `position` alone."""
-        choices, _ = self.locate(np.append(batch, position))
-        sharing = int((choices[:-1] == choices[-1]).sum())
-        return list(self.orders.values())[choices[-1]].n_rows >= 2 * sharing
+        choices, places = self.locate(np.append(batch, position))
+        own = places[:-1][choices[:-1] == choices[-1]]
+        return list(self.orders.values())[choices[-1]].can_avoid(own, int(places[-1]))
+
+    def passes(self, samples: int) -> float:
+        """Samples per sample that there is."""
+        return samples / self.n_rows
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Passes over each source after `samples` samples of the task."""
         return {
-            name: places / self.orders[name].n_rows for name, places in self._taken(samples)
+            name: self.orders[name].passes(places) for name, places in self.taken(samples).items()
         }
+
+    @property
+    def taking_part(self) -> str:
+        """As `Order.taking_part`."""
+        return " ".join(f"{name}: {order.taking_part}" for name, order in self.orders.items())
 
     def describe(self) -> str:
         """One line for people: how pairs are dealt to sources."""
         return self.cycle.describe(list(self.orders), "pairs of samples")
 
-    def _taken(self, samples: int) -> Iterator[tuple[str, int]]:
+    def taken(self, samples: int) -> dict[str, int]:
         """Samples of each source among the first `samples` of the task."""
         pairs = self.cycle.before(samples >> 1)
         counts = dict(zip(self.orders, (2 * pairs).tolist(), strict=True))
         if samples & 1:
             choice, _ = self.cycle.locate_one(samples >> 1)
             counts[list(self.orders)[choice]] += 1
-        yield from counts.items()
+        return counts
+
+    def split(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Source -> its own numbers of those of (n,) rows that are its rows."""
+        owners = np.searchsorted(self._first_row, rows, side="right") - 1
+        return {
+            name: rows[owners == number] - self._first_row[number]
+            for number, name in enumerate(self.orders)
+        }
+
+    def first_row(self, source: str) -> int:
+        """Row of all sources that is the first of one of them."""
+        return int(self._first_row[list(self.orders).index(source)])
+
+    def with_orders(self, orders: "Mapping[str, Order | KeptOrder]") -> "MixedOrder":
+        """The same deal among the same sources, whose orders became others."""
+        changed = copy.copy(self)
+        changed.orders = {name: orders[name] for name in self.orders}
+        return changed

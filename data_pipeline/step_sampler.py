@@ -87,6 +87,10 @@ class StepSampler:
         self.rank, self.world = rank, world
         self.start_step, self.stop_step = start_step, stop_step
 
+    def from_step(self, step: int) -> "StepSampler":
+        """The same from another step on."""
+        return StepSampler(self.schedule, self.tasks, self.rank, self.world, step, self.stop_step)
+
     def micro_steps(self, task: str) -> int:
         """Forward passes of one step of `task`, equal on all ranks."""
         batched = self.tasks[task]

@@ -1,6 +1,7 @@
 """One task's data: positions in, batch out, damaged samples replaced on the way."""
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -117,12 +118,20 @@ class TaskStream:
             return self.order.n_rows
         return len(self.reader.shards) if self.selection is None else self.selection.n_kept
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells training data apart: shards (without their folders), and samples that take part."""
+        parts = self.reader.shards.fingerprint, self.order.taking_part
+        return sha256("\n".join(parts).encode()).hexdigest()
+
     def epochs(self, samples: int) -> dict[str, float]:
         """Metrics after `samples` samples of this task: `epoch` is samples per sample that there
         is; with several sources `epoch_NAME` is the passes over each, which is what repeats."""
-        parts = {} if self.order is None else self.order.epochs(samples)
+        if self.order is None:
+            return {"epoch": samples / self.n_rows}
+        parts = self.order.epochs(samples)
         named = {f"epoch_{name}": passes for name, passes in parts.items()}
-        return {"epoch": samples / self.n_rows} | named
+        return {"epoch": self.order.passes(samples)} | named
 
     def load(self, request: MicroBatch, allocate: Allocate | None = None) -> dict[str, Any]:
         """Read, decode and collate one micro-batch.

@@ -6,11 +6,11 @@ from typing import Any
 from torch import nn
 
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.faults import FaultFile
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.reader import SampleReader
-from data_pipeline.shards import ShardSet
-from data_pipeline.sources import concatenated, open_sources, plan_order
+from data_pipeline.sources import concatenated, open_source, open_sources, plan_order
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
 from pretrain import sampler
@@ -27,8 +27,8 @@ def plan_sampling(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> lis
     """The stages that the recipe asks for.
 
     Args:
-        sizes: task -> samples; where `sampling.alpha` needs them and they are not given, the shards
-            are opened (FileNotFoundError, ShardError).
+        sizes: task -> samples that take part; where `sampling.alpha` needs them and they are not
+            given, the shards are opened (raises as `data_pipeline.sources.open_source`).
     """
     weights = {name: task.weight for name, task in recipe.tasks.items()}
     if recipe.sampling.alpha is not None and sizes is None:
@@ -121,15 +121,25 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
 
 
 def build_evaluation_loader(
-    recipe: Recipe, name: str, tokenizer: Tokenizer, rank: int = 0, world: int = 1
+    recipe: Recipe,
+    name: str,
+    tokenizer: Tokenizer,
+    rank: int = 0,
+    world: int = 1,
+    fault_file: FaultFile | None = None,
 ) -> EvaluationLoader:
     """Held-out data of task `name` for one rank; every rank gets the same number of batches.
+
+    fault_file: where every bad sample is written down.
 
     Raises ValueError if the task has no `evaluation`, FileNotFoundError, ShardError.
     """
     task = recipe.tasks[name]
     if task.evaluation is None:
         raise ValueError(f"tasks.{name}.evaluation: this task has no held-out data")
+    held_out = open_source(
+        task.evaluation.shards, task.evaluation.where, remote=recipe.loader.remote
+    )
     changes = {
         "shards": task.evaluation.shards, "sources": None, "image": evaluation_image(task)
     }
@@ -139,12 +149,13 @@ def build_evaluation_loader(
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(
         name,
-        SampleReader(ShardSet.open(task.evaluation.shards, recipe.loader.remote)),
+        SampleReader(held_out.shards),
         None,
         build_fields(data, tokenizer, train=False),
         recipe.seed,
         micro_batch * world,
         micro_batch,
+        held_out.selection,
     )
     loader = recipe.loader
     return EvaluationLoader(
@@ -155,8 +166,8 @@ def build_evaluation_loader(
         max_samples=task.evaluation.max_samples,
         prefetch_batches=loader.prefetch_batches,
         start_method=loader.start_method,
-        max_bad_fraction=loader.max_bad_fraction,
-        max_bad_run=loader.max_bad_run,
+        limits=loader.fault_limits(),
+        fault_file=fault_file,
     )
 
 

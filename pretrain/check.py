@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from data_pipeline.shards import ShardSet
-from data_pipeline.sources import MixedOrder, concatenated, open_sources, plan_order
+from data_pipeline.sources import (
+    MixedOrder,
+    Source,
+    concatenated,
+    open_source,
+    open_sources,
+    plan_order,
+)
 from data_pipeline.step_sampler import MicroBatch, deal
 from pretrain.build import build_model, build_schedule, build_stream, build_tokenizer
 from pretrain.engine.ds_config import engine_config, find_engine_file
@@ -99,9 +105,10 @@ def _task(recipe: Recipe, name: str, task: TaskSettings, world: int) -> Iterator
     sources = open_sources(task.data, recipe.loader.remote)
     shards = concatenated(sources)
     visits = build_schedule(recipe).visits(recipe.steps)[name]
-    per_epoch = len(shards) / task.global_batch
+    samples = sum(source.samples for source in sources)
+    per_epoch = samples / task.global_batch
     yield (
-        f"tasks.{name}: {len(shards)} samples in {len(shards.shards)} shard(s); "
+        f"tasks.{name}: {_kept(samples, len(shards))} in {len(shards.shards)} shard(s); "
         f"{per_epoch:.1f} steps an epoch, {visits} steps = {visits / per_epoch:.2f} epochs"
     )
     order = plan_order(sources, task.global_batch, recipe.seed, name)
@@ -110,13 +117,26 @@ def _task(recipe: Recipe, name: str, task: TaskSettings, world: int) -> Iterator
         epochs = order.epochs(visits * task.global_batch)
         for source in sources:
             yield (
-                f"tasks.{name}: source {source.name}: {len(source.shards)} samples, read "
+                f"tasks.{name}: source {source.name}: {_kept_of(source)}, read "
                 f"{epochs[source.name]:.2f} times"
             )
     if task.evaluation is not None:
-        held_out = ShardSet.open(task.evaluation.shards, recipe.loader.remote)
-        used = min(len(held_out), task.evaluation.max_samples or len(held_out))
-        yield f"tasks.{name}: evaluation on {used} of {len(held_out)} samples"
+        held_out = open_source(
+            task.evaluation.shards, task.evaluation.where, remote=recipe.loader.remote
+        )
+        used = min(held_out.samples, task.evaluation.max_samples or held_out.samples)
+        yield f"tasks.{name}: evaluation on {used} of {_kept_of(held_out)}"
+
+
+def _kept_of(source: Source) -> str:
+    return _kept(source.samples, len(source.shards))
+
+
+def _kept(samples: int, stored: int) -> str:
+    """Samples that take part, and how many there are if a condition leaves some out."""
+    if samples == stored:
+        return f"{samples} samples"
+    return f"{samples} samples ({samples / stored:.1%} of {stored}, by `where`)"
 
 
 def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer") -> Iterator[str]:

@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from data_pipeline.captions import CaptionDataSettings
+from data_pipeline.filters import Condition
 from data_pipeline.labels import LabelDataSettings
 from data_pipeline.loader import LoaderSettings
 from data_pipeline.settings import Settings
@@ -103,6 +104,10 @@ class ModelSettings(Settings):
 class EvaluationSettings(Settings):
     shards: list[str] = Field(min_length=1)
     """Held-out shards: folders, tars, globs or brace patterns; every row is used once."""
+
+    where: Condition | None = None
+    """Only samples that meet this condition on index columns are used, as in `data`; the condition
+    of `data` itself is not applied here. null = all."""
 
     max_samples: int | None = Field(default=None, ge=1)
     """At most so many samples, spread evenly over the shards; null = all."""

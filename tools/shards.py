@@ -29,6 +29,7 @@ from rich.progress import (
 
 from data_pipeline import manifest as manifests
 from data_pipeline.catalogue import expand_specs
+from data_pipeline.columns import column_names
 from data_pipeline.index_builder import build_index
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
 from data_pipeline.shards import ShardSet, load_or_build_index, stored_index
@@ -136,9 +137,10 @@ def _inspect(options: argparse.Namespace) -> int:
     print("  members: " + ", ".join(f"{e} x {n:,}" for e, n in counts[:_EXTENSIONS_SHOWN]))
     if len(counts) > _EXTENSIONS_SHOWN:
         print(f"  and {len(counts) - _EXTENSIONS_SHOWN} more extensions: are there dots in keys?")
-    print("  columns: " + (", ".join(sorted(first.columns)) or "none"))
-    if first.dropped_columns:
-        print(f"  {first.dropped_columns} more numeric fields are not kept as columns")
+    print("  columns: " + (", ".join(sorted(column_names(first))) or "none"))
+    dropped = first.dropped_columns + (first.derived.dropped if first.derived else 0)
+    if dropped:
+        print(f"  {dropped} more numbers are not kept as columns")
     if first.passed_over:
         print(f"  {first.passed_over} files belong to no sample (no extension, or hidden)")
     for row in range(min(_KEYS_SHOWN, len(first))):

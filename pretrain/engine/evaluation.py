@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data_pipeline.faults import FaultFile
 from pretrain import build
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.metrics_log import MetricsLog
@@ -19,13 +20,15 @@ class Evaluator:
     """Evaluates each task that names held-out data."""
 
     def __init__(
-        self, recipe: Recipe, ranks: Ranks, engine, tokenizer, metrics: MetricsLog
+        self, recipe: Recipe, ranks: Ranks, engine, tokenizer, metrics: MetricsLog,
+        fault_file: FaultFile,
     ) -> None:
         self.recipe = recipe
         self.ranks = ranks
         self.engine = engine
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self.fault_file = fault_file
 
     def evaluate(self, step: int) -> dict[str, dict[str, float]]:
         """Evaluate after `step` steps. A collective. Returns task -> metrics."""
@@ -34,7 +37,8 @@ class Evaluator:
             if task.evaluation is None:
                 continue
             loader = build.build_evaluation_loader(
-                self.recipe, name, self.tokenizer, rank=self.ranks.rank, world=self.ranks.world
+                self.recipe, name, self.tokenizer, rank=self.ranks.rank, world=self.ranks.world,
+                fault_file=self.fault_file,
             )
             model = self.engine.module
             values, examples = model.objectives[name].evaluate(

@@ -45,6 +45,10 @@ class TrainerState:
     """Samples of each task that steps have consumed."""
     ledger: list[dict] = field(default_factory=list)
     """What no function of (seed, step) can know; append-only."""
+    bad_rows: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Task -> ranges of rows that were bad and that no entry of the ledger names yet."""
+    quarantine_edits: int = 0
+    """Lines of `quarantine_edits.jsonl` that the ledger has taken in."""
 
 
 @dataclass

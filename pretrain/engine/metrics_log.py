@@ -189,7 +189,7 @@ class MetricsLog:
 
 
 def drop_later_steps(path: Path, resume_step: int) -> None:
-    """Remove the lines of steps after `resume_step` from a metrics file (all of them for step 0).
+    """Remove the lines of steps after `resume_step` from a JSON lines file (all for step 0).
 
     A last line that a crash cut short is removed too. The file is replaced in one rename, so that
     a second crash leaves either the old or the new one. A missing file is left missing.
@@ -202,7 +202,7 @@ def drop_later_steps(path: Path, resume_step: int) -> None:
             try:
                 step = json.loads(line)["step"]
             except (ValueError, KeyError, TypeError):
-                log.warning("%s:%d: not a line of metrics, removed", path, number)
+                log.warning("%s:%d: not a line of JSON with a step, removed", path, number)
                 continue
             if resume_step > 0 and step <= resume_step and line.endswith("\n"):
                 kept.append(line)

@@ -5,6 +5,7 @@
         tokenizer/           the tokenizer's own files
         starts.jsonl         one line per start: command, versions, git state, world, host
         metrics.jsonl        one line per logged step
+        faults/              bad samples that each rank met, one line each
         tensorboard/ logs/ control/ checkpoints/
 """
 
@@ -17,6 +18,9 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+
+from data_pipeline.faults import FaultFile
+from pretrain.engine.metrics_log import drop_later_steps
 
 _PACKAGES = ("torch", "deepspeed", "webdataset", "transformers", "tokenizers", "safetensors",
              "numpy", "pillow", "simplejpeg", "opencv-python-headless", "pydantic", "omnipretrain")
@@ -60,6 +64,17 @@ def record_start(run_dir: Path, world: int, zero_stage: int, device: str, step: 
     }
     with open(run_dir / "starts.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+def open_fault_file(run_dir: Path, rank: int, world: int, step: int) -> FaultFile:
+    """The file of this rank's bad samples, without the lines of steps after `step`, which the run
+    continues from; rank 0 looks after those of ranks that a larger world had."""
+    folder = run_dir / "faults"
+    own = folder / f"rank_{rank:05d}.jsonl"
+    others = [p for p in folder.glob("rank_*.jsonl") if int(p.stem.removeprefix("rank_")) >= world]
+    for path in [own, *(others if rank == 0 else [])]:
+        drop_later_steps(path, step)
+    return FaultFile(own)
 
 
 def _versions() -> dict[str, str]:

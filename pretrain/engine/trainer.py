@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import StepLoader, TaskStream
+from data_pipeline.loader import StepLoader
 from data_pipeline.rng import keyed_u64
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import build, recipe_checks
@@ -20,6 +20,7 @@ from pretrain.engine.agreement import Agreement
 from pretrain.engine.balance import TaskBalance
 from pretrain.engine.checkpoint import Checkpoints, fill_masters
 from pretrain.engine.control import ControlFolder, StopSignals
+from pretrain.engine.data_record import data_entries
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
 from pretrain.engine.ds_config import engine_config, offloads_optimizer
 from pretrain.engine.ema import Ema
@@ -27,7 +28,8 @@ from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.loop import Loop, StepReport, TrainerState
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.metrics_log import MetricsLog
-from pretrain.engine.run_dir import RunDirError, record_start
+from pretrain.engine.quarantine import Quarantine
+from pretrain.engine.run_dir import RunDirError, open_fault_file, record_start
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.throughput import Throughput
 from pretrain.engine.zero import start_engine
@@ -153,19 +155,30 @@ class Trainer:
         if newest is not None:
             self._restore(newest)
         step = self.state.step
-        with MetricsLog(self.run_dir, ranks.rank, step, recipe.steps, recipe.logging) as self.log:
+        with (
+            MetricsLog(self.run_dir, ranks.rank, step, recipe.steps, recipe.logging) as self.log,
+            open_fault_file(self.run_dir, ranks.rank, ranks.world, step) as self.faults,
+        ):
             if ranks.leads:
                 stage = self.engine.zero_optimization_stage()
                 record_start(self.run_dir, ranks.world, stage, str(ranks.device), step)
                 self.control.status("running", step)
             self._announce(newest)
-            self.evaluator = Evaluator(recipe, ranks, self.engine, self.tokenizer, self.log)
+            self.evaluator = Evaluator(
+                recipe, ranks, self.engine, self.tokenizer, self.log, self.faults
+            )
             self._train()
 
     def _train(self) -> None:
         recipe, state = self.recipe, self.state
         streams = build.build_streams(recipe, self.tokenizer)
-        schedule = self._schedule({name: stream.n_rows for name, stream in streams.items()})
+        fingerprints = {name: stream.fingerprint for name, stream in streams.items()}
+        state.ledger += data_entries(fingerprints, state.ledger, state.step)
+        self.schedule = schedule = self._schedule(
+            {name: stream.n_rows for name, stream in streams.items()}
+        )
+        self.quarantine = Quarantine(self.run_dir, self.ranks, state, streams)
+        self.agreement = self._agreement(fingerprints)
         self.throughput = Throughput(self.ranks, recipe.logging.peak_tflops_per_device)
         loop = Loop(
             self.engine, self.ranks, recipe.seed,
@@ -173,21 +186,23 @@ class Trainer:
             recipe.failure.max_skipped_steps,
             {name: task.global_batch for name, task in recipe.tasks.items()},
             self.control, self.signals, lambda step: build.loss_weights(recipe, schedule, step),
-            self._agreement(streams),
+            self.agreement,
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self.ema.update if self.ema else lambda update: None,
         )
-        stopped = None
+        stopped, self.loader = None, None
         if state.step < recipe.steps:
             self.loader = StepLoader(
                 streams, schedule, recipe.loader, rank=self.ranks.rank,
                 world=self.ranks.world, start_step=state.step, stop_step=recipe.steps,
-                pin_memory=self.ranks.device.type == "cuda",
+                pin_memory=self.ranks.device.type == "cuda", fault_file=self.faults,
             )
             stopped = loop.run(
                 self.loader, state, wants_report=self._wants_report,
                 on_report=self._on_report, after_step=self._after_step,
             )
+        if self.loader is not None and self.saved_step != state.step:
+            self._look_after_bad_samples()
         self._save()
         if self.ranks.leads:
             self.control.status("stopped" if stopped else "finished", state.step, stopped or "")
@@ -211,16 +226,15 @@ class Trainer:
                 log.info("schedule: %s", line)
         return schedule
 
-    def _agreement(self, streams: dict[str, TaskStream]) -> Agreement:
-        """The check that ranks run the same, on the same data."""
-        common = {
-            f"data of {name}": stream.reader.shards.fingerprint[:16]
-            for name, stream in streams.items()
-        } | {
-            "world": str(self.ranks.world),
-            "ledger": f"{keyed_u64(json.dumps(self.state.ledger, sort_keys=True)):016x}",
-        }
+    def _agreement(self, fingerprints: dict[str, str]) -> Agreement:
+        """The check that ranks run the same, on the same data: task -> fingerprint of its data."""
+        common = {f"data of {name}": found[:16] for name, found in fingerprints.items()} | {
+            "world": str(self.ranks.world), "ledger": self._ledger_digest(),
+        }  # fmt: skip
         return Agreement(self.ranks, self.recipe.sampling.check_every_steps, common)
+
+    def _ledger_digest(self) -> str:
+        return f"{keyed_u64(json.dumps(self.state.ledger, sort_keys=True)):016x}"
 
     # ---- between steps ---------------------------------------------------------------------------
 
@@ -244,6 +258,7 @@ class Trainer:
             with self.ema.in_module() if averaged else contextlib.nullcontext():
                 self.evaluator.evaluate(state.step)
         if save_asked or state.step % recipe.checkpoint.every_steps == 0:
+            self._look_after_bad_samples()
             self._save()
             if save_asked and self.ranks.leads:
                 self.control.save_done()
@@ -255,6 +270,20 @@ class Trainer:
         count = torch.tensor([mine], device=self.ranks.device)
         dist.all_reduce(count)
         return int(count)
+
+    def _look_after_bad_samples(self) -> None:
+        """Before a checkpoint, which has to hold what ranks agree on: see `engine.quarantine`."""
+        faults, planned = self.loader.take_faults(), self.recipe.checkpoint.every_steps
+        if not self.recipe.loader.quarantine:
+            return
+        self.quarantine.gather(faults)
+        if self.state.step % planned == 0 and self.state.step < self.recipe.steps:
+            visits = self.schedule.visits(self.state.step)
+            samples = {n: v * self.recipe.tasks[n].global_batch for n, v in visits.items()}
+            if self.quarantine.revise(samples):
+                self.agreement.common["ledger"] = self._ledger_digest()
+                self.loader.restart()
+        self.quarantine.write_list()
 
     # ---- checkpoints -----------------------------------------------------------------------------
 

@@ -67,13 +67,17 @@ def pack(folder: Path, samples: int, per_shard: int = 25) -> ShardSet:
 def damage(folder: Path, numbers: list[int]) -> None:
     """Make the JPEGs of some samples of `pack` unreadable."""
     for number in numbers:
-        shard = next(
-            s for s in folder.glob("*.tar") if f"{number:05d}.jpg".encode() in s.read_bytes()
-        )
-        content = bytearray(shard.read_bytes())
-        payload = content.index(f"{number:05d}.jpg".encode()) + 512
-        content[payload + 100 : payload + 108] = bytes(8 * [0xAA])
-        shard.write_bytes(content)
+        damage_key(folder, f"{number:05d}")
+
+
+def damage_key(folder: Path, key: str) -> None:
+    """Overwrite bytes in the JPEG of one sample."""
+    name = f"{key}.jpg".encode()
+    shard = next(s for s in folder.glob("*.tar") if name in s.read_bytes())
+    content = bytearray(shard.read_bytes())
+    payload = content.index(name) + 512
+    content[payload + 100 : payload + 108] = bytes(8 * [0xAA])
+    shard.write_bytes(content)
 
 
 def stream(

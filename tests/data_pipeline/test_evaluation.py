@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_pipeline.faults import FaultLimits
 from data_pipeline.loader import DataError, EvaluationLoader
 from data_pipeline.shards import ShardSet
 from tests.data_pipeline.photos import caption, damage, pack, stream
@@ -57,14 +58,17 @@ def test_bad_samples_are_left_out(tmp_path):
     pack(tmp_path, 30)
     damage(tmp_path, [2, 29])
     loader = EvaluationLoader(
-        stream(ShardSet.open(str(tmp_path)), 4, 4, train=False), 0, 1, max_bad_fraction=0.1
+        stream(ShardSet.open(str(tmp_path)), 4, 4, train=False),
+        0,
+        1,
+        limits=FaultLimits(max_bad_fraction=0.1),
     )
     for _ in range(2):
         rows = [r for b in loader for r in b["row"][b["valid"]].tolist()]
         assert rows == [row for row in range(30) if row not in (2, 29)]
         count = loader.faults()["caption"]
         assert (count.samples, count.replaced) == (30, 2)
-    strict = EvaluationLoader(loader.stream, 0, 1, max_bad_fraction=0.0)
+    strict = EvaluationLoader(loader.stream, 0, 1, limits=FaultLimits(max_bad_fraction=0.0))
     with pytest.raises(DataError, match="1 of 4 samples"):
         list(strict)
 

@@ -73,8 +73,17 @@ def mutated_tars(draw) -> tuple[bytes, list[tuple[str, bytes]]]:
         elif kind == "zero":
             tar[block : block + BLOCK] = bytes(BLOCK)
         else:
-            record = draw(st.sampled_from([b"30 size=99999999999999999999999\n", b"9 size=-1\n",
-                                           b"0 size=1\n", b"12 path=../a\n", b"11 size=1_0\n"]))
+            record = draw(
+                st.sampled_from(
+                    [
+                        b"30 size=99999999999999999999999\n",
+                        b"9 size=-1\n",
+                        b"0 size=1\n",
+                        b"12 path=../a\n",
+                        b"11 size=1_0\n",
+                    ]
+                )
+            )
             tar[block : block + BLOCK] = record.ljust(BLOCK, b"\0")
         if len(tar) < BLOCK:
             break

@@ -35,6 +35,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def recipe_file(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     return write_recipe(tmp_path / "tiny.yaml", tiny_recipe(data, tmp_path / "run"))
 
@@ -148,6 +149,30 @@ def test_check_tells_stages_and_sources(data, recipe_file, capsys):
     assert main(["check", str(recipe_file), *two, "sampling.alpha=0.5"]) == 0
     # sqrt(70) against 1.8 sqrt(60)
     assert "caption 3/8, second 5/8" in capsys.readouterr().out
+
+
+def test_conditions_decide_what_is_read_and_check_tells(data, recipe_file, capsys):
+    where = "width == 32 and captions.count > 0 and key < '000024'"
+    overrides = [f'tasks.caption.data.where="{where}"',
+                 "tasks.caption.evaluation.where=\"key >= '000004'\""]
+    recipe = load_recipe(recipe_file, overrides)
+    assert main(["check", str(recipe_file), *overrides]) == 0
+    text = capsys.readouterr().out
+    assert "24 samples (40.0% of 60, by `where`) in 3 shard(s); 3.0 steps an epoch" in text
+    assert "evaluation on 6 of 6 samples (60.0% of 10, by `where`)" in text
+    tokenizer = build_tokenizer(recipe)
+    stream = build_streams(recipe, tokenizer)["caption"]
+    assert sorted(stream.order.rows(np.arange(24)).tolist()) == list(range(24))
+    assert stream.epochs(36) == {"epoch": 1.5}
+    loaders = [build_evaluation_loader(recipe, "caption", tokenizer, rank, 2) for rank in range(2)]
+    keys = [key for loader in loaders for batch in loader for key in batch["key"]]
+    assert sorted(filter(None, keys)) == [f"{n:06d}" for n in range(4, 10)]
+
+    assert main(["check", str(recipe_file), "tasks.caption.data.where=width < 32"]) == 1
+    text = capsys.readouterr().out
+    assert "FAULT tasks.caption: where: condition `width < 32`: none of the 60 samples" in text
+    assert main(["check", str(recipe_file), "tasks.caption.data.where=width < "]) == 2
+    assert "tasks.caption.data.where: condition `width <`: character" in capsys.readouterr().err
 
 
 def test_schedules_follow_the_ledger(recipe_file):

@@ -4,22 +4,15 @@ A `torch.library` operator: it can be compiled, exported, checkpointed, and trac
 device. Its backward pass keeps nothing but the three inputs.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from pretrain.models.operators import dcnv3_torch
-from pretrain.models.operators.backends import AUTO, choose
+from pretrain.models.operators import dcnv3_cpu, dcnv3_torch
+from pretrain.models.operators.backends import AUTO
+from pretrain.models.operators.registration import register
 from pretrain.models.operators.window import Window
 
 Size = int | tuple[int, int]
-
-_GEOMETRY = (
-    "int[] kernel_size, int[] stride, int[] pad, int[] dilation, int groups, float offset_scale, "
-    "bool remove_center, str backend"
-)
-_BACKENDS: dict[str, ModuleType] = {"torch": dcnv3_torch}
 
 
 def dcnv3(
@@ -49,8 +42,8 @@ def dcnv3(
     its distance from the kernel's centre. Bilinear; outside of the image there are zeros.
     `remove_center` leaves the middle point out: P is one less.
 
-    Sizes are a number or (vertical, horizontal). `backend` is `torch`, or `auto`: see
-    `backends.py`.
+    Sizes are a number or (vertical, horizontal). `backend` is `cpp` (on a CPU), `torch` or `auto`,
+    the fastest that works: see `backends.py`.
 
     Errors: ValueError or TypeError that names the argument which does not fit.
     """
@@ -67,76 +60,24 @@ def _pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _window(
-    kernel_size: list[int],
-    stride: list[int],
-    pad: list[int],
-    dilation: list[int],
-    groups: int,
-    offset_scale: float,
-    remove_center: bool,
-) -> Window:
-    pairs = (tuple(pair) for pair in (kernel_size, stride, pad, dilation))
-    return Window(*pairs, groups, offset_scale, remove_center)
-
-
-def _usable(device: torch.device) -> dict:
-    return {"torch": lambda: True}
-
-
-def _backend(name: str, device: torch.device) -> ModuleType:
-    return _BACKENDS[choose(name, device, _usable(device))]
-
-
-def _forward(value: Tensor, offset: Tensor, mask: Tensor, *geometry) -> Tensor:
-    *fields, backend = geometry
-    window = _window(*fields)
+def _prepare(value: Tensor, offset: Tensor, mask: Tensor, *numbers) -> Window:
+    pairs = (tuple(pair) for pair in numbers[:4])
+    window = Window(*pairs, *numbers[4:])
     window.check(value, offset, mask)
-    return _backend(backend, value.device).forward(value, offset, mask, window)
+    return window
 
 
-def _forward_shape(value: Tensor, offset: Tensor, mask: Tensor, *geometry) -> Tensor:
-    window = _window(*geometry[:-1])
-    window.check(value, offset, mask)
+def _output_shape(value: Tensor, offset: Tensor, window: Window) -> tuple[int, ...]:
     n, height, width, channels = value.shape
-    return value.new_empty(n, *window.output_size(height, width), channels)
+    return (n, *window.output_size(height, width), channels)
 
 
-def _backward(
-    gradient: Tensor, value: Tensor, offset: Tensor, mask: Tensor, *geometry
-) -> tuple[Tensor, Tensor, Tensor]:
-    *fields, backend = geometry
-    window = _window(*fields)
-    return _backend(backend, value.device).backward(gradient, value, offset, mask, window)
-
-
-def _backward_shapes(
-    gradient: Tensor, value: Tensor, offset: Tensor, mask: Tensor, *geometry
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (value, offset, mask))
-
-
-def _save(ctx, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.geometry = inputs[3:]
-
-
-def _differentiate(ctx, gradient: Tensor) -> tuple:
-    gradients = torch.ops.omnipretrain.dcnv3_backward(gradient, *ctx.saved_tensors, *ctx.geometry)
-    return *gradients, *(None for _ in ctx.geometry)
-
-
-def _register() -> None:
-    inputs = f"Tensor value, Tensor offset, Tensor mask, {_GEOMETRY}"
-    for name, schema, kernel, shapes in (
-        ("dcnv3", f"({inputs}) -> Tensor", _forward, _forward_shape),
-        ("dcnv3_backward", f"(Tensor gradient, {inputs}) -> (Tensor, Tensor, Tensor)",
-         _backward, _backward_shapes),
-    ):
-        torch.library.define(f"omnipretrain::{name}", schema)
-        torch.library.impl(f"omnipretrain::{name}", "default", kernel)
-        torch.library.register_fake(f"omnipretrain::{name}", shapes)
-    torch.library.register_autograd("omnipretrain::dcnv3", _differentiate, setup_context=_save)
-
-
-_register()
+register(
+    "dcnv3",
+    ("value", "offset", "mask"),
+    "int[] kernel_size, int[] stride, int[] pad, int[] dilation, int groups, float offset_scale, "
+    "bool remove_center",
+    _prepare,
+    _output_shape,
+    {"cpp": dcnv3_cpu, "torch": dcnv3_torch},
+)

@@ -1,0 +1,117 @@
+"""The C++ operators for the CPU: compiled once for a machine, kept in a cache, loaded from there.
+
+The cache is $OMNIPRETRAIN_CACHE, or ~/.cache/omnipretrain. A library in it is named by all that its
+code depends on: sources, compiler, torch, and the vector instructions of the CPU (as torch sees
+them: ATEN_CPU_CAPABILITY=avx2 holds back wider ones). It needs a C++20 compiler, and nothing else.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from data_pipeline.files import exclusive
+
+_log = logging.getLogger(__name__)
+
+_HERE = Path(__file__).parent
+_SOURCES = ("dcnv3_cpu.cpp", "ms_deform_attn_cpu.cpp")
+_HEADERS = ("lanes.h", "points.h", "sampling.h")
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+_VECTOR_FLAGS = {
+    "AVX2": _AVX2,
+    "AVX512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+               "-mprefer-vector-width=512"),
+}  # fmt: skip
+# Neither NaN nor rounding is given up: only what keeps loops from becoming vectors.
+_FLAGS = (
+    "-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
+    "-fno-trapping-math", "-fno-signed-zeros", "-DNDEBUG", "-w",
+)  # fmt: skip
+_COMPILER_LIMIT_S = 900.0
+
+
+class BuildError(RuntimeError):
+    """The C++ operators cannot be had on this machine."""
+
+
+@functools.cache
+def missing() -> str | None:
+    """Load the C++ operators, compiling them if need be; None, or why they are not to be had.
+
+    A failure is logged once, with what it means.
+    """
+    try:
+        torch.ops.load_library(library())
+    except (BuildError, OSError) as error:
+        _log.warning("no C++ operators, plain PyTorch computes them, many times slower: %s", error)
+        return str(error)
+    return None
+
+
+def library() -> Path:
+    """Path of the compiled library; whichever process comes first compiles, others wait for it.
+
+    Errors: BuildError, OSError (a cache that cannot be written).
+    """
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise BuildError(f"there is no C++ compiler {compiler!r}; install g++ or set CXX")
+    flags = (*_FLAGS, *_VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    root = os.environ.get("OMNIPRETRAIN_CACHE") or Path.home() / ".cache" / "omnipretrain"
+    path = Path(root) / "operators" / f"cpu_{_fingerprint(compiler, flags)}.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with exclusive(path):
+        if not path.exists():
+            _log.info("compiling the C++ operators into %s; this takes a minute, once", path)
+            _build(compiler, flags, path)
+    return path
+
+
+def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for name in (*_SOURCES, *_HEADERS):
+        digest.update((_HERE / name).read_bytes())
+    facts = (compiler, _output([compiler, "--version"]), flags, torch.__version__,
+             platform.machine())  # fmt: skip
+    digest.update(repr(facts).encode())
+    return digest.hexdigest()[:20]
+
+
+def _build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    # Imported here: it looks for CUDA and compilers.
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    includes = [f"-I{folder}" for folder in include_paths()]
+    libraries = [f"-L{folder}" for folder in library_paths()]
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
+        objects = [f"{folder}/{Path(name).stem}.o" for name in _SOURCES]
+        for name, object_file in zip(_SOURCES, objects, strict=True):
+            _output([compiler, *flags, *includes, "-c", str(_HERE / name), "-o", object_file])
+        built = Path(folder) / path.name
+        # OpenMP is not linked: it has to be the one that torch has loaded, not a second one.
+        _output([compiler, "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10", "-o",
+                 str(built)])  # fmt: skip
+        os.replace(built, path)
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILER_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{command[0]} has not finished in {_COMPILER_LIMIT_S:g} s") from None
+    if done.returncode:
+        first = [line for line in done.stderr.splitlines() if "error" in line.lower()][:3]
+        reason = "; ".join(first) or done.stderr[-500:]
+        raise BuildError(f"{command[0]} failed with status {done.returncode}: {reason}")
+    return done.stdout
