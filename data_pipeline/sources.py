@@ -18,6 +18,7 @@ from data_pipeline.expressions import ExpressionError
 from data_pipeline.filters import Condition, select_rows
 from data_pipeline.mixture import BlockCycle
 from data_pipeline.order import Order
+from data_pipeline.reader import MAX_MEMBER_BYTES
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.rng import keyed_u64
 from data_pipeline.selection import KeptOrder, Selection
@@ -51,6 +52,9 @@ class ShardedData(Settings):
     where: Condition | None = None
     """Only samples of `shards` that meet this condition on index columns take part, for example
     "width >= 256 and captions.count > 0"; null = all."""
+
+    max_member_bytes: int = Field(default=MAX_MEMBER_BYTES, ge=1)
+    """Samples with a larger member are bad; nothing of such a member is read."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:

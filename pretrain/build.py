@@ -75,7 +75,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
     objectives = {
         name: build_objective(task, encoders, tokenizer) for name, task in recipe.tasks.items()
     }
-    return MultiTaskModel(encoders, objectives)
+    return MultiTaskModel(encoders, objectives, recipe.seed)
 
 
 def build_objective(
@@ -111,7 +111,7 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
     sources = open_sources(task.data, recipe.loader.remote)
     return TaskStream(
         name,
-        SampleReader(concatenated(sources)),
+        SampleReader(concatenated(sources), max_member_bytes=task.data.max_member_bytes),
         plan_order(sources, task.global_batch, recipe.seed, name),
         build_fields(task.data, tokenizer, train=True),
         recipe.seed,
@@ -149,7 +149,7 @@ def build_evaluation_loader(
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(
         name,
-        SampleReader(held_out.shards),
+        SampleReader(held_out.shards, max_member_bytes=task.data.max_member_bytes),
         None,
         build_fields(data, tokenizer, train=False),
         recipe.seed,

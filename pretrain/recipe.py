@@ -35,6 +35,7 @@ from data_pipeline.transforms import ImageSettings
 from pretrain import recipe_checks
 from pretrain.engine.checkpoint import CheckpointSettings
 from pretrain.engine.metrics_log import LoggingSettings
+from pretrain.models.internimage import InternImageSettings
 from pretrain.models.text import TextEncoderSettings
 from pretrain.models.vit import VitSettings
 from pretrain.objectives.captioning import CaptioningSettings
@@ -83,7 +84,9 @@ _PATHS = (
 )
 
 
-Encoder = Annotated[VitSettings | TextEncoderSettings, Field(discriminator="type")]
+Encoder = Annotated[
+    VitSettings | InternImageSettings | TextEncoderSettings, Field(discriminator="type")
+]
 Objective = Annotated[
     CaptioningSettings | ClassificationSettings | ContrastiveSettings, Field(discriminator="type")
 ]

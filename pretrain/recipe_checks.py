@@ -4,7 +4,7 @@ Every function returns lines that name both fields and the way out; `problems` c
 """
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -75,8 +75,9 @@ def _check_encoders(recipe: "Recipe") -> list[str]:
                     f"{encoders[chosen].type} reads {encoders[chosen].reads}: name another encoder"
                 )
             elif reads == "images":
-                patch = encoders[chosen].patch_size
-                found += _check_image_sizes(f"tasks.{name}", task, patch, chosen)
+                found += _check_image_sizes(f"tasks.{name}", task, encoders[chosen], chosen)
+                found += _check_pool(where, task, encoders[chosen])
+    found += _check_heads(recipe)
     for name in encoders:
         if name not in used:
             found.append(
@@ -135,15 +136,51 @@ def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> li
     return found
 
 
-def _check_image_sizes(where: str, task: "TaskSettings", patch: int, encoder: str) -> list[str]:
+def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str) -> list[str]:
+    step = encoder.size_multiple
     images = {f"{where}.data.image": task.data.image}
     if task.evaluation is not None and task.evaluation.image is not None:
         images[f"{where}.evaluation.image"] = task.evaluation.image
+    found = []
+    for key, image in images.items():
+        below, needs = image.size // step * step, f"model.encoders.{name} ({encoder.type}) needs"
+        if image.mode == "keep_aspect":
+            if not encoder.any_sides:
+                found.append(
+                    f"{key}.mode=keep_aspect gives sides that are not multiples of {step}, as "
+                    f"{needs}: use another mode"
+                )
+        elif image.size % step:
+            found.append(
+                f"{key}.size={image.size} is not a multiple of {step}, as {needs}: "
+                f"use {below or step} or {below + step}"
+            )
+    return found
+
+
+def _check_pool(where: str, task: "TaskSettings", encoder: Any) -> list[str]:
+    """An objective that wants one vector per image asks for one that the encoder has."""
+    pool = getattr(task.objective, "pool", None)
+    if pool is None or pool in encoder.pools:
+        return []
     return [
-        f"{key}.size={image.size} is not a multiple of model.encoders.{encoder}.patch_size={patch}:"
-        f" use {image.size // patch * patch or patch} or {(image.size // patch + 1) * patch}"
-        for key, image in images.items()
-        if image.size % patch and image.mode != "keep_aspect"
+        f"{where} cannot give pool={pool}: this {encoder.type} has {' and '.join(encoder.pools)}"
+        + (", and with a `head` also that" if pool == "head" and encoder.type != "vit" else "")
+    ]
+
+
+def _check_heads(recipe: "Recipe") -> list[str]:
+    """An encoder's own head is used by some task."""
+    pooled = {
+        task.objective.encoder
+        for task in recipe.tasks.values()
+        if getattr(task.objective, "pool", None) == "head"
+    }
+    return [
+        f"model.encoders.{name}.head: no task has `pool: head`, so it would only decay: remove it "
+        "(head=null), or let an objective use it"
+        for name, encoder in recipe.model.encoders.items()
+        if "head" in getattr(encoder, "pools", ()) and name not in pooled
     ]
 
 

@@ -21,7 +21,8 @@ from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
 from data_pipeline.transforms import ImageSettings
 from pretrain.build import evaluation_image
-from pretrain.objectives.image_tokens import encode_images, pool_tokens
+from pretrain.models.pixels import normalise_pixels
+from pretrain.objectives.image_tokens import image_vectors, vector_width
 from pretrain.objectives.probing import knn_top1, linear_top1
 from tools.trained import TrainedRun, open_run
 
@@ -69,8 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", type=int, required=True, help="number of classes")
     parser.add_argument("--label-source", default="cls", help="as in recipes (default: cls)")
     parser.add_argument("--encoder", help="name of the encoder, if the run has several")
-    parser.add_argument("--pool", choices=("mean", "class_token"), default="mean",
-                        help="what an image is: the mean of its tokens, or the first one")
+    parser.add_argument("--pool", choices=("mean", "class_token", "head"), default="mean",
+                        help="what an image is: the mean of its tokens, the first one, or what "
+                             "the encoder's own head makes of them")
     parser.add_argument("--weights", choices=("master", "ema"), default="master",
                         help="trained weights, or their moving average")
     parser.add_argument("--neighbours", type=int, default=20, help="that vote (default: 20)")
@@ -110,6 +112,7 @@ def features(
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = run.model.encoders[name].to(device)
+    vector_width(encoder, args.pool)  # or an error that says why not
     batch_size = 1 if image.mode == "keep_aspect" else args.batch
     stream = TaskStream(
         "probe", SampleReader(ShardSet.open(shards)), None, LabelFields(data, train=False), 0,
@@ -119,9 +122,12 @@ def features(
     pieces, labels = [], []
     with console.status(f"features of {len(ShardSet.open(shards))} images"):
         for batch in loader:
-            tokens = encode_images(encoder, batch["images"].to(device), image.mean, image.std)
+            pixels = normalise_pixels(
+                batch["images"].to(device), image.mean, image.std, encoder.dtype
+            )
             known = batch["labels"] != NO_LABEL
-            pieces.append(pool_tokens(tokens, args.pool).float().cpu()[known])
+            vectors = image_vectors(encoder, pixels, args.pool, draws=None)
+            pieces.append(vectors.float().cpu()[known])
             labels.append(batch["labels"][known])
     if not sum(map(len, pieces)):
         raise ValueError(f"{', '.join(shards)}: no sample has a label at {args.label_source}")

@@ -1,4 +1,4 @@
-"""Classification: a linear head on the pooled tokens of an image."""
+"""Classification: a linear layer on one vector per image."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from data_pipeline.labels import NO_LABEL
 from data_pipeline.settings import Settings
 from pretrain.models.pixels import normalise_pixels
+from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
-from pretrain.objectives.image_tokens import Pool, encode_images, find_encoder, pool_tokens
+from pretrain.objectives.image_tokens import (
+    Pool,
+    find_encoder,
+    image_vectors,
+    vector_flops,
+    vector_width,
+)
 from pretrain.objectives.mixing import mix_pairs, partners
 
 _TOP = 5
@@ -28,7 +35,8 @@ class ClassificationSettings(Settings):
     encoder: str = "image"
     """Name of the encoder in `model.encoders` whose tokens the head reads."""
     pool: Pool = "mean"
-    """What the head sees of an image: the mean of its tokens, or the first one (`class_token`)."""
+    """What the linear layer sees of an image: the mean of its tokens, the first one
+    (`class_token`), or the vector that the encoder's own `head` makes."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Share of the target spread evenly over all classes."""
 
@@ -42,14 +50,15 @@ class ClassificationSettings(Settings):
     ) -> "Classification":
         """The objective for these encoders and the pixel statistics and classes of the data.
 
-        `vocabulary` is for objectives with text. Raises ValueError: no encoder of that name.
+        `vocabulary` is for objectives with text. Raises ValueError: no encoder of that name, or
+        one that cannot pool that way.
         """
         encoder = find_encoder(encoders, self.encoder)
         return Classification(
             classes,
             encoder=self.encoder,
-            encoder_width=encoder.width,
-            encoder_flops=encoder.flops,
+            encoder_width=vector_width(encoder, self.pool),
+            encoder_flops=vector_flops(encoder, self.pool),
             image_mean=image_mean,
             image_std=image_std,
             pool=self.pool,
@@ -63,7 +72,7 @@ class Classification(nn.Module):
     Args:
         classes: number of classes.
         encoder: name of the encoder that `forward` picks from those it is given.
-        encoder_width: channels of the encoder's tokens.
+        encoder_width: channels of what the encoder hands over.
         encoder_flops: (height, width) -> FLOPs of a forward pass for one image.
         image_mean, image_std: per channel, in units of the full range.
         pool, label_smoothing: as in `ClassificationSettings`.
@@ -105,9 +114,10 @@ class Classification(nn.Module):
     ) -> dict[str, Tensor]:
         """This micro-batch's share of the global batch's loss and metrics.
 
-        batch: images (B, 3, H, W) uint8; labels (B,) int64, NO_LABEL where there is none. With
-        mix_share and mix_box neighbours are mixed (`mix_pairs`): the loss is that of both labels by
-        their shares, the other metrics judge an image by the label of its larger part.
+        batch: images (B, 3, H, W) uint8; labels (B,) int64, NO_LABEL where there is none; draws of
+        the images, if the encoder needs some. With mix_share and mix_box neighbours are mixed
+        (`mix_pairs`): the loss is that of both labels by their shares, the other metrics judge an
+        image by the label of its larger part.
         totals: "images" and "labels" of the global batch.
 
         Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
@@ -164,7 +174,8 @@ class Classification(nn.Module):
         counts = {"images": 0, "labels": 0}
         with torch.no_grad(), evaluating(self, encoders[self.encoder]):
             for batch in loader:
-                logits = self._logits(encoders, batch["images"].to(device))
+                pixels = self._pixels(encoders, batch["images"].to(device))
+                logits = self._logits(encoders, pixels, None)
                 found = torch.stack(self.label_sums(logits, batch["labels"].to(device)))
                 sums += found.double().cpu()
                 counts = {name: counts[name] + n for name, n in self.count(batch).items()}
@@ -181,12 +192,12 @@ class Classification(nn.Module):
         self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any]
     ) -> Sequence[Tensor]:
         """`label_sums` of a training batch, mixed if it says so."""
-        labels, encoder = batch["labels"], encoders[self.encoder]
-        pixels = normalise_pixels(batch["images"], self.image_mean, self.image_std, encoder.dtype)
+        labels, draws = batch["labels"], batch.get("draws")
+        pixels = self._pixels(encoders, batch["images"])
         if "mix_share" not in batch:
-            return self.label_sums(self._head(encoder(pixels)), labels)
+            return self.label_sums(self._logits(encoders, pixels, draws), labels)
         pixels, weights = mix_pairs(pixels, batch)
-        logits = self._head(encoder(pixels))
+        logits = self._logits(encoders, pixels, draws)
         others = partners(labels)
         larger = torch.where(weights > 0.5, others, labels)
         _, *sums = self.label_sums(logits, larger)
@@ -197,11 +208,13 @@ class Classification(nn.Module):
         )
         return [((1 - weights) * own + weights * other).sum(), *sums]
 
-    def _logits(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
-        """(B, classes) float32."""
-        return self._head(
-            encode_images(encoders[self.encoder], images, self.image_mean, self.image_std)
-        )
+    def _pixels(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+        dtype = encoders[self.encoder].dtype
+        return normalise_pixels(images, self.image_mean, self.image_std, dtype)
 
-    def _head(self, tokens: Tensor) -> Tensor:
-        return self.head(pool_tokens(tokens, self.pool)).float()
+    def _logits(
+        self, encoders: Mapping[str, nn.Module], pixels: Tensor, draws: SampleDraws | None
+    ) -> Tensor:
+        """(B, classes) float32."""
+        vectors = image_vectors(encoders[self.encoder], pixels, self.pool, draws)
+        return self.head(vectors).float()

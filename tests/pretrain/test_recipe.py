@@ -193,8 +193,8 @@ def test_every_fault_is_reported_at_once():
         ),
         (
             ["tasks.caption.data.image.size=60"],
-            "tasks.caption.data.image.size=60 is not a multiple of "
-            "model.encoders.image.patch_size=16: use 48 or 64",
+            "tasks.caption.data.image.size=60 is not a multiple of 16, as model.encoders.image "
+            "(vit) needs: use 48 or 64",
         ),
         (
             ["tasks.caption.data.text_length=65"],
@@ -442,8 +442,8 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
         ),
         (
             ["tasks.classify.data.image.size=60"],
-            "tasks.classify.data.image.size=60 is not a multiple of "
-            "model.encoders.image.patch_size=16: use 48 or 64",
+            "tasks.classify.data.image.size=60 is not a multiple of 16, as model.encoders.image "
+            "(vit) needs: use 48 or 64",
         ),
         (
             ["tasks.contrast.objective.temperature=0.001"],
