@@ -142,7 +142,8 @@ class Blocks:
             if shard is None:
                 continue
             first, rows = int(span.partition("-")[0], 16), int(self._block_rows[shard])
-            if name == _name(key, first, min(first + rows, int(self._samples[shard]))):
+            last = min(first + rows, int(self._samples[shard]))
+            if first % rows == 0 and name == _name(key, first, last):
                 found[name] = int(self._first[shard]) + first // rows
         return found
 

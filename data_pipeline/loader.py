@@ -11,15 +11,17 @@ position is the step it was started at.
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
+from data_pipeline.cache import CacheSettings
 from data_pipeline.evaluation import EvaluationLoader
 from data_pipeline.faults import FaultCount, FaultFile, FaultLimits, FaultPolicy, OnBadSample
+from data_pipeline.prefetch import Prefetcher
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.settings import Settings
 from data_pipeline.stall import StallWatch
@@ -65,6 +67,8 @@ class LoaderSettings(Settings):
     """Waiting longer than this for a batch logs which positions are being processed."""
     remote: RemoteSettings = RemoteSettings()
     """How shards are read whose names are URLs."""
+    cache: CacheSettings | None = None
+    """Copies of shards on each node's own disk, fetched ahead of the run. null: none."""
 
     def fault_limits(self) -> FaultLimits:
         """When bad samples end the run."""
@@ -118,6 +122,7 @@ class StepLoader:
         stop_step: int,
         pin_memory: bool = False,
         fault_file: FaultFile | None = None,
+        node_ranks: range | None = None,
     ) -> None:
         """Assemble the loader; workers start with the iteration.
 
@@ -130,6 +135,8 @@ class StepLoader:
             stop_step: end of the run (not loaded).
             pin_memory: page-lock images for asynchronous copies; needs CUDA.
             fault_file: where every bad sample is written down.
+            node_ranks: ranks that share this node and its cache; the first of them reads ahead for
+                all. None: this one alone.
         """
         self.settings, self.rank = settings, rank
         self.streams = dict(streams)
@@ -138,6 +145,7 @@ class StepLoader:
         self._fault_file, self._restart = fault_file, False
         self._policy = FaultPolicy(settings.fault_limits(), rank, fault_file)
         self._pin_memory = pin_memory
+        self._node_ranks = range(rank, rank + 1) if node_ranks is None else node_ranks
 
     def faults(self) -> dict[str, FaultCount]:
         """Bad samples met by this rank so far, by task."""
@@ -176,9 +184,20 @@ class StepLoader:
             window=self.sampler.most_micro_steps(),
         )
         watch = StallWatch(settings.stall_seconds, lambda: self._describe(requests))
-        with closing(batches), watch:
+        with self._read_ahead(sampler) as ahead, closing(batches), watch:
             for step in range(sampler.start_step, sampler.stop_step):
+                if ahead is not None:
+                    ahead.advance(step)
                 yield self._window(step, batches, requests, watch)
+
+    def _read_ahead(self, sampler: StepSampler) -> AbstractContextManager[Prefetcher | None]:
+        """What fills the node's cache, on the rank that does so."""
+        cache, ranks = self.settings.cache, self._node_ranks
+        if cache is None or self.rank != ranks[0]:
+            return nullcontext()
+        shards = {name: stream.reader.shards for name, stream in self.streams.items()}
+        rows = {name: stream.order.rows for name, stream in self.streams.items()}
+        return Prefetcher(shards, rows, sampler, ranks, cache, self.settings.start_method)
 
     def _window(
         self,

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from data_pipeline.cache import source_of
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
 from data_pipeline.faults import FaultFile
 from data_pipeline.labels import LabelDataSettings, LabelFields
@@ -111,13 +112,18 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
     sources = open_sources(task.data, recipe.loader.remote)
     return TaskStream(
         name,
-        SampleReader(concatenated(sources), max_member_bytes=task.data.max_member_bytes),
+        _reader(recipe, concatenated(sources), task.data.max_member_bytes),
         plan_order(sources, task.global_batch, recipe.seed, name),
         build_fields(task.data, tokenizer, train=True),
         recipe.seed,
         task.global_batch,
         task.micro_batch,
     )
+
+
+def _reader(recipe: Recipe, shards: ShardSet, max_member_bytes: int) -> SampleReader:
+    source = source_of(shards, recipe.loader.cache)
+    return SampleReader(shards, source, max_member_bytes=max_member_bytes)
 
 
 def build_evaluation_loader(
@@ -149,7 +155,7 @@ def build_evaluation_loader(
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(
         name,
-        SampleReader(held_out.shards, max_member_bytes=task.data.max_member_bytes),
+        _reader(recipe, held_out.shards, task.data.max_member_bytes),
         None,
         build_fields(data, tokenizer, train=False),
         recipe.seed,

@@ -196,6 +196,7 @@ class Trainer:
                 streams, schedule, recipe.loader, rank=self.ranks.rank,
                 world=self.ranks.world, start_step=state.step, stop_step=recipe.steps,
                 pin_memory=self.ranks.device.type == "cuda", fault_file=self.faults,
+                node_ranks=self.ranks.of_node,
             )
             stopped = loop.run(
                 self.loader, state, wants_report=self._wants_report,

@@ -26,7 +26,7 @@ class Blocks:
 
 
 class Script:
-    """Reads that are written down: the blocks of every step. Looks ahead `batch` steps at a time."""
+    """Reads that are written down: the blocks of every step; `batch` steps are seen at a time."""
 
     def __init__(self, steps: list[list[int]], sizes: list[float], batch: int = 2) -> None:
         self.script, self.blocks, self.batch = steps, Blocks(sizes), batch
