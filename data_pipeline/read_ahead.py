@@ -110,7 +110,8 @@ class ReadAhead:
         """Break off downloads; nothing of them stays."""
         self._stopped = True
         self._pool.close()
-        concurrent.futures.wait([f for _, f in self._coming.values()], timeout=_CLOSE_S)
+        running = [future for _, future in self._coming.values() if not future.done()]
+        concurrent.futures.wait(running, timeout=_CLOSE_S)
         self.folder.discard_unfinished()
 
     # ---- Store: what the plan asks for -----------------------------------------------------------

@@ -11,6 +11,7 @@ from data_pipeline.faults import FaultFile
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.reader import SampleReader
+from data_pipeline.shards import ShardSet
 from data_pipeline.sources import concatenated, open_source, open_sources, plan_order
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
