@@ -42,8 +42,7 @@ class Prefetcher:
         start_method: str,
     ) -> None:
         """Arguments as `ReadAhead`; `start_method` as `LoaderSettings`."""
-        self.counters: dict[str, int] = {}
-        """What the process has done: bytes_read, blocks, evicted."""
+        self._fetched = self._told = dict.fromkeys(shards, 0)
         self._arguments = (dict(shards), dict(rows), sampler, ranks, settings)
         self._context = multiprocessing.get_context(start_method)
         self._process: Any = None
@@ -71,8 +70,11 @@ class Prefetcher:
             self._process.kill()
             self._process.join()
 
-    def advance(self, step: int) -> None:
-        """Tell the process where the run is; never waits."""
+    def advance(self, step: int) -> dict[str, int]:
+        """Tell the process where the run is; never waits.
+
+        Returns: task -> bytes that were fetched since the last call.
+        """
         try:
             while self._connection is not None and self._connection.poll():
                 self._take_in(*self._connection.recv())
@@ -87,9 +89,11 @@ class Prefetcher:
                 "the read-ahead of the cache has ended (exit code %s); batches are loaded without "
                 "it, more slowly", self._process.exitcode,
             )
+        told, self._told = self._told, self._fetched
+        return {task: fetched - told[task] for task, fetched in self._told.items()}
 
-    def _take_in(self, counters: dict[str, int], messages: list[str]) -> None:
-        self.counters, self._listens = counters, True
+    def _take_in(self, fetched: dict[str, int], messages: list[str]) -> None:
+        self._fetched, self._listens = fetched, True
         for message in messages:
             log.warning("%s", message)
 
@@ -138,10 +142,10 @@ def _serve(connection: Connection, ahead: ReadAhead, stop: list[int]) -> None:
             if step is None:
                 return
             ahead.advance(step)
-            connection.send((dict(ahead.counters), ahead.messages[:]))
+            connection.send((dict(ahead.fetched_bytes), ahead.messages[:]))
             ahead.messages.clear()
 
 
 def _report(connection: Connection, ahead: ReadAhead, last_words: str) -> None:
     with contextlib.suppress(OSError):
-        connection.send((dict(ahead.counters), [*ahead.messages, last_words]))
+        connection.send((dict(ahead.fetched_bytes), [*ahead.messages, last_words]))

@@ -58,7 +58,9 @@ class ReadAhead:
         known_uses: int = KNOWN_USES,
     ) -> None:
         self.folder = CacheFolder(settings.folder, settings.max_bytes)
-        self.counters = {"bytes_read": 0, "blocks": 0, "evicted": 0}
+        self.fetched_blocks = 0
+        self.fetched_bytes = dict.fromkeys(shards, 0)
+        """By task; of tasks that share a shard, the first."""
         self.messages: list[str] = []
         """What the user should know; the caller empties it."""
         self._blocks = Blocks(shards, settings.block_bytes)
@@ -152,8 +154,8 @@ class ReadAhead:
         extent = self._held[block]
         self._forget(block)
         # One that comes so late that the run has overtaken it goes when it is whole.
-        if block not in self._coming and self.folder.remove(extent.name):
-            self.counters["evicted"] += 1
+        if block not in self._coming:
+            self.folder.remove(extent.name)
 
     # ---- inside ----------------------------------------------------------------------------------
 
@@ -181,8 +183,8 @@ class ReadAhead:
             del self._coming[block]
             error = future.exception()
             if error is None:
-                self.counters["bytes_read"] += future.result()
-                self.counters["blocks"] += bool(future.result())
+                self.fetched_bytes[self._blocks.extent(block)[0]] += future.result()
+                self.fetched_blocks += bool(future.result())
                 if block not in self._held:
                     self.folder.remove(extent.name)
                 continue

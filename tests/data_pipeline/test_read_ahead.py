@@ -150,7 +150,7 @@ def run_through(tasks, settings, steps, world=1, ranks=range(1), ahead=None) -> 
     ahead.close()
     assert not ahead.messages and not other_files(folder)
     missed = [reads.source.counters["cache_misses"] for reads in readers.values()]
-    return ahead.counters["blocks"], sum(missed)
+    return ahead.fetched_blocks, sum(missed)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_what_readers_fetched_themselves_is_found(tmp_path, tasks):
     for step in range(40):
         ahead.advance(step)
         settle(ahead)
-    read = ahead.counters["bytes_read"] + reads.source.counters["bytes_read"]
+    read = sum(ahead.fetched_bytes.values()) + reads.source.counters["bytes_read"]
     assert read <= Blocks(shards_of(tasks), BLOCK).total_bytes
     ahead.close()
 

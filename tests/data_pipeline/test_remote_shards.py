@@ -1,4 +1,4 @@
-"""Shards behind a web server: the data set that is on its disk, or an error that names the fault."""
+"""Shards behind a web server: the data set that is on its disk, or an error that names why not."""
 
 import logging
 import multiprocessing
@@ -177,7 +177,7 @@ def test_a_damaged_remote_tar_is_named(server, www):
     os.truncate(path, path.stat().st_size // 2)
     for kind in ("headers", "full"):
         settings = QUICK.model_copy(update={"foreign_index": kind})
-        with pytest.raises(ShardError, match=rf"{server.url}/set/train-000001\.tar\?\.\.\.: .*truncated"):
+        with pytest.raises(ShardError, match=r"/set/train-000001\.tar\?\.\.\.: .*truncated"):
             ShardSet.open(server.url + "/set/train-00000{0..2}.tar?sig=1", settings)
 
 
