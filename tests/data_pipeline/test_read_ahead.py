@@ -204,8 +204,9 @@ def test_blocks_of_others_go_first_and_shares_are_fair(tmp_path, tasks):
         read_ahead_steps=4,
     )
     assert alone <= 1.1 * expected.fetched
-    with CacheFolder(settings.folder, settings.max_bytes).reading_ahead():  # a run of today
-        ahead = read_ahead(tasks, settings, 60, 150)
+    ahead = read_ahead(tasks, settings, 60, 150)
+    today = CacheFolder(settings.folder, settings.max_bytes)  # another run
+    with ahead.folder.reading_ahead(), today.reading_ahead():
         for step in range(60, 100):
             ahead.advance(step)
             settle(ahead)
