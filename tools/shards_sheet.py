@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.captions import CaptionSource
+from data_pipeline.caption_texts import CaptionSource
 from data_pipeline.catalogue import Catalogue
 from data_pipeline.decode import DecodeError, decode, read_header
 from data_pipeline.labels import LabelSource
 from data_pipeline.locations import folder_of
-from data_pipeline.members import AbsentValue, bad
+from data_pipeline.members import AbsentValue, bad, check_source
 from data_pipeline.objects import ObjectSource
 from data_pipeline.pictures import PictureDataSettings
 from data_pipeline.reader import BadSample, Sample, SampleReader
@@ -44,6 +44,8 @@ def add_command(commands: Any, text: str) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
+    if options.caption_source is not None:
+        check_source("--caption-source", options.caption_source)
     shards = ShardSet.open(options.shards)
     found = list(cells_of_shards(shards, options.caption_source, options.count))
     cells = [cell for cell in found if isinstance(cell, Cell)]
