@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from zlib_ng.zlib_ng import crc32  # about eight times the speed of zlib's
 
+from data_pipeline import activity
 from data_pipeline.byte_sources import ReadsAhead, byte_source_of
 from data_pipeline.index import ShardIndex
 from data_pipeline.locations import is_url
@@ -103,7 +104,8 @@ class SampleReader:
                     raise TransientReadError(
                         f"{path}: {error.strerror or error} (tried {attempt + 1} times)"
                     ) from error
-            self.source.counters["retries"] += 1
+                self.source.counters["retries"] += 1
+                activity.retrying(attempt + 1, str(error))
             time.sleep(self.first_wait_s * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -143,6 +145,7 @@ class SampleReader:
             index = self.shards.index(number)
             key = index.key(local)
             for begin, end, run in _runs(self._wanted(index, local, extensions)):
+                activity.reading_bytes(number, begin, end)
                 data = self.source.pread(number, begin, end)
                 view = memoryview(data)
                 for first, behind, extension, offset, size, payload_crc32, header_crc32 in run:

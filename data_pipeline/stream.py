@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from data_pipeline import activity
 from data_pipeline.order import Order
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
 from data_pipeline.rng import sample_rng
@@ -105,6 +106,7 @@ class TaskStream:
         self.name, self.reader, self.order, self.fields = name, reader, order, fields
         self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
         self.selection = selection
+        self._counted: dict[str, int] = {}
         if order is not None and selection is not None:
             raise ValueError(f"task {name}: a selection belongs to its order, or to evaluation")
         stored = len(reader.shards)
@@ -147,7 +149,8 @@ class TaskStream:
         Returns:
             the batch of the fields' `collate`, with B = len(request.positions), and
             position (B,) int64 and row (B,) int64, -1 in padding rows; key: list of B str;
-            seconds: dict stage -> float; faults: list of Fault in the order they were met.
+            seconds: dict stage -> float; counters: what storage did since the last batch (see
+            `storage.ByteSource`); faults: list of Fault in the order they were met.
 
         Raises:
             DataError: nothing usable could be found for a position.
@@ -175,6 +178,7 @@ class TaskStream:
                 rows[place] = -1
             else:
                 items[place], rows[place], keys[place] = found
+        activity.collating()
         batch = fields.collate(items, [item is not None for item in items], buffers)
         positions[rows < 0] = -1
         batch |= {
@@ -182,10 +186,17 @@ class TaskStream:
             "row": torch.from_numpy(rows),
             "key": keys,
             "seconds": clock.seconds,
+            "counters": self._count(),
             "faults": faults,
         }
         clock.lap("collate")
         return batch
+
+    def _count(self) -> dict[str, int]:
+        """What the source counted since the last call, in this process."""
+        now, before = dict(self.reader.source.counters), self._counted
+        self._counted = now
+        return {name: max(value - before.get(name, 0), 0) for name, value in now.items()}
 
     def locate(self, positions: np.ndarray) -> list[str]:
         """Shard of each position, for messages."""
@@ -219,9 +230,11 @@ class TaskStream:
                 if candidate is None:
                     continue
                 row = candidate
+            activity.reading(position, row, attempt)
             try:
                 sample = self._read(row, position)
                 clock.lap("read")
+                activity.decoding(position, row, attempt)
                 item = self._fields_of(fields, sample, position, rng_for, out, clock)
                 return item, row, sample.key
             except BadSample as bad:

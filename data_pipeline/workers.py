@@ -9,8 +9,10 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from data_pipeline import activity
+from data_pipeline.activity import ActivityBoard
 from data_pipeline.arena import Arena, InArena
 from data_pipeline.reader import TransientReadError
 from data_pipeline.step_sampler import MicroBatch
@@ -24,10 +26,19 @@ LEAST_SHARED_BYTES = 1 << 18
 class RequestDataset(Dataset):
     """Answers MicroBatch requests; the object that worker processes hold."""
 
-    def __init__(self, streams: Mapping[str, TaskStream], rank: int, arena: Arena | None) -> None:
-        self.streams, self.rank, self.arena = dict(streams), rank, arena
+    def __init__(
+        self,
+        streams: Mapping[str, TaskStream],
+        rank: int,
+        arena: Arena | None,
+        board: ActivityBoard,
+    ) -> None:
+        self.streams, self.rank, self.arena, self.board = dict(streams), rank, arena, board
 
     def __getitem__(self, request: MicroBatch) -> dict[str, Any]:
+        worker = get_worker_info()
+        self.board.use(0 if worker is None else worker.id)
+        activity.working_on(request.step, request.micro)
         try:
             return self._pack(self.streams[request.task].load(request, self._allocate))
         except (DataError, TransientReadError) as error:
@@ -37,6 +48,8 @@ class RequestDataset(Dataset):
                 f"rank {self.rank}, step {request.step}, task {request.task}, positions "
                 f"{request.positions}: {type(error).__name__}: {error}"
             ) from error
+        finally:
+            activity.idle()
 
     def _allocate(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
         taken = None if self.arena is None else self.arena.take(shapes)
@@ -77,11 +90,13 @@ def load_batches(
     start_method: str,
     pin_memory: bool,
     window: int,
+    board: ActivityBoard | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Batches in the order of the requests, through a plain DataLoader.
 
     Request i goes to worker i mod `workers`. `window` is how many batches the trainer holds at a
-    time; it sizes the shared memory, nothing else.
+    time; it sizes the shared memory, nothing else. `board` is where the processes note what they
+    do.
     """
     options: dict[str, Any] = {}
     arena = None
@@ -96,7 +111,7 @@ def load_batches(
         slots = 1 + prefetch_batches + -(-2 * window // workers)
         arena = _arena(streams.values(), workers, slots)
     loader = DataLoader(
-        RequestDataset(streams, rank, arena),
+        RequestDataset(streams, rank, arena, board or ActivityBoard(workers, start_method)),
         batch_size=None,
         sampler=requests,
         collate_fn=_unchanged,

@@ -8,11 +8,13 @@ from torch import nn
 from data_pipeline.boxes import BoxDataSettings, BoxFields
 from data_pipeline.captions import CaptionFields
 from data_pipeline.faults import FaultFile
+from data_pipeline.images import ImageDataSettings
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import SampleReader
 from data_pipeline.sources import concatenated, open_source, open_sources, plan_order
+from data_pipeline.text import TextDataSettings, TextFields
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
 from pretrain import sampler
@@ -84,7 +86,9 @@ def build_objective(
     task: TaskSettings, encoders: dict[str, nn.Module], tokenizer: Tokenizer
 ) -> nn.Module:
     """The objective of a task, told what its data knows."""
-    known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
+    known: dict[str, Any] = {}
+    if isinstance(task.data, ImageDataSettings):
+        known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
     if isinstance(task.data, LabelDataSettings | BoxDataSettings):
         known["classes"] = task.data.classes
     return task.objective.build(encoders, tokenizer, **known)
@@ -92,7 +96,7 @@ def build_objective(
 
 def build_fields(
     data: Data, tokenizer: Tokenizer, train: bool
-) -> CaptionFields | LabelFields | PictureFields | BoxFields:
+) -> CaptionFields | LabelFields | PictureFields | BoxFields | TextFields:
     """What turns samples into batches of this kind of data."""
     if isinstance(data, LabelDataSettings):
         return LabelFields(data, train)
@@ -100,6 +104,8 @@ def build_fields(
         return BoxFields(data, train)
     if isinstance(data, PictureDataSettings):
         return PictureFields(data, train)
+    if isinstance(data, TextDataSettings):
+        return TextFields(data, tokenizer)
     return CaptionFields(data, tokenizer, train)
 
 
@@ -146,9 +152,9 @@ def build_evaluation_loader(
     held_out = open_source(
         task.evaluation.shards, task.evaluation.where, remote=recipe.loader.remote
     )
-    changes = {
-        "shards": task.evaluation.shards, "sources": None, "image": evaluation_image(task)
-    }
+    changes: dict[str, Any] = {"shards": task.evaluation.shards, "sources": None}
+    if isinstance(task.data, ImageDataSettings):
+        changes["image"] = evaluation_image(task)
     if task.objective.type == "contrastive":
         changes["captions_per_image"] = task.objective.evaluation_references
     data = task.data.model_copy(update=changes)

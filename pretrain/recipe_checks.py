@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from data_pipeline.images import ImageDataSettings
 from pretrain.sampler.settings import problems as sampling_problems
 
 if TYPE_CHECKING:
@@ -138,6 +139,8 @@ def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> li
 
 def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str) -> list[str]:
     step = encoder.size_multiple
+    if not isinstance(task.data, ImageDataSettings):
+        return []  # _check_data says that the objective reads other data
     images = {f"{where}.data.image": task.data.image}
     if task.data.second_view is not None:
         images[f"{where}.data.second_view"] = task.data.second_view
@@ -200,6 +203,10 @@ def _check_evaluation(recipe: "Recipe") -> list[str]:
         )
     for name in tested:
         task = recipe.tasks[name]
+        if not isinstance(task.data, ImageDataSettings):
+            if task.evaluation.image is not None:
+                found.append(f"tasks.{name}.evaluation.image: data of type text have no images")
+            continue
         image = task.evaluation.image or task.data.image
         size = task.evaluation.micro_batch or task.micro_batch
         if image.mode == "keep_aspect" and size > 1:

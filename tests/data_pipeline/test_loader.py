@@ -202,6 +202,26 @@ def test_a_stall_names_what_is_being_processed(shards, caplog):
     assert any("task a positions [4, 5, 6, 7] in" in text and ".tar" in text for text in stalls)
 
 
+def test_what_storage_did_is_counted_by_task(shards):
+    loads = loader(shards, workers=2)
+    windows = list(loads)
+    rows = {"a": [], "b": []}
+    for window in windows:
+        for batch in window.micro_batches:
+            rows[window.task] += batch["row"][batch["valid"]].tolist()
+    for task, read in rows.items():
+        extensions = loads.streams[task].fields.extensions
+        wanted = 0
+        for row in read:
+            members = shards.index(row // 25).members(row % 25)
+            places = [(m[1] - 512, m[1] + m[2]) for m in members if m[0] in extensions]
+            wanted += places[-1][1] - places[0][0]
+        counted = loads.counters(task)
+        assert counted["retries"] == counted["cache_hits"] == 0
+        # Task b has read the bad samples that it replaced as well.
+        assert counted["bytes_read"] == wanted if task == "a" else counted["bytes_read"] > wanted
+
+
 def test_a_defect_says_where_it_happened(shards):
     class Broken(Slow):
         def sample(self, sample, *arguments):
