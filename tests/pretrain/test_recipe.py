@@ -193,6 +193,11 @@ def test_every_fault_is_reported_at_once():
             "micro_batch must be 1, not 32",
         ),
         (
+            ["tasks.caption.data.image.sizes=[64, 72]"],
+            "tasks.caption.data.image.sizes=72 is not a multiple of 16, as model.encoders.image "
+            "(vit) needs: use 64 or 80",
+        ),
+        (
             ["tasks.caption.data.image.size=60"],
             "tasks.caption.data.image.size=60 is not a multiple of 16, as model.encoders.image "
             "(vit) needs: use 48 or 64",
