@@ -83,7 +83,7 @@ class Part(NamedTuple):
     task: str
     micro_batches: list[dict[str, Any]]
     """Batches of the task's fields, with position, row and key; equal shapes on all ranks, but for
-    the length of texts."""
+    the length of texts and the number of boxes."""
 
 
 @dataclass
