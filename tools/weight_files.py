@@ -2,6 +2,7 @@
 """
 
 import json
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pretrain.engine.checkpoint_files import sync_file
 from tools.tensor_pickle import read_torch_zip
 
 _FILES = (
@@ -89,3 +91,22 @@ def _unwrap(path: Path, content: Any, wrappings: Sequence[str]) -> dict[str, Ten
 def _wrapped(content: Mapping, wrappings: Sequence[str]) -> list[str]:
     """Keys under which checkpoints keep their state dict beside other things."""
     return [key for key in wrappings if isinstance(content.get(key), Mapping)]
+
+
+def save_tensors(tensors: Mapping[str, Tensor], out: Path, source: str) -> None:
+    """Write a .safetensors file in one rename; source: the format that the tensors came in.
+
+    Raises ValueError for a name that does not end in .safetensors.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out {out}: the file must end in .safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary, metadata={"format": "pt", "source": source})
+        temporary.chmod(0o644)
+        sync_file(temporary)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
