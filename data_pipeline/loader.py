@@ -10,21 +10,23 @@ position is the step it was started at.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from pydantic import Field
 
+from data_pipeline.activity import ActivityBoard
 from data_pipeline.evaluation import EvaluationLoader
 from data_pipeline.faults import FaultCount, FaultFile, FaultLimits, FaultPolicy, OnBadSample
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.settings import Settings
-from data_pipeline.stall import StallWatch
+from data_pipeline.stall import StallWatch, describe_stall
 from data_pipeline.step_sampler import MicroBatch, Schedule, StepSampler
 from data_pipeline.stream import DataError, Fault, TaskStream
+from data_pipeline.weak_stream import WeakStream
 from data_pipeline.workers import Requests, load_batches
 
 __all__ = [
@@ -62,7 +64,7 @@ class LoaderSettings(Settings):
     quarantine: bool = True
     """Whether bad samples that were met take no part from the next epoch of their data set on."""
     stall_seconds: float = Field(default=120.0, gt=0.0)
-    """Waiting longer than this for a batch logs which positions are being processed."""
+    """Waiting longer than this for a batch logs what each worker is doing, and where."""
     remote: RemoteSettings = RemoteSettings()
     """How shards are read whose names are URLs."""
 
@@ -109,7 +111,7 @@ class StepLoader:
 
     def __init__(
         self,
-        streams: Mapping[str, TaskStream],
+        streams: Mapping[str, TaskStream | WeakStream],
         schedule: Schedule,
         settings: LoaderSettings,
         rank: int,
@@ -131,13 +133,19 @@ class StepLoader:
             pin_memory: page-lock images for asynchronous copies; needs CUDA.
             fault_file: where every bad sample is written down.
         """
-        self.settings, self.rank = settings, rank
+        self.settings, self.rank, self._world = settings, rank, world
         self.streams = dict(streams)
         self.sampler = StepSampler(schedule, self.streams, rank, world, start_step, stop_step)
         self._micro_steps = {task: self.sampler.micro_steps(task) for task in self.streams}
         self._fault_file, self._restart = fault_file, False
         self._policy = FaultPolicy(settings.fault_limits(), rank, fault_file)
         self._pin_memory = pin_memory
+        self._counters: dict[str, Counter[str]] = {task: Counter() for task in self.streams}
+
+    def counters(self, task: str) -> Mapping[str, int]:
+        """What storage has done for the windows of a task, on this rank, since the start:
+        bytes_read, retries, cache_hits, cache_misses."""
+        return self._counters[task]
 
     def faults(self) -> dict[str, FaultCount]:
         """Bad samples met by this rank so far, by task."""
@@ -164,7 +172,11 @@ class StepLoader:
 
     def _windows(self, sampler: StepSampler) -> Iterator[StepWindow]:
         settings = self.settings
+        for stream in self.streams.values():
+            if isinstance(stream, WeakStream):
+                stream.start(self.rank, self._world, sampler.start_step)
         requests = Requests(sampler)
+        board = ActivityBoard(settings.workers, settings.start_method)
         batches = load_batches(
             self.streams,
             requests,
@@ -174,8 +186,12 @@ class StepLoader:
             start_method=settings.start_method,
             pin_memory=self._pin_memory,
             window=self.sampler.most_micro_steps(),
+            board=board,
         )
-        watch = StallWatch(settings.stall_seconds, lambda: self._describe(requests))
+        watch = StallWatch(
+            settings.stall_seconds,
+            lambda: describe_stall(self.streams, list(requests.waiting), board.read()),
+        )
         with closing(batches), watch:
             for step in range(sampler.start_step, sampler.stop_step):
                 yield self._window(step, batches, requests, watch)
@@ -200,18 +216,7 @@ class StepLoader:
                 seconds = batch.pop("seconds") | {"wait": time.perf_counter() - started}
                 for stage, spent in seconds.items():
                     window.seconds[stage] = window.seconds.get(stage, 0.0) + spent
+                self._counters[part.task].update(batch.pop("counters"))
                 self._policy.record(part.task, batch)
                 part.micro_batches.append(batch)
         return window
-
-    def _describe(self, requests: Requests) -> str:
-        """The requests being processed, oldest first, one per worker."""
-        lines = []
-        for request in list(requests.waiting)[: max(self.settings.workers, 1)]:
-            positions = [p for p, valid in zip(*request[3:], strict=True) if valid]
-            shards = self.streams[request.task].locate(np.array(positions, dtype=np.int64))
-            lines.append(
-                f"step {request.step} micro {request.micro} task {request.task} positions "
-                f"{positions} in {sorted(set(shards))}"
-            )
-        return "; ".join(lines)

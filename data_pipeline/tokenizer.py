@@ -112,6 +112,11 @@ class Tokenizer:
         """Ids of `text`, without any special token."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, by several threads of the library."""
+        encoded = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` up to the first end token; special tokens are left out."""
         kept: list[int] = []

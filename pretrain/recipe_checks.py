@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from data_pipeline.images import ImageDataSettings
 from pretrain.sampler.settings import problems as sampling_problems
 
 if TYPE_CHECKING:
@@ -138,24 +139,44 @@ def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> li
 
 def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str) -> list[str]:
     step = encoder.size_multiple
+    if not isinstance(task.data, ImageDataSettings):
+        return []  # _check_data says that the objective reads other data
     images = {f"{where}.data.image": task.data.image}
+    if task.data.second_view is not None:
+        images[f"{where}.data.second_view"] = task.data.second_view
     if task.evaluation is not None and task.evaluation.image is not None:
         images[f"{where}.evaluation.image"] = task.evaluation.image
     found = []
     for key, image in images.items():
-        below, needs = image.size // step * step, f"model.encoders.{name} ({encoder.type}) needs"
+        needs = f"model.encoders.{name} ({encoder.type}) needs"
         if image.mode == "keep_aspect":
             if not encoder.any_sides:
                 found.append(
                     f"{key}.mode=keep_aspect gives sides that are not multiples of {step}, as "
                     f"{needs}: use another mode"
                 )
-        elif image.size % step:
+            continue
+        sizes = [("size", image.size), *(("sizes", size) for size in image.sizes or ())]
+        for field, size in sizes:
+            found += _check_multiple(f"{key}.{field}", size, step, needs)
+    for size in getattr(task.objective, "smaller_sizes", ()):
+        key = f"{where}.objective.smaller_sizes"
+        if size >= task.data.image.size:
             found.append(
-                f"{key}.size={image.size} is not a multiple of {step}, as {needs}: "
-                f"use {below or step} or {below + step}"
+                f"{key}: {size} is not below {where}.data.image.size={task.data.image.size}"
             )
+        found += _check_multiple(key, size, step, f"model.encoders.{name} ({encoder.type}) needs")
     return found
+
+
+def _check_multiple(key: str, size: int, step: int, needs: str) -> list[str]:
+    below = size // step * step
+    if not size % step:
+        return []
+    return [
+        f"{key}={size} is not a multiple of {step}, as {needs}: use {below or step} or "
+        f"{below + step}"
+    ]
 
 
 def _check_pool(where: str, task: "TaskSettings", encoder: Any) -> list[str]:
@@ -194,6 +215,10 @@ def _check_evaluation(recipe: "Recipe") -> list[str]:
         )
     for name in tested:
         task = recipe.tasks[name]
+        if not isinstance(task.data, ImageDataSettings):
+            if task.evaluation.image is not None:
+                found.append(f"tasks.{name}.evaluation.image: data of type text have no images")
+            continue
         image = task.evaluation.image or task.data.image
         size = task.evaluation.micro_batch or task.micro_batch
         if image.mode == "keep_aspect" and size > 1:

@@ -1,6 +1,7 @@
 """Measure this project against what else there is, on your machine.
 
     python -m tools.benchmark data --images photos/
+    python -m tools.benchmark decode
     python -m tools.benchmark git --json git.json
     python -m tools.benchmark engine
     python -m tools.benchmark optimizer
@@ -30,6 +31,7 @@ from tools.bench_measure import LEAST_REPEATS, machine
 
 BENCHMARKS = {
     "data": "loading images: against webdataset, and against the limit set by decoding",
+    "decode": "large photographs: decoding at a fraction of their size, speed and fidelity",
     "git": "the captioning model: against transformers, with one and five captions an image",
     "engine": "the training loop: against the bare DeepSpeed engine on the same work",
     "optimizer": "MT-AdamW: time and temporary memory of a step against torch's AdamW",

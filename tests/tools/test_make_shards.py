@@ -14,7 +14,7 @@ from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
 from tools.make_shards import main
 from tools.pack_coco import coco_source
-from tools.pack_sources import BuildImage, item_bytes
+from tools.pack_images import BuildImage, item_bytes
 
 
 def photo(path: Path, width: int = 40, height: int = 30, seed: int = 0, **options) -> Path:

@@ -7,7 +7,6 @@ device. Its backward pass keeps nothing but the three inputs.
 import torch
 from torch import Tensor
 
-from pretrain.models.operators import dcnv3_cpu, dcnv3_torch
 from pretrain.models.operators.backends import AUTO
 from pretrain.models.operators.registration import register
 from pretrain.models.operators.window import Window
@@ -42,8 +41,8 @@ def dcnv3(
     its distance from the kernel's centre. Bilinear; outside of the image there are zeros.
     `remove_center` leaves the middle point out: P is one less.
 
-    Sizes are a number or (vertical, horizontal). `backend` is `cpp` (on a CPU), `torch` or `auto`,
-    the fastest that works: see `backends.py`.
+    Sizes are a number or (vertical, horizontal). `backend` is `triton` (GPU), `cpp` (CPU),
+    `torch`, or `auto`, the fastest that works: see `backends.py`.
 
     Errors: ValueError or TypeError that names the argument which does not fit.
     """
@@ -79,5 +78,5 @@ register(
     "bool remove_center",
     _prepare,
     _output_shape,
-    {"cpp": dcnv3_cpu, "torch": dcnv3_torch},
+    {"triton": "dcnv3_triton", "cpp": "dcnv3_cpu", "torch": "dcnv3_torch"},
 )

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.models.operators import ms_deform_attn_cpu, ms_deform_attn_torch
 from pretrain.models.operators.backends import AUTO
 from pretrain.models.operators.registration import register
 from pretrain.models.operators.window import check_types
@@ -31,7 +30,8 @@ def ms_deform_attn(
     they are. Both have the type of `value`, or float32. Coordinates and sums are float32, or
     float64 for float64 values. Bilinear; outside of a map there are zeros.
 
-    `backend` is `cpp` (on a CPU), `torch` or `auto`, the fastest that works: see `backends.py`.
+    `backend` is `triton` (GPU), `cpp` (CPU), `torch`, or `auto`, the fastest that works: see
+    `backends.py`.
 
     Errors: ValueError or TypeError that names the argument which does not fit.
     """
@@ -81,5 +81,9 @@ register(
     "int[] heights, int[] widths",
     _prepare,
     _output_shape,
-    {"cpp": ms_deform_attn_cpu, "torch": ms_deform_attn_torch},
+    {
+        "triton": "ms_deform_attn_triton",
+        "cpp": "ms_deform_attn_cpu",
+        "torch": "ms_deform_attn_torch",
+    },
 )
