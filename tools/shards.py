@@ -3,6 +3,7 @@
     python -m tools.shards index   'laion/{00000..00099}.tar'
     python -m tools.shards verify  data/coco/train
     python -m tools.shards inspect data/coco/train --sample 000000000785
+    python -m tools.shards quarantine RUN --release 000000000785
 
 Exit codes: 0 all is well; 1 damage or another error was found, and printed; 2 wrong usage.
 """
@@ -35,6 +36,7 @@ from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadE
 from data_pipeline.shards import ShardSet, load_or_build_index, stored_index
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.verify import verify_shard
+from tools.find_sample import row_of
 
 Advance = Callable[[int], None]
 
@@ -121,11 +123,23 @@ def _verify_one(
     return faults, len(report.damaged), len(index)
 
 
+def _quarantine(options: argparse.Namespace) -> int:
+    from pretrain.engine.run_dir import RunDirError  # what concerns runs takes seconds to import
+    from pretrain.recipe import RecipeError
+    from tools import quarantine
+
+    try:
+        return quarantine.run(options)
+    except (RunDirError, RecipeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
 def _inspect(options: argparse.Namespace) -> int:
     shards = ShardSet.open(options.shards)
     if options.sample is not None:
         with SampleReader(shards, retries=0) as reader:
-            _print_sample(reader.read(_row_of(shards, options.sample)))
+            _print_sample(reader.read(row_of(shards, options.sample)))
         return 0
     print(f"{len(shards):,} samples in {len(shards.shards):,} shards")
     print(f"{sum(shard.bytes for shard in shards.shards) / 1e6:,.1f} MB")
@@ -192,19 +206,6 @@ def _shorten(line: str) -> str:
     return line if len(line) <= _TEXT_SHOWN else f"{line[:_TEXT_SHOWN]} ... ({len(line):,})"
 
 
-def _row_of(shards: ShardSet, wanted: str) -> int:
-    """Find a sample by key, or else by row number."""
-    first_row = 0
-    for number, shard in enumerate(shards.shards):
-        keys = shards.index(number).keys()
-        if wanted in keys:
-            return first_row + keys.index(wanted)
-        first_row += shard.samples
-    if wanted.isdigit() and int(wanted) < len(shards):
-        return int(wanted)
-    raise ShardError(f"no sample has the key {wanted!r}, and it is no row below {len(shards)}")
-
-
 def _manifest_records(paths: list[str]) -> dict[str, manifests.ShardRecord]:
     records = {}
     for folder in dict.fromkeys(os.path.dirname(path) for path in paths):
@@ -264,6 +265,19 @@ def _parser() -> argparse.ArgumentParser:
         )
     inspect = _add_command(commands, "inspect", "show counts, fields, columns and keys", _inspect)
     inspect.add_argument("--sample", metavar="KEY|ROW", help="print the members of one sample")
+    text = "list the samples that a run leaves out, take some back, or leave out more"
+    quarantine = commands.add_parser("quarantine", help=text, description=text)
+    quarantine.set_defaults(run=_quarantine)
+    quarantine.add_argument("run_dir", metavar="RUN", help="folder of the run")
+    quarantine.add_argument("--task", help="this task only; needed to exclude if there are several")
+    quarantine.add_argument(
+        "--release", nargs="+", default=[], metavar="KEY|ROW|SHARD",
+        help="samples that shall take part again from the next epoch on",
+    )
+    quarantine.add_argument(
+        "--exclude", nargs="+", default=[], metavar="KEY|ROW",
+        help="samples that shall take part no more from the next epoch on",
+    )
     return parser
 
 
