@@ -17,6 +17,7 @@ turns that into true like any other false. `missing(column)` asks.
 
 import ast
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
@@ -112,7 +113,8 @@ class Expression:
         plain = _SPECIAL.sub(self._plain, self.text)
         lead = len(plain) - len(plain.lstrip())
         try:
-            root = ast.parse(plain[lead:], mode="eval").body
+            with warnings.catch_warnings(action="ignore"):  # of odd but valid Python: "1and 2"
+                root = ast.parse(plain[lead:], mode="eval").body
         except SyntaxError as error:
             place = None if error.offset is None else lead + error.offset
             raise ExpressionError(self._message(place, error.msg)) from None

@@ -26,6 +26,7 @@ from data_pipeline.settings import Settings
 from data_pipeline.stall import StallWatch, describe_stall
 from data_pipeline.step_sampler import MicroBatch, Schedule, StepSampler
 from data_pipeline.stream import DataError, Fault, TaskStream
+from data_pipeline.weak_stream import WeakStream
 from data_pipeline.workers import Requests, load_batches
 
 __all__ = [
@@ -110,7 +111,7 @@ class StepLoader:
 
     def __init__(
         self,
-        streams: Mapping[str, TaskStream],
+        streams: Mapping[str, TaskStream | WeakStream],
         schedule: Schedule,
         settings: LoaderSettings,
         rank: int,
@@ -132,7 +133,7 @@ class StepLoader:
             pin_memory: page-lock images for asynchronous copies; needs CUDA.
             fault_file: where every bad sample is written down.
         """
-        self.settings, self.rank = settings, rank
+        self.settings, self.rank, self._world = settings, rank, world
         self.streams = dict(streams)
         self.sampler = StepSampler(schedule, self.streams, rank, world, start_step, stop_step)
         self._micro_steps = {task: self.sampler.micro_steps(task) for task in self.streams}
@@ -171,6 +172,9 @@ class StepLoader:
 
     def _windows(self, sampler: StepSampler) -> Iterator[StepWindow]:
         settings = self.settings
+        for stream in self.streams.values():
+            if isinstance(stream, WeakStream):
+                stream.start(self.rank, self._world, sampler.start_step)
         requests = Requests(sampler)
         board = ActivityBoard(settings.workers, settings.start_method)
         batches = load_batches(

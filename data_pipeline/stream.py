@@ -33,17 +33,21 @@ class DataError(RuntimeError):
 
 
 class Fault(NamedTuple):
-    """One sample that could not be used."""
+    """One sample, or one shard of a stream, that could not be used."""
 
     task: str
     position: int
     attempt: int
     """0: the sample that the order names; a: its a-th substitute."""
     row: int
+    """-1 for what has no row: samples of a stream."""
     shard: str
     key: str
     reason: str
 
+
+Found = tuple[dict[str, Any], int, str]
+"""Arrays, row and key of a sample."""
 
 class Fields(Protocol):
     """What a kind of data does with a sample; see `captions.CaptionFields`."""
@@ -156,41 +160,9 @@ class TaskStream:
             DataError: nothing usable could be found for a position.
             TransientReadError: storage failed and stayed so.
         """
-        clock = StageClock()
-        positions = np.array(request.positions, dtype=np.int64)
-        rows = np.full_like(positions, -1)
-        wanted = np.flatnonzero(request.valid)
-        rows[wanted] = self._rows(positions[wanted])
         fields = self.fields.of_step(self.seed, self.name, request.step)
-        buffers = (allocate or empty)(fields.buffers(len(positions)))
-        arrays = {name: buffer.numpy() for name, buffer in buffers.items()}
-        clock.lap("collate")
-        self.reader.expect(rows[wanted].tolist(), self.fields.extensions)
-        clock.lap("read")
-        items: list[dict[str, Any] | None] = [None] * len(positions)
-        keys = [""] * len(positions)
-        faults: list[Fault] = []
-        for place in wanted.tolist():
-            out = {name: array[place] for name, array in arrays.items()} or None
-            where = int(positions[place]), int(rows[place])
-            found = self._usable(fields, *where, out, clock, faults)
-            if found is None:
-                rows[place] = -1
-            else:
-                items[place], rows[place], keys[place] = found
-        activity.collating()
-        batch = fields.collate(items, [item is not None for item in items], buffers)
-        positions[rows < 0] = -1
-        batch |= {
-            "position": torch.from_numpy(positions),
-            "row": torch.from_numpy(rows),
-            "key": keys,
-            "seconds": clock.seconds,
-            "counters": self._count(),
-            "faults": faults,
-        }
-        clock.lap("collate")
-        return batch
+        batch = load_batch(request, fields, self._expected_rows, self._usable, allocate)
+        return batch | {"counters": self._count()}
 
     def _count(self) -> dict[str, int]:
         """What the source counted since the last call, in this process."""
@@ -202,6 +174,12 @@ class TaskStream:
         """Shard of each position, for messages."""
         shards = self.reader.shards
         return [shards.shards[shards.locate(int(row))[0]].label for row in self._rows(positions)]
+
+    def _expected_rows(self, positions: np.ndarray) -> np.ndarray:
+        """Rows of a batch; remote ones begin to come while the first are still being decoded."""
+        rows = self._rows(positions)
+        self.reader.expect(rows.tolist(), self.fields.extensions)
+        return rows
 
     def _rows(self, positions: np.ndarray) -> np.ndarray:
         if self.order is not None:
@@ -216,7 +194,7 @@ class TaskStream:
         out: dict[str, np.ndarray] | None,
         clock: StageClock,
         faults: list[Fault],
-    ) -> tuple[dict[str, Any], int, str] | None:
+    ) -> Found | None:
         """Arrays, row and key of the sample at `position` or of its first usable substitute; None
         for a bad sample in evaluation."""
 
@@ -235,7 +213,7 @@ class TaskStream:
                 sample = self._read(row, position)
                 clock.lap("read")
                 activity.decoding(position, row, attempt)
-                item = self._fields_of(fields, sample, position, rng_for, out, clock)
+                item = fields_of(fields, self.name, sample, position, rng_for, out, clock)
                 return item, row, sample.key
             except BadSample as bad:
                 clock.lap("read")
@@ -258,25 +236,6 @@ class TaskStream:
                 f"task {self.name}, position {position}, row {row}: {error}"
             ) from error
 
-    def _fields_of(
-        self,
-        fields: Fields,
-        sample: Sample,
-        position: int,
-        rng_for: RngFor,
-        out: dict[str, np.ndarray] | None,
-        clock: StageClock,
-    ) -> dict[str, Any]:
-        try:
-            return fields.sample(sample, rng_for, out, clock)
-        except BadSample:
-            raise
-        except Exception as error:  # a defect, not a bad sample: say where, and stop
-            raise DataError(
-                f"task {self.name}, position {position}, row {sample.row}: {sample.shard}, key "
-                f"{sample.key!r}: {type(error).__name__}: {error}"
-            ) from error
-
     def _substitute(self, position: int, attempt: int) -> int | None:
         """Row of a substitute, or None if this one stands in the same global batch anyway."""
         row = int(self.order.rows(np.array([position]), attempt)[0])
@@ -285,6 +244,84 @@ class TaskStream:
         if self.order.can_avoid(batch, position) and (self.order.rows(batch) == row).any():
             return None
         return row
+
+
+Usable = Callable[
+    [Fields, int, int, dict[str, np.ndarray] | None, StageClock, list[Fault]], Found | None
+]
+"""(fields, position, row, arrays to write to, clock, list that takes the faults) -> what is usable
+there; None leaves the place empty."""
+
+
+def load_batch(
+    request: MicroBatch,
+    fields: Fields,
+    rows_of: Callable[[np.ndarray], np.ndarray],
+    usable: Usable,
+    allocate: Allocate | None,
+) -> dict[str, Any]:
+    """Assemble one micro-batch; as TaskStream.load, without its counters.
+
+    Args:
+        request: positions, and which of them are padding.
+        fields: of the step of the request.
+        rows_of: positions (n,) int64 -> rows (n,) int64.
+        usable: what stands at a position; see Usable.
+        allocate: gives memory for the arrays that are written in place.
+    """
+    clock = StageClock()
+    positions = np.array(request.positions, dtype=np.int64)
+    rows = np.full_like(positions, -1)
+    wanted = np.flatnonzero(request.valid)
+    rows[wanted] = rows_of(positions[wanted])
+    clock.lap("read")
+    buffers = (allocate or empty)(fields.buffers(len(positions)))
+    arrays = {name: buffer.numpy() for name, buffer in buffers.items()}
+    clock.lap("collate")
+    items: list[dict[str, Any] | None] = [None] * len(positions)
+    keys = [""] * len(positions)
+    faults: list[Fault] = []
+    for place in wanted.tolist():
+        out = {name: array[place] for name, array in arrays.items()} or None
+        where = int(positions[place]), int(rows[place])
+        found = usable(fields, *where, out, clock, faults)
+        if found is None:
+            rows[place] = -1
+        else:
+            items[place], rows[place], keys[place] = found
+    activity.collating()
+    batch = fields.collate(items, [item is not None for item in items], buffers)
+    positions[rows < 0] = -1
+    batch |= {
+        "position": torch.from_numpy(positions),
+        "row": torch.from_numpy(rows),
+        "key": keys,
+        "seconds": clock.seconds,
+        "faults": faults,
+    }
+    clock.lap("collate")
+    return batch
+
+
+def fields_of(
+    fields: Fields,
+    task: str,
+    sample: Sample,
+    position: int,
+    rng_for: RngFor,
+    out: dict[str, np.ndarray] | None,
+    clock: StageClock,
+) -> dict[str, Any]:
+    """Arrays of one sample. Raises BadSample; DataError, which says where, for a defect."""
+    try:
+        return fields.sample(sample, rng_for, out, clock)
+    except BadSample:
+        raise
+    except Exception as error:  # a defect, not a bad sample: say where, and stop
+        raise DataError(
+            f"task {task}, position {position}, row {sample.row}: {sample.shard}, key "
+            f"{sample.key!r}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def empty(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

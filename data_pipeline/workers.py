@@ -17,6 +17,7 @@ from data_pipeline.arena import Arena, InArena
 from data_pipeline.reader import TransientReadError
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.stream import DataError, TaskStream, empty
+from data_pipeline.weak_stream import WeakStream
 
 # A tensor that is sent costs a file descriptor and about a millisecond; small ones are cheaper
 # inside the message itself.
@@ -28,7 +29,7 @@ class RequestDataset(Dataset):
 
     def __init__(
         self,
-        streams: Mapping[str, TaskStream],
+        streams: Mapping[str, TaskStream | WeakStream],
         rank: int,
         arena: Arena | None,
         board: ActivityBoard,
@@ -81,7 +82,7 @@ class Requests:
 
 
 def load_batches(
-    streams: Mapping[str, TaskStream],
+    streams: Mapping[str, TaskStream | WeakStream],
     requests: Iterable[MicroBatch],
     rank: int,
     *,
@@ -140,7 +141,7 @@ def start_worker(worker_number: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _arena(streams: Iterable[TaskStream], workers: int, slots: int) -> Arena | None:
+def _arena(streams: Iterable[TaskStream | WeakStream], workers: int, slots: int) -> Arena | None:
     needed = max(
         sum(int(np.prod(shape)) for shape in stream.fields.buffers(stream.micro_batch).values())
         for stream in streams

@@ -13,10 +13,18 @@ from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import SampleReader
-from data_pipeline.sources import concatenated, open_source, open_sources, plan_order
+from data_pipeline.remote import RemoteSettings
+from data_pipeline.sources import (
+    ShardedData,
+    concatenated,
+    open_source,
+    open_sources,
+    plan_order,
+)
 from data_pipeline.text import TextDataSettings, TextFields
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
+from data_pipeline.weak_stream import WeakStream
 from pretrain import sampler
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.recipe import Data, Recipe, TaskSettings
@@ -36,12 +44,19 @@ def plan_sampling(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> lis
     """
     weights = {name: task.weight for name, task in recipe.tasks.items()}
     if recipe.sampling.alpha is not None and sizes is None:
-        remote = recipe.loader.remote
         sizes = {
-            name: sum(source.samples for source in open_sources(task.data, remote))
+            name: count
             for name, task in recipe.tasks.items()
+            if (count := _count(task.data, recipe.loader.remote)) is not None
         }
     return sampler.plan_stages(recipe.sampling, weights, sizes)
+
+
+def _count(data: ShardedData, remote: RemoteSettings) -> int | None:
+    """Samples that take part; None for a stream that does not say how many it has."""
+    if data.stream is not None:
+        return data.stream.samples
+    return sum(source.samples for source in open_sources(data, remote))
 
 
 def build_schedule(
@@ -109,7 +124,7 @@ def build_fields(
     return CaptionFields(data, tokenizer, train)
 
 
-def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream]:
+def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream | WeakStream]:
     """Training data of every task, in its own order; no rank or position is part of it.
 
     Opens the shards (and indexes foreign ones). Raises FileNotFoundError, ShardError.
@@ -117,9 +132,21 @@ def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream]
     return {name: build_stream(recipe, name, tokenizer) for name in recipe.tasks}
 
 
-def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
+def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream | WeakStream:
     """Training data of task `name`, as `build_streams`."""
     task = recipe.tasks[name]
+    if task.data.stream is not None:
+        return WeakStream(
+            name,
+            task.data.stream.urls(),
+            build_fields(task.data, tokenizer, train=True),
+            recipe.seed,
+            task.global_batch,
+            task.micro_batch,
+            samples=task.data.stream.samples,
+            shuffle_samples=task.data.stream.shuffle_samples,
+            retry=recipe.loader.remote.retry_policy(),
+        )
     sources = open_sources(task.data, recipe.loader.remote)
     return TaskStream(
         name,
@@ -152,7 +179,9 @@ def build_evaluation_loader(
     held_out = open_source(
         task.evaluation.shards, task.evaluation.where, remote=recipe.loader.remote
     )
-    changes: dict[str, Any] = {"shards": task.evaluation.shards, "sources": None}
+    changes: dict[str, Any] = {
+        "shards": task.evaluation.shards, "sources": None, "stream": None
+    }
     if isinstance(task.data, ImageDataSettings):
         changes["image"] = evaluation_image(task)
     if task.objective.type == "contrastive":

@@ -83,6 +83,7 @@ _PATHS = (
     "tokenizer.path",
     "tasks.*.data.shards",
     "tasks.*.data.sources.*.shards",
+    "tasks.*.data.stream.shards",
     "tasks.*.evaluation.shards",
 )
 

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
-from data_pipeline.captions import CaptionDataSettings, CaptionSource
+from data_pipeline.caption_texts import CaptionSource
+from data_pipeline.captions import CaptionDataSettings
 from data_pipeline.decode import DecodeError, decode, read_header
 from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.shards import ShardSet

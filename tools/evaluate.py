@@ -262,8 +262,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("export", type=Path, metavar="EXPORT", help="folder of an exported model")
     parser.add_argument("--shards", nargs="+", required=True,
                         help="held-out shards: folders, tars, globs or {000..123} expressions")
-    parser.add_argument("--caption-source",
-                        help="txt or json:KEY; default: as the exported task trained")
+    parser.add_argument("--caption-source", nargs="+", metavar="SOURCE",
+                        help="txt or json:KEY; of several, the first that a sample has; default: "
+                        "as the exported task trained")
     parser.add_argument("--batch", type=positive, default=32, metavar="N",
                         help="images at a time (default %(default)s)")
     parser.add_argument("--max-samples", type=positive, metavar="N",

@@ -125,6 +125,7 @@ def _record(
         image=image,
         image_extensions=data.image_extensions,
         caption_source=data.caption_source,
+        cleaning=data.cleaning,
         captions_per_image=data.captions_per_image,
         text_length=data.text_length,
         max_new_tokens=captioner.task.objective.max_new_tokens,

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from data_pipeline.caption_texts import CaptionSources, CleaningSettings
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.reader import SampleReader
@@ -60,8 +61,9 @@ class ExportRecord(Settings):
     image: ImageSettings
     """Preprocessing of held-out images."""
     image_extensions: list[str]
-    """As in the recipe's data settings; so are the next three."""
-    caption_source: str
+    """As in the recipe's data settings; so are the next four."""
+    caption_source: CaptionSources
+    cleaning: CleaningSettings = CleaningSettings()
     captions_per_image: int
     text_length: int
     max_new_tokens: int = Field(gt=0)
@@ -95,9 +97,12 @@ class ExportRecord(Settings):
                 f"{path}: {_first(error)}; export the checkpoint again with this version"
             ) from None
 
-    def data(self, shards: Sequence[str], caption_source: str | None = None) -> CaptionDataSettings:
+    def data(
+        self, shards: Sequence[str], caption_source: Sequence[str] | None = None
+    ) -> CaptionDataSettings:
         """Settings that read `shards` as the exported task did.
 
+        Args: caption_source: other sources than those of the task; the first that a sample has.
         Raises:
             ValueError: `caption_source` is not understood.
         """
@@ -105,7 +110,8 @@ class ExportRecord(Settings):
             return CaptionDataSettings(
                 shards=list(shards),
                 image_extensions=self.image_extensions,
-                caption_source=caption_source or self.caption_source,
+                caption_source=list(caption_source or self.caption_source),
+                cleaning=self.cleaning,
                 captions_per_image=self.captions_per_image,
                 text_length=self.text_length,
                 image=self.image,

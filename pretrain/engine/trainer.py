@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import StepLoader
+from data_pipeline.loader import StepLoader, TaskStream
 from data_pipeline.rng import keyed_u64
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import build, recipe_checks
@@ -176,9 +176,10 @@ class Trainer:
         fingerprints = {name: stream.fingerprint for name, stream in streams.items()}
         state.ledger += data_entries(fingerprints, state.ledger, state.step)
         self.schedule = schedule = self._schedule(
-            {name: stream.n_rows for name, stream in streams.items()}
+            {name: stream.n_rows for name, stream in streams.items() if stream.n_rows is not None}
         )
-        self.quarantine = Quarantine(self.run_dir, self.ranks, state, streams)
+        with_rows = {name: s for name, s in streams.items() if isinstance(s, TaskStream)}
+        self.quarantine = Quarantine(self.run_dir, self.ranks, state, with_rows)
         self.agreement = self._agreement(fingerprints)
         self.throughput = Throughput(self.ranks, recipe.logging.peak_tflops_per_device)
         loop = Loop(
@@ -217,7 +218,7 @@ class Trainer:
     def _schedule(self, sizes: dict[str, int]) -> Schedule:
         """Which tasks run when; what the ledger says of the past stays, whatever the recipe says.
 
-        sizes: task -> samples of its data.
+        sizes: task -> samples of its data, where they are known.
         """
         planned = build.plan_sampling(self.recipe, sizes)
         entries = ledger_entries(planned, self.state.ledger, self.state.step)

@@ -7,6 +7,7 @@ import pytest
 
 from pretrain import recipe_checks
 from pretrain.recipe import SHIPPED, RecipeError, load_recipe, load_resolved
+from tests.tiny_run import tiny_recipe, write_recipe
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
@@ -316,7 +317,7 @@ def test_sources_in_place_of_shards(tmp_path, monkeypatch):
         ["tasks.caption.data.shards=null", sources, "tasks.caption.data.sources.a=null"],
     )
     assert list(fewer.tasks["caption"].data.sources) == ["b"]
-    assert fault(sources).endswith("is needed, both are given; set one to null")
+    assert fault(sources).endswith("is needed, shards and sources are given; set one to null")
     recipe.dump(tmp_path / "r.yaml")
     assert load_resolved(tmp_path / "r.yaml") == recipe
 
@@ -479,3 +480,21 @@ def test_a_contrastive_task_needs_a_text_encoder():
         "model.encoders.text: no task uses this encoder, so it would only decay: remove it, or "
         "name it in a task's objective.encoder",
     ]
+
+
+def test_faults_in_sources_of_captions_name_the_place(tmp_path):
+    recipe = tiny_recipe(tmp_path, tmp_path / "run")
+    file = write_recipe(tmp_path / "r.yaml", recipe)
+    for override, message in (
+        ("[{sourc: txt}]", "caption_source[0].sourc: unknown key; did you mean 'source'?"),
+        ("[txt, {source: 'json:'}]", "caption_source[1].source: source 'json:': write an ext"),
+        ("[{source: txt, weight: '2'}]", "caption_source[0].weight: input should be a valid num"),
+        ("3", "caption_source: input should be a list, not 3"),
+    ):
+        with pytest.raises(RecipeError) as error:
+            load_recipe(file, [f"tasks.caption.data.caption_source={override}"])
+        assert f"tasks.caption.data.{message}" in str(error.value)
+    two = "tasks.caption.data.caption_source=[{source: txt, weight: 2}, json:a]"
+    loaded = load_recipe(file, [two])
+    loaded.dump(tmp_path / "resolved.yaml")
+    assert load_resolved(tmp_path / "resolved.yaml") == loaded
