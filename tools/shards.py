@@ -4,6 +4,10 @@
     python -m tools.shards verify  data/coco/train
     python -m tools.shards inspect data/coco/train --sample 000000000785
     python -m tools.shards quarantine RUN --release 000000000785
+    python -m tools.shards stats   data/coco/train
+    python -m tools.shards sheet   data/coco/train --out look.png
+    python -m tools.shards repack  data/a data/b --out data/ab --fractions train=0.9,val=0.1
+    python -m tools.shards bench   data/coco/train
 
 Exit codes: 0 all is well; 1 damage or another error was found, and printed; 2 wrong usage.
 """
@@ -11,6 +15,7 @@ Exit codes: 0 all is well; 1 damage or another error was found, and printed; 2 w
 import argparse
 import concurrent.futures
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -40,6 +45,15 @@ from tools.find_sample import row_of
 
 Advance = Callable[[int], None]
 
+_MODULES = {
+    "stats": "counts, bytes, sizes of images, lengths of captions, labels; from the indices",
+    "sheet": "draw a few samples with captions, boxes and labels as one picture",
+    "repack": "merge, filter, split, shuffle and pack anew; the bytes of samples do not change",
+    "bench": "time reading, decoding, cropping and the whole loader, on this machine",
+    "quarantine": "list the samples that a run leaves out, take some back, or leave out more",
+}
+"""Sub-commands in files of their own, tools/shards_NAME.py."""
+
 _TEXT_EXTENSIONS = ("json", "txt", "cls")
 _TEXT_SHOWN = 500
 _KEYS_SHOWN = 5
@@ -48,10 +62,11 @@ _EXTENSIONS_SHOWN = 20
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser(next(iter(arguments), None)).parse_args(arguments)
     try:
         return options.run(options)
-    except (ShardError, BadSample, TransientReadError, OSError) as error:
+    except (ShardError, BadSample, TransientReadError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -121,18 +136,6 @@ def _verify_one(
             "between or behind the members differ"
         )
     return faults, len(report.damaged), len(index)
-
-
-def _quarantine(options: argparse.Namespace) -> int:
-    from pretrain.engine.run_dir import RunDirError  # what concerns runs takes seconds to import
-    from pretrain.recipe import RecipeError
-    from tools import quarantine
-
-    try:
-        return quarantine.run(options)
-    except (RunDirError, RecipeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -248,7 +251,7 @@ def _for_each(
     return [(path, results[path]) for path in paths]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.shards",
         description=__doc__,
@@ -265,19 +268,13 @@ def _parser() -> argparse.ArgumentParser:
         )
     inspect = _add_command(commands, "inspect", "show counts, fields, columns and keys", _inspect)
     inspect.add_argument("--sample", metavar="KEY|ROW", help="print the members of one sample")
-    text = "list the samples that a run leaves out, take some back, or leave out more"
-    quarantine = commands.add_parser("quarantine", help=text, description=text)
-    quarantine.set_defaults(run=_quarantine)
-    quarantine.add_argument("run_dir", metavar="RUN", help="folder of the run")
-    quarantine.add_argument("--task", help="this task only; needed to exclude if there are several")
-    quarantine.add_argument(
-        "--release", nargs="+", default=[], metavar="KEY|ROW|SHARD",
-        help="samples that shall take part again from the next epoch on",
-    )
-    quarantine.add_argument(
-        "--exclude", nargs="+", default=[], metavar="KEY|ROW",
-        help="samples that shall take part no more from the next epoch on",
-    )
+    for name, text in _MODULES.items():
+        # Only the chosen one is imported: some need libraries that take seconds to load, which
+        # every process that indexes or verifies would load, too.
+        if name == chosen:
+            importlib.import_module(f"tools.shards_{name}").add_command(commands, text)
+        else:
+            commands.add_parser(name, help=text)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""List the samples that a run leaves out, take some back, or leave out more.
+"""`python -m tools.shards quarantine`: the samples that a run leaves out.
 
     python -m tools.shards quarantine RUN
     python -m tools.shards quarantine RUN --release 000000000785 train-000003.tar
@@ -9,8 +9,10 @@ The run takes changes in at its next planned checkpoint; they hold from the next
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.sources import concatenated, open_sources
 from pretrain.engine.quarantine_files import Edit, Listed, append_edits, read_edits, read_list
@@ -19,12 +21,32 @@ from pretrain.recipe import load_resolved
 from tools.find_sample import row_of
 
 
-def run(options: argparse.Namespace) -> int:
-    """Carry out the command; returns the exit code.
+def add_command(commands: Any, text: str) -> None:
+    """Add `quarantine` to the sub-commands of tools.shards; `text` says what it does."""
+    parser = commands.add_parser("quarantine", help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("run_dir", metavar="RUN", help="folder of the run")
+    parser.add_argument("--task", help="this task only; needed to exclude if there are several")
+    parser.add_argument(
+        "--release", nargs="+", default=[], metavar="KEY|ROW|SHARD",
+        help="samples that shall take part again from the next epoch on",
+    )
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="KEY|ROW",
+        help="samples that shall take part no more from the next epoch on",
+    )
 
-    Raises:
-        RunDirError, RecipeError, ShardError, OSError: with what the user needs to know.
-    """
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    try:
+        return _run(options)
+    except RunDirError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
     run_dir = Path(options.run_dir)
     recipe_path = check_resumable(run_dir)
     listed = [entry for entry in read_list(run_dir) if options.task in (None, entry.task)]
