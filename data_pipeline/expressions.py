@@ -3,19 +3,21 @@
 Python's grammar, of which a part is allowed, evaluated on whole columns; nothing is executed.
 
     numbers and texts    3, 0.5, 1e6, "abc"; True and False are 1 and 0
-    columns              width, captions.count, bytes:jpg; column("any name") for all others
+    columns              width, captions.count, bytes:jpg; column("any name") for all others;
+                         texts are those that are compared with texts: licence == "CC BY"
     arithmetic           + - * / % in float64 (whole numbers are exact up to 2**53)
     comparisons          < <= == != >= >, chains as 1 < width / height < 2
     membership           label in [1, 2, 3], key not in ["a", "b"]; "part" in key
     conditions           and, or, not, parentheses
     functions            min(a, b, ...), max(a, b, ...), abs(a), missing(column)
 
-A number that a sample lacks is missing, and so is the result of arithmetic with it, and of a
-division by zero. Every comparison with a missing number is false, `!=` and `not in` included; `not`
-turns that into true like any other false. `missing(column)` asks.
+A number or text that a sample lacks is missing, and so is the result of arithmetic with it, and of
+a division by zero. Every comparison with what is missing is false, `!=` and `not in` included;
+`not` turns that into true like any other false. `missing(column)` asks.
 """
 
 import ast
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -24,10 +26,13 @@ from difflib import get_close_matches
 import numpy as np
 
 Columns = Callable[[str], np.ndarray]
-"""Name of a column -> (n,) numbers, NaN where missing, or texts; KeyError if there is none."""
+"""Name of a column -> (n,) numbers, NaN where missing, or texts, MISSING_TEXT where missing."""
 
 TEXT_COLUMNS = ("key", "shard")
 """Columns of texts, which every data set has."""
+
+MISSING_TEXT = "\uffff"
+"""Stands for the text that a sample lacks; no character, by the rules of Unicode."""
 
 MAX_CHARACTERS = 100_000
 
@@ -60,6 +65,8 @@ class Expression:
     Attributes:
         text: as it was written.
         columns: name -> the character where it is named first, from 1.
+        texts: names of columns that must hold texts.
+        numbers: names of columns that must hold numbers. `missing` takes either.
     """
 
     def __init__(self, text: str) -> None:
@@ -67,9 +74,15 @@ class Expression:
         self.text = text
         self.columns: dict[str, int] = {}
         self._root = self._parse()
-        self._collect_columns()
-        try:  # types do not depend on values: none are needed to check them
-            self({name: _no_values(name) for name in self.columns}.__getitem__, 0)
+        try:
+            nodes = self._nodes()
+            self.texts = self._compared_with_texts(nodes)
+            asked = {id(node.args[0]) for node in nodes if _asks(node)}
+            used = {self.column_of(node) for node in nodes if id(node) not in asked} - {None}
+            self.numbers = used - self.texts
+            # Types do not depend on values: none are needed to check them.
+            types = {name: str if name in self.texts else float for name in self.columns}
+            self(lambda name: np.empty(0, types[name]), 0)
         except RecursionError:
             raise self._error(None, "is nested too deep") from None
 
@@ -137,17 +150,42 @@ class Expression:
             raise ExpressionError(self._message(match.start() + 1, f"unexpected {found!r}"))
         return " "
 
-    def _collect_columns(self) -> None:
+    def _nodes(self) -> list[ast.AST]:
+        """All parts in the order of the text, but for names of functions; notes the columns."""
+        found: list[ast.AST] = []
         pending: list[ast.AST] = [self._root]
         while pending:
             node = pending.pop()
+            found.append(node)
             name = self.column_of(node)
             if name is not None:
                 self.columns.setdefault(name, self._place(node))
-            elif isinstance(node, ast.Call):  # the function's name is no column
+            elif isinstance(node, ast.Call):
                 pending += reversed(node.args)
             else:
                 pending += reversed([*ast.iter_child_nodes(node)])
+        return found
+
+    def _compared_with_texts(self, nodes: list[ast.AST]) -> set[str]:
+        """Columns that stand beside a text in a comparison, or beside another such column."""
+        texts = self.columns.keys() & set(TEXT_COLUMNS)
+        pairs = [
+            pair
+            for node in nodes
+            if isinstance(node, ast.Compare)
+            for pair in itertools.pairwise([node.left, *node.comparators])
+        ]
+        pairs += [(other, one) for one, other in pairs]
+        before = -1
+        while before != len(texts):
+            before = len(texts)
+            texts |= {
+                name
+                for one, other in pairs
+                if (name := self.column_of(one)) is not None
+                if self.column_of(other) in texts or _has_text(other)
+            }
+        return texts
 
     def column_of(self, node: ast.AST) -> str | None:
         """Name of the column that a node stands for, None if it stands for something else."""
@@ -327,6 +365,8 @@ class _Evaluation:
 
 
 def _is_missing(values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind == "U":
+        return values == MISSING_TEXT
     return np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
 
 
@@ -334,11 +374,18 @@ def _float(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float64)
 
 
-def _no_values(name: str) -> np.ndarray:
-    return np.empty(0, str if name in TEXT_COLUMNS else np.float64)
+def _asks(node: ast.AST) -> bool:
+    """Whether it is a call of `missing`."""
+    name = getattr(getattr(node, "func", None), "id", None)
+    return name == "missing" and len(node.args) == 1
 
 
-def _is_text(node: ast.expr) -> bool:
+def _has_text(node: ast.AST) -> bool:
+    """Whether it is a text, or a list with one."""
+    return _is_text(node) or any(map(_is_text, getattr(node, "elts", ())))
+
+
+def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
