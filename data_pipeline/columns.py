@@ -22,7 +22,7 @@ from array import array
 
 import numpy as np
 
-from data_pipeline.expressions import MISSING_TEXT
+from data_pipeline.expression_values import MISSING_TEXT
 from data_pipeline.index import (
     MAX_COLUMNS,
     MAX_TEXTS,

@@ -19,13 +19,8 @@ from rich.console import Console
 from rich.progress import track
 
 from data_pipeline.columns import column_names, column_of, text_names, texts_of
-from data_pipeline.expressions import (
-    MISSING_TEXT,
-    TEXT_COLUMNS,
-    Expression,
-    ExpressionError,
-    UnknownColumn,
-)
+from data_pipeline.expression_values import MISSING_TEXT
+from data_pipeline.expressions import TEXT_COLUMNS, Expression, ExpressionError, UnknownColumn
 from data_pipeline.files import cache_folder, exclusive
 from data_pipeline.index import ShardIndex
 from data_pipeline.selection import Selection

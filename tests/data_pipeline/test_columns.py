@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.columns import column_names, column_of, text_names, texts_of
-from data_pipeline.expressions import MISSING_TEXT, ExpressionError
+from data_pipeline.expression_values import MISSING_TEXT
+from data_pipeline.expressions import ExpressionError
 from data_pipeline.filters import select_rows
 from data_pipeline.index import MAX_COLUMNS, MAX_TEXTS, ShardIndex, index_path
 from data_pipeline.index_builder import build_index

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.expressions import MISSING_TEXT, Expression, ExpressionError, UnknownColumn
+from data_pipeline.expression_values import MISSING_TEXT
+from data_pipeline.expressions import Expression, ExpressionError, UnknownColumn
 
 ROWS = 12
 NAN = float("nan")

@@ -115,6 +115,12 @@ def test_a_cache_that_cannot_be_written_costs_time_only(shards, cache, caplog):
     assert "is not kept for the next start" in caplog.text
 
 
+def test_with_a_progress_bar(shards, cache, monkeypatch, capfd):
+    monkeypatch.setattr(filters, "_SHARDS_OF_A_BAR", 1)
+    assert kept(shards, "width > 100") == list(range(91, SAMPLES))
+    assert capfd.readouterr().out == ""
+
+
 def test_a_damaged_index_is_an_error_and_leaves_nothing_behind(shards, cache):
     path = index_path(shards.shards[3].path)
     data = bytearray(path.read_bytes())
