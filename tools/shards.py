@@ -35,6 +35,8 @@ from rich.progress import (
 from data_pipeline import manifest as manifests
 from data_pipeline.catalogue import expand_specs
 from data_pipeline.columns import column_names
+from data_pipeline.expressions import TEXT_COLUMNS
+from data_pipeline.index import ShardIndex
 from data_pipeline.index_builder import build_index
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
 from data_pipeline.shards import ShardSet, load_or_build_index, stored_index
@@ -152,15 +154,22 @@ def _inspect(options: argparse.Namespace) -> int:
     if len(counts) > _EXTENSIONS_SHOWN:
         print(f"  and {len(counts) - _EXTENSIONS_SHOWN} more extensions: are there dots in keys?")
     print("  columns: " + (", ".join(sorted(column_names(first))) or "none"))
+    print("  columns of texts: " + (", ".join(sorted(_usable_texts(first))) or "none"))
     dropped = first.dropped_columns + (first.derived.dropped if first.derived else 0)
     if dropped:
-        print(f"  {dropped} more numbers are not kept as columns")
+        print(f"  {dropped} more fields are not kept as columns")
     if first.passed_over:
         print(f"  {first.passed_over} files belong to no sample (no extension, or hidden)")
     for row in range(min(_KEYS_SHOWN, len(first))):
         members = ", ".join(f"{m[0]} {m[2]:,} B" for m in first.members(row))
         print(f"  {row}: {first.key(row)} ({members})")
     return 0
+
+
+def _usable_texts(index: ShardIndex) -> list[str]:
+    """Columns of texts that conditions can look at."""
+    texts = index.derived.texts if index.derived else {}
+    return [*TEXT_COLUMNS, *(name for name, column in texts.items() if column is not None)]
 
 
 def _print_manifests(shards: ShardSet) -> None:
