@@ -7,8 +7,13 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 
+from data_pipeline.caption_texts import (
+    CaptionSources,
+    CaptionSourceSettings,
+    CaptionTexts,
+    CleaningSettings,
+)
 from data_pipeline.images import ImageDataSettings, ImageFields
-from data_pipeline.members import MemberSource, bad, check_source
 from data_pipeline.reader import Sample
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import Tokenizer
@@ -24,39 +29,26 @@ class CaptionDataSettings(ImageDataSettings):
 
     type: Literal["captions"] = "captions"
     """Kind of data; follows from the task's objective where it is not given."""
-    caption_source: str = "txt"
+    caption_source: CaptionSources = Field(default="txt", validate_default=True)
     """Where captions are: a text member's extension ("txt"), or "json:KEY" for a string or a list
-    of strings under KEY of the json member (dots descend: "json:annotations.captions")."""
+    of strings under KEY of the json member (dots descend: "json:annotations.captions"). Or a list
+    of such sources with weights and templates, of which one is drawn by seed for each sample."""
+    cleaning: CleaningSettings = CleaningSettings()
+    """What is done to each caption before it becomes tokens."""
     captions_per_image: int = Field(default=1, ge=1)
-    """Captions that share one image in a step, drawn by seed; missing ones carry no loss."""
+    """Captions of its source that share one image in a step, drawn by seed; missing ones carry no
+    loss."""
     text_length: int = Field(default=40, ge=3)
     """Longest caption in tokens, BOS and EOS included; longer ones lose their end."""
 
     @field_validator("caption_source")
     @classmethod
-    def _source(cls, value: str) -> str:
-        return check_source("caption_source", value)
-
-
-class CaptionSource(MemberSource):
-    """Finds the captions of a sample; see `CaptionDataSettings.caption_source`."""
-
-    def read(self, sample: Sample) -> list[str]:
-        """All captions, at least one, with white space folded.
-
-        Raises:
-            BadSample: no such member or key, not text, or nothing but white space.
-        """
-        found = self.value(sample)
-        found = [found] if isinstance(found, str) else found
-        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-            raise bad(sample, f"{self.source} is neither a string nor a list of strings")
-        if not all(_is_unicode(text) for text in found):
-            raise bad(sample, f"{self.source} holds half a surrogate pair")
-        captions = [folded for text in found if (folded := " ".join(text.split()))]
-        if not captions:
-            raise bad(sample, f"{self.source} holds no caption")
-        return captions
+    def _different(cls, value: list[CaptionSourceSettings]) -> list[CaptionSourceSettings]:
+        names = [source.source for source in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"caption_source: {name!r} is named twice")
+        return value
 
 
 class CaptionFields(ImageFields):
@@ -65,12 +57,12 @@ class CaptionFields(ImageFields):
     def __init__(self, settings: CaptionDataSettings, tokenizer: Tokenizer, train: bool) -> None:
         super().__init__(settings, train)
         self.tokenizer = tokenizer
-        self.source = CaptionSource(settings.caption_source)
+        self.texts = CaptionTexts(settings.caption_source, settings.cleaning)
 
     @property
     def extensions(self) -> frozenset[str]:
         """Members that are needed; a reader may leave out the others."""
-        return frozenset([*self.settings.image_extensions, self.source.extension])
+        return frozenset(self.settings.image_extensions) | self.texts.extensions
 
     def sample(
         self,
@@ -88,19 +80,25 @@ class CaptionFields(ImageFields):
             clock: books "decode" and "transform" (which includes text).
 
         Returns:
-            images (H, W, 3) uint8; tokens (K, text_length) int64; lengths (K,) int64, 0 where the
-            image has fewer than K captions; captions: all of them, list of str.
+            what `load_image` does; tokens (K, text_length) int64; lengths (K,) int64, 0 where the
+            source has fewer than K captions; captions: list of str, those chosen, in evaluation
+            all of them.
 
         Raises:
             BadSample: no usable image or caption.
         """
-        captions = self.source.read(sample)  # first: a sample without one is not decoded
-        image = self.load_image(sample, rng_for, out, clock)
         count, length = self.settings.captions_per_image, self.settings.text_length
+        # First: a sample without a caption is not decoded.
+        if self.train:
+            captions = self.texts.draw(sample, count, rng_for)
+        else:
+            captions = self.texts.references(sample)
+        image = self.load_image(sample, rng_for, out, clock)
         tokens = np.full((count, length), self.tokenizer.pad_id, dtype=np.int64)
         tokens[:, 0], tokens[:, 1] = self.tokenizer.bos_id, self.tokenizer.eos_id
         lengths = np.zeros(count, dtype=np.int64)
-        for place, caption in enumerate(self._choose(captions, rng_for)):
+        for place, caption in enumerate(captions[:count]):
+            caption = self.texts.cut(caption)
             # A whole book as a caption would take seconds to encode, for 40 tokens of it.
             ids = self.tokenizer.encode(caption[: length * TOKEN_CHARACTERS])[: length - 2]
             tokens[place, 1 : 1 + len(ids)] = ids
@@ -108,7 +106,7 @@ class CaptionFields(ImageFields):
             lengths[place] = len(ids) + 2
         if clock is not None:
             clock.lap("transform")
-        return {"images": image, "tokens": tokens, "lengths": lengths, "captions": captions}
+        return {**image, "tokens": tokens, "lengths": lengths, "captions": captions}
 
     def collate(
         self,
@@ -119,10 +117,10 @@ class CaptionFields(ImageFields):
         """Batch of the results of `sample`; None stands for a padding row.
 
         Returns:
-            images (B, 3, H, W) uint8, channels_last in memory; tokens (B, K, T) int64, rows
-            BOS w.. EOS pad.., T the longest text rounded up to 8, at most text_length;
-            loss_mask (B, K, T) bool, True at tokens that are predicted (words and EOS);
-            valid (B,) bool; captions: list of B lists of str (evaluation only).
+            what `stack_images` does; tokens (B, K, T) int64, rows BOS w.. EOS pad.., T the longest
+            text rounded up to 8, at most text_length; loss_mask (B, K, T) bool, True at tokens that
+            are predicted (words and EOS); valid (B,) bool; captions: list of B lists of str
+            (evaluation only).
 
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
@@ -138,7 +136,7 @@ class CaptionFields(ImageFields):
         width = min(-(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE, shape[2])
         places = np.arange(width)
         batch: dict[str, Any] = {
-            "images": self.stack_images(items, buffers),
+            **self.stack_images(items, buffers),
             "tokens": torch.from_numpy(np.ascontiguousarray(tokens[:, :, :width])),
             "loss_mask": torch.from_numpy((places > 0) & (places < lengths[:, :, None])),
             "valid": torch.tensor(list(valid), dtype=torch.bool),
@@ -146,17 +144,3 @@ class CaptionFields(ImageFields):
         if not self.train:
             batch["captions"] = [[] if item is None else item["captions"] for item in items]
         return batch
-
-    def _choose(
-        self, captions: list[str], rng_for: Callable[[str], np.random.Generator]
-    ) -> list[str]:
-        count = self.settings.captions_per_image
-        if not self.train or len(captions) == 1:
-            return captions[:count]
-        draws = rng_for("caption").random(len(captions))
-        return [captions[place] for place in np.argsort(draws)[:count]]
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a tokenizer takes the text; JSON may escape what no text can hold."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)

@@ -21,13 +21,11 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the upright image became the output: u = x * scale_x - left, v = y * scale_y - top, and
-    then, if `flip`, u = width - u. All count pixels, from the upper left edge of the image."""
+    """How the upright image became the output: `crop` was resized to `width` x `height`, and then
+    mirrored if `flip`. All count pixels, from the upper left edge."""
 
-    scale_x: float
-    scale_y: float
-    left: float
-    top: float
+    crop: tuple[float, float, float, float]
+    """x0, y0, x1, y1: what the output shows of the upright image."""
     height: int
     """Of the output, without padding."""
     width: int
@@ -35,19 +33,10 @@ class Geometry:
     flip: bool = False
     """Mirrored left to right."""
 
-    @property
-    def crop(self) -> tuple[float, float, float, float]:
-        """x0, y0, x1, y1: what the output shows, in pixels of the upright image."""
-        return (
-            self.left / self.scale_x,
-            self.top / self.scale_y,
-            (self.left + self.width) / self.scale_x,
-            (self.top + self.height) / self.scale_y,
-        )
-
     def points(self, xy: np.ndarray) -> np.ndarray:
         """(N, 2) points (x, y) of the upright image -> (N, 2) points (u, v) of the output."""
-        uv = xy * (self.scale_x, self.scale_y) - (self.left, self.top)
+        x0, y0, x1, y1 = self.crop
+        uv = (xy - (x0, y0)) * (self.width / (x1 - x0), self.height / (y1 - y0))
         if self.flip:
             uv[:, 0] = self.width - uv[:, 0]
         return uv
@@ -110,7 +99,7 @@ def align(box: Box, width: int, height: int, factor: int, origin: tuple[int, int
     """Move the edges of `box` to the nearest lines that lie a multiple of `factor` from `origin`.
 
     Args:
-        width, height: of the image, which the box stays inside of.
+        width, height: of the image, which the box stays inside of; at least `factor`.
         origin: x and y of a line, 0 to factor - 1; see `decode.grid_origin`.
     """
     x0, x1 = _aligned(box.x, box.x + box.width, width, factor, origin[0])
@@ -120,7 +109,9 @@ def align(box: Box, width: int, height: int, factor: int, origin: tuple[int, int
 
 def _aligned(start: int, stop: int, length: int, factor: int, origin: int) -> tuple[int, int]:
     last = (length - origin) // factor
-    start, stop = (min(max(round((at - origin) / factor), 0), last) for at in (start, stop))
+    start, stop = (max(round((at - origin) / factor), 0) for at in (start, stop))
+    start = min(start, last - 1)
+    stop = min(max(stop, start + 1), last)
     return origin + start * factor, origin + stop * factor
 
 

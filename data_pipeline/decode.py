@@ -12,12 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 _JPEG_START = b"\xff\xd8\xff"
 _PLAIN_COLORSPACES = ("YCbCr", "RGB", "Gray")
 _ORIENTATION_TAG = 0x0112
 _DCT_FACTORS = (8, 4, 2)
+# What shards hold. Of the other formats that Pillow opens, some start programs (EPS), and many have
+# parsers that nobody looks after; a member of a shard may claim to be any of them.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI")
 
 
 class DecodeError(ValueError):
@@ -194,7 +197,9 @@ def _mirrored(orientation: int) -> tuple[bool, bool]:
 
 def _open(data: bytes) -> ImageFile.ImageFile:
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:  # its text names a memory address, different in every process
+        raise DecodeError("not a readable image: of no known format") from None
     except Exception as error:  # Pillow's plug-ins raise whatever their parsers meet
         raise DecodeError(f"not a readable image: {error}") from error
 
@@ -210,9 +215,7 @@ def _pillow_header(data: bytes, max_pixels: int) -> ImageHeader:
     return _upright(picture.height, picture.width, orientation, picture)
 
 
-def _decode_pillow(
-    picture: ImageFile.ImageFile, orientation: int, factor: int = 1
-) -> np.ndarray:
+def _decode_pillow(picture: ImageFile.ImageFile, orientation: int, factor: int = 1) -> np.ndarray:
     try:
         picture.load()
         rgb = _to_rgb(picture)
@@ -228,7 +231,10 @@ def _decode_pillow(
 def _to_rgb(picture: Image.Image) -> Image.Image:
     mode = picture.mode
     if mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips instead of scaling
-        high_bytes = np.clip(np.asarray(picture, dtype=np.int64) >> 8, 0, 255)
+        values = np.asarray(picture, dtype=np.int64)
+        high_bytes = np.clip(values >> 8, 0, 255)
+        if isinstance(clear := picture.info.get("transparency"), int):
+            high_bytes[values == clear] = 255
         picture = Image.fromarray(high_bytes.astype(np.uint8))
     elif mode == "F":
         raise DecodeError("floating-point image: its range is not defined")

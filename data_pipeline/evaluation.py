@@ -71,7 +71,7 @@ class EvaluationLoader:
             {self.stream.name: self.stream}, self.requests(), self.rank, **self._options, window=1
         )
         for batch in batches:
-            batch.pop("seconds")
+            del batch["seconds"], batch["counters"]
             self._policy.record(self.stream.name, batch)
             yield batch
 

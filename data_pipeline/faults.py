@@ -127,7 +127,8 @@ class FaultPolicy:
         return [rows[key] for key in sorted(rows)]
 
     def _note(self, fault: Fault, action: str) -> None:
-        self._rows.setdefault((fault.task, fault.row), fault)
+        if fault.row >= 0:  # a sample of a stream has no row to be remembered by
+            self._rows.setdefault((fault.task, fault.row), fault)
         if self.file is not None:
             self.file.write(fault, action)
         self._log.warning(

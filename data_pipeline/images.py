@@ -1,18 +1,21 @@
 """The image of a sample, and images as a batch: what all data with pictures has in common."""
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.decode import DecodeError
 from data_pipeline.members import bad
 from data_pipeline.reader import BadSample, Sample
+from data_pipeline.rng import sample_rng
 from data_pipeline.sources import ShardedData
 from data_pipeline.timing import StageClock
-from data_pipeline.transforms import ImageSettings, ImageTransform
+from data_pipeline.transforms import ImageSettings, ImageTransform, View, make_views
+from data_pipeline.views import check_views, collate_views, describe_views
 
 
 class ImageDataSettings(ShardedData):
@@ -24,26 +27,56 @@ class ImageDataSettings(ShardedData):
     """Members that may hold the image, in order of preference."""
     image: ImageSettings = ImageSettings()
     """Decode and augmentation."""
+    second_view: ImageSettings | None = None
+    """A second view of each image, with draws of its own, for objectives that compare two; the
+    batch then also tells where both were cut. null: none."""
+
+    @model_validator(mode="after")
+    def _views_fit(self) -> Self:
+        if self.second_view is not None:
+            check_views(self.image, self.second_view)
+        return self
 
 
 class ImageFields:
     """The image side of a `TaskStream`; subclasses add `sample` and `collate`.
 
     Args:
-        settings: which members hold images, and their transform.
+        settings: which members hold images, and their transforms.
         train: draw augmentations; otherwise nothing is drawn at random.
     """
 
     def __init__(self, settings: ImageDataSettings, train: bool) -> None:
         self.settings, self.train = settings, train
-        self.transform = ImageTransform(settings.image)
+        # Name in the batch and purpose of the draws -> settings.
+        self._views = {"images": ("image", settings.image)}
+        if settings.second_view is not None:
+            self._views["second_images"] = ("second view", settings.second_view)
+        self._of_sizes: dict[tuple[int, ...], Self] = {}
+        self._set_sizes([s.largest_size if train else s.size for _, s in self._views.values()])
+
+    def of_step(self, seed: int, task: str, step: int) -> Self:
+        """These fields at the image sizes of a step: the same on all ranks, after any restart."""
+        if not self.train or not any(settings.sizes for _, settings in self._views.values()):
+            return self
+        draw = sample_rng(seed, task, step, "image size of the step").random()
+        # Two views with equal lists thus have equal sizes.
+        sizes = tuple(
+            settings.sizes[int(draw * len(settings.sizes))] if settings.sizes else settings.size
+            for _, settings in self._views.values()
+        )
+        if sizes not in self._of_sizes:
+            self._of_sizes[sizes] = copy.copy(self)
+            self._of_sizes[sizes]._set_sizes(sizes)
+        return self._of_sizes[sizes]
 
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the uint8 batch arrays that `load_image` can write rows of in place."""
+        """Shapes of the uint8 batch arrays that `load_image` can write rows of in place; those of
+        the largest images if no step was chosen."""
         if not self.settings.image.fixed_size:
             return {}
-        size = self.settings.image.size
-        return {"images": (count, size, size, 3)}
+        sizes = {name: t.settings.size for name, t in self._transforms.items()}
+        return {name: (count, size, size, 3) for name, size in sizes.items()}
 
     def load_image(
         self,
@@ -51,7 +84,7 @@ class ImageFields:
         rng_for: Callable[[str], np.random.Generator],
         out: dict[str, np.ndarray] | None,
         clock: StageClock | None,
-    ) -> np.ndarray:
+    ) -> dict[str, Any]:
         """Decode and augment the sample's image.
 
         Args:
@@ -61,15 +94,29 @@ class ImageFields:
             clock: books "decode" and "transform".
 
         Returns:
-            (H, W, 3) uint8; the row of `out` if it was given.
+            images (H, W, 3) uint8, the row of `out` if it was given; with `second_view` also
+            second_images and what `describe_views` returns.
 
         Raises:
             BadSample: no usable image.
         """
-        rng = rng_for("image") if self.train else None
-        place = None if out is None else out["images"]
+        views = self.load_views(sample, rng_for, out, clock)
+        item = {name: view.image for name, view in zip(self._views, views, strict=True)}
+        return item if len(views) == 1 else item | describe_views(views)
+
+    def load_views(
+        self,
+        sample: Sample,
+        rng_for: Callable[[str], np.random.Generator],
+        out: dict[str, np.ndarray] | None,
+        clock: StageClock | None,
+    ) -> list[View]:
+        """As `load_image`, with all that is known of each view."""
+        rngs = [rng_for(purpose) if self.train else None for purpose, _ in self._views.values()]
+        places = [None if out is None else out[name] for name in self._views]
         try:
-            return self.transform(self._image_bytes(sample), rng, place, clock)
+            data = self._image_bytes(sample)
+            return make_views(data, list(self._transforms.values()), rngs, places, clock)
         except DecodeError as error:
             raise BadSample(str(error), sample.shard, sample.key, sample.row) from error
 
@@ -77,33 +124,49 @@ class ImageFields:
         self,
         items: Sequence[dict[str, Any] | None],
         buffers: dict[str, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """The items' "images" as (B, 3, H, W) uint8, channels_last in memory; zeros for None.
+    ) -> dict[str, torch.Tensor]:
+        """The images of a batch, from what `load_image` returned; None stands for a padding row.
+
+        Returns:
+            images (B, 3, H, W) uint8, channels_last in memory, zeros in padding rows; with
+            `second_view` also second_images, and what `collate_views` returns.
 
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
         """
-        return self._rows(items, buffers).permute(0, 3, 1, 2)
+        batch = {
+            name: self._rows(name, items, buffers).permute(0, 3, 1, 2) for name in self._views
+        }
+        return batch if len(batch) == 1 else batch | collate_views(items)
+
+    def _set_sizes(self, sizes: Sequence[int]) -> None:
+        self._transforms = {
+            name: ImageTransform(settings.model_copy(update={"size": size}))
+            for (name, (_, settings)), size in zip(self._views.items(), sizes, strict=True)
+        }
 
     def _rows(
-        self, items: Sequence[dict[str, Any] | None], buffers: dict[str, torch.Tensor] | None
+        self,
+        name: str,
+        items: Sequence[dict[str, Any] | None],
+        buffers: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
         if buffers:
-            images = buffers["images"]
+            images = buffers[name]
             for row, item in enumerate(items):
                 if item is None:
                     images[row].zero_()
             return images
-        arrays = [item["images"] for item in items if item is not None]
+        arrays = [item[name] for item in items if item is not None]
         sizes = {array.shape for array in arrays}
         if len(sizes) > 1:
             raise ValueError(
                 f"images of different size {sorted(sizes)} cannot share a micro-batch: with "
                 "image.mode keep_aspect set micro_batch to 1"
             )
-        size = self.settings.image.size
+        size = self._transforms[name].settings.size
         blank = np.zeros(sizes.pop() if sizes else (size, size, 3), dtype=np.uint8)
-        rows = [blank if item is None else item["images"] for item in items]
+        rows = [blank if item is None else item[name] for item in items]
         return torch.from_numpy(np.stack(rows))
 
     def _image_bytes(self, sample: Sample) -> bytes:

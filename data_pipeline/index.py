@@ -14,12 +14,13 @@ on use. With N samples and M members in all, arrays are little-endian:
     member_crc32        uint32 (M,)      of the payload; 0 if the metadata says that it is unknown
     member_header_crc32 uint32 (M,)      of the 512-byte tar header in front of the payload; in a
                                          bundle (bundles.py): of the line that describes the sample
-    column:<name>       int64 or float64 (N,)   a number per sample
+    column:<name>       int64 or float64 (N,)   a number per sample that the samples state
+    derived:<name>      uint8, uint32, int64 or float64 (N,)   one that follows from them
+    text:<name>         uint8 (N,)       a short text: its number, from 1, in a list in the metadata
 
 In a bundled shard, a sample begins with its line and has no padding; such an index is of version 2.
 
-Columns are found in the samples themselves: numbers of the `json` member, `<name>.count` for its
-lists, and `cls`. A float column has NaN where a sample lacks the number.
+What columns there are: columns.py. A float column has NaN where a sample lacks the number.
 """
 
 import json
@@ -28,7 +29,7 @@ import re
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +43,12 @@ VERSIONS = {False: "1", True: "2"}
 """Without and with bundles: readers that do not know bundles refuse the second."""
 SUFFIX = ".idx"
 COLUMN_PREFIX = "column:"
+DERIVED_PREFIX = "derived:"
+TEXT_PREFIX = "text:"
 MAX_COLUMNS = 128
+"""Of each of the three kinds."""
+MAX_TEXTS = 255
+"""Different texts of a column of texts."""
 
 ARRAYS = {
     "keys": np.uint8,
@@ -79,6 +85,24 @@ def split_name(name: str) -> tuple[str, str] | None:
     return match.group(1), match.group(2).lower()
 
 
+class TextColumn(NamedTuple):
+    """A column of few different texts."""
+
+    codes: np.ndarray
+    """(N,) uint8: 0 where a sample lacks it, else the number of its text, from 1."""
+    texts: tuple[str, ...]
+
+
+class DerivedColumns(NamedTuple):
+    """Columns that follow from what samples hold, by rules that may grow: see columns.py."""
+
+    columns: dict[str, np.ndarray]
+    dropped: int
+    """Columns left out because there are more than MAX_COLUMNS of them."""
+    texts: dict[str, TextColumn | None]
+    """Columns of texts; None for one of more than MAX_TEXTS different texts, or of long ones."""
+
+
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
     """Index of one shard; see the module docstring for the arrays."""
@@ -94,7 +118,10 @@ class ShardIndex:
     bundled: bool
     """Whether all samples lie in bundles, each behind a line of its own; see bundles.py."""
     digest: str
-    """sha256 over everything else: equal exactly if the samples of two shards are equal."""
+    """sha256 over everything above and below, but for what is derived: equal exactly if the samples
+    of two shards are equal."""
+    derived: DerivedColumns | None
+    """None in indices that were written before there were any."""
     payloads_hashed: bool = True
     """False for an index of headers alone: `member_crc32` is 0 then, and what payloads hold is not
     compared with anything."""
@@ -159,7 +186,13 @@ class ShardIndex:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index to `path`, atomically; the bytes depend on the content only."""
         metadata = _metadata(self) | {"digest": self.digest}
-        write_atomically(Path(path), array_file.serialise(metadata, _named_arrays(self)))
+        if self.derived is not None:
+            metadata |= {
+                **_derived_metadata(self.derived),
+                "derived_digest": _derived_digest(self),
+            }
+        arrays = _named_arrays(self) | _derived_arrays(self)
+        write_atomically(Path(path), array_file.serialise(metadata, arrays))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ShardIndex":
@@ -168,9 +201,13 @@ class ShardIndex:
         Errors: FileNotFoundError; ShardError if the file is damaged or of another version.
         """
         try:
-            index = _from_file(*array_file.load(path))
+            metadata, stored = array_file.load(path)
+            index = _from_file(metadata, stored)
             if index.digest != _digest(index):
                 raise ValueError("its digest does not match its content")
+            derived = None if index.derived is None else _derived_digest(index)
+            if derived != metadata.get("derived_digest"):
+                raise ValueError("the digest of its derived columns does not match them")
             check_structure(index, ARRAYS)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _bad_index(path, str(error)) from None
@@ -198,7 +235,27 @@ def _metadata(index: ShardIndex) -> dict[str, str]:
 
 
 def _named_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
-    return index.arrays | {COLUMN_PREFIX + name: c for name, c in index.columns.items()}
+    columns = {COLUMN_PREFIX + name: c for name, c in index.columns.items()}
+    return index.arrays | columns
+
+
+def _derived_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
+    if index.derived is None:
+        return {}
+    texts = {
+        TEXT_PREFIX + name: column.codes
+        for name, column in index.derived.texts.items()
+        if column is not None
+    }
+    return texts | {DERIVED_PREFIX + name: c for name, c in index.derived.columns.items()}
+
+
+def _derived_metadata(derived: DerivedColumns) -> dict[str, str]:
+    texts = {name: column and column.texts for name, column in derived.texts.items()}
+    return {
+        "dropped_derived": str(derived.dropped),
+        "derived_texts": json.dumps(texts, sort_keys=True),
+    }
 
 
 def with_digest(**fields: Any) -> ShardIndex:
@@ -209,8 +266,18 @@ def with_digest(**fields: Any) -> ShardIndex:
 
 
 def _digest(index: ShardIndex) -> str:
-    digest = sha256(json.dumps(_metadata(index), sort_keys=True).encode())
-    for name, values in array_file.in_file_order(_named_arrays(index)).items():
+    return _digest_of(json.dumps(_metadata(index), sort_keys=True), _named_arrays(index))
+
+
+def _derived_digest(index: ShardIndex) -> str:
+    """Of the derived columns, and of the index to which they belong."""
+    about = json.dumps({"digest": index.digest, **_derived_metadata(index.derived)}, sort_keys=True)
+    return _digest_of(about, _derived_arrays(index))
+
+
+def _digest_of(about: str, arrays: dict[str, np.ndarray]) -> str:
+    digest = sha256(about.encode())
+    for name, values in array_file.in_file_order(arrays).items():
         digest.update(f"\n{name} {values.dtype.str} {len(values)}\n".encode())
         digest.update(np.ascontiguousarray(values).view(np.uint8).data)
     return digest.hexdigest()
@@ -223,17 +290,37 @@ def _from_file(metadata: dict[str, str], stored: dict[str, np.ndarray]) -> Shard
         shard_bytes=int(metadata["shard_bytes"]),
         extensions=tuple(json.loads(metadata["extensions"])),
         arrays={name: stored[name] for name in ARRAYS},
-        columns={
-            name.removeprefix(COLUMN_PREFIX): values
-            for name, values in stored.items()
-            if name.startswith(COLUMN_PREFIX)
-        },
+        columns=_with_prefix(stored, COLUMN_PREFIX),
         passed_over=int(metadata["passed_over"]),
         dropped_columns=int(metadata["dropped_columns"]),
         bundled=metadata["version"] == VERSIONS[True],
         digest=metadata["digest"],
+        derived=_derived(metadata, stored),
         payloads_hashed="payload_crc32" not in metadata,
     )
+
+
+def _with_prefix(stored: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {
+        name.removeprefix(prefix): values
+        for name, values in stored.items()
+        if name.startswith(prefix)
+    }
+
+
+def _derived(
+    metadata: dict[str, str], stored: dict[str, np.ndarray]
+) -> DerivedColumns | None:
+    columns, codes = _with_prefix(stored, DERIVED_PREFIX), _with_prefix(stored, TEXT_PREFIX)
+    if not {"dropped_derived", "derived_texts", "derived_digest"} & metadata.keys():
+        if columns or codes:
+            raise ValueError("it has derived columns, but nothing is said about them")
+        return None
+    texts = {
+        name: None if found is None else TextColumn(codes[name], tuple(found))
+        for name, found in json.loads(metadata["derived_texts"]).items()
+    }
+    return DerivedColumns(columns, int(metadata["dropped_derived"]), texts)
 
 
 def _text(name: bytes) -> str:

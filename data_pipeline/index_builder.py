@@ -1,21 +1,19 @@
 """Build the index of a shard: while it is written, or by one pass over its bytes."""
 
-import json
 import os
 import zlib
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
 
 from data_pipeline import bundles
-from data_pipeline.index import ARRAYS, MAX_COLUMNS, ShardIndex, split_name, with_digest
+from data_pipeline.columns import SOURCES, ColumnBuilder
+from data_pipeline.index import ARRAYS, ShardIndex, split_name, with_digest
 from data_pipeline.tar_headers import Member, ShardError, iter_members
 
-_COLUMN_SOURCES = ("json", "cls")
-# Larger members give no columns: a record of numbers is small, and they would be held in memory.
+# Larger members give no columns: captions and numbers are small; others would fill the memory.
 _LARGEST_RECORD = 16 << 20
 _PLACE = ("member_offset", "member_size", "member_crc32", "member_header_crc32")
 _CHUNK = 1 << 20
@@ -32,7 +30,7 @@ class IndexBuilder:
             for name, dtype in ARRAYS.items()
         }
         self._extension_numbers: dict[str, int] = {}
-        self._columns = _Columns()
+        self._columns = ColumnBuilder()
         self._passed_over = 0
         self._bundled: bool | None = None
         self._key: str | None = None
@@ -79,7 +77,7 @@ class IndexBuilder:
             else np.empty(0, dtype)
             for name, dtype in ARRAYS.items()
         }
-        columns, dropped = self._columns.finish(len(arrays["key_end"]))
+        columns, dropped, derived = self._columns.finish(len(arrays["key_end"]))
         return with_digest(
             shard_bytes=shard_bytes,
             extensions=tuple(self._extension_numbers),
@@ -88,6 +86,7 @@ class IndexBuilder:
             passed_over=self._passed_over,
             dropped_columns=dropped,
             bundled=bool(self._bundled),
+            derived=derived,
             payloads_hashed=payloads_hashed or bool(self._bundled),  # a bundle has its own crc32
         )
 
@@ -116,7 +115,7 @@ class IndexBuilder:
             arrays[name].append(value)
         arrays["member_end"][-1] += 1
         arrays["sample_end"][-1] = end
-        if payload is not None and extension in _COLUMN_SOURCES:
+        if payload is not None and extension in SOURCES:
             self._columns.add(len(arrays["key_end"]) - 1, extension, payload)
 
     def _start_sample(self, key: str, begin: int) -> None:
@@ -145,67 +144,11 @@ class IndexBuilder:
             )
 
 
-@dataclass(slots=True)
-class _Columns:
-    """Sparse numeric columns while an index is being built."""
-
-    rows: dict[str, array] = field(default_factory=dict)
-    values: dict[str, list[int | float]] = field(default_factory=dict)
-    dropped: set[str] = field(default_factory=set)
-
-    def add(self, row: int, extension: str, payload: bytes) -> None:
-        try:
-            content = json.loads(payload)
-        except (ValueError, RecursionError):
-            return  # members of other people need not be valid; an index is no place to judge
-        if extension == "cls":
-            content = {"cls": content}
-        if not isinstance(content, dict):
-            return
-        for name, value in content.items():
-            if isinstance(value, list):
-                name, value = f"{name}.count", len(value)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._append(name, row, value)
-
-    def _append(self, name: str, row: int, value: int | float) -> None:
-        if name not in self.rows:
-            if any("\ud800" <= letter <= "\udfff" for letter in name):
-                return  # half a character, which JSON can spell and UTF-8 cannot
-            if len(self.rows) == MAX_COLUMNS:
-                self.dropped.add(name)
-                return
-            self.rows[name], self.values[name] = array("Q"), []
-        rows = self.rows[name]
-        if not rows or rows[-1] != row:  # `cls` may also be a field of the json member
-            rows.append(row)
-            self.values[name].append(value)
-
-    def finish(self, samples: int) -> tuple[dict[str, np.ndarray], int]:
-        columns = {}
-        for name in sorted(self.rows):
-            values = self.values[name]
-            whole = all(isinstance(v, int) and -(2**63) <= v < 2**63 for v in values)
-            if whole and len(values) == samples:
-                columns[name] = np.array(values, np.int64)
-            else:
-                columns[name] = np.full(samples, np.nan)
-                columns[name][self.rows[name]] = [_as_float(value) for value in values]
-        return columns, len(self.dropped)
-
-
-def _as_float(value: int | float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # JSON integers have no limit
-        return float("inf") if value > 0 else float("-inf")
-
-
 def wants_payload(extension: str, size: int) -> bool:
     """Return whether the builder reads numbers or samples from members like this; size in bytes."""
     if extension == bundles.EXTENSION:
         return size <= bundles.MAX_BYTES
-    return extension in _COLUMN_SOURCES and size <= _LARGEST_RECORD
+    return extension in SOURCES and size <= _LARGEST_RECORD
 
 
 def build_index(

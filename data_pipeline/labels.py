@@ -93,14 +93,14 @@ class LabelFields(ImageFields):
         """Arrays of one sample; arguments as in `ImageFields.load_image`.
 
         Returns:
-            images (H, W, 3) uint8; label: int, NO_LABEL where there is none; in training with
+            what `load_image` does; label: int, NO_LABEL where there is none; in training with
             `mixing` also mix: Mix.
 
         Raises:
             BadSample: no usable image, or a label that is none of the classes.
         """
         label = self._label(sample)  # first: a sample with a bad one is not decoded
-        item = {"images": self.load_image(sample, rng_for, out, clock), "label": label}
+        item = {**self.load_image(sample, rng_for, out, clock), "label": label}
         if self._mixes:
             item["mix"] = draw_mix(self.settings.mixing, rng_for("mix"))
         return item
@@ -114,16 +114,15 @@ class LabelFields(ImageFields):
         """Batch of the results of `sample`; None stands for a padding row.
 
         Returns:
-            images (B, 3, H, W) uint8, channels_last in memory; labels (B,) int64, NO_LABEL where
-            there is none and in padding rows; valid (B,) bool; in training with `mixing` also what
-            `collate_mixes` returns.
+            what `stack_images` does; labels (B,) int64, NO_LABEL where there is none and in padding
+            rows; valid (B,) bool; in training with `mixing` also what `collate_mixes` returns.
 
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
         """
         labels = [NO_LABEL if item is None else item["label"] for item in items]
         batch = {
-            "images": self.stack_images(items, buffers),
+            **self.stack_images(items, buffers),
             "labels": torch.tensor(labels, dtype=torch.int64),
             "valid": torch.tensor(list(valid), dtype=torch.bool),
         }

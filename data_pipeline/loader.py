@@ -10,21 +10,25 @@ position is the step it was started at.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from pydantic import Field
 
+from data_pipeline.activity import ActivityBoard
+from data_pipeline.cache import CacheSettings
 from data_pipeline.evaluation import EvaluationLoader
 from data_pipeline.faults import FaultCount, FaultFile, FaultLimits, FaultPolicy, OnBadSample
+from data_pipeline.prefetch import Prefetcher
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.settings import Settings
-from data_pipeline.stall import StallWatch
+from data_pipeline.stall import StallWatch, describe_stall
 from data_pipeline.step_sampler import MicroBatch, Schedule, StepSampler
 from data_pipeline.stream import DataError, Fault, TaskStream
+from data_pipeline.weak_stream import WeakStream
 from data_pipeline.workers import Requests, load_batches
 
 __all__ = [
@@ -62,9 +66,11 @@ class LoaderSettings(Settings):
     quarantine: bool = True
     """Whether bad samples that were met take no part from the next epoch of their data set on."""
     stall_seconds: float = Field(default=120.0, gt=0.0)
-    """Waiting longer than this for a batch logs which positions are being processed."""
+    """Waiting longer than this for a batch logs what each worker is doing, and where."""
     remote: RemoteSettings = RemoteSettings()
     """How shards are read whose names are URLs."""
+    cache: CacheSettings | None = None
+    """Copies of shards on each node's own disk, fetched ahead of the run. null: none."""
 
     def fault_limits(self) -> FaultLimits:
         """When bad samples end the run."""
@@ -77,7 +83,7 @@ class Part(NamedTuple):
     task: str
     micro_batches: list[dict[str, Any]]
     """Batches of the task's fields, with position, row and key; equal shapes on all ranks, but for
-    the length of texts."""
+    the length of texts and the number of boxes."""
 
 
 @dataclass
@@ -109,7 +115,7 @@ class StepLoader:
 
     def __init__(
         self,
-        streams: Mapping[str, TaskStream],
+        streams: Mapping[str, TaskStream | WeakStream],
         schedule: Schedule,
         settings: LoaderSettings,
         rank: int,
@@ -118,6 +124,7 @@ class StepLoader:
         stop_step: int,
         pin_memory: bool = False,
         fault_file: FaultFile | None = None,
+        node_ranks: range | None = None,
     ) -> None:
         """Assemble the loader; workers start with the iteration.
 
@@ -130,14 +137,24 @@ class StepLoader:
             stop_step: end of the run (not loaded).
             pin_memory: page-lock images for asynchronous copies; needs CUDA.
             fault_file: where every bad sample is written down.
+            node_ranks: ranks that share this node and its cache; the first of them reads ahead for
+                all. None: this one alone.
         """
-        self.settings, self.rank = settings, rank
+        self.settings, self.rank, self._world = settings, rank, world
         self.streams = dict(streams)
         self.sampler = StepSampler(schedule, self.streams, rank, world, start_step, stop_step)
         self._micro_steps = {task: self.sampler.micro_steps(task) for task in self.streams}
         self._fault_file, self._restart = fault_file, False
         self._policy = FaultPolicy(settings.fault_limits(), rank, fault_file)
         self._pin_memory = pin_memory
+        self._node_ranks = range(rank, rank + 1) if node_ranks is None else node_ranks
+        self._counters: dict[str, Counter[str]] = {task: Counter() for task in self.streams}
+
+    def counters(self, task: str) -> Mapping[str, int]:
+        """What storage has done for the windows of a task, on this rank, since the start:
+        bytes_read (the read-ahead of the node's cache included), retries, cache_hits,
+        cache_misses."""
+        return self._counters[task]
 
     def faults(self) -> dict[str, FaultCount]:
         """Bad samples met by this rank so far, by task."""
@@ -164,7 +181,11 @@ class StepLoader:
 
     def _windows(self, sampler: StepSampler) -> Iterator[StepWindow]:
         settings = self.settings
+        for stream in self.streams.values():
+            if isinstance(stream, WeakStream):
+                stream.start(self.rank, self._world, sampler.start_step)
         requests = Requests(sampler)
+        board = ActivityBoard(settings.workers, settings.start_method)
         batches = load_batches(
             self.streams,
             requests,
@@ -174,11 +195,27 @@ class StepLoader:
             start_method=settings.start_method,
             pin_memory=self._pin_memory,
             window=self.sampler.most_micro_steps(),
+            board=board,
         )
-        watch = StallWatch(settings.stall_seconds, lambda: self._describe(requests))
-        with closing(batches), watch:
+        watch = StallWatch(
+            settings.stall_seconds,
+            lambda: describe_stall(self.streams, list(requests.waiting), board.read()),
+        )
+        with self._read_ahead(sampler) as ahead, closing(batches), watch:
             for step in range(sampler.start_step, sampler.stop_step):
+                for task, fetched in (ahead.advance(step) if ahead else {}).items():
+                    self._counters[task]["bytes_read"] += fetched
                 yield self._window(step, batches, requests, watch)
+
+    def _read_ahead(self, sampler: StepSampler) -> AbstractContextManager[Prefetcher | None]:
+        """What fills the node's cache, on the rank that does so."""
+        cache, ranks = self.settings.cache, self._node_ranks
+        ordered = {name: s for name, s in self.streams.items() if s.order is not None}
+        if cache is None or not ordered or self.rank != ranks[0]:
+            return nullcontext()
+        shards = {name: stream.reader.shards for name, stream in ordered.items()}
+        rows = {name: stream.order.rows for name, stream in ordered.items()}
+        return Prefetcher(shards, rows, sampler, ranks, cache, self.settings.start_method)
 
     def _window(
         self,
@@ -200,18 +237,7 @@ class StepLoader:
                 seconds = batch.pop("seconds") | {"wait": time.perf_counter() - started}
                 for stage, spent in seconds.items():
                     window.seconds[stage] = window.seconds.get(stage, 0.0) + spent
+                self._counters[part.task].update(batch.pop("counters"))
                 self._policy.record(part.task, batch)
                 part.micro_batches.append(batch)
         return window
-
-    def _describe(self, requests: Requests) -> str:
-        """The requests being processed, oldest first, one per worker."""
-        lines = []
-        for request in list(requests.waiting)[: max(self.settings.workers, 1)]:
-            positions = [p for p, valid in zip(*request[3:], strict=True) if valid]
-            shards = self.streams[request.task].locate(np.array(positions, dtype=np.int64))
-            lines.append(
-                f"step {request.step} micro {request.micro} task {request.task} positions "
-                f"{positions} in {sorted(set(shards))}"
-            )
-        return "; ".join(lines)

@@ -251,9 +251,15 @@ def make_manifest(written: list[WrittenShard], **about: Any) -> Manifest:
     return Manifest(
         shards=[shard.record for shard in written],
         fields=dict(sorted(fields.items())),
-        columns=sorted({name for shard in written for name in shard.index.columns}),
+        columns=sorted({name for shard in written for name in _columns(shard.index)}),
         **about,
     )
+
+
+def _columns(index: ShardIndex) -> list[str]:
+    """Names of the columns in an index."""
+    texts = [name for name, column in index.derived.texts.items() if column is not None]
+    return [*index.columns, *index.derived.columns, *texts]
 
 
 def shard_name(prefix: str, number: int) -> str:

@@ -42,7 +42,7 @@ class SampleFault(ValueError):
 
 @dataclass(frozen=True)
 class PackJob:
-    """What is packed. All but `folder` determines the bytes of the result."""
+    """What is packed. All but `folder` and `scratch` determines the bytes of the result."""
 
     folder: Path
     prefix: str
@@ -61,6 +61,8 @@ class PackJob:
     command: str = ""
     classes: list[str] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    scratch: Sequence[Path] = ()
+    """Files that only this packing needs; removed when it is finished."""
 
     def digest(self) -> str:
         """sha256 over the plan: equal if a rerun would write the same bytes.
@@ -221,7 +223,8 @@ def _finish(job: PackJob, plan: str, done: list[tuple[WrittenShard, bool]]) -> P
         details=details,
     )
     manifest.save(job.folder)
-    (job.folder / PLAN_NAME).unlink(missing_ok=True)
+    for path in [job.folder / PLAN_NAME, *job.scratch]:
+        path.unlink(missing_ok=True)
     return PackResult(manifest, skipped, sum(reused for _, reused in done))
 
 

@@ -1,20 +1,32 @@
 """Read single samples by row number: one range each, and no byte that was not checked."""
 
 import itertools
+import os
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from zlib_ng.zlib_ng import crc32  # about eight times the speed of zlib's
 
-from data_pipeline.byte_sources import ReadsAhead, byte_source_of
+from data_pipeline import activity
+from data_pipeline.byte_sources import KeepsCopies, ReadsAhead, byte_source_of
 from data_pipeline.index import ShardIndex
-from data_pipeline.shards import ShardSet
+from data_pipeline.locations import is_url
+from data_pipeline.shards import ShardSet, stored_index
 from data_pipeline.storage import ByteSource, TransientReadError
 from data_pipeline.tar_headers import ShardError, parse_header
 
 # Unwanted bytes up to this many are read along rather than skipped by a second system call.
 _LARGEST_GAP_BYTES = 64 * 1024
+
+MAX_MEMBER_BYTES = 1 << 28
+"""Larger members are refused before they are read, unless a reader is told otherwise."""
+
+# A shard that is not there, or that this user may not read, will hardly come back by itself. So
+# many looks at it, then its samples are bad: storage that fails says something else, or lacks the
+# whole folder.
+_LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_LOOKS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +63,21 @@ class SampleReader:
         *,
         retries: int = 5,
         first_wait_s: float = 0.5,
+        max_member_bytes: int = MAX_MEMBER_BYTES,
     ) -> None:
         """Read from `source`, by default from where the shards lie (`byte_sources.byte_source_of`).
 
         Reads that the operating system fails are tried again, doubling the wait each time: the
         defaults wait 15.5 s in all before a TransientReadError. Remote storage has its own
-        patience.
+        patience. A shard that is missing from a folder that is there is looked for three times,
+        once; members of more than `max_member_bytes` are not read. Both make bad samples.
         """
         self.shards = shards
         self.source = byte_source_of(shards) if source is None else source
         self.retries = retries
         self.first_wait_s = first_wait_s
+        self.max_member_bytes = max_member_bytes
+        self._lost: dict[int, tuple[str, ShardIndex | None]] = {}
 
     def read(self, row: int, extensions: Collection[str] | None = None) -> Sample:
         """Return a sample with all its members, or those of `extensions` that it has.
@@ -72,17 +88,24 @@ class SampleReader:
         Errors: IndexError for a row that does not exist; BadSample for a permanent fault of the
         data; TransientReadError if storage fails.
         """
+        number, local = self.shards.locate(row)
         for attempt in itertools.count():
+            if number in self._lost:
+                raise self._lost_sample(number, local, row)
             try:
                 return self._read_once(row, extensions)
             except OSError as error:
                 self.close()  # a stale handle heals only if the file is opened again
+                if self._is_lost(number, error, attempt):
+                    self._lose(number, error)
+                    continue
                 if attempt == self.retries:
-                    path = self.shards.shards[self.shards.locate(row)[0]].label
+                    path = self.shards.shards[number].label
                     raise TransientReadError(
                         f"{path}: {error.strerror or error} (tried {attempt + 1} times)"
                     ) from error
-            self.source.counters["retries"] += 1
+                self.source.counters["retries"] += 1
+                activity.retrying(attempt + 1, str(error))
             time.sleep(self.first_wait_s * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -96,7 +119,9 @@ class SampleReader:
         for row in rows:
             try:
                 number, local = self.shards.locate(row)
-                wanted = _wanted(self.shards.index(number), local, extensions)
+                if number in self._lost:
+                    continue
+                wanted = self._wanted(self.shards.index(number), local, extensions)
             except (ShardError, OSError):
                 continue
             for begin, end, _ in _runs(wanted):
@@ -119,37 +144,96 @@ class SampleReader:
         try:
             index = self.shards.index(number)
             key = index.key(local)
-            for begin, end, run in _runs(_wanted(index, local, extensions)):
-                data = self.source.pread(number, begin, end)
-                view = memoryview(data)
-                for first, behind, extension, offset, size, payload_crc32, header_crc32 in run:
-                    at = offset - begin
-                    if crc32(view[first - begin : behind - begin]) != header_crc32:
-                        header = data[first - begin : behind - begin]
-                        raise ShardError(_header_fault(header, first, index.bundled))
-                    members[extension] = payload = data[at : at + size]
-                    if index.payloads_hashed and crc32(payload) != payload_crc32:
-                        raise ShardError(
-                            f"member .{extension} ({size} bytes at byte {offset}) is damaged: its "
-                            "crc32 is not that of the index"
-                        )
+            for begin, end, run in _runs(self._wanted(index, local, extensions)):
+                try:
+                    members |= self._checked(number, begin, end, run, index)
+                except ShardError:
+                    if not self._renew(number, begin, end):
+                        raise
+                    members |= self._checked(number, begin, end, run, index)
         except ShardError as error:
             raise BadSample(str(error), path, key, row) from error
         return Sample(row, path, key, members)
 
+    def _checked(
+        self, number: int, begin: int, end: int, run: list["_Placed"], index: ShardIndex
+    ) -> dict[str, bytes]:
+        """The members of one run, from the bytes [begin, end) of a shard."""
+        members = {}
+        activity.reading_bytes(number, begin, end)
+        data = self.source.pread(number, begin, end)
+        view = memoryview(data)
+        for first, behind, extension, offset, size, payload_crc32, header_crc32 in run:
+            at = offset - begin
+            if crc32(view[first - begin : behind - begin]) != header_crc32:
+                header = data[first - begin : behind - begin]
+                raise ShardError(_header_fault(header, first, index.bundled))
+            members[extension] = payload = data[at : at + size]
+            if index.payloads_hashed and crc32(payload) != payload_crc32:
+                raise ShardError(
+                    f"member .{extension} ({size} bytes at byte {offset}) is damaged: its "
+                    "crc32 is not that of the index"
+                )
+        return members
+
+    def _renew(self, number: int, begin: int, end: int) -> bool:
+        """Whether the fault may lie in a copy of the bytes, which will now be fetched again."""
+        return isinstance(self.source, KeepsCopies) and self.source.renew(number, begin, end)
+
+    def _wanted(
+        self, index: ShardIndex, row: int, extensions: Collection[str] | None
+    ) -> list["_Placed"]:
+        """Members of a sample that are to be read. Raises ShardError for one that is too large."""
+        members = index.members(row)
+        if extensions is not None:
+            members = [member for member in members if member[0] in extensions]
+        for extension, _, size, _, _ in members:
+            if size > self.max_member_bytes:
+                raise ShardError(
+                    f"member .{extension} has {size} bytes, more than max_member_bytes "
+                    f"({self.max_member_bytes})"
+                )
+        return [(*index.header_span(row, member[1]), *member) for member in members]
+
+    # ---- shards that are not there ---------------------------------------------------------------
+
+    def _is_lost(self, number: int, error: OSError, attempt: int) -> bool:
+        """Whether the shard itself is gone, and not the storage that it lies on."""
+        path = self.shards.shards[number].path
+        if not isinstance(error, _LASTING):
+            return False
+        if is_url(path):
+            return True  # the server said so, and remote storage has asked it again already
+        looks = min(_LOOKS, self.retries + 1)
+        return attempt + 1 >= looks and not _is_empty(os.path.dirname(path) or ".")
+
+    def _lose(self, number: int, error: OSError) -> None:
+        shard = self.shards.shards[number]
+        try:
+            index = stored_index(shard.path)  # its keys name the samples that are lost
+        except (ShardError, OSError):
+            index = None
+        if index is not None and index.digest != shard.index_digest:
+            index = None
+        self._lost[number] = f"the shard cannot be opened: {error.strerror or error}", index
+
+    def _lost_sample(self, number: int, local: int, row: int) -> BadSample:
+        reason, index = self._lost[number]
+        key = "?" if index is None else index.key(local)
+        return BadSample(reason, self.shards.shards[number].label, key, row)
+
+
+def _is_empty(folder: str) -> bool:
+    """Whether nothing is there: the mount point of a file system that is away."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
+
 
 _Placed = tuple[int, int, str, int, int, int, int]
 """Begin and end of the header of a member, then what ShardIndex.members says about it."""
-
-
-def _wanted(
-    index: ShardIndex, row: int, extensions: Collection[str] | None
-) -> list[_Placed]:
-    """Members of a sample that are to be read."""
-    members = index.members(row)
-    if extensions is not None:
-        members = [member for member in members if member[0] in extensions]
-    return [(*index.header_span(row, member[1]), *member) for member in members]
 
 
 def _runs(members: list[_Placed]) -> list[tuple[int, int, list[_Placed]]]:

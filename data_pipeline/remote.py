@@ -39,6 +39,15 @@ class RemoteSettings(Settings):
     """How a remote tar without index is indexed: by its headers alone, which loads little but
     leaves damage inside of a payload unseen, or by one pass over all bytes."""
 
+    def retry_policy(self) -> RetryPolicy:
+        """How long storage may be away."""
+        return RetryPolicy(
+            deadline_s=self.retry_deadline_s,
+            timeout_s=self.timeout_s,
+            first_wait_s=self.retry_first_wait_s,
+            longest_wait_s=self.retry_longest_wait_s,
+        )
+
 
 class UrlStorage:
     """A Storage for URLs of every scheme.
@@ -113,12 +122,7 @@ def open_storage(
     Raises:
         ShardError: fsspec has no driver for it, or the driver is not installed.
     """
-    retry = RetryPolicy(
-        deadline_s=settings.retry_deadline_s,
-        timeout_s=settings.timeout_s,
-        first_wait_s=settings.retry_first_wait_s,
-        longest_wait_s=settings.retry_longest_wait_s,
-    )
+    retry = settings.retry_policy()
     if kind in ("http", "https"):
         return HttpStorage(retry, limits)
     return FsspecStorage(kind, retry, limits)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from data_pipeline import activity
 from data_pipeline.locations import without_secrets
 from data_pipeline.storage import TransientReadError
 
@@ -88,6 +89,7 @@ class Patience:
         if spent + wait >= self._policy.deadline_s:
             raise self._given_up(fault, spent)
         self._on_retry()
+        activity.retrying(self._failures, str(fault))
         time.sleep(wait)
 
     def _given_up(self, fault: Interrupted, spent: float) -> TransientReadError:

@@ -7,17 +7,21 @@ epoch of that source, however often the others have been through.
 """
 
 import copy
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
+import braceexpand
 import numpy as np
 from pydantic import Field, model_validator
 
 from data_pipeline.expressions import ExpressionError
 from data_pipeline.filters import Condition, select_rows
+from data_pipeline.locations import is_url
 from data_pipeline.mixture import BlockCycle
 from data_pipeline.order import Order
+from data_pipeline.reader import MAX_MEMBER_BYTES
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.rng import keyed_u64
 from data_pipeline.selection import KeptOrder, Selection
@@ -38,6 +42,29 @@ class SourceSettings(Settings):
     """Only samples that meet this condition on index columns take part, as of a task's `where`."""
 
 
+class StreamSettings(Settings):
+    """Shards that have no addresses; see weak_stream.py for what reading them does not promise."""
+
+    shards: list[str] = Field(min_length=1)
+    """`pipe:` commands, URLs or paths of tars, plain or compressed, as the webdataset library opens
+    them; with brace patterns."""
+
+    samples: int | None = Field(default=None, ge=1)
+    """How many samples there are in all, if you know: for the metric `epoch` and for
+    `sampling.alpha`."""
+
+    shuffle_samples: int = Field(default=1000, ge=1)
+    """Samples that each worker process holds in memory to shuffle them."""
+
+    def urls(self) -> list[str]:
+        """The shards, brace patterns expanded. Raises FileNotFoundError for a missing path."""
+        found = [url for spec in self.shards for url in braceexpand.braceexpand(spec)]
+        for url in found:
+            if not url.startswith("pipe:") and not is_url(url) and not os.path.exists(url):
+                raise FileNotFoundError(f"{url}: there is no such file")
+        return found
+
+
 class ShardedData(Settings):
     """Base of every kind of data that is read from shards: `shards`, or weighted `sources`."""
 
@@ -48,15 +75,25 @@ class ShardedData(Settings):
     sources: dict[str, SourceSettings] | None = Field(default=None, min_length=1)
     """Name -> data set, mixed by weight with exact counts; in place of `shards`."""
 
+    stream: StreamSettings | None = None
+    """In place of `shards`, for what cannot be indexed: commands, compressed tars, servers without
+    byte ranges. A weaker mode: no fixed order, no exact resume, no equal epochs, no checksums."""
+
     where: Condition | None = None
     """Only samples of `shards` that meet this condition on index columns take part, for example
     "width >= 256 and captions.count > 0"; null = all."""
 
+    max_member_bytes: int = Field(default=MAX_MEMBER_BYTES, ge=1)
+    """Samples with a larger member are bad; nothing of such a member is read."""
+
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
-        if (self.shards is None) == (self.sources is None):
-            what = "neither is given" if self.shards is None else "both are given; set one to null"
-            raise ValueError(f"shards: exactly one of shards and sources is needed, {what}")
+        given = [name for name in ("shards", "sources", "stream") if getattr(self, name)]
+        if len(given) != 1:
+            what = f"{' and '.join(given)} are given; set one to null" if given else "none is given"
+            raise ValueError(f"shards: exactly one of shards, sources and stream is needed, {what}")
+        if self.stream is not None and self.where is not None:
+            raise ValueError("where: a stream has no index columns that a condition could look at")
         if self.sources is not None and self.where is not None:
             raise ValueError("where: with several sources it is a key of each of them, not of data")
         for name in self.sources or ():
@@ -86,11 +123,14 @@ class Source(NamedTuple):
 
 
 def open_sources(data: ShardedData, remote: RemoteSettings | None = None) -> list[Source]:
-    """The data sets that the settings name, sorted by name; with plain `shards` one without a name.
+    """The data sets that the settings name, sorted by name; with plain `shards` one without a name,
+    with a `stream` none.
 
     Args: remote: how URLs are read.
     Raises as `open_source`.
     """
+    if data.stream is not None:
+        return []
     if data.shards is not None:
         return [open_source(data.shards, data.where, remote=remote)]
     return [

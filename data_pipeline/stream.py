@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from data_pipeline import activity
 from data_pipeline.order import Order
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
 from data_pipeline.rng import sample_rng
@@ -32,17 +33,21 @@ class DataError(RuntimeError):
 
 
 class Fault(NamedTuple):
-    """One sample that could not be used."""
+    """One sample, or one shard of a stream, that could not be used."""
 
     task: str
     position: int
     attempt: int
     """0: the sample that the order names; a: its a-th substitute."""
     row: int
+    """-1 for what has no row: samples of a stream."""
     shard: str
     key: str
     reason: str
 
+
+Found = tuple[dict[str, Any], int, str]
+"""Arrays, row and key of a sample."""
 
 class Fields(Protocol):
     """What a kind of data does with a sample; see `captions.CaptionFields`."""
@@ -51,8 +56,12 @@ class Fields(Protocol):
     def extensions(self) -> frozenset[str]:
         """Members of a sample that are needed."""
 
+    def of_step(self, seed: int, task: str, step: int) -> "Fields":
+        """These fields, with what is chosen once for all samples of a step, on all ranks."""
+
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the uint8 arrays of a batch that `sample` writes in place, a row each."""
+        """Shapes of the uint8 arrays of a batch that `sample` writes in place, a row each; the
+        largest of any step, if steps differ."""
 
     def sample(
         self,
@@ -101,6 +110,7 @@ class TaskStream:
         self.name, self.reader, self.order, self.fields = name, reader, order, fields
         self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
         self.selection = selection
+        self._counted: dict[str, int] = {}
         if order is not None and selection is not None:
             raise ValueError(f"task {name}: a selection belongs to its order, or to evaluation")
         stored = len(reader.shards)
@@ -143,48 +153,33 @@ class TaskStream:
         Returns:
             the batch of the fields' `collate`, with B = len(request.positions), and
             position (B,) int64 and row (B,) int64, -1 in padding rows; key: list of B str;
-            seconds: dict stage -> float; faults: list of Fault in the order they were met.
+            seconds: dict stage -> float; counters: what storage did since the last batch (see
+            `storage.ByteSource`); faults: list of Fault in the order they were met.
 
         Raises:
             DataError: nothing usable could be found for a position.
             TransientReadError: storage failed and stayed so.
         """
-        clock = StageClock()
-        positions = np.array(request.positions, dtype=np.int64)
-        rows = np.full_like(positions, -1)
-        wanted = np.flatnonzero(request.valid)
-        rows[wanted] = self._rows(positions[wanted])
-        buffers = (allocate or empty)(self.fields.buffers(len(positions)))
-        arrays = {name: buffer.numpy() for name, buffer in buffers.items()}
-        clock.lap("collate")
-        self.reader.expect(rows[wanted].tolist(), self.fields.extensions)
-        clock.lap("read")
-        items: list[dict[str, Any] | None] = [None] * len(positions)
-        keys = [""] * len(positions)
-        faults: list[Fault] = []
-        for place in wanted.tolist():
-            out = {name: array[place] for name, array in arrays.items()} or None
-            found = self._usable(int(positions[place]), int(rows[place]), out, clock, faults)
-            if found is None:
-                rows[place] = -1
-            else:
-                items[place], rows[place], keys[place] = found
-        batch = self.fields.collate(items, [item is not None for item in items], buffers)
-        positions[rows < 0] = -1
-        batch |= {
-            "position": torch.from_numpy(positions),
-            "row": torch.from_numpy(rows),
-            "key": keys,
-            "seconds": clock.seconds,
-            "faults": faults,
-        }
-        clock.lap("collate")
-        return batch
+        fields = self.fields.of_step(self.seed, self.name, request.step)
+        batch = load_batch(request, fields, self._expected_rows, self._usable, allocate)
+        return batch | {"counters": self._count()}
+
+    def _count(self) -> dict[str, int]:
+        """What the source counted since the last call, in this process."""
+        now, before = dict(self.reader.source.counters), self._counted
+        self._counted = now
+        return {name: max(value - before.get(name, 0), 0) for name, value in now.items()}
 
     def locate(self, positions: np.ndarray) -> list[str]:
         """Shard of each position, for messages."""
         shards = self.reader.shards
         return [shards.shards[shards.locate(int(row))[0]].label for row in self._rows(positions)]
+
+    def _expected_rows(self, positions: np.ndarray) -> np.ndarray:
+        """Rows of a batch; remote ones begin to come while the first are still being decoded."""
+        rows = self._rows(positions)
+        self.reader.expect(rows.tolist(), self.fields.extensions)
+        return rows
 
     def _rows(self, positions: np.ndarray) -> np.ndarray:
         if self.order is not None:
@@ -193,12 +188,13 @@ class TaskStream:
 
     def _usable(
         self,
+        fields: Fields,
         position: int,
         row: int,
         out: dict[str, np.ndarray] | None,
         clock: StageClock,
         faults: list[Fault],
-    ) -> tuple[dict[str, Any], int, str] | None:
+    ) -> Found | None:
         """Arrays, row and key of the sample at `position` or of its first usable substitute; None
         for a bad sample in evaluation."""
 
@@ -212,10 +208,12 @@ class TaskStream:
                 if candidate is None:
                     continue
                 row = candidate
+            activity.reading(position, row, attempt)
             try:
                 sample = self._read(row, position)
                 clock.lap("read")
-                item = self._fields_of(sample, position, rng_for, out, clock)
+                activity.decoding(position, row, attempt)
+                item = fields_of(fields, self.name, sample, position, rng_for, out, clock)
                 return item, row, sample.key
             except BadSample as bad:
                 clock.lap("read")
@@ -238,24 +236,6 @@ class TaskStream:
                 f"task {self.name}, position {position}, row {row}: {error}"
             ) from error
 
-    def _fields_of(
-        self,
-        sample: Sample,
-        position: int,
-        rng_for: RngFor,
-        out: dict[str, np.ndarray] | None,
-        clock: StageClock,
-    ) -> dict[str, Any]:
-        try:
-            return self.fields.sample(sample, rng_for, out, clock)
-        except BadSample:
-            raise
-        except Exception as error:  # a defect, not a bad sample: say where, and stop
-            raise DataError(
-                f"task {self.name}, position {position}, row {sample.row}: {sample.shard}, key "
-                f"{sample.key!r}: {type(error).__name__}: {error}"
-            ) from error
-
     def _substitute(self, position: int, attempt: int) -> int | None:
         """Row of a substitute, or None if this one stands in the same global batch anyway."""
         row = int(self.order.rows(np.array([position]), attempt)[0])
@@ -264,6 +244,84 @@ class TaskStream:
         if self.order.can_avoid(batch, position) and (self.order.rows(batch) == row).any():
             return None
         return row
+
+
+Usable = Callable[
+    [Fields, int, int, dict[str, np.ndarray] | None, StageClock, list[Fault]], Found | None
+]
+"""(fields, position, row, arrays to write to, clock, list that takes the faults) -> what is usable
+there; None leaves the place empty."""
+
+
+def load_batch(
+    request: MicroBatch,
+    fields: Fields,
+    rows_of: Callable[[np.ndarray], np.ndarray],
+    usable: Usable,
+    allocate: Allocate | None,
+) -> dict[str, Any]:
+    """Assemble one micro-batch; as TaskStream.load, without its counters.
+
+    Args:
+        request: positions, and which of them are padding.
+        fields: of the step of the request.
+        rows_of: positions (n,) int64 -> rows (n,) int64.
+        usable: what stands at a position; see Usable.
+        allocate: gives memory for the arrays that are written in place.
+    """
+    clock = StageClock()
+    positions = np.array(request.positions, dtype=np.int64)
+    rows = np.full_like(positions, -1)
+    wanted = np.flatnonzero(request.valid)
+    rows[wanted] = rows_of(positions[wanted])
+    clock.lap("read")
+    buffers = (allocate or empty)(fields.buffers(len(positions)))
+    arrays = {name: buffer.numpy() for name, buffer in buffers.items()}
+    clock.lap("collate")
+    items: list[dict[str, Any] | None] = [None] * len(positions)
+    keys = [""] * len(positions)
+    faults: list[Fault] = []
+    for place in wanted.tolist():
+        out = {name: array[place] for name, array in arrays.items()} or None
+        where = int(positions[place]), int(rows[place])
+        found = usable(fields, *where, out, clock, faults)
+        if found is None:
+            rows[place] = -1
+        else:
+            items[place], rows[place], keys[place] = found
+    activity.collating()
+    batch = fields.collate(items, [item is not None for item in items], buffers)
+    positions[rows < 0] = -1
+    batch |= {
+        "position": torch.from_numpy(positions),
+        "row": torch.from_numpy(rows),
+        "key": keys,
+        "seconds": clock.seconds,
+        "faults": faults,
+    }
+    clock.lap("collate")
+    return batch
+
+
+def fields_of(
+    fields: Fields,
+    task: str,
+    sample: Sample,
+    position: int,
+    rng_for: RngFor,
+    out: dict[str, np.ndarray] | None,
+    clock: StageClock,
+) -> dict[str, Any]:
+    """Arrays of one sample. Raises BadSample; DataError, which says where, for a defect."""
+    try:
+        return fields.sample(sample, rng_for, out, clock)
+    except BadSample:
+        raise
+    except Exception as error:  # a defect, not a bad sample: say where, and stop
+        raise DataError(
+            f"task {task}, position {position}, row {sample.row}: {sample.shard}, key "
+            f"{sample.key!r}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def empty(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

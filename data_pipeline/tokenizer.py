@@ -12,12 +12,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from data_pipeline.settings import Settings
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+
+ID_TYPES = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+"""Extension of the member that holds a row of ids in a shard -> their type."""
 
 # Names under which known vocabularies keep the three roles, tried in this order when no
 # configuration beside the vocabulary names them.
@@ -112,6 +116,11 @@ class Tokenizer:
         """Ids of `text`, without any special token."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, by several threads of the library."""
+        encoded = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` up to the first end token; special tokens are left out."""
         kept: list[int] = []
@@ -134,6 +143,11 @@ class Tokenizer:
         """sha256 of the content: equal exactly if all texts and roles get equal ids."""
         content = {"definition": self.definition, "specials": self.specials}
         return hashlib.sha256(_canonical(content)).hexdigest()
+
+    @property
+    def mark(self) -> str:
+        """The start of the digest, with which rows of ids say which tokenizer made them."""
+        return self.digest[:16]
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers reads too."""

@@ -77,7 +77,7 @@ class ImageSettings(ColourSettings):
     """Mean per channel that the device subtracts, in units of pixel / 255 (default: CLIP)."""
     std: tuple[float, float, float] = CLIP_STD
     """Standard deviation per channel that the device divides by (default: CLIP)."""
-    scaled_decode_margin: float | None = Field(default=2.0, ge=1.0)
+    scaled_decode_margin: float | None = Field(default=1.5, ge=1.0)
     """In training JPEGs are decoded at 1/2, 1/4 or 1/8 when the reduced crop still measures this
     multiple of the output size; null: always at full size. For modes random_resized_crop and
     large_scale_jitter. Crops are then cut on the grid of the reduced image."""
@@ -125,6 +125,8 @@ class View(NamedTuple):
     """Where its pixels come from; those beyond its height and width are padding."""
     colours: Colours
     """What was done to its colours, but for `rand_augment`."""
+    source: tuple[int, int]
+    """Height and width of the upright image."""
 
 
 class Cut(NamedTuple):
@@ -137,6 +139,8 @@ class Cut(NamedTuple):
     height: int
     """What the part is resized to."""
     width: int
+    source: tuple[int, int]
+    """Height and width of the upright image."""
 
 
 class ImageTransform:
@@ -187,7 +191,7 @@ class ImageTransform:
         if settings.mode == "random_resized_crop" and rng is not None:
             box = random_box(width, height, settings.scale, settings.ratio, rng)
             return self._reduced(header, box, size, size, train=True)
-        return Cut(whole, 1, *self._shorter_side_to_size(height, width))
+        return Cut(whole, 1, *self._shorter_side_to_size(height, width), (height, width))
 
     def render(
         self,
@@ -216,34 +220,23 @@ class ImageTransform:
         image, top, left = self._resize(region, cut, out)
         draws = np.zeros(4) if rng is None else rng.random(4)
         flip = rng is not None and bool(draws[0] < self.settings.flip_probability)
-        scale_x, scale_y = cut.width / box.width, cut.height / box.height
-        geometry = Geometry(
-            scale_x,
-            scale_y,
-            box.x * scale_x + left,
-            box.y * scale_y + top,
-            min(cut.height, image.shape[0]),
-            min(cut.width, image.shape[1]),
-            flip,
-        )
+        geometry = _geometry(cut, top, left, *image.shape[:2], flip)
         shown = image[: geometry.height, : geometry.width]
         if flip:
             cv2.flip(shown, 1, dst=shown)
         colours = Colours() if rng is None else self._augment(shown, draws[1:], rng)
-        return View(image, geometry, colours)
+        return View(image, geometry, colours, cut.source)
 
     def _reduced(
         self, header: ImageHeader, box: Box, height: int, width: int, train: bool
     ) -> Cut:
-        margin = self.settings.scaled_decode_margin
+        margin, source = self.settings.scaled_decode_margin, (header.height, header.width)
         if margin is None or not train:
-            return Cut(box, 1, height, width)
+            return Cut(box, 1, height, width, source)
         limit = min(box.width / width, box.height / height) / margin
         factor = largest_factor(header, limit)
-        origin = grid_origin(header, factor)
-        return Cut(
-            align(box, header.width, header.height, factor, origin), factor, height, width
-        )
+        box = align(box, header.width, header.height, factor, grid_origin(header, factor))
+        return Cut(box, factor, height, width, source)
 
     def _resize(
         self, region: np.ndarray, cut: Cut, out: np.ndarray | None
@@ -286,6 +279,16 @@ class ImageTransform:
         if settings.erase is not None:
             erase(image, settings.erase, settings.mean, settings.std, substream(rng, _ERASE))
         return colours
+
+
+def _geometry(cut: Cut, top: int, left: int, height: int, width: int, flip: bool) -> Geometry:
+    """Of an output of `height` x `width` that begins at (top, left) of the resized part."""
+    height, width = min(height, cut.height), min(width, cut.width)
+    # Products before quotients: where all of the part is shown its edges stay whole numbers.
+    xs = (cut.box.x + at * cut.box.width / cut.width for at in (left, left + width))
+    ys = (cut.box.y + at * cut.box.height / cut.height for at in (top, top + height))
+    (x0, x1), (y0, y1) = xs, ys
+    return Geometry((x0, y0, x1, y1), height, width, flip)
 
 
 def make_views(

@@ -9,12 +9,15 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from data_pipeline import activity
+from data_pipeline.activity import ActivityBoard
 from data_pipeline.arena import Arena, InArena
 from data_pipeline.reader import TransientReadError
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.stream import DataError, TaskStream, empty
+from data_pipeline.weak_stream import WeakStream
 
 # A tensor that is sent costs a file descriptor and about a millisecond; small ones are cheaper
 # inside the message itself.
@@ -24,10 +27,19 @@ LEAST_SHARED_BYTES = 1 << 18
 class RequestDataset(Dataset):
     """Answers MicroBatch requests; the object that worker processes hold."""
 
-    def __init__(self, streams: Mapping[str, TaskStream], rank: int, arena: Arena | None) -> None:
-        self.streams, self.rank, self.arena = dict(streams), rank, arena
+    def __init__(
+        self,
+        streams: Mapping[str, TaskStream | WeakStream],
+        rank: int,
+        arena: Arena | None,
+        board: ActivityBoard,
+    ) -> None:
+        self.streams, self.rank, self.arena, self.board = dict(streams), rank, arena, board
 
     def __getitem__(self, request: MicroBatch) -> dict[str, Any]:
+        worker = get_worker_info()
+        self.board.use(0 if worker is None else worker.id)
+        activity.working_on(request.step, request.micro)
         try:
             return self._pack(self.streams[request.task].load(request, self._allocate))
         except (DataError, TransientReadError) as error:
@@ -37,6 +49,8 @@ class RequestDataset(Dataset):
                 f"rank {self.rank}, step {request.step}, task {request.task}, positions "
                 f"{request.positions}: {type(error).__name__}: {error}"
             ) from error
+        finally:
+            activity.idle()
 
     def _allocate(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
         taken = None if self.arena is None else self.arena.take(shapes)
@@ -68,7 +82,7 @@ class Requests:
 
 
 def load_batches(
-    streams: Mapping[str, TaskStream],
+    streams: Mapping[str, TaskStream | WeakStream],
     requests: Iterable[MicroBatch],
     rank: int,
     *,
@@ -77,11 +91,13 @@ def load_batches(
     start_method: str,
     pin_memory: bool,
     window: int,
+    board: ActivityBoard | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Batches in the order of the requests, through a plain DataLoader.
 
     Request i goes to worker i mod `workers`. `window` is how many batches the trainer holds at a
-    time; it sizes the shared memory, nothing else.
+    time; it sizes the shared memory, nothing else. `board` is where the processes note what they
+    do.
     """
     options: dict[str, Any] = {}
     arena = None
@@ -96,7 +112,7 @@ def load_batches(
         slots = 1 + prefetch_batches + -(-2 * window // workers)
         arena = _arena(streams.values(), workers, slots)
     loader = DataLoader(
-        RequestDataset(streams, rank, arena),
+        RequestDataset(streams, rank, arena, board or ActivityBoard(workers, start_method)),
         batch_size=None,
         sampler=requests,
         collate_fn=_unchanged,
@@ -125,7 +141,7 @@ def start_worker(worker_number: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _arena(streams: Iterable[TaskStream], workers: int, slots: int) -> Arena | None:
+def _arena(streams: Iterable[TaskStream | WeakStream], workers: int, slots: int) -> Arena | None:
     needed = max(
         sum(int(np.prod(shape)) for shape in stream.fields.buffers(stream.micro_batch).values())
         for stream in streams

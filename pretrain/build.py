@@ -5,17 +5,31 @@ from typing import Any
 
 from torch import nn
 
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.boxes import BoxDataSettings, BoxFields
+from data_pipeline.cache import source_of
+from data_pipeline.captions import CaptionFields
 from data_pipeline.faults import FaultFile
+from data_pipeline.images import ImageDataSettings
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
+from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import SampleReader
-from data_pipeline.sources import concatenated, open_source, open_sources, plan_order
+from data_pipeline.remote import RemoteSettings
+from data_pipeline.shards import ShardSet
+from data_pipeline.sources import (
+    ShardedData,
+    concatenated,
+    open_source,
+    open_sources,
+    plan_order,
+)
+from data_pipeline.text import TextDataSettings, TextFields
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
+from data_pipeline.weak_stream import WeakStream
 from pretrain import sampler
 from pretrain.models.multitask import MultiTaskModel
-from pretrain.recipe import Recipe, TaskSettings
+from pretrain.recipe import Data, Recipe, TaskSettings
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -32,12 +46,19 @@ def plan_sampling(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> lis
     """
     weights = {name: task.weight for name, task in recipe.tasks.items()}
     if recipe.sampling.alpha is not None and sizes is None:
-        remote = recipe.loader.remote
         sizes = {
-            name: sum(source.samples for source in open_sources(task.data, remote))
+            name: count
             for name, task in recipe.tasks.items()
+            if (count := _count(task.data, recipe.loader.remote)) is not None
         }
     return sampler.plan_stages(recipe.sampling, weights, sizes)
+
+
+def _count(data: ShardedData, remote: RemoteSettings) -> int | None:
+    """Samples that take part; None for a stream that does not say how many it has."""
+    if data.stream is not None:
+        return data.stream.samples
+    return sum(source.samples for source in open_sources(data, remote))
 
 
 def build_schedule(
@@ -75,29 +96,37 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
     objectives = {
         name: build_objective(task, encoders, tokenizer) for name, task in recipe.tasks.items()
     }
-    return MultiTaskModel(encoders, objectives)
+    return MultiTaskModel(encoders, objectives, recipe.seed)
 
 
 def build_objective(
     task: TaskSettings, encoders: dict[str, nn.Module], tokenizer: Tokenizer
 ) -> nn.Module:
     """The objective of a task, told what its data knows."""
-    known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
-    if isinstance(task.data, LabelDataSettings):
+    known: dict[str, Any] = {}
+    if isinstance(task.data, ImageDataSettings):
+        known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
+    if isinstance(task.data, LabelDataSettings | BoxDataSettings):
         known["classes"] = task.data.classes
     return task.objective.build(encoders, tokenizer, **known)
 
 
 def build_fields(
-    data: CaptionDataSettings | LabelDataSettings, tokenizer: Tokenizer, train: bool
-) -> CaptionFields | LabelFields:
+    data: Data, tokenizer: Tokenizer, train: bool
+) -> CaptionFields | LabelFields | PictureFields | BoxFields | TextFields:
     """What turns samples into batches of this kind of data."""
     if isinstance(data, LabelDataSettings):
         return LabelFields(data, train)
+    if isinstance(data, BoxDataSettings):
+        return BoxFields(data, train)
+    if isinstance(data, PictureDataSettings):
+        return PictureFields(data, train)
+    if isinstance(data, TextDataSettings):
+        return TextFields(data, tokenizer)
     return CaptionFields(data, tokenizer, train)
 
 
-def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream]:
+def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream | WeakStream]:
     """Training data of every task, in its own order; no rank or position is part of it.
 
     Opens the shards (and indexes foreign ones). Raises FileNotFoundError, ShardError.
@@ -105,19 +134,36 @@ def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream]
     return {name: build_stream(recipe, name, tokenizer) for name in recipe.tasks}
 
 
-def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream:
+def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream | WeakStream:
     """Training data of task `name`, as `build_streams`."""
     task = recipe.tasks[name]
+    if task.data.stream is not None:
+        return WeakStream(
+            name,
+            task.data.stream.urls(),
+            build_fields(task.data, tokenizer, train=True),
+            recipe.seed,
+            task.global_batch,
+            task.micro_batch,
+            samples=task.data.stream.samples,
+            shuffle_samples=task.data.stream.shuffle_samples,
+            retry=recipe.loader.remote.retry_policy(),
+        )
     sources = open_sources(task.data, recipe.loader.remote)
     return TaskStream(
         name,
-        SampleReader(concatenated(sources)),
+        _reader(recipe, concatenated(sources), task.data.max_member_bytes),
         plan_order(sources, task.global_batch, recipe.seed, name),
         build_fields(task.data, tokenizer, train=True),
         recipe.seed,
         task.global_batch,
         task.micro_batch,
     )
+
+
+def _reader(recipe: Recipe, shards: ShardSet, max_member_bytes: int) -> SampleReader:
+    source = source_of(shards, recipe.loader.cache)
+    return SampleReader(shards, source, max_member_bytes=max_member_bytes)
 
 
 def build_evaluation_loader(
@@ -140,16 +186,18 @@ def build_evaluation_loader(
     held_out = open_source(
         task.evaluation.shards, task.evaluation.where, remote=recipe.loader.remote
     )
-    changes = {
-        "shards": task.evaluation.shards, "sources": None, "image": evaluation_image(task)
+    changes: dict[str, Any] = {
+        "shards": task.evaluation.shards, "sources": None, "stream": None
     }
+    if isinstance(task.data, ImageDataSettings):
+        changes["image"] = evaluation_image(task)
     if task.objective.type == "contrastive":
         changes["captions_per_image"] = task.objective.evaluation_references
     data = task.data.model_copy(update=changes)
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(
         name,
-        SampleReader(held_out.shards),
+        _reader(recipe, held_out.shards, task.data.max_member_bytes),
         None,
         build_fields(data, tokenizer, train=False),
         recipe.seed,

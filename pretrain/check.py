@@ -17,6 +17,7 @@ from data_pipeline.sources import (
     plan_order,
 )
 from data_pipeline.step_sampler import MicroBatch, deal
+from data_pipeline.weak_stream import PROMISES_NOT
 from pretrain.build import build_model, build_schedule, build_stream, build_tokenizer
 from pretrain.engine.ds_config import engine_config, find_engine_file
 from pretrain.optim.groups import parameter_groups
@@ -102,9 +103,34 @@ def _task(recipe: Recipe, name: str, task: TaskSettings, world: int) -> Iterator
         f"tasks.{name}: global batch {task.global_batch} = {world} rank(s) x {len(dealt)} "
         f"micro-step(s) of up to {max(dealt)}" + (f", less {padded} padding rows" if padded else "")
     )
+    visits = build_schedule(recipe).visits(recipe.steps)[name]
+    if task.data.stream is None:
+        yield from _training_data(recipe, name, task, visits)
+    else:
+        yield from _streamed_data(name, task, visits)
+    if task.evaluation is not None:
+        held_out = open_source(
+            task.evaluation.shards, task.evaluation.where, remote=recipe.loader.remote
+        )
+        used = min(held_out.samples, task.evaluation.max_samples or held_out.samples)
+        yield f"tasks.{name}: evaluation on {used} of {_kept_of(held_out)}"
+
+
+def _streamed_data(name: str, task: TaskSettings, visits: int) -> Iterator[str]:
+    stream = task.data.stream
+    yield f"tasks.{name}: a stream of {len(stream.urls())} shard(s), with {PROMISES_NOT}"
+    if stream.samples is not None:
+        epochs = visits * task.global_batch / stream.samples
+        yield (
+            f"tasks.{name}: {visits} steps = about {epochs:.2f} epochs of {stream.samples} samples"
+        )
+
+
+def _training_data(
+    recipe: Recipe, name: str, task: TaskSettings, visits: int
+) -> Iterator[str]:
     sources = open_sources(task.data, recipe.loader.remote)
     shards = concatenated(sources)
-    visits = build_schedule(recipe).visits(recipe.steps)[name]
     samples = sum(source.samples for source in sources)
     per_epoch = samples / task.global_batch
     yield (
@@ -120,12 +146,6 @@ def _task(recipe: Recipe, name: str, task: TaskSettings, world: int) -> Iterator
                 f"tasks.{name}: source {source.name}: {_kept_of(source)}, read "
                 f"{epochs[source.name]:.2f} times"
             )
-    if task.evaluation is not None:
-        held_out = open_source(
-            task.evaluation.shards, task.evaluation.where, remote=recipe.loader.remote
-        )
-        used = min(held_out.samples, task.evaluation.max_samples or held_out.samples)
-        yield f"tasks.{name}: evaluation on {used} of {_kept_of(held_out)}"
 
 
 def _kept_of(source: Source) -> str:

@@ -25,16 +25,20 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from data_pipeline.boxes import BoxDataSettings
 from data_pipeline.captions import CaptionDataSettings
 from data_pipeline.filters import Condition
 from data_pipeline.labels import LabelDataSettings
 from data_pipeline.loader import LoaderSettings
+from data_pipeline.pictures import PictureDataSettings
 from data_pipeline.settings import Settings
+from data_pipeline.text import TextDataSettings
 from data_pipeline.tokenizer import TokenizerSettings
 from data_pipeline.transforms import ImageSettings
 from pretrain import recipe_checks
 from pretrain.engine.checkpoint import CheckpointSettings
 from pretrain.engine.metrics_log import LoggingSettings
+from pretrain.models.internimage import InternImageSettings
 from pretrain.models.text import TextEncoderSettings
 from pretrain.models.vit import VitSettings
 from pretrain.objectives.captioning import CaptioningSettings
@@ -79,15 +83,25 @@ _PATHS = (
     "tokenizer.path",
     "tasks.*.data.shards",
     "tasks.*.data.sources.*.shards",
+    "tasks.*.data.stream.shards",
     "tasks.*.evaluation.shards",
 )
 
 
-Encoder = Annotated[VitSettings | TextEncoderSettings, Field(discriminator="type")]
+Encoder = Annotated[
+    VitSettings | InternImageSettings | TextEncoderSettings, Field(discriminator="type")
+]
 Objective = Annotated[
     CaptioningSettings | ClassificationSettings | ContrastiveSettings, Field(discriminator="type")
 ]
-Data = Annotated[CaptionDataSettings | LabelDataSettings, Field(discriminator="type")]
+Data = Annotated[
+    CaptionDataSettings
+    | LabelDataSettings
+    | PictureDataSettings
+    | BoxDataSettings
+    | TextDataSettings,
+    Field(discriminator="type"),
+]
 
 DATA_TYPES = {
     settings.model_fields["type"].default: settings.data_type
@@ -162,7 +176,8 @@ class TaskSettings(Settings):
                 f"micro_batch={self.micro_batch} is larger than global_batch={self.global_batch}: "
                 "lower micro_batch"
             )
-        if self.data.image.mode == "keep_aspect" and self.micro_batch > 1:
+        image = getattr(self.data, "image", None)
+        if image is not None and image.mode == "keep_aspect" and self.micro_batch > 1:
             problems.append(
                 "data.image.mode=keep_aspect gives images of different sizes, so micro_batch must "
                 f"be 1, not {self.micro_batch}"

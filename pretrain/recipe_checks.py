@@ -4,10 +4,11 @@ Every function returns lines that name both fields and the way out; `problems` c
 """
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from data_pipeline.images import ImageDataSettings
 from pretrain.sampler.settings import problems as sampling_problems
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ def _check_encoders(recipe: "Recipe") -> list[str]:
                     f"{encoders[chosen].type} reads {encoders[chosen].reads}: name another encoder"
                 )
             elif reads == "images":
-                patch = encoders[chosen].patch_size
-                found += _check_image_sizes(f"tasks.{name}", task, patch, chosen)
+                found += _check_image_sizes(f"tasks.{name}", task, encoders[chosen], chosen)
+                found += _check_pool(where, task, encoders[chosen])
+    found += _check_heads(recipe)
     for name in encoders:
         if name not in used:
             found.append(
@@ -135,15 +137,72 @@ def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> li
     return found
 
 
-def _check_image_sizes(where: str, task: "TaskSettings", patch: int, encoder: str) -> list[str]:
+def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str) -> list[str]:
+    step = encoder.size_multiple
+    if not isinstance(task.data, ImageDataSettings):
+        return []  # _check_data says that the objective reads other data
     images = {f"{where}.data.image": task.data.image}
+    if task.data.second_view is not None:
+        images[f"{where}.data.second_view"] = task.data.second_view
     if task.evaluation is not None and task.evaluation.image is not None:
         images[f"{where}.evaluation.image"] = task.evaluation.image
+    found = []
+    for key, image in images.items():
+        needs = f"model.encoders.{name} ({encoder.type}) needs"
+        if image.mode == "keep_aspect":
+            if not encoder.any_sides:
+                found.append(
+                    f"{key}.mode=keep_aspect gives sides that are not multiples of {step}, as "
+                    f"{needs}: use another mode"
+                )
+            continue
+        sizes = [("size", image.size), *(("sizes", size) for size in image.sizes or ())]
+        for field, size in sizes:
+            found += _check_multiple(f"{key}.{field}", size, step, needs)
+    trained, least = "size", task.data.image.size
+    if task.data.image.sizes:
+        trained, least = "sizes", min(task.data.image.sizes)
+    for size in getattr(task.objective, "smaller_sizes", ()):
+        key = f"{where}.objective.smaller_sizes"
+        if size >= least:
+            found.append(f"{key}: {size} is not below {where}.data.image.{trained}={least}")
+        found += _check_multiple(key, size, step, f"model.encoders.{name} ({encoder.type}) needs")
+    return found
+
+
+def _check_multiple(key: str, size: int, step: int, needs: str) -> list[str]:
+    below = size // step * step
+    if not size % step:
+        return []
     return [
-        f"{key}.size={image.size} is not a multiple of model.encoders.{encoder}.patch_size={patch}:"
-        f" use {image.size // patch * patch or patch} or {(image.size // patch + 1) * patch}"
-        for key, image in images.items()
-        if image.size % patch and image.mode != "keep_aspect"
+        f"{key}={size} is not a multiple of {step}, as {needs}: use {below or step} or "
+        f"{below + step}"
+    ]
+
+
+def _check_pool(where: str, task: "TaskSettings", encoder: Any) -> list[str]:
+    """An objective that wants one vector per image asks for one that the encoder has."""
+    pool = getattr(task.objective, "pool", None)
+    if pool is None or pool in encoder.pools:
+        return []
+    return [
+        f"{where} cannot give pool={pool}: this {encoder.type} has {' and '.join(encoder.pools)}"
+        + (", and with a `head` also that" if pool == "head" and encoder.type != "vit" else "")
+    ]
+
+
+def _check_heads(recipe: "Recipe") -> list[str]:
+    """An encoder's own head is used by some task."""
+    pooled = {
+        task.objective.encoder
+        for task in recipe.tasks.values()
+        if getattr(task.objective, "pool", None) == "head"
+    }
+    return [
+        f"model.encoders.{name}.head: no task has `pool: head`, so it would only decay: remove it "
+        "(head=null), or let an objective use it"
+        for name, encoder in recipe.model.encoders.items()
+        if "head" in getattr(encoder, "pools", ()) and name not in pooled
     ]
 
 
@@ -157,6 +216,10 @@ def _check_evaluation(recipe: "Recipe") -> list[str]:
         )
     for name in tested:
         task = recipe.tasks[name]
+        if not isinstance(task.data, ImageDataSettings):
+            if task.evaluation.image is not None:
+                found.append(f"tasks.{name}.evaluation.image: data of type text have no images")
+            continue
         image = task.evaluation.image or task.data.image
         size = task.evaluation.micro_batch or task.micro_batch
         if image.mode == "keep_aspect" and size > 1:

@@ -246,16 +246,19 @@ def photographs(source: Path | None) -> list[bytes]:
     return jpegs
 
 
-def made_up_photographs(count: int, height: int, width: int) -> list[bytes]:
-    """Noise with the spectrum of photographs (amplitude falls as 1 / frequency), as JPEGs 4:4:4
-    whose quality gives BITS_PER_PIXEL."""
-    quality = min(
-        range(50, 100),
-        key=lambda q: abs(
-            8 * len(_noise_jpeg(0, height, width, q)) - BITS_PER_PIXEL * height * width
-        ),
-    )
-    return [_noise_jpeg(seed, height, width, quality) for seed in range(count)]
+def made_up_photographs(
+    count: int,
+    height: int,
+    width: int,
+    bits_per_pixel: float = BITS_PER_PIXEL,
+    subsampling: str = "444",
+) -> list[bytes]:
+    """Noise with the spectrum of photographs (amplitude falls as 1 / frequency), as JPEGs whose
+    quality gives `bits_per_pixel`."""
+    encode = partial(simplejpeg.encode_jpeg, colorsubsampling=subsampling)
+    first, bits = _noise(0, height, width), bits_per_pixel * height * width
+    quality = min(range(50, 100), key=lambda q: abs(8 * len(encode(first, quality=q)) - bits))
+    return [encode(_noise(seed, height, width), quality=quality) for seed in range(count)]
 
 
 def pack(jpegs: list[bytes], folder: Path, samples: int) -> ShardSet:
@@ -277,7 +280,7 @@ def into_page_cache(shards: ShardSet) -> None:
                 pass
 
 
-def _noise_jpeg(seed: int, height: int, width: int, quality: int) -> bytes:
+def _noise(seed: int, height: int, width: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height)))
     frequency[0, 0] = 1.0
@@ -285,8 +288,7 @@ def _noise_jpeg(seed: int, height: int, width: int, quality: int) -> bytes:
     planes = np.fft.ifft2(spectrum).real
     planes = planes[0] + 0.3 * planes  # channels of a photograph resemble each other
     planes = 128 + 50 * (planes - planes.mean()) / planes.std()
-    pixels = np.ascontiguousarray(np.clip(planes, 0, 255).astype(np.uint8).transpose(1, 2, 0))
-    return simplejpeg.encode_jpeg(pixels, quality=quality, colorsubsampling="444")
+    return np.ascontiguousarray(np.clip(planes, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def _size(jpeg: bytes) -> tuple[int, int]:

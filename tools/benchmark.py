@@ -1,9 +1,11 @@
 """Measure this project against what else there is, on your machine.
 
     python -m tools.benchmark data --images photos/
+    python -m tools.benchmark decode
     python -m tools.benchmark git --json git.json
     python -m tools.benchmark engine
     python -m tools.benchmark dcnv3
+    python -m tools.benchmark memory
     python -m tools.benchmark optimizer
 
 Ratios compare cases of the same run, which take turns; figures are medians of at least five
@@ -31,9 +33,11 @@ from tools.bench_measure import LEAST_REPEATS, machine
 
 BENCHMARKS = {
     "data": "loading images: against webdataset, and against the limit set by decoding",
+    "decode": "large photographs: decoding at a fraction of their size, speed and fidelity",
     "git": "the captioning model: against transformers, with one and five captions an image",
     "engine": "the training loop: against the bare DeepSpeed engine on the same work",
     "dcnv3": "DCNv3 on the CPU: against the formulation with grid_sample",
+    "memory": "the loader: memory of all its processes over three epochs, also of 10**8 rows",
     "optimizer": "MT-AdamW: time and temporary memory of a step against torch's AdamW",
 }
 

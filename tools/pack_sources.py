@@ -1,117 +1,33 @@
 """What make_shards packs: image folders and tables (COCO: pack_coco.py), as lists of items."""
 
 import csv
-import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-from data_pipeline.packer import sample_bytes
 from data_pipeline.packing import SampleFault
+from tools.pack_images import IMAGE_SUFFIXES, ImageItem, is_utf8
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-_EXTENSIONS = {
-    "JPEG": "jpg",
-    "MPO": "jpg",  # JPEG with further views behind it, from phones
-    "PNG": "png",
-    "WEBP": "webp",
-    "BMP": "bmp",
-    "GIF": "gif",
-    "TIFF": "tif",
-}
-# Room for width, height and label, which are known only when the image is read.
-_JSON_RESERVE = 128
-_ORIENTATION_TAG = 0x0112
-_JPEG_QUALITY = 92
 _FAULTS_SHOWN = 5
-
-
-class ImageItem(NamedTuple):
-    """One image on disk and what goes into its json member."""
-
-    key: str
-    path: str
-    bytes: int
-    record: dict[str, Any]
-    label: int | None
-    origin: str
-    """Where it was asked for, for messages: "captions.json, image 785"."""
 
 
 @dataclass(frozen=True)
 class Source:
     """Items in a reproducible order, and what holds for all of them."""
 
-    items: list[ImageItem]
+    items: list[Any]
+    """ImageItems, or others that have `key`."""
     classes: list[str] | None = None
     licence: str = ""
     missing: list[str] = field(default_factory=list)
-    """A line for each image that was asked for and is not there."""
-
-
-@dataclass(frozen=True)
-class BuildImage:
-    """Makes the members of an ImageItem: the image as it is on disk, json, and cls if labelled."""
-
-    short_side: int | None = None
-    """Shrink so that the shorter side has this many pixels, and store as JPEG; None: copy bytes."""
-
-    def __call__(self, item: ImageItem) -> dict[str, bytes]:
-        """Return the members. Errors: SampleFault if the file is missing or not an image."""
-        try:
-            data = Path(item.path).read_bytes()
-            if not data:
-                raise ValueError("the file is empty")
-            with Image.open(io.BytesIO(data)) as image:
-                extension = _EXTENSIONS.get(image.format or "")
-                if extension is None:
-                    raise ValueError(f"format {image.format} is not supported")
-                size = image.size
-                data, extension, stored = self._shrunk(image, data, extension)
-                turned = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
-        except UnidentifiedImageError:
-            raise SampleFault(f"{item.origin}: cannot use {item.path}: not an image") from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise SampleFault(f"{item.origin}: cannot use {item.path}: {error}") from None
-        expected = item.record.get("width", size[0]), item.record.get("height", size[1])
-        if expected != size and not (turned and expected == size[::-1]):
-            raise SampleFault(
-                f"{item.origin}: {item.path} has {size[0]} x {size[1]} pixels, but the annotations "
-                f"are for {expected[0]} x {expected[1]}: not the same image"
-            )
-        width, height = expected if stored == size else stored
-        record = {**item.record, "width": width, "height": height}
-        if item.label is not None:
-            record["label"] = item.label
-        members = {extension: data, "json": _json_bytes(record)}
-        return members if item.label is None else members | {"cls": str(item.label).encode()}
-
-    def _shrunk(
-        self, image: Image.Image, data: bytes, extension: str
-    ) -> tuple[bytes, str, tuple[int, int]]:
-        """Bytes, extension and size (width, height) of the image as it is stored."""
-        if self.short_side is None or min(image.size) <= self.short_side:
-            return data, extension, image.size
-        image.draft("RGB", (2 * self.short_side, 2 * self.short_side))
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        scale = self.short_side / min(image.size)
-        size = tuple(max(1, round(side * scale)) for side in image.size)
-        buffer = io.BytesIO()
-        image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=_JPEG_QUALITY)
-        return buffer.getvalue(), "jpg", size
-
-
-def item_bytes(item: ImageItem) -> int:
-    """Return an upper bound of what the sample of an item takes in a tar."""
-    json_size = len(_json_bytes(item.record)) + _JSON_RESERVE
-    return sample_bytes(item.key, {"jpeg": item.bytes, "json": json_size, "cls": 8})
+    """A line for each image that was asked for and is not there, or is there and not described."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the manifest shall remember of the input, and the report shows: counts by name."""
 
 
 def check_missing(source: Source, allowed: bool) -> None:
@@ -151,7 +67,7 @@ def folder_source(root: Path, classes: Sequence[str] | None = None) -> Source:
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     ]
     for path in paths:
-        if not _is_utf8(os.fspath(path)):
+        if not is_utf8(os.fspath(path)):
             raise ValueError(f"{os.fsencode(path)!r}: its name is not UTF-8: rename it")
     if not paths:
         raise ValueError(f"{root}: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) in it")
@@ -165,7 +81,7 @@ def folder_source(root: Path, classes: Sequence[str] | None = None) -> Source:
             label=names.index(name.parts[0]),
             origin=f"{root}",
         )
-        for key, path, name in zip(_keys_of(relative), paths, relative, strict=True)
+        for key, path, name in zip(keys_of(relative), paths, relative, strict=True)
     ]
     return Source(items, classes=names)
 
@@ -281,7 +197,7 @@ def stat_items(
     return items, missing
 
 
-def _keys_of(paths: Sequence[Path]) -> list[str]:
+def keys_of(paths: Sequence[Path]) -> list[str]:
     """Return unique keys that look like the paths: without suffix, and without dots in the name."""
     keys = [path.with_name(path.stem.replace(".", "_")).as_posix() for path in paths]
     repeated = {key for key, count in Counter(keys).items() if count > 1}
@@ -289,19 +205,3 @@ def _keys_of(paths: Sequence[Path]) -> list[str]:
         f"{key}_{path.suffix[1:].lower()}" if key in repeated else key
         for key, path in zip(keys, paths, strict=True)
     ]
-
-
-def _json_bytes(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-    if not _is_utf8(text):  # half a surrogate pair, from a careless JSON file: keep it escaped
-        text = json.dumps(record, separators=(",", ":"))
-    return text.encode()
-
-
-def _is_utf8(text: str) -> bool:
-    """Whether a text holds no surrogates, as which bytes that are not UTF-8 arrive."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -16,18 +16,24 @@ from pretrain.recipe import Recipe, TaskSettings, load_resolved
 
 
 @dataclass(frozen=True)
-class TrainedCaptioner:
-    """A captioning task of a run, with the weights of one checkpoint (float32, eval mode)."""
+class TrainedRun:
+    """The model of a run, with the weights of one checkpoint (float32, eval mode)."""
 
     checkpoint: Path
     manifest: dict
     """What the checkpoint says of itself."""
     recipe: Recipe
-    task_name: str
     tokenizer: Tokenizer
     model: MultiTaskModel
     state: str = "master"
     """Which weights it has: "master", or "ema" for their moving average."""
+
+
+@dataclass(frozen=True)
+class TrainedCaptioner(TrainedRun):
+    """A captioning task of a run."""
+
+    task_name: str = ""
 
     @property
     def task(self) -> TaskSettings:
@@ -72,29 +78,36 @@ class TrainedCaptioner:
 def open_captioner(
     path: str | Path, task: str | None = None, weights: str = "master"
 ) -> TrainedCaptioner:
+    """As `open_run`, with one of its captioning tasks.
+
+    task: its name; needed if the run has several.
+
+    Raises ValueError also if the run has no such task.
+    """
+    run = open_run(path, weights)
+    return TrainedCaptioner(**vars(run), task_name=_choose_task(run.recipe, task))
+
+
+def open_run(path: str | Path, weights: str = "master") -> TrainedRun:
     """Read a checkpoint folder, or the newest whole checkpoint of a run directory.
 
-    task: name of a captioning task of the run; needed if it has several.
     weights: "master" for the trained weights, "ema" for their moving average.
 
     Raises:
-        ValueError: `path` is neither, or the run has no such task.
+        ValueError: `path` is neither.
         CheckpointError: the checkpoint is not whole, or has no such weights.
     """
     checkpoint = _find(Path(path))
     manifest = read_manifest(checkpoint)
     recipe = load_resolved(checkpoint / "recipe.yaml")
-    name = _choose_task(recipe, task)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer")
     # Nothing is computed before every parameter has its trained value.
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
     model.load_state_dict(read_full_state(checkpoint, weights), assign=True)
     # Assigning parted the tied matrices; a cast (here to what they are) joins them again.
-    return TrainedCaptioner(
-        checkpoint, manifest, recipe, name, tokenizer, model.float().requires_grad_(False).eval(),
-        weights,
-    )
+    model = model.float().requires_grad_(False).eval()
+    return TrainedRun(checkpoint, manifest, recipe, tokenizer, model, weights)
 
 
 def _find(path: Path) -> Path:

@@ -108,6 +108,11 @@ class Quarantine:
             self._apply_ledger()
         return bool(entries)
 
+    def metrics(self, task: str) -> dict[str, float]:
+        """How many samples of a task the ledger leaves out."""
+        orders = plain_orders(self.streams[task].order).values()
+        return {"quarantined_samples": sum(len(excluded_rows(order)) for order in orders)}
+
     def write_list(self) -> None:
         """Bring `quarantine.jsonl` up to date, on rank 0; the others return at once."""
         if not self.ranks.leads:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import StepLoader
+from data_pipeline.loader import StepLoader, TaskStream
 from data_pipeline.rng import keyed_u64
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import build, recipe_checks
@@ -20,6 +20,7 @@ from pretrain.engine.agreement import Agreement
 from pretrain.engine.balance import TaskBalance
 from pretrain.engine.checkpoint import Checkpoints, fill_masters
 from pretrain.engine.control import ControlFolder, StopSignals
+from pretrain.engine.data_metrics import DataMetrics
 from pretrain.engine.data_record import data_entries
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
 from pretrain.engine.ds_config import engine_config, offloads_optimizer
@@ -175,9 +176,10 @@ class Trainer:
         fingerprints = {name: stream.fingerprint for name, stream in streams.items()}
         state.ledger += data_entries(fingerprints, state.ledger, state.step)
         self.schedule = schedule = self._schedule(
-            {name: stream.n_rows for name, stream in streams.items()}
+            {name: stream.n_rows for name, stream in streams.items() if stream.n_rows is not None}
         )
-        self.quarantine = Quarantine(self.run_dir, self.ranks, state, streams)
+        with_rows = {name: s for name, s in streams.items() if isinstance(s, TaskStream)}
+        self.quarantine = Quarantine(self.run_dir, self.ranks, state, with_rows)
         self.agreement = self._agreement(fingerprints)
         self.throughput = Throughput(self.ranks, recipe.logging.peak_tflops_per_device)
         loop = Loop(
@@ -196,7 +198,9 @@ class Trainer:
                 streams, schedule, recipe.loader, rank=self.ranks.rank,
                 world=self.ranks.world, start_step=state.step, stop_step=recipe.steps,
                 pin_memory=self.ranks.device.type == "cuda", fault_file=self.faults,
+                node_ranks=self.ranks.of_node,
             )
+            self.data_metrics = DataMetrics(self.ranks, self.loader)
             stopped = loop.run(
                 self.loader, state, wants_report=self._wants_report,
                 on_report=self._on_report, after_step=self._after_step,
@@ -215,7 +219,7 @@ class Trainer:
     def _schedule(self, sizes: dict[str, int]) -> Schedule:
         """Which tasks run when; what the ledger says of the past stays, whatever the recipe says.
 
-        sizes: task -> samples of its data.
+        sizes: task -> samples of its data, where they are known.
         """
         planned = build.plan_sampling(self.recipe, sizes)
         entries = ledger_entries(planned, self.state.ledger, self.state.step)
@@ -245,7 +249,8 @@ class Trainer:
         metrics = self.throughput.describe(report)
         metrics |= self.loader.streams[report.task].epochs(state.samples[report.task])
         metrics["skipped_steps"] = state.skipped_steps
-        metrics["replaced_samples"] = self._replaced(report.task)
+        metrics |= self.quarantine.metrics(report.task)
+        metrics |= self.data_metrics.describe(report.task)
         self.log.log(state.step, report.task, metrics)
         self.status_line = f"{report.task} loss {metrics['loss']:.4f}"
 
@@ -262,14 +267,6 @@ class Trainer:
             self._save()
             if save_asked and self.ranks.leads:
                 self.control.save_done()
-
-    def _replaced(self, task: str) -> int:
-        """Samples of a task that were replaced since this start, over all ranks."""
-        counts = self.loader.faults()
-        mine = counts[task].replaced if task in counts else 0
-        count = torch.tensor([mine], device=self.ranks.device)
-        dist.all_reduce(count)
-        return int(count)
 
     def _look_after_bad_samples(self) -> None:
         """Before a checkpoint, which has to hold what ranks agree on: see `engine.quarantine`."""

@@ -33,6 +33,7 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
     Norm weights become 1 and all biases 0; weights of linear, convolution and embedding layers are
     drawn from N(0, 0.02). A module changes that, and gives values to parameters of its own, with
     an attribute `initial_std: dict[str, float]`: parameter name -> standard deviation (0: zeros),
+    `initial_bound: dict[str, float]`: parameter name -> b of the uniform distribution on (-b, b),
     or `initial_value: dict[str, float]`: parameter name -> one value for all its elements.
 
     gather: makes a list of partitioned parameters whole inside its context and keeps what was
@@ -49,8 +50,10 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            fixed = getattr(module, "initial_value", {}).get(name.rpartition(".")[2])
-            std = _std(module, name) if fixed is None else 0.0
+            leaf = name.rpartition(".")[2]
+            fixed = getattr(module, "initial_value", {}).get(leaf)
+            bound = getattr(module, "initial_bound", {}).get(leaf)
+            std = _std(module, name) if fixed is None and bound is None else 0.0
             with gather([parameter]):
                 if parameter.dim() == 0:
                     raise ValueError(
@@ -61,9 +64,10 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
                     raise ValueError(
                         f"parameter {name} has no storage; call model.to_empty(device=...) first"
                     )
-                parameter.copy_(_draw(parameter.shape, std, seed, name))
                 if fixed is not None:
                     parameter.fill_(fixed)
+                else:
+                    parameter.copy_(_draw(parameter.shape, std, bound, seed, name))
 
 
 def _std(module: nn.Module, name: str) -> float | None:
@@ -82,15 +86,21 @@ def _std(module: nn.Module, name: str) -> float | None:
     )
 
 
-def _draw(shape: torch.Size, std: float | None, seed: int, name: str) -> torch.Tensor:
+def _draw(
+    shape: torch.Size, std: float | None, bound: float | None, seed: int, name: str
+) -> torch.Tensor:
+    """From U(-bound, bound) if there is a bound, else from N(0, std); ones without either."""
     if std is None:
         return torch.ones(shape)
-    if std == 0:
+    if std == 0 and bound is None:
         return torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     # torch keeps 64 bits of seed; a sign bit would be refused.
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    values = torch.empty(shape, dtype=torch.float32)
+    if bound is not None:
+        return values.uniform_(-bound, bound, generator=generator)
+    return values.normal_(0.0, std, generator=generator)
 
 
 @torch.no_grad()
@@ -98,6 +108,7 @@ def load_weights(model: nn.Module, path: str | Path, gather: Gather | None = Non
     """Start from the tensors of a safetensors file with our names (`tools.convert import-git`).
 
     The file may hold a part of the model, for instance only the encoder; call `initialise` first.
+    It may hold buffers too (statistics of a batch norm).
 
     Returns the names of the parameters that the file does not hold.
 
@@ -106,23 +117,24 @@ def load_weights(model: nn.Module, path: str | Path, gather: Gather | None = Non
     """
     gather = gather or _no_gather
     parameters = dict(model.named_parameters())
+    places = parameters | dict(model.named_buffers())
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
-        if unknown := sorted(names - parameters.keys()):
+        if unknown := sorted(names - places.keys()):
             raise ValueError(
                 f"{path}: {len(unknown)} tensors are not part of this model, among them "
                 f"{', '.join(unknown[:5])}; the names of encoders and tasks in the recipe must be "
-                "those given to `tools.convert import-git`"
+                "those given to `tools.convert import-...`"
             )
-        for name in parameters:
+        for name, place in places.items():
             if name not in names:
                 continue
-            tensor, parameter = file.get_tensor(name), parameters[name]
-            with gather([parameter]):
-                if parameter.shape != tensor.shape:
+            tensor = file.get_tensor(name)
+            with gather([place]) if name in parameters else contextlib.nullcontext():
+                if place.shape != tensor.shape:
                     raise ValueError(
                         f"{path}: {name} has shape {tuple(tensor.shape)}, "
-                        f"the model wants {tuple(parameter.shape)}"
+                        f"the model wants {tuple(place.shape)}"
                     )
-                parameter.copy_(tensor)
+                place.copy_(tensor)
     return [name for name in parameters if name not in names]

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from pretrain.models.sample_draws import SampleDraws
+
 
 class MultiTaskModel(nn.Module):
     """Named encoders shared by the objectives of the tasks.
@@ -14,12 +16,17 @@ class MultiTaskModel(nn.Module):
             (B, T) into features (B, D).
         objectives: task name -> module with `forward(encoders, batch, totals)`; it owns the heads
             that only its task uses.
+        seed: of the run, for the random numbers of samples.
     """
 
     def __init__(
-        self, encoders: Mapping[str, nn.Module], objectives: Mapping[str, nn.Module]
+        self,
+        encoders: Mapping[str, nn.Module],
+        objectives: Mapping[str, nn.Module],
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        self.seed = seed
         self.encoders = nn.ModuleDict(encoders)
         self.objectives = nn.ModuleDict(objectives)
 
@@ -29,7 +36,8 @@ class MultiTaskModel(nn.Module):
         """Loss and metrics of one micro-batch of `task`, each as its share of the global batch.
 
         Args:
-            batch: what the task's loader gives, tensors on the model's device.
+            batch: what the task's loader gives, tensors on the model's device; objectives find the
+                random numbers of its samples under "draws".
             totals: the objective's counts, summed over the global batch.
             options: for the objective; `part="features"` asks one that couples samples for its
                 features (`pretrain.engine.cached_features`).
@@ -38,4 +46,6 @@ class MultiTaskModel(nn.Module):
             name -> 0-dim float32 tensor, "loss" with a graph; summed over all micro-steps and ranks
             each is the value for the global batch.
         """
+        if "position" in batch:
+            batch = {**batch, "draws": SampleDraws(self.seed, task, batch["position"])}
         return self.objectives[task](self.encoders, batch, totals, **options)

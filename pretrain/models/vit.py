@@ -25,6 +25,7 @@ class VitSettings(Settings):
     """Shape of a vision transformer; the defaults are CLIP's ViT-B/16."""
 
     reads: ClassVar[str] = "images"
+    any_sides: ClassVar[bool] = True  # what is beyond the last whole patch is left out
     type: Literal["vit"] = "vit"
     """Selects this encoder among the kinds that a recipe may name."""
     image_size: int = Field(224, gt=0)
@@ -57,6 +58,16 @@ class VitSettings(Settings):
                 f"patch_size ({self.patch_size}) must divide image_size ({self.image_size})"
             )
         return self
+
+    @property
+    def size_multiple(self) -> int:
+        """Sides of images are multiples of this, so that nothing is left out."""
+        return self.patch_size
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """The ways to one vector per image."""
+        return ("mean", "class_token")
 
     def build(self) -> "VisionTransformer":
         """The encoder these settings describe, on torch's default device."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from data_pipeline.settings import Settings
 from pretrain.models.generation import alone, generate_greedy
 from pretrain.models.git import GitDecoder, GitDecoderSettings
+from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.caption_evaluation import (
     CaptionExample,
     Vocabulary,
@@ -125,13 +126,14 @@ class Captioning(nn.Module):
         """This micro-batch's share of the global batch's loss and metrics.
 
         batch: images (B, 3, H, W) uint8; tokens (B, K, T) int64, K captions per image, padded on
-            the right; loss_mask (B, K, T) bool, True at tokens to be predicted.
+            the right; loss_mask (B, K, T) bool, True at tokens to be predicted; draws of the
+            images, if the encoder needs some.
         totals: "tokens", the supervised tokens of the global batch.
 
         Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
         the supervised tokens of the global batch. Only "loss" carries a gradient.
         """
-        image_tokens = self._encode(encoders, batch["images"])
+        image_tokens = self._encode(encoders, batch["images"], batch.get("draws"))
         loss, cross_entropy, correct = self.token_sums(image_tokens, batch)
         tokens = torch.as_tensor(totals["tokens"], dtype=torch.float32, device=loss.device)
         tokens = tokens.clamp(min=1.0)
@@ -219,8 +221,12 @@ class Captioning(nn.Module):
         with torch.no_grad(), evaluating(self, encoders[self.encoder]):
             return evaluate_captions(judge, loader, vocabulary, reduce, keep_images)
 
-    def _encode(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
-        return encode_images(encoders[self.encoder], images, self.image_mean, self.image_std)
+    def _encode(
+        self, encoders: Mapping[str, nn.Module], images: Tensor, draws: SampleDraws | None = None
+    ) -> Tensor:
+        return encode_images(
+            encoders[self.encoder], images, self.image_mean, self.image_std, draws
+        )
 
     def _generate(
         self, image_tokens: Tensor, max_new_tokens: int | None, agree: Callable[[bool], bool]

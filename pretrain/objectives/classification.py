@@ -1,19 +1,27 @@
-"""Classification: a linear head on the pooled tokens of an image."""
+"""Classification: a linear layer on one vector per image."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from data_pipeline.labels import NO_LABEL
 from data_pipeline.settings import Settings
 from pretrain.models.pixels import normalise_pixels
+from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
-from pretrain.objectives.image_tokens import Pool, encode_images, find_encoder, pool_tokens
+from pretrain.objectives.image_tokens import (
+    Pool,
+    find_encoder,
+    image_vectors,
+    vector_flops,
+    vector_width,
+)
 from pretrain.objectives.mixing import mix_pairs, partners
+from pretrain.objectives.resolutions import at_sizes, scale_consistency, scaled_shapes
 
 _TOP = 5
 
@@ -28,9 +36,23 @@ class ClassificationSettings(Settings):
     encoder: str = "image"
     """Name of the encoder in `model.encoders` whose tokens the head reads."""
     pool: Pool = "mean"
-    """What the head sees of an image: the mean of its tokens, or the first one (`class_token`)."""
+    """What the linear layer sees of an image: the mean of its tokens, the first one
+    (`class_token`), or the vector that the encoder's own `head` makes."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Share of the target spread evenly over all classes."""
+    smaller_sizes: tuple[int, ...] = ()
+    """Further sizes of each image in the same step, in pixels of the shorter side, descending and
+    below `image.size`: the loss is the mean over all sizes (ResFormer; its own: 160 and 128 beside
+    224). Evaluation sees the full size."""
+    scale_consistency: float = Field(1.0, ge=0)
+    """Weight of the loss that pulls the vector of each smaller size to that of the next larger."""
+
+    @field_validator("smaller_sizes")
+    @classmethod
+    def _descending(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if list(sizes) != sorted(set(sizes), reverse=True) or min(sizes, default=1) < 1:
+            raise ValueError(f"must descend, like [160, 128], not {list(sizes)}")
+        return sizes
 
     def build(
         self,
@@ -42,18 +64,21 @@ class ClassificationSettings(Settings):
     ) -> "Classification":
         """The objective for these encoders and the pixel statistics and classes of the data.
 
-        `vocabulary` is for objectives with text. Raises ValueError: no encoder of that name.
+        `vocabulary` is for objectives with text. Raises ValueError: no encoder of that name, or
+        one that cannot pool that way.
         """
         encoder = find_encoder(encoders, self.encoder)
         return Classification(
             classes,
             encoder=self.encoder,
-            encoder_width=encoder.width,
-            encoder_flops=encoder.flops,
+            encoder_width=vector_width(encoder, self.pool),
+            encoder_flops=vector_flops(encoder, self.pool),
             image_mean=image_mean,
             image_std=image_std,
             pool=self.pool,
             label_smoothing=self.label_smoothing,
+            smaller_sizes=self.smaller_sizes,
+            consistency=self.scale_consistency,
         )
 
 
@@ -63,10 +88,10 @@ class Classification(nn.Module):
     Args:
         classes: number of classes.
         encoder: name of the encoder that `forward` picks from those it is given.
-        encoder_width: channels of the encoder's tokens.
+        encoder_width: channels of what the encoder hands over.
         encoder_flops: (height, width) -> FLOPs of a forward pass for one image.
         image_mean, image_std: per channel, in units of the full range.
-        pool, label_smoothing: as in `ClassificationSettings`.
+        pool, label_smoothing, smaller_sizes, consistency: as in `ClassificationSettings`.
     """
 
     def __init__(
@@ -80,6 +105,8 @@ class Classification(nn.Module):
         image_std: Sequence[float],
         pool: Pool = "mean",
         label_smoothing: float = 0.1,
+        smaller_sizes: Sequence[int] = (),
+        consistency: float = 1.0,
     ) -> None:
         super().__init__()
         self.head = nn.Linear(encoder_width, classes)
@@ -89,6 +116,8 @@ class Classification(nn.Module):
         self.image_std = tuple(image_std)
         self.pool: Pool = pool
         self.label_smoothing = label_smoothing
+        self.smaller_sizes = tuple(smaller_sizes)
+        self.consistency = consistency
 
     def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Images and labelled images of a micro-batch; their global sums are `totals`."""
@@ -105,9 +134,10 @@ class Classification(nn.Module):
     ) -> dict[str, Tensor]:
         """This micro-batch's share of the global batch's loss and metrics.
 
-        batch: images (B, 3, H, W) uint8; labels (B,) int64, NO_LABEL where there is none. With
-        mix_share and mix_box neighbours are mixed (`mix_pairs`): the loss is that of both labels by
-        their shares, the other metrics judge an image by the label of its larger part.
+        batch: images (B, 3, H, W) uint8; labels (B,) int64, NO_LABEL where there is none; draws of
+        the images, if the encoder needs some. With mix_share and mix_box neighbours are mixed
+        (`mix_pairs`): the loss is that of both labels by their shares, the other metrics judge an
+        image by the label of its larger part.
         totals: "images" and "labels" of the global batch.
 
         Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
@@ -143,7 +173,8 @@ class Classification(nn.Module):
         """Model FLOPs, forward and backward, that this micro-batch asks for; padding is free."""
         images = int(batch["valid"].sum())
         head = 2 * self.head.in_features * self.head.out_features
-        return 3 * images * (self.encoder_flops(*batch["images"].shape[-2:]) + head)
+        shapes = scaled_shapes(*batch["images"].shape[-2:], self.smaller_sizes)
+        return 3 * images * sum(self.encoder_flops(*shape) + head for shape in shapes)
 
     def evaluate(
         self,
@@ -164,7 +195,8 @@ class Classification(nn.Module):
         counts = {"images": 0, "labels": 0}
         with torch.no_grad(), evaluating(self, encoders[self.encoder]):
             for batch in loader:
-                logits = self._logits(encoders, batch["images"].to(device))
+                pixels = self._pixels(encoders, batch["images"].to(device))
+                logits = self._logits(encoders, pixels, None)
                 found = torch.stack(self.label_sums(logits, batch["labels"].to(device)))
                 sums += found.double().cpu()
                 counts = {name: counts[name] + n for name, n in self.count(batch).items()}
@@ -181,27 +213,42 @@ class Classification(nn.Module):
         self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any]
     ) -> Sequence[Tensor]:
         """`label_sums` of a training batch, mixed if it says so."""
-        labels, encoder = batch["labels"], encoders[self.encoder]
-        pixels = normalise_pixels(batch["images"], self.image_mean, self.image_std, encoder.dtype)
-        if "mix_share" not in batch:
-            return self.label_sums(self._head(encoder(pixels)), labels)
-        pixels, weights = mix_pairs(pixels, batch)
-        logits = self._head(encoder(pixels))
-        others = partners(labels)
-        larger = torch.where(weights > 0.5, others, labels)
-        _, *sums = self.label_sums(logits, larger)
+        labels, pixels = batch["labels"], self._pixels(encoders, batch["images"])
+        others, weights = labels, None
+        if "mix_share" in batch:
+            pixels, weights = mix_pairs(pixels, batch)
+            others = partners(labels)
+        vectors = [
+            image_vectors(encoders[self.encoder], copy, self.pool, batch.get("draws"))
+            for copy in at_sizes(pixels, self.smaller_sizes)
+        ]
+        logits = [self.head(own).float() for own in vectors]
+        losses = [self._smoothed(own, labels, others, weights) for own in logits]
+        if len(vectors) > 1 and self.consistency:
+            losses[0] = losses[0] + self.consistency * scale_consistency(
+                vectors, labels != NO_LABEL
+            )
+        larger = labels if weights is None else torch.where(weights > 0.5, others, labels)
+        return [sum(losses) / len(losses), *self.label_sums(logits[0], larger)[1:]]
+
+    def _smoothed(
+        self, logits: Tensor, labels: Tensor, others: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        """Smoothed loss summed over labelled images, of both labels by their weights."""
         options = {"ignore_index": NO_LABEL, "label_smoothing": self.label_smoothing}
-        own, other = (
-            F.cross_entropy(logits, target, reduction="none", **options)
-            for target in (labels, others)
-        )
-        return [((1 - weights) * own + weights * other).sum(), *sums]
+        own = F.cross_entropy(logits, labels, reduction="none", **options)
+        if weights is None:
+            return own.sum()
+        other = F.cross_entropy(logits, others, reduction="none", **options)
+        return ((1 - weights) * own + weights * other).sum()
 
-    def _logits(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+    def _pixels(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+        dtype = encoders[self.encoder].dtype
+        return normalise_pixels(images, self.image_mean, self.image_std, dtype)
+
+    def _logits(
+        self, encoders: Mapping[str, nn.Module], pixels: Tensor, draws: SampleDraws | None
+    ) -> Tensor:
         """(B, classes) float32."""
-        return self._head(
-            encode_images(encoders[self.encoder], images, self.image_mean, self.image_std)
-        )
-
-    def _head(self, tokens: Tensor) -> Tensor:
-        return self.head(pool_tokens(tokens, self.pool)).float()
+        vectors = image_vectors(encoders[self.encoder], pixels, self.pool, draws)
+        return self.head(vectors).float()

@@ -10,9 +10,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.settings import Settings
+from pretrain.models.pixels import normalise_pixels
+from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.contrastive_loss import caption_ids, contrastive_sums
 from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
-from pretrain.objectives.image_tokens import Pool, encode_images, find_encoder, pool_tokens
+from pretrain.objectives.image_tokens import (
+    Pool,
+    find_encoder,
+    image_vectors,
+    vector_flops,
+    vector_width,
+)
 from pretrain.objectives.retrieval import retrieval_recalls
 
 
@@ -28,7 +36,8 @@ class ContrastiveSettings(Settings):
     text_encoder: str = "text"
     """Name of the encoder in `model.encoders` (of type `text`) that reads the captions."""
     pool: Pool = "mean"
-    """What stands for an image: the mean of its tokens, or the first one (`class_token`)."""
+    """What stands for an image: the mean of its tokens, the first one (`class_token`), or the
+    vector that the encoder's own `head` makes."""
     width: int = Field(512, gt=0)
     """Channels of the space that both sides are projected to."""
     temperature: float = Field(0.07, gt=0)
@@ -59,7 +68,7 @@ class ContrastiveSettings(Settings):
     ) -> "Contrastive":
         """The objective for these encoders and the pixel statistics of the data.
 
-        Raises ValueError: no encoder of that name.
+        Raises ValueError: no encoder of that name, or one that cannot pool that way.
         """
         image = find_encoder(encoders, self.encoder)
         text = find_encoder(encoders, self.text_encoder)
@@ -67,8 +76,8 @@ class ContrastiveSettings(Settings):
             self.width,
             encoder=self.encoder,
             text_encoder=self.text_encoder,
-            encoder_widths=(image.width, text.width),
-            encoder_flops=(image.flops, text.flops),
+            encoder_widths=(vector_width(image, self.pool), text.width),
+            encoder_flops=(vector_flops(image, self.pool), text.flops),
             image_mean=image_mean,
             image_std=image_std,
             pool=self.pool,
@@ -102,7 +111,7 @@ class Contrastive(nn.Module):
     Args:
         width: channels of the common space.
         encoder, text_encoder: names of the encoders that `forward` picks from those it is given.
-        encoder_widths: channels of the image encoder's tokens and of the text feature.
+        encoder_widths: channels of the image encoder's vector and of the text feature.
         encoder_flops: FLOPs of a forward pass, (height, width) -> of an image, and length -> of a
             text.
         image_mean, image_std: per channel, in units of the full range.
@@ -153,14 +162,14 @@ class Contrastive(nn.Module):
         """Features of a micro-batch, or the loss where it is all that this rank has of the batch.
 
         batch: images (B, 3, H, W) uint8; tokens (B, 1, T) int64; loss_mask (B, 1, T) bool, True at
-            words and EOS; valid (B,) bool.
+            words and EOS; valid (B,) bool; draws of the images, if the encoder needs some.
         totals: as in `coupled_loss`.
 
         Returns what `coupled_loss` returns, or with part "features" what it reads.
         """
         tokens, mask = batch["tokens"][:, 0], batch["loss_mask"][:, 0]
         features = {
-            "image": self.image_features(encoders, batch["images"]),
+            "image": self.image_features(encoders, batch["images"], batch.get("draws")),
             "text": self.text_features(encoders, tokens),
             "caption_id": caption_ids(tokens, mask),
             "valid": batch["valid"],
@@ -194,11 +203,14 @@ class Contrastive(nn.Module):
             "temperature": mine / (pairs * features["scale"].detach()[0]),
         }
 
-    def image_features(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+    def image_features(
+        self, encoders: Mapping[str, nn.Module], images: Tensor, draws: SampleDraws | None = None
+    ) -> Tensor:
         """images: (B, 3, H, W) uint8. Returns (B, width) float32 of unit length."""
-        tokens = encode_images(encoders[self.encoder], images, self.image_mean, self.image_std)
-        projected = self.image_projection(pool_tokens(tokens, self.pool))
-        return F.normalize(projected.float(), dim=1)
+        encoder = encoders[self.encoder]
+        pixels = normalise_pixels(images, self.image_mean, self.image_std, encoder.dtype)
+        vectors = image_vectors(encoder, pixels, self.pool, draws)
+        return F.normalize(self.image_projection(vectors).float(), dim=1)
 
     def text_features(self, encoders: Mapping[str, nn.Module], tokens: Tensor) -> Tensor:
         """tokens: (B, T) int64. Returns (B, width) float32 of unit length."""

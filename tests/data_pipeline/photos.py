@@ -28,6 +28,18 @@ def picture(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
+def photograph(seed: int, height: int, width: int) -> np.ndarray:
+    """Noise whose amplitude falls as 1 / frequency, as that of photographs; (H, W, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height)))
+    frequency[0, 0] = 1.0
+    spectrum = np.fft.fft2(rng.standard_normal((3, height, width))) / frequency
+    planes = np.fft.ifft2(spectrum).real
+    planes = planes[0] + 0.3 * planes
+    planes = 128 + 50 * (planes - planes.mean()) / planes.std()
+    return np.clip(planes, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
 def jpeg(pixels: np.ndarray, quality: int = 95) -> bytes:
     return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, colorsubsampling="444")
 

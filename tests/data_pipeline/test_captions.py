@@ -7,7 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from data_pipeline.captions import CaptionDataSettings, CaptionFields, CaptionSource
+from data_pipeline.caption_texts import CaptionSource
+from data_pipeline.captions import CaptionDataSettings, CaptionFields
 from data_pipeline.reader import BadSample, Sample
 from data_pipeline.rng import sample_rng
 from data_pipeline.transforms import ImageSettings

@@ -98,7 +98,9 @@ def test_safetensors_reads_our_index(tmp_path):
     shards = write_shards(tmp_path, 11, 11)
     theirs = load_file(tmp_path / "train-000000.tar.idx")
     ours = shards.index(0)
-    assert set(theirs) == set(ours.arrays) | {f"column:{name}" for name in ours.columns}
+    columns = {f"column:{name}" for name in ours.columns}
+    columns |= {f"derived:{name}" for name in ours.derived.columns}
+    assert set(theirs) == set(ours.arrays) | columns
     for name, values in ours.arrays.items():
         np.testing.assert_array_equal(theirs[name], values)
 

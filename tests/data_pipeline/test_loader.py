@@ -182,6 +182,9 @@ class Slow:
     def __getattr__(self, name: str):
         return getattr(self.__dict__["fields"], name)
 
+    def of_step(self, *step):
+        return self
+
     def sample(self, sample, *arguments):
         if sample.row == self.row:
             time.sleep(self.seconds)
@@ -197,6 +200,26 @@ def test_a_stall_names_what_is_being_processed(shards, caplog):
         assert len(list(slow)) == 3
     stalls = [r.getMessage() for r in caplog.records if "no batch for" in r.getMessage()]
     assert any("task a positions [4, 5, 6, 7] in" in text and ".tar" in text for text in stalls)
+
+
+def test_what_storage_did_is_counted_by_task(shards):
+    loads = loader(shards, workers=2)
+    windows = list(loads)
+    rows = {"a": [], "b": []}
+    for window in windows:
+        for batch in window.micro_batches:
+            rows[window.task] += batch["row"][batch["valid"]].tolist()
+    for task, read in rows.items():
+        extensions = loads.streams[task].fields.extensions
+        wanted = 0
+        for row in read:
+            members = shards.index(row // 25).members(row % 25)
+            places = [(m[1] - 512, m[1] + m[2]) for m in members if m[0] in extensions]
+            wanted += places[-1][1] - places[0][0]
+        counted = loads.counters(task)
+        assert counted["retries"] == counted["cache_hits"] == 0
+        # Task b has read the bad samples that it replaced as well.
+        assert counted["bytes_read"] == wanted if task == "a" else counted["bytes_read"] > wanted
 
 
 def test_a_defect_says_where_it_happened(shards):

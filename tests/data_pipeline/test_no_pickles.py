@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.captions import CaptionSource
+from data_pipeline.caption_texts import CaptionSource
 from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.shards import ShardSet

@@ -140,10 +140,55 @@ def test_lasting_errors_end_the_run(shards, monkeypatch):
     assert waits == [0.5, 1.0, 2.0]
 
 
-def test_a_missing_shard_is_no_bad_sample(shards):
+def test_a_missing_shard_is_looked_for_once_and_then_all_its_samples_are_bad(shards, monkeypatch):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
     os.unlink(shards.shards[1].path)
-    with pytest.raises(TransientReadError, match=r"000001\.tar: No such file"):
-        SampleReader(shards, retries=0).read(5)
+    reader = SampleReader(shards)
+    for row in (5, 4, 7):
+        with pytest.raises(BadSample, match=r"the shard cannot be opened: No such file") as caught:
+            reader.read(row)
+        assert (caught.value.key, caught.value.row) == (f"{row:06d}", row)
+        assert caught.value.shard == shards.shards[1].path
+    assert waits == [0.5, 1.0]
+    assert reader.read(3).members == sample(3)[1]
+
+
+def test_a_shard_that_comes_back_meanwhile_is_read(shards, monkeypatch):
+    path = shards.shards[1].path
+    os.rename(path, f"{path}.away")
+    monkeypatch.setattr(time, "sleep", lambda s: os.rename(f"{path}.away", path))
+    assert SampleReader(shards).read(5).members == sample(5)[1]
+
+
+def test_a_shard_that_may_not_be_read_is_bad(shards, monkeypatch):
+    def refused(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    SampleReader(shards).read(4)  # maps the index
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(BadSample, match=r"'000005' .*cannot be opened: Permission denied"):
+        SampleReader(shards, first_wait_s=0.001).read(5)
+
+
+@pytest.mark.parametrize("gone", ["folder", "content"])
+def test_storage_that_is_away_as_a_whole_is_no_fault_of_the_data(shards, gone, tmp_path):
+    os.rename(tmp_path / "set", tmp_path / "elsewhere")
+    if gone == "content":
+        (tmp_path / "set").mkdir()  # as a mount point without its file system
+    with pytest.raises(TransientReadError, match=r"000001\.tar: No such file.*tried 4 times"):
+        SampleReader(shards, retries=3, first_wait_s=0.001).read(5)
+
+
+def test_a_member_above_the_limit_is_not_read(shards, monkeypatch):
+    size = len(sample(9)[1]["jpg"])
+    reader = SampleReader(shards, max_member_bytes=size - 1)
+    monkeypatch.setattr(os, "pread", None)
+    with pytest.raises(BadSample, match=rf"\.jpg has {size} bytes, more than max_member_bytes"):
+        reader.read(9)
+    monkeypatch.undo()
+    assert SampleReader(shards, max_member_bytes=size).read(9).members == sample(9)[1]
+    assert reader.read(9, {"cls"}).members == {"cls": sample(9)[1]["cls"]}
 
 
 def open_descriptors() -> int:

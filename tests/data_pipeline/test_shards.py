@@ -279,7 +279,9 @@ def test_manifest_round_trip_and_damage(tmp_path):
     manifest.save(tmp_path)
     assert (tmp_path / "manifest.json").read_bytes() == before
     assert manifest.fields == {"cls": 10, "jpg": 10, "json": 10}
-    assert manifest.columns == ["captions.count", "cls", "score", "width"]
+    lengths = [f"captions.{unit}.{end}" for unit in ("characters", "words")
+               for end in ("max", "min")]  # fmt: skip
+    assert manifest.columns == sorted(["captions.count", "cls", "score", "width", *lengths])
 
     def change(**fields):
         content = json.loads(before) | fields

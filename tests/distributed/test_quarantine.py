@@ -86,6 +86,8 @@ def test_every_fault_is_in_the_files_of_the_ranks(straight):
     last = [line for line in metrics if line["kind"] == "train"][-1]
     assert last["replaced_samples"] == len({f["position"] for f in found})
     assert {f["step"] for f in found} <= set(range(1, STEPS + 1))
+    assert last["quarantined_samples"] == len(BAD) and last["read_retries"] == 0
+    assert last["read_mb_per_second"] > 0 and "cache_hits" not in last  # nothing is cached here
 
 
 def test_killed_and_resumed(data, straight, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from pretrain import recipe_checks
 from pretrain.recipe import SHIPPED, RecipeError, load_recipe, load_resolved
+from tests.tiny_run import tiny_recipe, write_recipe
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
@@ -192,9 +193,14 @@ def test_every_fault_is_reported_at_once():
             "micro_batch must be 1, not 32",
         ),
         (
+            ["tasks.caption.data.image.sizes=[64, 72]"],
+            "tasks.caption.data.image.sizes=72 is not a multiple of 16, as model.encoders.image "
+            "(vit) needs: use 64 or 80",
+        ),
+        (
             ["tasks.caption.data.image.size=60"],
-            "tasks.caption.data.image.size=60 is not a multiple of "
-            "model.encoders.image.patch_size=16: use 48 or 64",
+            "tasks.caption.data.image.size=60 is not a multiple of 16, as model.encoders.image "
+            "(vit) needs: use 48 or 64",
         ),
         (
             ["tasks.caption.data.text_length=65"],
@@ -316,7 +322,7 @@ def test_sources_in_place_of_shards(tmp_path, monkeypatch):
         ["tasks.caption.data.shards=null", sources, "tasks.caption.data.sources.a=null"],
     )
     assert list(fewer.tasks["caption"].data.sources) == ["b"]
-    assert fault(sources).endswith("is needed, both are given; set one to null")
+    assert fault(sources).endswith("is needed, shards and sources are given; set one to null")
     recipe.dump(tmp_path / "r.yaml")
     assert load_resolved(tmp_path / "r.yaml") == recipe
 
@@ -389,11 +395,21 @@ def test_tasks_of_all_kinds_share_an_encoder():
     assert recipe.tasks["classify"].data.classes == 10
 
 
+def test_text_data_fit_no_objective_that_reads_images():
+    text = "tasks.other={objective: {type: captioning}, data: {type: text, shards: [x]}, "
+    evaluation = "global_batch: 2, micro_batch: 2, evaluation: {shards: [x], image: {size: 64}}}"
+    others = ("tasks.caption=null", "tasks.contrast=null", "model.encoders.text=null")
+    found = faults(*others, text + evaluation, recipe="digits_multitask")
+    assert any("tasks.other.data.type='text' does not fit" in line for line in found)
+    assert any("evaluation.image: data of type text have no images" in line for line in found)
+
+
 def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
     labels = "tasks.classify.data.type=labels"
     assert load_recipe("digits_multitask", [labels]) == load_recipe("digits_multitask")
     assert multi("tasks.contrast.data.type=labls") == (
-        "tasks.contrast.data.type: 'labls' is not one of captions, labels; did you mean 'labels'?"
+        "tasks.contrast.data.type: 'labls' is not one of captions, labels, images, boxes, text; "
+        "did you mean 'labels'?"
     )
     shards = "{type: labels, shards: [x], classes: 3, image: {size: 64}}"
     (fault,) = faults(
@@ -414,6 +430,19 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
         (
             ["tasks.classify.data.classes=null"],
             "tasks.classify.data.classes: input should be a valid integer, not None",
+        ),
+        (
+            [
+                "tasks.more={objective: {type: classification, encoder: image}, global_batch: 4, "
+                "micro_batch: 2, data: {type: boxes, shards: [x], classes: 3, image: {size: 64}}}"
+            ],
+            "tasks.more.data.type='boxes' does not fit tasks.more.objective.type='classification', "
+            "which reads 'labels': change one of them",
+        ),
+        (
+            ["tasks.classify.data.second_view={size: 60}"],
+            "tasks.classify.data.second_view.size=60 is not a multiple of 16, as "
+            "model.encoders.image (vit) needs: use 48 or 64",
         ),
         (
             ["tasks.classify.data.label_source='json:'"],
@@ -442,8 +471,28 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
         ),
         (
             ["tasks.classify.data.image.size=60"],
-            "tasks.classify.data.image.size=60 is not a multiple of "
-            "model.encoders.image.patch_size=16: use 48 or 64",
+            "tasks.classify.data.image.size=60 is not a multiple of 16, as model.encoders.image "
+            "(vit) needs: use 48 or 64",
+        ),
+        (
+            ["tasks.classify.objective.smaller_sizes=[40]"],
+            "tasks.classify.objective.smaller_sizes=40 is not a multiple of 16, as "
+            "model.encoders.image (vit) needs: use 32 or 48",
+        ),
+        (
+            ["tasks.classify.objective.smaller_sizes=[640]"],
+            "tasks.classify.objective.smaller_sizes: 640 is not below "
+            "tasks.classify.data.image.size=64",
+        ),
+        (
+            ["tasks.classify.objective.smaller_sizes=[48]",
+             "tasks.classify.data.image.sizes=[64, 48]"],
+            "tasks.classify.objective.smaller_sizes: 48 is not below "
+            "tasks.classify.data.image.sizes=48",
+        ),
+        (
+            ["tasks.classify.data.mixing={}", "tasks.classify.micro_batch=1"],
+            "tasks.classify: data.mixing mixes neighbours: micro_batch must be even, not 1",
         ),
         (
             ["tasks.contrast.objective.temperature=0.001"],
@@ -469,3 +518,21 @@ def test_a_contrastive_task_needs_a_text_encoder():
         "model.encoders.text: no task uses this encoder, so it would only decay: remove it, or "
         "name it in a task's objective.encoder",
     ]
+
+
+def test_faults_in_sources_of_captions_name_the_place(tmp_path):
+    recipe = tiny_recipe(tmp_path, tmp_path / "run")
+    file = write_recipe(tmp_path / "r.yaml", recipe)
+    for override, message in (
+        ("[{sourc: txt}]", "caption_source[0].sourc: unknown key; did you mean 'source'?"),
+        ("[txt, {source: 'json:'}]", "caption_source[1].source: source 'json:': write an ext"),
+        ("[{source: txt, weight: '2'}]", "caption_source[0].weight: input should be a valid num"),
+        ("3", "caption_source: input should be a list, not 3"),
+    ):
+        with pytest.raises(RecipeError) as error:
+            load_recipe(file, [f"tasks.caption.data.caption_source={override}"])
+        assert f"tasks.caption.data.{message}" in str(error.value)
+    two = "tasks.caption.data.caption_source=[{source: txt, weight: 2}, json:a]"
+    loaded = load_recipe(file, [two])
+    loaded.dump(tmp_path / "resolved.yaml")
+    assert load_resolved(tmp_path / "resolved.yaml") == loaded

@@ -14,7 +14,7 @@ from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
 from tools.make_shards import main
 from tools.pack_coco import coco_source
-from tools.pack_sources import BuildImage, item_bytes
+from tools.pack_images import BuildImage, item_bytes
 
 
 def photo(path: Path, width: int = 40, height: int = 30, seed: int = 0, **options) -> Path:
@@ -178,7 +178,7 @@ def test_a_missing_image_is_an_error_or_left_out(tmp_path, coco, capsys):
     assert "1 images are missing" in message and "captions.json, image 1:" in message
     assert "images/1.jpg: No such file" in message
     assert run(*arguments, "--on-missing", "skip") == 0
-    assert "left out: 1 items (1 images missing" in capsys.readouterr().err
+    assert "left out: 1 items (1 missing" in capsys.readouterr().err
     manifest = Manifest.load(tmp_path / "out" / "train")
     assert manifest.samples == 2 and manifest.details["missing"] == 1
 

@@ -94,7 +94,8 @@ def test_inspect(folder, capsys):
     assert run("inspect", folder) == 0
     out = capsys.readouterr().out
     assert "10 samples in 3 shards" in out and "cls x 10, jpg x 10, json x 10" in out
-    assert "columns: captions.count, cls, score, width" in out
+    assert "columns: bytes:cls, bytes:jpg, bytes:json, captions.characters.max" in out
+    assert "captions.words.min, cls, score, width\n" in out
     assert "1: 000001 (jpg 397 B" in out
 
 

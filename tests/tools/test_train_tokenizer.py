@@ -52,6 +52,34 @@ def test_captions_of_shards(tmp_path, capsys):
     assert saved(tmp_path / "json") != saved(tmp_path / "txt")
 
 
+def test_captions_of_several_sources(tmp_path, capsys):
+    pack(tmp_path / "set", 40)
+    lines = [caption(n + 1000 * i) for n in range(40) for i in range(n % 4)]
+    lines += [caption(number) for number in range(40)]
+    (tmp_path / "captions.txt").write_text("\n".join(lines), encoding="utf-8")
+    both = ["--shards", tmp_path / "set", "--caption-source", "json:captions", "txt"]
+    assert run(tmp_path / "both", *both, "--vocab-size", 300) == 0
+    assert run(tmp_path / "same", "--text", tmp_path / "captions.txt", "--vocab-size", 300) == 0
+    assert saved(tmp_path / "both") == saved(tmp_path / "same")
+    assert "left out" not in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", "--shards", "x", "--caption-source", "json:")
+    assert "write an extension, or json:KEY" in capsys.readouterr().err
+
+
+def test_captions_of_samples_that_meet_a_condition(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
+    pack(tmp_path / "set", 60)
+    lines = [caption(number) for number in range(20, 60, 2)]
+    (tmp_path / "captions.txt").write_text("\n".join(lines), encoding="utf-8")
+    where = ["--shards", tmp_path / "set", "--max-samples", 20, "--vocab-size", 300, "--where"]
+    assert run(tmp_path / "kept", *where, "key >= '00020'") == 0
+    assert run(tmp_path / "same", "--text", tmp_path / "captions.txt", "--vocab-size", 300) == 0
+    assert saved(tmp_path / "kept") == saved(tmp_path / "same")
+    assert run(tmp_path / "none", *where, "key > 'x'") == 1
+    assert "none of the 60 samples meets it" in capsys.readouterr().err
+
+
 def test_without_a_single_caption(tmp_path, capsys):
     with ShardWriter(tmp_path / "set") as writer:
         writer.write("0", {"jpg": b""})

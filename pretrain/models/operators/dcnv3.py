@@ -7,10 +7,9 @@ device. Its backward pass keeps nothing but the three inputs.
 import torch
 from torch import Tensor
 
-from pretrain.models.operators import dcnv3_cpu, dcnv3_torch
 from pretrain.models.operators.backends import AUTO
 from pretrain.models.operators.registration import register
-from pretrain.models.operators.window import Window
+from pretrain.models.operators.window import Window, of_one_type
 
 Size = int | tuple[int, int]
 
@@ -35,21 +34,22 @@ def dcnv3(
     `value` (N, H, W, C) has C = groups * group_channels channels; float16, bfloat16, float32 or
     float64. `offset` (N, H_out, W_out, groups * P * 2) holds (x, y) in pixels for each of the P
     points of the kernel, which are numbered column by column; `mask` (N, H_out, W_out, groups * P)
-    their weights, used as they are. Both have the type of `value`, or float32. Coordinates and sums
+    their weights, used as they are. Each has the type of `value`, or float32. Coordinates and sums
     are float32, or float64 for float64 values.
 
     Point (j, i) of the kernel is read at `origin + offset_scale * (step + offset)`, where step is
     its distance from the kernel's centre. Bilinear; outside of the image there are zeros.
     `remove_center` leaves the middle point out: P is one less.
 
-    Sizes are a number or (vertical, horizontal). `backend` is `cpp` (on a CPU), `torch` or `auto`,
-    the fastest that works: see `backends.py`.
+    Sizes are a number or (vertical, horizontal). `backend` is `triton` (GPU), `cpp` (CPU),
+    `torch`, or `auto`, the fastest that works: see `backends.py`.
 
     Errors: ValueError or TypeError that names the argument which does not fit.
     """
     if group_channels is not None and groups * group_channels != value.shape[-1]:
         raise ValueError(f"dcnv3: groups ({groups}) * group_channels ({group_channels}) must be "
                          f"the {value.shape[-1]} channels of value {tuple(value.shape)}")
+    offset, mask = of_one_type(value, offset, mask)
     return torch.ops.omnipretrain.dcnv3(
         value, offset, mask, _pair(kernel_size), _pair(stride), _pair(pad), _pair(dilation),
         groups, offset_scale, remove_center, backend,
@@ -79,5 +79,5 @@ register(
     "bool remove_center",
     _prepare,
     _output_shape,
-    {"cpp": dcnv3_cpu, "torch": dcnv3_torch},
+    {"triton": "dcnv3_triton", "cpp": "dcnv3_cpu", "torch": "dcnv3_torch"},
 )

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.models.operators import ms_deform_attn_cpu, ms_deform_attn_torch
 from pretrain.models.operators.backends import AUTO
 from pretrain.models.operators.registration import register
-from pretrain.models.operators.window import check_types
+from pretrain.models.operators.window import check_types, of_one_type
 
 
 def ms_deform_attn(
@@ -28,13 +27,15 @@ def ms_deform_attn(
     `value` (N, S, heads, D) holds the pixels of all maps, one map after the other, row by row;
     `sizes` their (height, width), S pixels together. `locations` (N, Q, heads, maps, points, 2) are
     (x, y), 0 to 1 from edge to edge of a map; `weights` (N, Q, heads, maps, points) are used as
-    they are. Both have the type of `value`, or float32. Coordinates and sums are float32, or
+    they are. Each has the type of `value`, or float32. Coordinates and sums are float32, or
     float64 for float64 values. Bilinear; outside of a map there are zeros.
 
-    `backend` is `cpp` (on a CPU), `torch` or `auto`, the fastest that works: see `backends.py`.
+    `backend` is `triton` (GPU), `cpp` (CPU), `torch`, or `auto`, the fastest that works: see
+    `backends.py`.
 
     Errors: ValueError or TypeError that names the argument which does not fit.
     """
+    locations, weights = of_one_type(value, locations, weights)
     heights, widths = zip(*sizes, strict=True) if sizes else ((), ())
     return torch.ops.omnipretrain.ms_deform_attn(
         value, locations, weights, heights, widths, backend
@@ -83,5 +84,9 @@ register(
     "int[] heights, int[] widths",
     _prepare,
     _output_shape,
-    {"cpp": ms_deform_attn_cpu, "torch": ms_deform_attn_torch},
+    {
+        "triton": "ms_deform_attn_triton",
+        "cpp": "ms_deform_attn_cpu",
+        "torch": "ms_deform_attn_torch",
+    },
 )

@@ -4,8 +4,7 @@ Its three tensors are values, places of samples and their weights; numbers and s
 backward pass is an operator too, and keeps nothing but the three tensors.
 """
 
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,14 +20,15 @@ def register(
     numbers: str,
     prepare: Callable,
     output_shape: Callable[..., tuple[int, ...]],
-    backends: dict[str, ModuleType],
+    backends: Mapping[str, str],
 ) -> None:
     """Define `torch.ops.omnipretrain.<name>` and `<name>_backward`.
 
     `tensors` names the arguments, `numbers` is the schema of the rest. `prepare(*tensors,
     *numbers)` checks them and returns the geometry that backends take beside the tensors;
-    `output_shape(value, place, geometry)` is the shape of the result. Backends are modules with
-    `forward(*tensors, geometry)` and `backward(gradient, *tensors, geometry)`.
+    `output_shape(value, place, geometry)` is the shape of the result. Backends are names of
+    modules of this folder with `forward(*tensors, geometry)` and `backward(gradient, *tensors,
+    geometry)`; they are imported when they are first chosen.
     """
     signature = f"{', '.join(f'Tensor {tensor}' for tensor in tensors)}, {numbers}, str backend"
 

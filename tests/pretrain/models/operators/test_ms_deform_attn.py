@@ -8,8 +8,18 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 
 from pretrain.models.operators.ms_deform_attn import ms_deform_attn
 
+SHAPES = [
+    {"sizes": [(6, 5), (3, 4), (2, 1), (1, 1)]},
+    {"sizes": [(1, 7)], "heads": 1, "depth": 1, "points": 1},
+    {"sizes": [(9, 8), (5, 4)], "heads": 3, "depth": 32, "queries": 130},
+    {"sizes": [(5, 5)], "heads": 4, "depth": 16, "queries": 41, "points": 4},
+    {"sizes": [(4, 6)], "depth": 61},
+]  # fmt: skip
 
-def _case(sizes, *, n=2, queries=5, heads=2, depth=4, points=3, dtype=torch.float64, seed=0):
+
+def attention_case(
+    sizes, *, n=2, queries=5, heads=2, depth=4, points=3, dtype=torch.float64, seed=0
+):
     generator = torch.Generator().manual_seed(seed)
     value = torch.randn(n, sum(h * w for h, w in sizes), heads, depth, generator=generator,
                         dtype=torch.float64)  # fmt: skip
@@ -21,20 +31,14 @@ def _case(sizes, *, n=2, queries=5, heads=2, depth=4, points=3, dtype=torch.floa
     return [t.to(dtype) for t in (value, locations, weights)], gradient.to(dtype)
 
 
-def _results(call, tensors, gradient):
+def results(call, tensors, gradient):
     inputs = [tensor.clone().requires_grad_() for tensor in tensors]
     output = call(*inputs)
     output.backward(gradient)
     return [output.detach(), *(tensor.grad for tensor in inputs)]
 
 
-@pytest.mark.parametrize("shape", [
-    {"sizes": [(6, 5), (3, 4), (2, 1), (1, 1)]},
-    {"sizes": [(1, 7)], "heads": 1, "depth": 1, "points": 1},
-    {"sizes": [(9, 8), (5, 4)], "heads": 3, "depth": 32, "queries": 130},
-    {"sizes": [(5, 5)], "heads": 4, "depth": 16, "queries": 41, "points": 4},
-    {"sizes": [(4, 6)], "depth": 61},
-])  # fmt: skip
+@pytest.mark.parametrize("shape", SHAPES)
 def test_equals_transformers(shape, backend):
     sizes = shape["sizes"]
     theirs = MultiScaleDeformableAttention()
@@ -45,9 +49,9 @@ def test_equals_transformers(shape, backend):
         return theirs(value, spatial, sizes, starts, locations, weights, 64)
 
     for dtype, bound in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
-        tensors, gradient = _case(**shape)
-        expected = _results(reference, tensors, gradient)
-        found = _results(
+        tensors, gradient = attention_case(**shape)
+        expected = results(reference, tensors, gradient)
+        found = results(
             lambda v, p, w: ms_deform_attn(v, sizes, p, w, backend=backend),
             [t.to(dtype) for t in tensors], gradient.to(dtype),
         )  # fmt: skip
@@ -62,7 +66,7 @@ def test_equals_transformers(shape, backend):
 
 def test_gradients_and_operator_contract(backend):
     sizes = [(3, 2), (1, 3)]
-    tensors, gradient = _case(sizes, n=1, queries=2, depth=2, points=2, seed=1)
+    tensors, gradient = attention_case(sizes, n=1, queries=2, depth=2, points=2, seed=1)
     inputs = [tensor.requires_grad_() for tensor in tensors]
     call = lambda v, p, w: ms_deform_attn(v, sizes, p, w, backend=backend)  # noqa: E731
     assert torch.autograd.gradcheck(call, inputs)
@@ -82,7 +86,7 @@ def test_gradients_and_operator_contract(backend):
     ({"weights": torch.zeros(2, 5, 2, 2, 3, dtype=torch.float16)}, TypeError, "weights is"),
 ])  # fmt: skip
 def test_mistakes_are_named(change, error, words):
-    (value, locations, weights), _ = _case([(2, 3), (1, 1)], dtype=torch.float32)
+    (value, locations, weights), _ = attention_case([(2, 3), (1, 1)], dtype=torch.float32)
     arguments = {"value": value, "sizes": [(2, 3), (1, 1)], "locations": locations,
                  "weights": weights}  # fmt: skip
     with pytest.raises(error, match=words):
@@ -90,7 +94,7 @@ def test_mistakes_are_named(change, error, words):
 
 
 def test_no_queries(backend):
-    (value, locations, weights), _ = _case([(2, 3)], queries=0, dtype=torch.float32)
+    (value, locations, weights), _ = attention_case([(2, 3)], queries=0, dtype=torch.float32)
     value.requires_grad_()
     output = ms_deform_attn(value, [(2, 3)], locations, weights, backend=backend)
     output.sum().backward()

@@ -1,0 +1,122 @@
+"""The objects of an image: read from a sample, and moved into an output of its transform."""
+
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipeline.crops import Geometry
+from data_pipeline.members import AbsentValue, MemberSource, bad
+from data_pipeline.reader import Sample
+
+
+class Objects(NamedTuple):
+    """The objects of one image, in pixels of the upright image or of an output."""
+
+    boxes: np.ndarray
+    """(N, 4) float64: x0, y0, x1, y1."""
+    labels: np.ndarray
+    """(N,) int64."""
+    crowd: np.ndarray
+    """(N,) bool: several objects in one box."""
+    segmentations: list[Any] | None
+    """As in COCO; none if there are none."""
+    size: tuple[Any, Any]
+    """Height and width that the boxes are for; None where the sample does not say."""
+
+    @classmethod
+    def none(cls) -> "Objects":
+        """No objects."""
+        empty = np.zeros(0, dtype=np.int64)
+        return cls(np.zeros((0, 4)), empty, empty.astype(bool), [], (None, None))
+
+    def taken(self, keep: np.ndarray) -> "Objects":
+        """Those objects where (N,) bool is True."""
+        kept = None
+        if self.segmentations is not None:
+            kept = [s for s, k in zip(self.segmentations, keep, strict=True) if k]
+        return Objects(self.boxes[keep], self.labels[keep], self.crowd[keep], kept, self.size)
+
+
+class ObjectSource(MemberSource):
+    """Finds the objects of a sample; see `boxes.BoxDataSettings.annotation_source`."""
+
+    def __init__(self, source: str, classes: int) -> None:
+        super().__init__(source)
+        self.classes = classes
+
+    def read(self, sample: Sample) -> Objects:
+        """All objects.
+
+        Raises:
+            AbsentValue: no such member or key, or no boxes in it.
+            BadSample: not what it should be.
+        """
+        found = self.value(sample)
+        try:
+            record = json.loads(found) if isinstance(found, str) else found
+            if not isinstance(record, dict):
+                raise ValueError("is not an object")
+            if record.get("boxes") is None:
+                raise bad(sample, f"{self.source} has no boxes", AbsentValue)
+            return self._objects(record)
+        except AbsentValue:
+            raise
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise bad(sample, f"{self.source}: {error}") from error
+
+    def _objects(self, record: dict[str, Any]) -> Objects:
+        boxes = np.array(record["boxes"], dtype=np.float64)
+        if boxes.size == 0:
+            boxes = boxes.reshape(0, 4)
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all():
+            raise ValueError("boxes are not lists of four numbers")
+        fields = {name: record.get(name) for name in ("labels", "crowd", "segmentations")}
+        if fields["crowd"] is None:
+            fields["crowd"] = [0] * len(boxes)
+        for name, values in fields.items():
+            if values is None and name == "segmentations":
+                continue
+            if not isinstance(values, list) or len(values) != len(boxes):
+                raise ValueError(f"{name} are not one for each of {len(boxes)} boxes")
+        for label in fields["labels"]:
+            if type(label) is not int or not 0 <= label < self.classes:
+                raise ValueError(f"label {label!r} is not in 0..{self.classes - 1} (classes)")
+        return Objects(
+            boxes,
+            np.array(fields["labels"], dtype=np.int64),
+            np.array(fields["crowd"], dtype=bool),
+            fields["segmentations"],
+            (record.get("height"), record.get("width")),
+        )
+
+
+def cut_boxes(
+    boxes: np.ndarray, geometry: Geometry, source: tuple[int, int], min_visible: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Move boxes into an output and cut them at its border.
+
+    Args:
+        boxes: (N, 4) x0, y0, x1, y1 in pixels of the upright image, which is `source` (height,
+            width) in size; what lies outside of it does not count as part of a box.
+        min_visible: least share of a box's area that must be left.
+
+    Returns:
+        (N, 4) in pixels of the output; (N,) bool, whether enough is left, and any.
+    """
+    inside = _clipped(boxes, (0.0, 0.0, float(source[1]), float(source[0])))
+    cut = _clipped(inside, geometry.crop)
+    areas, left = _areas(inside), _areas(cut)
+    keep = (left > 0) & (left >= min_visible * areas)
+    corners = [geometry.points(cut[:, :2]), geometry.points(cut[:, 2:])]
+    # A flip exchanges left and right.
+    return np.hstack([np.minimum(*corners), np.maximum(*corners)]), keep
+
+
+def _clipped(boxes: np.ndarray, border: tuple[float, ...]) -> np.ndarray:
+    x0, y0, x1, y1 = border
+    return np.clip(boxes, [x0, y0, x0, y0], [x1, y1, x1, y1])
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)

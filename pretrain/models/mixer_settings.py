@@ -1,0 +1,103 @@
+"""What mixes positions in a layer of InternImage: settings of DCNv3 and of what it is held against.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import nn
+
+from data_pipeline.settings import Settings
+from pretrain.models.dcnv3 import DCNv3
+from pretrain.models.mixers import DepthwiseConv, ReducedAttention, WindowAttention
+
+ByStage = Annotated[list[int], Field(min_length=4, max_length=4)]
+"""A number for each of the four stages."""
+
+
+class DCNv3Settings(Settings):
+    """Deformable aggregation."""
+
+    type: Literal["dcnv3"] = "dcnv3"
+    """Selects this mixer."""
+    kernel_size: int = Field(3, gt=0)
+    """Odd side of the regular grid that offsets start from."""
+    dw_kernel_size: int | None = Field(None, gt=0)
+    """Odd side of the depth-wise convolution that offsets are predicted from; null = `kernel_size`.
+    """
+    offset_scale: float = Field(1.0, gt=0)
+    """Factor on the grid and on the offsets."""
+    center_feature_scale: bool = False
+    """Mix each position's own value in, with a learned weight for each group."""
+    remove_center: bool = False
+    """Leave the middle point of the grid out."""
+
+    def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:
+        """The mixer of a layer; `stage` and `layer` count from 0."""
+        return DCNv3(channels, groups, **self.model_dump(exclude={"type"}))
+
+
+class HaloSettings(Settings):
+    """Attention of windows to themselves and a margin around them (HaloNet)."""
+
+    type: Literal["halo"] = "halo"
+    """Selects this mixer."""
+    window: int = Field(7, gt=0)
+    """Side of a window in positions."""
+    halo: int = Field(3, ge=0)
+    """Width of the margin in positions."""
+
+    def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:
+        """The mixer of a layer, with a head for each group."""
+        return WindowAttention(
+            channels, groups, self.window, halo=self.halo, query_positions=True
+        )
+
+
+class ShiftedWindowSettings(Settings):
+    """Attention within windows, which every other layer shifts by half their side (Swin)."""
+
+    type: Literal["shifted_window"] = "shifted_window"
+    """Selects this mixer."""
+    window: int = Field(7, gt=0)
+    """Side of a window in positions."""
+
+    def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:
+        """The mixer of a layer, with a head for each group."""
+        return WindowAttention(channels, groups, self.window, shift=layer % 2 * (self.window // 2))
+
+
+class ReducedAttentionSettings(Settings):
+    """Attention of all positions to a reduced map (PVT); positions are known through the
+    convolutions only."""
+
+    type: Literal["reduced_attention"] = "reduced_attention"
+    """Selects this mixer."""
+    reductions: ByStage = Field([8, 4, 2, 1])
+    """Side of the patch that becomes one key, by stage."""
+
+    def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:
+        """The mixer of a layer, with a head for each group."""
+        return ReducedAttention(channels, groups, self.reductions[stage])
+
+
+class DepthwiseConvSettings(Settings):
+    """Depth-wise convolution between two projections."""
+
+    type: Literal["depthwise_conv"] = "depthwise_conv"
+    """Selects this mixer."""
+    kernel_size: int = Field(7, gt=0)
+    """Odd side of the kernel."""
+
+    def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:
+        """The mixer of a layer; it has no groups."""
+        return DepthwiseConv(channels, self.kernel_size)
+
+
+MixerSettings = Annotated[
+    DCNv3Settings
+    | HaloSettings
+    | ShiftedWindowSettings
+    | ReducedAttentionSettings
+    | DepthwiseConvSettings,
+    Field(discriminator="type"),
+]

@@ -1,0 +1,99 @@
+"""A range server that fails as it is told, request by request."""
+
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from tools.serve import RangeServer
+
+Fault = Callable[[Any], None]
+"""Answers one request in place of the server."""
+
+
+def status(code: int, **headers: str) -> Fault:
+    """An answer without content; header names with _ for -."""
+    return lambda request: request.refuse(
+        code, {name.replace("_", "-"): value for name, value in headers.items()}
+    )
+
+
+def dropped(request: Any) -> None:
+    """The connection is reset without an answer."""
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.close_connection = True
+    request.connection.close()
+    raise ConnectionResetError
+
+
+def short(request: Any) -> None:
+    """Half of the body, then the connection is closed."""
+    request.send_file(cut=0.5)
+
+
+def shifted(request: Any) -> None:
+    """Another range than was asked for, and saying so."""
+    request.send_file(shift=7)
+
+
+def whole(request: Any) -> None:
+    """Status 200 and the whole file, as a server without ranges answers."""
+    del request.headers["Range"]
+    request.send_file()
+
+
+def slow(seconds: float) -> Fault:
+    """Silence, then the right answer (to nobody, if the client has left)."""
+
+    def fault(request: Any) -> None:
+        time.sleep(seconds)
+        request.send_file()
+
+    return fault
+
+
+def compressed(request: Any) -> None:
+    """A body that a proxy has compressed."""
+    request.refuse(206, {"Content-Encoding": "gzip", "Content-Range": "bytes 0-0/1"})
+
+
+class FaultyServer(RangeServer):
+    """Answers the next requests for names that end in `of` with `faults`, all others well.
+
+    Attributes:
+        asked: (name, Range header) of all requests so far.
+        connections: how many were opened.
+        busiest: most requests at a time.
+    """
+
+    def __init__(self, folder: Any, port: int = 0) -> None:
+        super().__init__(folder, port)
+        self.faults: deque[Fault] = deque()
+        self.of = ".tar"
+        self.always: Fault | None = None
+        self.asked: list[tuple[str, str]] = []
+        self.connections = self.busiest = self._busy = 0
+        self._lock = threading.Lock()
+
+    def get_request(self) -> Any:
+        self.connections += 1
+        return super().get_request()
+
+    def answer(self, request: Any) -> None:
+        with self._lock:
+            self.asked.append((request.name, request.headers.get("Range", "")))
+            self._busy += 1
+            self.busiest = max(self.busiest, self._busy)
+            concerned = request.name.endswith(self.of)
+            fault = self.faults.popleft() if concerned and self.faults else None
+        try:
+            if fault or (concerned and self.always):
+                (fault or self.always)(request)
+            else:
+                super().answer(request)
+        finally:
+            with self._lock:
+                self._busy -= 1

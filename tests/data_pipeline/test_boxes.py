@@ -1,0 +1,287 @@
+"""Boxes and masks: read, moved with the pixels, cut, and put into batches."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from data_pipeline.boxes import BoxDataSettings, BoxFields
+from data_pipeline.erase import EraseSettings
+from data_pipeline.loader import LoaderSettings, StepLoader
+from data_pipeline.order import Order
+from data_pipeline.packer import ShardWriter
+from data_pipeline.rand_augment import RandAugmentSettings
+from data_pipeline.reader import BadSample, Sample, SampleReader
+from data_pipeline.rng import sample_rng
+from data_pipeline.shards import ShardSet
+from data_pipeline.stream import TaskStream
+from data_pipeline.transforms import ImageSettings
+from tests.data_pipeline.photos import encoded
+
+MODES = ("random_resized_crop", "large_scale_jitter", "center_crop", "keep_aspect")
+COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)
+
+
+def scene(height: int = 120, width: int = 160) -> tuple[np.ndarray, dict]:
+    """Three plain rectangles on black, one per class, with boxes, polygons and run lengths."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    boxes = [[10, 20, 60, 70], [70, 5, 150, 45], [80, 60, 120, 115]]
+    for (x0, y0, x1, y1), colour in zip(boxes, COLOURS, strict=True):
+        pixels[y0:y1, x0:x1] = colour
+    segmentations: list = [[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in boxes]
+    flat = (pixels == COLOURS[2]).all(2).T.ravel()
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flat])))
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    segmentations[2] = {"size": [height, width], "counts": counts}
+    record = {"boxes": boxes, "labels": [0, 1, 2], "crowd": [0, 0, 1],
+              "segmentations": segmentations, "width": width, "height": height}  # fmt: skip
+    return pixels, record
+
+
+def fields(train: bool = True, **options) -> BoxFields:
+    image = ImageSettings(size=64, flip_probability=0.5)
+    options = {"image": image, "shards": ["x"], "classes": 3, **options}
+    return BoxFields(BoxDataSettings(**options), train)
+
+
+def load(maker: BoxFields, record, position: int = 0, pixels=None, **options) -> dict:
+    data = encoded(scene()[0] if pixels is None else pixels, "PNG", **options)
+    members = {"png": data, "json": json.dumps(record).encode()}
+    return maker.sample(
+        Sample(3, "a.tar", "key", members), lambda p: sample_rng(0, "detect", position, p)
+    )
+
+
+def painted(image: np.ndarray, label: int) -> np.ndarray:
+    """Where an output shows the object of a class."""
+    return (np.abs(image.astype(int) - COLOURS[label]) < 100).all(2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("train", [True, False])
+def test_boxes_and_masks_follow_the_pixels(mode, train):
+    image = ImageSettings(size=64, mode=mode, flip_probability=0.5, jitter=(0.4, 2.0))
+    maker = fields(train, image=image, masks=True)
+    seen = flipped = 0
+    for position in range(25):
+        item = load(maker, scene()[1], position)
+        geometry = item["view"].geometry
+        flipped += geometry.flip
+        for box, label, mask in zip(item["boxes"], item["labels"], item["masks"], strict=True):
+            shown = painted(item["images"], label)[: geometry.height, : geometry.width]
+            mask = mask[: geometry.height, : geometry.width]
+            if min(box[2] - box[0], box[3] - box[1]) < 6:
+                continue  # resizing blurs what is small
+            seen += 1
+            # Colours and masks may differ along the edges, by a pixel.
+            edge = 2 * (box[2] - box[0] + box[3] - box[1])
+            assert (shown != mask).sum() <= edge, (position, label)
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            found = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+            assert np.abs(box - found).max() <= 0.51
+    assert seen > 20
+    assert 3 < flipped < 22 if train else flipped == 0
+
+
+def test_large_scale_jitter_pads_with_the_mean():
+    image = ImageSettings(size=100, mode="large_scale_jitter", jitter=(0.5, 0.5))
+    item = load(fields(image=image), scene()[1])
+    geometry = item["view"].geometry
+    assert (geometry.height, geometry.width) == (38, 50)
+    fill = np.rint(255 * np.array(image.mean))
+    assert (item["images"][38:] == fill).all() and (item["images"][:, 50:] == fill).all()
+    scale = 50 / 160
+    assert np.allclose(item["boxes"][0], np.array([10, 20 * 38 / 120 / scale, 60,
+                                                   70 * 38 / 120 / scale]) * scale)  # fmt: skip
+
+
+def test_large_scale_jitter_in_evaluation_shows_the_whole_image():
+    image = ImageSettings(size=80, mode="large_scale_jitter")
+    item = load(fields(train=False, image=image), scene()[1])
+    assert item["view"].geometry.crop == (0, 0, 160, 120)
+    assert item["images"].shape == (80, 80, 3)
+    assert np.allclose(item["boxes"], np.array(scene()[1]["boxes"]) / 2)
+
+
+def test_what_is_cut_away_is_dropped():
+    """By the share that is left, and by the side in the output."""
+    crop = ImageSettings(size=120, mode="center_crop")  # shows x from 20 to 140
+    boxes = [[0, 0, 20, 50], [10, 0, 30, 50], [16, 0, 26, 50], [130, 10, 140.5, 20],
+             [50, 50, 50, 60], [60, 60, 55, 70], [30, 30, 30.5, 40], [-50, 0, 25, 9]]  # fmt: skip
+    record = {"boxes": boxes, "labels": [0] * 8}
+
+    def left(**options) -> list:
+        return load(fields(False, image=crop, **options), record)["boxes"].tolist()
+
+    kept = [[0, 0, 10, 50], [0, 0, 6, 50], [110, 10, 120, 20], [0, 0, 5, 9]]
+    assert left() == kept
+    # What lies outside of the image is no part of a box: 5 of 25 pixels of the last are left.
+    assert left(min_visible=0.2) == kept
+    assert left(min_visible=0.55) == [kept[1], kept[2]]
+    assert left(min_visible=1.0) == []
+    assert left(min_side=6.0) == kept[:3]
+    assert left(min_side=0.1) == [*kept[:3], [10, 30, 10.5, 40], kept[3]]
+
+
+def test_boxes_may_be_drawn_around_what_is_left_of_masks():
+    """A triangle of which a crop leaves a tip: its box shrinks to it."""
+    crop = ImageSettings(size=120, mode="center_crop")
+    record = {"boxes": [[0, 0, 60, 60]], "labels": [1], "segmentations": [[[0, 0, 60, 60, 0, 60]]]}
+    plain = load(fields(False, image=crop, masks=True), record)
+    tight = load(fields(False, image=crop, masks=True, boxes_from_masks=True), record)
+    assert plain["boxes"].tolist() == [[0, 0, 40, 60]]
+    x0, y0, x1, y1 = tight["boxes"][0]
+    assert (x0, y1) == (0, 60) and abs(x1 - 40) <= 1 and abs(y0 - 20) <= 1
+    outside = {**record, "segmentations": [[[0, 0, 10, 10, 0, 10]]]}
+    assert len(load(fields(False, image=crop, masks=True), outside)["labels"]) == 0
+
+
+def test_batch():
+    maker = fields(masks=True, image=ImageSettings(size=64, scale=(0.9, 1.0)))
+    items = [load(maker, scene()[1], 1), None, load(maker, {"boxes": [], "labels": []}, 2),
+             load(maker, {"note": 1}, 3)]  # fmt: skip
+    batch = maker.collate(items, [True, False, True, True])
+    shapes = {name: (tuple(value.shape), value.dtype) for name, value in batch.items()}
+    assert shapes == {
+        "images": ((4, 3, 64, 64), torch.uint8),
+        "boxes": ((4, 3, 4), torch.float32),
+        "labels": ((4, 3), torch.int64),
+        "crowd": ((4, 3), torch.bool),
+        "counts": ((4,), torch.int64),
+        "masks": ((3, 64, 64), torch.bool),
+        "annotated": ((4,), torch.bool),
+        "sizes": ((4, 2), torch.int64),
+        "crops": ((4, 4), torch.float64),
+        "flips": ((4,), torch.bool),
+        "image_sizes": ((4, 2), torch.int64),
+        "valid": ((4,), torch.bool),
+    }
+    assert batch["counts"].tolist() == [3, 0, 0, 0]
+    assert batch["labels"].tolist() == [[0, 1, 2], [-1] * 3, [-1] * 3, [-1] * 3]
+    assert batch["crowd"][0].tolist() == [False, False, True]
+    assert batch["annotated"].tolist() == [True, False, True, False]
+    assert batch["image_sizes"].tolist() == [[120, 160], [1, 1], [120, 160], [120, 160]]
+    # From the output back to the image.
+    x0, y0, x1, y1 = batch["crops"][0].tolist()
+    scale = torch.tensor([(x1 - x0) / 64, (y1 - y0) / 64] * 2)
+    back = batch["boxes"][0] * scale + torch.tensor([x0, y0, x0, y0])
+    inside = torch.tensor(scene()[1]["boxes"]).clamp(
+        torch.tensor([x0, y0] * 2), torch.tensor([x1, y1] * 2)
+    )
+    assert torch.allclose(back, inside.float(), atol=1e-3)
+    empty = maker.collate([None, None], [False, False])
+    assert empty["boxes"].shape == (2, 0, 4) and empty["masks"].shape == (0, 64, 64)
+    assert "masks" not in fields().collate([None], [False])
+
+
+def test_batches_are_the_same_in_workers_and_at_any_start(tmp_path):
+    with ShardWriter(tmp_path, "train", max_samples=10) as writer:
+        for number in range(30):
+            pixels, record = scene()
+            part = {name: record[name][: number % 4] for name in
+                    ("boxes", "labels", "crowd", "segmentations")}  # fmt: skip
+            writer.write(f"{number:03d}", {
+                "png": encoded(pixels, "PNG"), "json": json.dumps(part).encode()
+            })  # fmt: skip
+    shards = ShardSet.open(str(tmp_path))
+    image = ImageSettings(size=64, mode="large_scale_jitter", sizes=[48, 64], flip_probability=0.5)
+    maker = fields(image=image, masks=True)
+
+    def batches(workers: int, start: int) -> list:
+        stream = TaskStream(
+            "detect", SampleReader(shards), Order.plan(30, 7, 4), maker, 7, 4, 4
+        )
+        options = LoaderSettings(workers=workers)
+        steps = (lambda step: ("detect", step)), options, 0, 1, start, 12
+        return [window.micro_batches[0] for window in StepLoader({"detect": stream}, *steps)]
+
+    whole = batches(0, 0)
+    assert {batch["images"].shape[-1] for batch in whole} == {48, 64}
+    assert len({tuple(batch["counts"].tolist()) for batch in whole}) > 5
+    for later in (batches(2, 0), batches(0, 5)):
+        for a, b in zip(later, whole[-len(later):], strict=True):
+            tensors = {name for name, value in a.items() if isinstance(value, torch.Tensor)}
+            assert {"masks", "boxes"} < tensors
+            assert all(torch.equal(a[name], b[name]) for name in tensors)
+
+
+def test_annotations_belong_to_the_upright_image():
+    pixels, record = scene()
+    turned = np.rot90(pixels)  # counter-clockwise: EXIF 6 turns it back
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    item = load(fields(False, image=ImageSettings(size=120, mode="keep_aspect")), record,
+                pixels=np.ascontiguousarray(turned), exif=exif)  # fmt: skip
+    assert np.array_equal(item["images"], pixels)
+    assert item["boxes"].tolist() == record["boxes"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": [[1, 2, 3]]}, "boxes are not lists of four numbers"),
+        ({"boxes": 7}, "four numbers"),
+        ({"boxes": [[1, 2, 3, None]]}, "json: "),
+        ({"boxes": [[1, 2, 3, "x"]]}, "json: "),
+        ({"boxes": [[1, 2, 3, 1e999]]}, "four numbers"),
+        ({"labels": [0]}, "labels are not one for each of 3 boxes"),
+        ({"labels": None}, "labels are not one for each"),
+        ({"labels": [0, 1, 3]}, r"label 3 is not in 0\.\.2 \(classes\)"),
+        ({"labels": [0, 1, True]}, "label True"),
+        ({"crowd": [0]}, "crowd are not one for each"),
+        ({"segmentations": [[]]}, "segmentations are not one for each"),
+        ({"segmentations": None}, "has no segmentations; masks need them"),
+        ({"segmentations": [[[1, 2, 3]]] * 3}, "three or more pairs"),
+        ({"segmentations": [None] * 3}, "neither a list of polygons"),
+        ({"width": 120, "height": 160}, r"height and width \[160, 120\], the upright image has"),
+    ],
+)
+def test_bad_annotations_are_bad_samples(change, message):
+    maker = fields(masks=True, image=ImageSettings(size=64, mode="center_crop"))
+    with pytest.raises(BadSample, match=message) as caught:
+        load(maker, {**scene()[1], **change})
+    assert (caught.value.shard, caught.value.key, caught.value.row) == ("a.tar", "key", 3)
+
+
+@pytest.mark.parametrize("record", [[], 7, None, {"boxes": None}, {}])
+def test_samples_that_nobody_annotated(record):
+    annotated = isinstance(record, dict)
+    if annotated:
+        assert not load(fields(), record)["annotated"]
+    with pytest.raises(BadSample, match="has no boxes" if annotated else "is not an object"):
+        load(fields(unannotated="fault"), record)
+
+
+def test_annotations_may_stand_under_a_key():
+    image = ImageSettings(size=64, scale=(1, 1))
+    maker = fields(annotation_source="json:objects.coco", image=image)
+    item = load(maker, {"objects": {"coco": scene()[1]}})
+    assert item["labels"].tolist() == [0, 1, 2]
+    assert not load(maker, scene()[1])["annotated"]
+    assert maker.extensions == {"jpg", "jpeg", "png", "webp", "json"}
+
+
+def test_erasing_leaves_boxes_alone():
+    erased = ImageSettings(size=64, mode="center_crop", erase=EraseSettings(probability=1.0))
+    plain = ImageSettings(size=64, mode="center_crop")
+    items = [load(fields(image=image), scene()[1]) for image in (erased, plain)]
+    assert np.array_equal(items[0]["boxes"], items[1]["boxes"])
+    assert not np.array_equal(items[0]["images"], items[1]["images"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image": ImageSettings(rand_augment=RandAugmentSettings())}, "image.rand_augment moves"),
+        ({"second_view": ImageSettings()}, "second_view is not for boxes"),
+        ({"boxes_from_masks": True}, "boxes_from_masks needs masks"),
+        ({"annotation_source": "json:"}, "annotation_source"),
+        ({"min_visible": 1.5}, "min_visible"),
+    ],
+)
+def test_impossible_settings_are_refused(options, message):
+    with pytest.raises(ValidationError, match=message):
+        BoxDataSettings(shards=["x"], classes=3, **options)

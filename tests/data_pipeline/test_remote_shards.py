@@ -1,0 +1,335 @@
+"""Shards behind a web server: the data set that is on its disk, or an error that names why not."""
+
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.index import ShardIndex
+from data_pipeline.reader import BadSample, SampleReader, TransientReadError
+from data_pipeline.remote import RemoteSettings
+from data_pipeline.remote_lanes import RemoteLanes
+from data_pipeline.shards import ShardSet
+from data_pipeline.tar_headers import ShardError
+from tests.data_pipeline.faulty_server import (
+    FaultyServer,
+    dropped,
+    shifted,
+    short,
+    slow,
+    status,
+    whole,
+)
+from tests.data_pipeline.photos import pack
+from tests.data_pipeline.samples import sample, write_shards
+from tests.data_pipeline.test_loader import contents, loader
+
+QUICK = RemoteSettings(
+    retry_first_wait_s=0.01, retry_longest_wait_s=0.05, timeout_s=2.0, retry_deadline_s=20.0
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def www(tmp_path) -> Path:
+    write_shards(tmp_path / "www" / "set", 100, 40)
+    return tmp_path / "www"
+
+
+@pytest.fixture
+def server(www):
+    with FaultyServer(www) as server:
+        yield server
+
+
+def without_companions(folder: Path) -> None:
+    """Leave the tars alone."""
+    for path in folder.iterdir():
+        if path.suffix != ".tar":
+            path.unlink()
+
+
+def read_all(shards: ShardSet) -> list:
+    with SampleReader(shards) as reader:
+        return [reader.read(row) for row in range(len(shards))]
+
+
+def is_whole(shards: ShardSet) -> bool:
+    found = [(read.key, read.members) for read in read_all(shards)]
+    return found == [sample(number) for number in range(len(shards))]
+
+
+def test_all_ways_to_name_remote_shards(server, www):
+    local = ShardSet.open(www / "set")
+    url = server.url + "/set"
+    for specs in (
+        url,
+        url + "/",
+        url + "/train-00000{0..2}.tar",
+        [f"{url}/train-00000{n}.tar?key=hush" for n in range(3)],
+        [f"{url}/train-000000.tar", *(str(www / "set" / f"train-00000{n}.tar") for n in (1, 2))],
+    ):
+        remote = ShardSet.open(specs, QUICK)
+        assert remote.fingerprint == local.fingerprint
+        assert [shard.name for shard in remote.shards] == [shard.name for shard in local.shards]
+        assert is_whole(remote)
+        assert (remote.column("width") == local.column("width")).all()
+
+
+def test_a_manifest_is_all_that_opening_reads(server):
+    ShardSet.open(server.url + "/set", QUICK)
+    assert {name for name, _ in server.asked} == {"set/manifest.json"}
+
+
+def test_indices_are_fetched_once_and_checked(server, www, cache):
+    (www / "set" / "manifest.json").unlink()
+    specs = server.url + "/set/train-00000{0..2}.tar"
+    opened = ShardSet.open(specs, QUICK)
+    assert all(shard.version for shard in opened.shards) and is_whole(opened)
+    asked = [name for name, _ in server.asked if name.endswith(".idx")]
+    assert sorted(set(asked)) == [f"set/train-00000{n}.tar.idx" for n in range(3)]
+    server.asked.clear()
+    assert ShardSet.open(specs, QUICK).fingerprint == opened.fingerprint
+    assert not [name for name, _ in server.asked if name.endswith(".idx")]
+    # A damaged copy in the cache is replaced, a damaged original is named.
+    (copy,) = (cache / "indices").glob("*train-000001.tar.idx")
+    copy.write_bytes(copy.read_bytes()[:-1])
+    assert ShardSet.open(specs, QUICK).fingerprint == opened.fingerprint
+    shutil.rmtree(cache)
+    original = www / "set" / "train-000001.tar.idx"
+    original.write_bytes(original.read_bytes()[:-9] + b"123456789")
+    with pytest.raises(ShardError, match=rf"{server.url}/set/train-000001\.tar\.idx: damaged"):
+        ShardSet.open(specs, QUICK)
+    shutil.copy(www / "set" / "train-000002.tar.idx", original)
+    with pytest.raises(ShardError, match=r"train-000001\.tar: has \d+ bytes, but its index"):
+        ShardSet.open(specs, QUICK)
+    assert not list((cache / "indices").glob(".*"))
+
+
+def test_a_tar_without_index_is_indexed_by_its_headers(server, www):
+    local = ShardSet.open(www / "set")
+    without_companions(www / "set")
+    specs = server.url + "/set/train-00000{0..2}.tar"
+    opened = ShardSet.open(specs, QUICK)
+    assert is_whole(opened)
+    for number in range(3):
+        weak, strong = opened.index(number), local.index(number)
+        assert not weak.payloads_hashed and strong.payloads_hashed
+        assert weak.digest != strong.digest
+        assert weak.keys() == strong.keys() and set(weak.columns) == set(strong.columns)
+        for name in set(weak.arrays) - {"member_crc32"}:
+            assert (weak.arrays[name] == strong.arrays[name]).all()
+    full = ShardSet.open(specs, QUICK.model_copy(update={"foreign_index": "full"}))
+    assert full.fingerprint == local.fingerprint != opened.fingerprint
+
+
+def test_header_only_indexing_loads_little(tmp_path):
+    from data_pipeline.packer import ShardWriter
+
+    with ShardWriter(tmp_path / "www") as writer:
+        for number in range(20):
+            writer.write(f"{number}", {"jpg": bytes(200_000), "cls": b"3", "txt": b"a"})
+    without_companions(tmp_path / "www")
+    with FaultyServer(tmp_path / "www") as server:
+        opened = ShardSet.open(server.url + "/shard-000000.tar", QUICK)
+        assert opened.column("cls").tolist() == [3] * 20
+        spans = [span.removeprefix("bytes=").split("-") for _, span in server.asked if span]
+        loaded = sum(int(last) - int(first) + 1 for first, last in spans)
+    assert loaded < 0.1 * opened.shards[0].bytes
+    assert len(spans) < 2.5 * 20
+
+
+def test_what_an_index_of_headers_does_and_does_not_see(server, www):
+    without_companions(www / "set")
+    specs = server.url + "/set/train-000000.tar"
+    opened = ShardSet.open(specs, QUICK)
+    index = opened.index(0)
+    path = www / "set" / "train-000000.tar"
+    content = bytearray(path.read_bytes())
+    _, offset, size, _, _ = index.members(2)[0]
+    content[offset + size // 2] ^= 1  # inside of a payload
+    _, header, *_ = index.members(3)[0]
+    content[header - 512 + 130] ^= 1  # a digit of a size
+    times = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    reader = SampleReader(opened)
+    assert reader.read(2).members != sample(2)[1]  # its documented weakness
+    with pytest.raises(BadSample, match=r"'000003'.*this is not a tar header"):
+        reader.read(3)
+
+
+def test_a_damaged_remote_tar_is_named(server, www):
+    without_companions(www / "set")
+    path = www / "set" / "train-000001.tar"
+    os.truncate(path, path.stat().st_size // 2)
+    for kind in ("headers", "full"):
+        settings = QUICK.model_copy(update={"foreign_index": kind})
+        with pytest.raises(ShardError, match=r"/set/train-000001\.tar\?\.\.\.: .*truncated"):
+            ShardSet.open(server.url + "/set/train-00000{0..2}.tar?sig=1", settings)
+
+
+def test_names_that_lead_nowhere(server):
+    with pytest.raises(FileNotFoundError, match=r"none\.tar: HTTP 404"):
+        ShardSet.open(server.url + "/none.tar", QUICK)
+    with pytest.raises(FileNotFoundError, match=r"no \.tar and holds no manifest\.json"):
+        ShardSet.open(server.url + "/none", QUICK)
+    with pytest.raises(ShardError, match="web servers cannot be listed"):
+        ShardSet.open(server.url + "/set/*.tar", QUICK)
+    with pytest.raises(ShardError, match="read it as a stream"):
+        ShardSet.open(server.url + "/set/x.tar.gz", QUICK)
+    with pytest.raises(ShardError, match="read it as a stream"):
+        ShardSet.open("pipe:cat x.tar", QUICK)
+    with pytest.raises(ShardError, match="is listed twice"):
+        ShardSet.open([server.url + "/set", server.url + "/set"], QUICK)
+
+
+def test_a_file_that_changes_in_mid_run_is_named(server, www):
+    opened = ShardSet.open(server.url + "/set", QUICK)
+    small = QUICK.model_copy(update={"block_kib": 16})
+    reader = SampleReader(ShardSet(opened.shards, storage=type(opened.storage)(small)))
+    reader.read(0)
+    path = www / "set" / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(BadSample, match=r"'000035'.*train-000000\.tar: was replaced: it has"):
+        reader.read(35)
+    os.truncate(path, 1000)
+    with pytest.raises(BadSample, match=r"has 1000 bytes, but its index describes"):
+        SampleReader(opened).read(5)
+    path.unlink()
+    with pytest.raises(BadSample, match=r"train-000000\.tar: HTTP 404"):
+        SampleReader(opened).read(5)
+
+
+def test_refused_access_ends_the_run(server):
+    opened = ShardSet.open(server.url + "/set", QUICK)
+    server.always = status(403)
+    with pytest.raises(TransientReadError, match=r"HTTP 403 .*refuses access"):
+        SampleReader(opened).read(5)
+
+
+def read_in_another_process(reader, queue):
+    queue.put([reader.read(row).members == sample(row)[1] for row in range(100)])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_use_in_other_processes(server, method):
+    reader = SampleReader(ShardSet.open(server.url + "/set", QUICK))
+    reader.read(0)
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    workers = [
+        context.Process(target=read_in_another_process, args=(reader, queue)) for _ in "12"
+    ]
+    for worker in workers:
+        worker.start()
+    for row in range(100):
+        assert reader.read(row).members == sample(row)[1]
+    assert [queue.get(timeout=60) for _ in workers] == [[True] * 100] * 2
+    for worker in workers:
+        worker.join()
+
+
+def test_neighbouring_rows_come_from_memory(server, www):
+    opened = ShardSet.open(server.url + "/set", QUICK)
+    server.asked.clear()
+    reader = SampleReader(opened)
+    for row in range(40):
+        reader.read(row)
+    counters = reader.source.counters
+    assert counters["cache_misses"] == 1 and counters["cache_hits"] == 39
+    tar = [span for name, span in server.asked if name.endswith(".tar")]
+    assert len(tar) == 2  # the state, and one block
+    # Nothing is fetched twice, nor beyond what the 40 rows hold.
+    assert counters["bytes_read"] <= opened.shards[0].bytes
+
+
+def test_memory_of_the_read_ahead_is_bounded(tmp_path):
+    from data_pipeline.packer import ShardWriter
+
+    with ShardWriter(tmp_path / "www", max_samples=500) as writer:
+        for number in range(1000):
+            writer.write(f"{number:04d}", {"bin": number.to_bytes(2, "big") * 5000})
+    with FaultyServer(tmp_path / "www") as server:
+        settings = QUICK.model_copy(update={"read_ahead_mib": 1, "block_kib": 256})
+        reader = SampleReader(ShardSet.open(server.url, settings))
+        most = 0
+        for step in range(64):  # 15 lanes of 64 rows side by side: more than 1 MiB holds at first
+            for lane in range(15):
+                row = 64 * lane + step
+                assert reader.read(row).members["bin"][:2] == row.to_bytes(2, "big")
+                source = reader.source
+                held = sum(len(lane.data) for lane in source._lanes)
+                most = max(most, source._in_memory, held)
+        assert most <= 1.3 * 2**20
+        # Blocks became as small as it takes, so that hardly anything was fetched twice.
+        assert source.counters["bytes_read"] < 1.6 * 960 * 10_752
+        assert source.counters["cache_hits"] > 0.6 * 960
+
+
+FAULTS = [
+    dropped, short, status(503), shifted, status(429, Retry_After="0"), whole, status(403),
+    slow(0.05), short, dropped, status(500), slow(2.5),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_equal_the_local_ones_whatever_heals(tmp_path, workers, caplog):
+    caplog.set_level(logging.CRITICAL)
+    local = pack(tmp_path / "www", 103)
+    expected = contents(loader(local, workers=0))
+    with FaultyServer(tmp_path / "www") as server:
+        assert contents(loader(ShardSet.open(server.url, QUICK), workers=workers)) == expected
+        remote = ShardSet.open(server.url + "/test-00000{0..4}.tar", QUICK)
+        server.faults.extend(FAULTS)
+        assert contents(loader(remote, workers=workers)) == expected
+        assert not server.faults  # every one of them was met
+        resumed = contents(loader(remote, 7, workers=workers))
+        assert resumed == {place: found for place, found in expected.items() if place[0] >= 7}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_server_that_stays_away_ends_the_loader_in_time(tmp_path, workers, caplog):
+    caplog.set_level(logging.CRITICAL)
+    pack(tmp_path / "www", 103)
+    settings = QUICK.model_copy(update={"retry_deadline_s": 1.0})
+    with FaultyServer(tmp_path / "www") as server:
+        windows = iter(loader(ShardSet.open(server.url, settings), workers=workers))
+        server.always = status(503)
+        started = time.monotonic()
+        with pytest.raises(
+            TransientReadError, match=r"rank 0, step 0: task a, .*\.tar: HTTP 503 .*deadline 1 s"
+        ):
+            next(windows)
+        assert time.monotonic() - started < 15
+    assert not multiprocessing.active_children()
+
+
+def test_a_source_forgets_what_it_read_ahead(server):
+    source = RemoteLanes(ShardSet.open(server.url + "/set", QUICK))
+    first = source.pread(0, 0, 512)
+    assert source._lanes
+    source.close()
+    assert not source._lanes and source.pread(0, 0, 512) == first
+
+
+def test_an_index_file_says_whether_it_knows_the_payloads(server, www, tmp_path):
+    without_companions(www / "set")
+    weak = ShardSet.open(server.url + "/set/train-000000.tar", QUICK).index(0)
+    weak.save(tmp_path / "weak.idx")
+    loaded = ShardIndex.load(tmp_path / "weak.idx")
+    assert not loaded.payloads_hashed and loaded.digest == weak.digest

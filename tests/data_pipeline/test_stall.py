@@ -1,0 +1,76 @@
+"""A stall tells what every process does: stage, sample, bytes, and how its storage fails."""
+
+import errno
+import logging
+import os
+import re
+import time
+
+import numpy as np
+import pytest
+
+from data_pipeline.activity import ActivityBoard, retrying, working_on
+from data_pipeline.loader import LoaderSettings, StepLoader
+from data_pipeline.local_files import LocalFiles
+from tests.data_pipeline.photos import pack, stream
+
+
+class Failing(LocalFiles):
+    """Storage that fails some times at one row's bytes, and is slow to say so."""
+
+    def __init__(self, shards, row: int, failures: int, seconds: float) -> None:
+        super().__init__(shards)
+        number, local = shards.locate(row)
+        self.bad = number, shards.index(number).span(local)
+        self.failures, self.seconds = failures, seconds
+
+    def pread(self, number: int, begin: int, end: int) -> bytes:
+        first, behind = self.bad[1]
+        if number == self.bad[0] and first <= begin < behind and self.failures:
+            self.failures -= 1
+            time.sleep(self.seconds)
+            raise OSError(errno.EIO, "the disk is tired")
+        return super().pread(number, begin, end)
+
+
+@pytest.mark.parametrize(("workers", "method"), [(0, "fork"), (2, "fork"), (1, "spawn")])
+def test_a_stall_names_everything(tmp_path, caplog, workers, method):
+    shards = pack(tmp_path, 50)
+    task = stream(shards, 12, 4, name="a")
+    row = int(task.order.rows(np.array([5]))[0])
+    task.reader.source = Failing(shards, row, 3, 0.3)
+    task.reader.first_wait_s = 0.3
+    settings = LoaderSettings(workers=workers, stall_seconds=0.9, start_method=method)
+    loader = StepLoader({"a": task}, lambda step: ("a", step), settings, 0, 1, 0, 2)
+    with caplog.at_level(logging.WARNING, "omnipretrain.data"):
+        assert len(list(loader)) == 2
+    assert loader.counters("a")["retries"] == 3
+    texts = [r.getMessage() for r in caplog.records if "no batch for" in r.getMessage()]
+    (text,) = [text for text in texts if "attempts failed" in text]
+    number, local = shards.locate(row)
+    begin, end = shards.index(number).span(local)
+    found = re.search(
+        rf"worker (\d) \(process (\d+)\): read for \d\.\d s, step 0 micro 1 task a, position 5 "
+        rf"row {row}, bytes (\d+) to (\d+) of (\S+), [123] attempts failed, the last: .*tired",
+        text,
+    )
+    assert found, text
+    assert int(found[1]) == (1 if workers == 2 else 0)
+    assert (int(found[2]) == os.getpid()) == (workers == 0)
+    assert begin <= int(found[3]) < int(found[4]) <= end
+    assert found[5] == shards.shards[number].path
+    assert re.search(r"waiting: step 0 micro 1 task a positions \[4, 5, 6, 7\] in .*\.tar", text)
+    if workers == 2:  # the other one has done what it may do ahead
+        assert re.search(r"worker 0 \(process \d+\): idle for", text)
+
+
+def test_outside_of_a_loader_notes_do_nothing():
+    board = ActivityBoard(2, "fork")
+    retrying(1, "nobody asks")
+    assert [activity.process for activity in board.read()] == [0, 0]
+    board.use(1)
+    working_on(3, 4)
+    retrying(2, "é" * 500)
+    activity = board.read()[1]
+    assert activity[:3] == (os.getpid(), 3, 4) and activity.stage == "order"
+    assert activity.failures == 2 and activity.reason == "é" * 80

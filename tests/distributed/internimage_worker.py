@@ -1,0 +1,123 @@
+"""One rank of the cells of InternImage: stages of ZeRO and both heads in one launch.
+
+Usage: python -m tests.distributed.internimage_worker OUT_DIR   (under the ranks' environment)
+Writes losses.json, and the gradients of each cell's first step on rank 0.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from data_pipeline.step_sampler import deal
+from pretrain.engine.distributed import init_distributed, leave, shutdown
+from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
+from pretrain.models.init import initialise
+from pretrain.models.multitask import MultiTaskModel
+from pretrain.objectives.classification import ClassificationSettings
+from pretrain.optim.groups import OptimizerSettings
+from tests.distributed.engines import deepspeed_config
+from tests.pretrain.models.git_models import MEAN, STD
+from tests.pretrain.models.internimage_models import SMALL_PROJECTOR, small_settings
+from tests.pretrain.objectives.pair_models import rows_of
+from tools.parity_cells import gathered_partitions
+
+BATCH, CLASSES, SEED, STEPS = 6, 5, 5, 2
+SGD = OptimizerSettings(kind="sgd", lr=0.2, weight_decay=0.0, clip_norm=None)
+# Batch norm couples a micro-step, so with `conv` there is one; the projector takes several.
+HEADS = {"conv": BATCH, "projector": 2}
+STAGES = (1, 3)
+
+
+def build_model(head: str) -> MultiTaskModel:
+    """Task `classify` on an InternImage with everything that parameters stand in; no values yet."""
+    form = (
+        {"head": {"type": "conv"}, "layer_scale": 0.5, "post_norm": True, "stage_norm": False}
+        if head == "conv"
+        else {"head": SMALL_PROJECTOR, "res_post_norm": True, "post_norm_layers": (0,),
+              "mixer": {"center_feature_scale": True, "dw_kernel_size": 5}}
+    )
+    encoder = small_settings(drop_path=0.4, gradient_checkpointing=True, **form).build()
+    objective = ClassificationSettings(pool="head", label_smoothing=0.0).build(
+        {"image": encoder}, None, MEAN, STD, classes=CLASSES
+    )
+    return MultiTaskModel({"image": encoder}, {"classify": objective}, seed=SEED)
+
+
+def start(model: MultiTaskModel) -> MultiTaskModel:
+    """Values for a model in one process."""
+    initialise(model, SEED)
+    return model
+
+
+def batch_of(step: int) -> dict:
+    """Six labelled images of a step."""
+    generator = torch.Generator().manual_seed(step)
+    positions = torch.arange(BATCH) + step * BATCH
+    return {
+        "images": torch.randint(0, 256, (BATCH, 3, 64, 64), generator=generator,
+                                dtype=torch.uint8),
+        "labels": torch.randint(0, CLASSES, (BATCH,), generator=generator),
+        "valid": torch.ones(BATCH, dtype=torch.bool), "position": positions,
+    }
+
+
+def rows(batch: dict, places) -> dict:
+    """Those rows; -1 makes a padding row as the loader does."""
+    extra = {"tokens": torch.zeros(BATCH, 1, 2, dtype=torch.int64),
+             "loss_mask": torch.zeros(BATCH, 1, 2, dtype=torch.bool), "row": batch["position"]}
+    part = rows_of(batch | extra, places)
+    part["position"] = part["row"]
+    return part
+
+
+def run_cell(ranks, stage: int, head: str, out: Path) -> list[float]:
+    dealt = deal(BATCH, HEADS[head], ranks.rank, ranks.world)
+    config = deepspeed_config(stage, "fp32", SGD, len(dealt))
+    # Nothing stays gathered: whatever reads a parameter outside of forward would find it empty.
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine = start_engine(lambda: build_model(head), SGD, config, SEED, ranks.device)
+    flat: dict[int, torch.Tensor] = {}
+
+    def note_gradients(inner, *_):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                flat.setdefault(id(parameter), parameter.grad.clone())
+
+    engine.optimizer.optimizer.register_step_pre_hook(note_gradients)
+    losses = []
+    for step in range(STEPS):
+        batch = batch_of(step)
+        set_learning_rate(engine, SGD.lr, 1.0)
+        shares = accumulate_and_step(
+            engine, "classify", [rows(batch, places) for places in dealt],
+            {"images": torch.tensor(float(BATCH)), "labels": torch.tensor(float(BATCH))},
+        )
+        loss = shares["loss"].double()
+        dist.all_reduce(loss)
+        losses.append(loss.item())
+    saved = gathered_partitions(engine, lambda p: flat[id(p.master)])
+    saved |= {n: b.float().clone() for n, b in engine.module.named_buffers()}
+    if ranks.leads:
+        save_file(saved, out / f"zero{stage}_{head}.safetensors")
+    engine.destroy()
+    gc.collect()
+    return losses
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    ranks = init_distributed(threads_per_rank=1)
+    found = {f"zero{s}_{h}": run_cell(ranks, s, h, out) for s in STAGES for h in HEADS}
+    if ranks.leads:
+        (out / "losses.json").write_text(json.dumps(found))
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()
+    leave(0)

@@ -1,0 +1,100 @@
+"""InternImage on two ranks, with drop path, recomputation and both heads, against one process."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.engine.checkpoint_files import read_full_state
+from tests.distributed.internimage_worker import (
+    BATCH,
+    HEADS,
+    SGD,
+    STAGES,
+    STEPS,
+    batch_of,
+    build_model,
+    start,
+)
+from tests.distributed.launch import run_ranks, tails
+from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
+
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    out = tmp_path_factory.mktemp("internimage")
+    codes = run_ranks("tests.distributed.internimage_worker", [out], WORLD, out)
+    assert codes == [0] * WORLD, tails(out)
+    return out, json.loads((out / "losses.json").read_text())
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def plain(request):
+    """One process with the undivided batch: losses, first gradients, and buffers at the end."""
+    torch.set_num_threads(1)
+    model = start(build_model(request.param)).train()
+    optimizer = torch.optim.SGD(model.parameters(), SGD.lr)
+    losses, gradients = [], {}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = model("classify", batch_of(step), {"images": BATCH, "labels": BATCH})["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters()}
+        optimizer.step()
+    return request.param, losses, gradients, dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_gradients_and_statistics(launched, plain, stage):
+    out, found_losses = launched
+    head, losses, gradients, buffers = plain
+    assert found_losses[f"zero{stage}_{head}"] == pytest.approx(losses, rel=1e-5)
+    found = load_file(out / f"zero{stage}_{head}.safetensors")
+    assert found.keys() == gradients.keys() | buffers.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            found[name].view_as(gradient), gradient, atol=1e-6, rtol=1e-4, msg=name
+        )
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(found[name], buffer.float(), atol=1e-6, rtol=1e-5, msg=name)
+    assert bool(buffers) == (head == "conv")
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_a_resume_repeats_drop_path_and_statistics(stage, tmp_path):
+    """bfloat16, on both ranks: bit for bit what the run without a break has."""
+    pack_scenes(tmp_path)
+    recipe = tiny_recipe(
+        tmp_path, tmp_path / "run", steps=6, precision="bf16", deepspeed=f"zero{stage}",
+        checkpoint={"every_steps": 3, "keep_last": 3},
+    )  # fmt: skip
+    data = recipe["tasks"].pop("caption")["data"]
+    recipe["model"]["encoders"]["image"] = {
+        "type": "internimage", "channels": 16, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8],
+        "head": {"type": "conv"}, "drop_path": 0.5,
+    }  # fmt: skip
+    recipe["tasks"]["classify"] = {
+        "global_batch": 8, "micro_batch": 2,
+        "objective": {"type": "classification", "pool": "head"},
+        "data": {"shards": data["shards"], "image": data["image"], "classes": 10},
+    }  # fmt: skip
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    assert run_ranks("pretrain.train", [path], WORLD, tmp_path / "a") == [0] * WORLD, tails(
+        tmp_path / "a")
+    last = "checkpoints/step_000000006"
+    wanted = read_full_state(tmp_path / "run" / last)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / last)
+    arguments = ["--resume", tmp_path / "other"]
+    assert run_ranks("pretrain.train", arguments, WORLD, tmp_path / "b") == [0] * WORLD, tails(
+        tmp_path / "b")
+    found = read_full_state(tmp_path / "other" / last)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    statistics = "encoders.image.conv_head.1.0.running_var"
+    assert found[statistics].dtype == torch.float32 and found[statistics].std() > 0

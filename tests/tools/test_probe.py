@@ -1,0 +1,60 @@
+"""`tools.probe` on a finished run."""
+
+import json
+
+import pytest
+import torch
+
+from data_pipeline.reader import SampleReader
+from data_pipeline.shards import ShardSet
+from data_pipeline.transforms import ImageTransform
+from tools import probe
+from tools.trained import open_run
+
+
+def test_probes_of_a_run(run_dir, scenes, tmp_path, capsys):
+    arguments = [
+        str(run_dir), "--train", str(scenes / "train"), "--test", str(scenes / "heldout"),
+        "--classes", "10", "--workers", "0", "--batch", "7", "--json", str(tmp_path / "p.json"),
+    ]
+    assert probe.main(arguments) == 0
+    found = json.loads((tmp_path / "p.json").read_text())
+    with_label = sum(
+        "cls" in SampleReader(ShardSet.open(str(scenes / "heldout"))).read(row).members
+        for row in range(10)
+    )
+    assert found["test_images"] == with_label and 0 < with_label < 10
+    assert found["encoder"] == "image" and found["step"] == 24
+    assert 0 <= found["knn_top1"] <= 1 and 0 <= found["linear_top1"] <= 1
+    assert "kNN" in capsys.readouterr().out
+
+
+def test_features_are_those_of_the_encoder(run_dir, scenes):
+    run = open_run(run_dir)
+    name, image = probe.choose_encoder(run, None)
+    args = probe._parser().parse_args(
+        [str(run_dir), "--train", "x", "--test", "x", "--classes", "10", "--workers", "0"]
+    )
+    found, labels = probe.features(run, name, image, [str(scenes / "heldout")], args)
+    reader = SampleReader(ShardSet.open(str(scenes / "heldout")))
+    rows = [row for row in range(10) if "cls" in reader.read(row).members]
+    pixels = torch.from_numpy(ImageTransform(image)(reader.read(rows[0]).members["jpg"], None))
+    pixels = pixels.permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (image.mean, image.std))
+    tokens = run.model.encoders[name]((pixels - mean) / std)
+    torch.testing.assert_close(found[0], tokens.mean(1)[0], rtol=1e-4, atol=1e-5)
+    assert labels.tolist() == [int(reader.read(row).members["cls"]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(["--encoder", "text"], "choose one of the run's encoders of images with --encoder: image"),
+     (["--test", "nowhere"], "nowhere"),
+     (["--label-source", "json:nothing"], "no sample has a label")],
+)
+def test_errors_are_one_line(run_dir, scenes, change, words, capsys):
+    arguments = [str(run_dir), "--train", str(scenes / "train"), "--test", str(scenes / "heldout"),
+                 "--classes", "10", "--workers", "0", *change]
+    assert probe.main(arguments) == 1
+    message = capsys.readouterr().err
+    assert words in " ".join(message.split()) and "Traceback" not in message

@@ -1,0 +1,154 @@
+"""An image on disk as the members of a sample: what all sources of make_shards have in common."""
+
+import binascii
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data_pipeline.packer import sample_bytes
+from data_pipeline.packing import SampleFault
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",  # JPEG with further views behind it, from phones
+    "PNG": "png",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "GIF": "gif",
+    "TIFF": "tif",
+}
+# Room for width, height and label, which are known only when the image is read.
+_JSON_RESERVE = 128
+_ORIENTATION_TAG = 0x0112
+_JPEG_QUALITY = 92
+
+
+class ImageItem(NamedTuple):
+    """One image on disk and what goes into its json member."""
+
+    key: str
+    path: str
+    bytes: int
+    record: dict[str, Any]
+    label: int | None
+    origin: str
+    """Where it was asked for, for messages: "captions.json, image 785"."""
+    begin: int | None = None
+    """First byte of the image in the file at `path`; None: the file is the image."""
+    base64: bool = False
+    """Whether those bytes are base64 text."""
+
+
+@dataclass(frozen=True)
+class BuildImage:
+    """Makes the members of an ImageItem: the image as it is on disk, json, and cls if labelled."""
+
+    short_side: int | None = None
+    """Shrink so that the shorter side has this many pixels, and store as JPEG; None: copy bytes."""
+
+    def __call__(self, item: ImageItem) -> dict[str, bytes]:
+        """Return the members. Errors: SampleFault if the file is missing or not an image."""
+        image = store_image(item, self.short_side)
+        size = image.size
+        expected = item.record.get("width", size[0]), item.record.get("height", size[1])
+        if expected != size and not (image.turned and expected == size[::-1]):
+            raise SampleFault(
+                f"{item.origin}: {item.path} has {size[0]} x {size[1]} pixels, but the annotations "
+                f"are for {expected[0]} x {expected[1]}: not the same image"
+            )
+        width, height = expected if image.stored == size else image.stored
+        record = {**item.record, "width": width, "height": height}
+        if item.label is not None:
+            record["label"] = item.label
+        members = {image.extension: image.data, "json": json_bytes(record)}
+        return members if item.label is None else members | {"cls": str(item.label).encode()}
+
+
+class StoredImage(NamedTuple):
+    """An image as a shard keeps it."""
+
+    data: bytes
+    extension: str
+    size: tuple[int, int]
+    """Width and height of the file, before an EXIF orientation is applied."""
+    stored: tuple[int, int]
+    """Width and height of `data`."""
+    turned: bool
+    """Whether the EXIF orientation of the file swaps width and height."""
+
+
+def store_image(item: ImageItem, short_side: int | None) -> StoredImage:
+    """Read the image of an item, look at its header, and shrink it if `short_side` is given.
+
+    Errors: SampleFault if the file is missing or not an image.
+    """
+    try:
+        data = image_bytes(item)
+        with Image.open(io.BytesIO(data)) as image:
+            extension = _EXTENSIONS.get(image.format or "")
+            if extension is None:
+                raise ValueError(f"format {image.format} is not supported")
+            turned = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
+            size = stored = image.size
+            if short_side is not None and min(size) > short_side:
+                data, stored = _shrunk(image, short_side)
+                extension = "jpg"
+    except UnidentifiedImageError:
+        raise SampleFault(f"{item.origin}: cannot use {item.path}: not an image") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SampleFault(f"{item.origin}: cannot use {item.path}: {error}") from None
+    return StoredImage(data, extension, size, stored, turned)
+
+
+def _shrunk(image: Image.Image, short_side: int) -> tuple[bytes, tuple[int, int]]:
+    """Return a JPEG and its size (width, height)."""
+    image.draft("RGB", (2 * short_side, 2 * short_side))
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    scale = short_side / min(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return buffer.getvalue(), size
+
+
+def image_bytes(item: ImageItem) -> bytes:
+    """Return the bytes of an item's image.
+
+    Errors: OSError; ValueError if there are none, fewer than `item.bytes`, or they are not base64.
+    """
+    with open(item.path, "rb") as file:
+        file.seek(item.begin or 0)
+        data = file.read() if item.begin is None else file.read(item.bytes)
+    if not data:
+        raise ValueError("the file is empty" if item.begin is None else "it has no bytes")
+    if item.begin is not None and len(data) != item.bytes:
+        raise ValueError(f"the file ends inside of it, at byte {item.begin + len(data)}")
+    return binascii.a2b_base64(data, strict_mode=True) if item.base64 else data
+
+
+def item_bytes(item: ImageItem, bundle: int = 1) -> int:
+    """Return an upper bound of what the sample of an item takes in a tar."""
+    json_size = len(json_bytes(item.record)) + _JSON_RESERVE
+    return sample_bytes(item.key, {"jpeg": item.bytes, "json": json_size, "cls": 8}, bundle)
+
+
+def json_bytes(record: Mapping[str, Any]) -> bytes:
+    """Return the json member of a sample."""
+    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+    if not is_utf8(text):  # half a surrogate pair, from a careless JSON file: keep it escaped
+        text = json.dumps(record, separators=(",", ":"))
+    return text.encode()
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text holds no surrogates, as which bytes that are not UTF-8 arrive."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
