@@ -6,6 +6,7 @@
     python -m tools.shards stats   data/coco/train
     python -m tools.shards sheet   data/coco/train --out look.png
     python -m tools.shards repack  data/a data/b --out data/ab --fractions train=0.9,val=0.1
+    python -m tools.shards plan    data/coco/train --max-gib 10 50
     python -m tools.shards bench   data/coco/train
 
 Exit codes: 0 all is well; 1 damage or another error was found, and printed; 2 wrong usage.
@@ -47,6 +48,7 @@ _MODULES = {
     "stats": "counts, bytes, sizes of images, lengths of captions, labels; from the indices",
     "sheet": "draw a few samples with captions, boxes and labels as one picture",
     "repack": "merge, filter, split, shuffle and pack anew; the bytes of samples do not change",
+    "plan": "say what a cache on each node will save, by simulation of the order of reading",
     "bench": "time reading, decoding, cropping and the whole loader, on this machine",
 }
 """Sub-commands in files of their own, tools/shards_NAME.py."""
