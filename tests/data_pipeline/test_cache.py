@@ -154,6 +154,22 @@ def test_each_block_is_downloaded_once(server, settings):
     assert not other_files(Path(settings.folder))
 
 
+def test_what_is_expected_is_fetched_side_by_side(server, settings):
+    server.always = slow(0.1)
+    shards = ShardSet.open(server.url + "/set", QUICK)
+    reads = reader(shards, settings)
+    for row in range(100):
+        reads.expect([row])
+    check(reads)
+    assert server.busiest > 4
+    asked = asked_of_tars(server)
+    assert len(asked) == len(set(asked)) == 13
+    counters = reads.source.counters
+    assert (counters["cache_misses"], counters["cache_hits"]) == (13, 87)
+    server.always = status(503)
+    reads.expect(range(100))  # is there
+
+
 def test_processes_share_downloads(server, settings):
     server.always = slow(0.02)
     shards = ShardSet.open(server.url + "/set", QUICK)
