@@ -158,13 +158,25 @@ def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str
             continue
         sizes = [("size", image.size), *(("sizes", size) for size in image.sizes or ())]
         for field, size in sizes:
-            below = size // step * step
-            if size % step:
-                found.append(
-                    f"{key}.{field}={size} is not a multiple of {step}, as {needs}: "
-                    f"use {below or step} or {below + step}"
-                )
+            found += _check_multiple(f"{key}.{field}", size, step, needs)
+    for size in getattr(task.objective, "smaller_sizes", ()):
+        key = f"{where}.objective.smaller_sizes"
+        if size >= task.data.image.size:
+            found.append(
+                f"{key}: {size} is not below {where}.data.image.size={task.data.image.size}"
+            )
+        found += _check_multiple(key, size, step, f"model.encoders.{name} ({encoder.type}) needs")
     return found
+
+
+def _check_multiple(key: str, size: int, step: int, needs: str) -> list[str]:
+    below = size // step * step
+    if not size % step:
+        return []
+    return [
+        f"{key}={size} is not a multiple of {step}, as {needs}: use {below or step} or "
+        f"{below + step}"
+    ]
 
 
 def _check_pool(where: str, task: "TaskSettings", encoder: Any) -> list[str]:

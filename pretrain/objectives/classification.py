@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from data_pipeline.labels import NO_LABEL
@@ -21,6 +21,7 @@ from pretrain.objectives.image_tokens import (
     vector_width,
 )
 from pretrain.objectives.mixing import mix_pairs, partners
+from pretrain.objectives.resolutions import at_sizes, scale_consistency, scaled_shapes
 
 _TOP = 5
 
@@ -39,6 +40,19 @@ class ClassificationSettings(Settings):
     (`class_token`), or the vector that the encoder's own `head` makes."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Share of the target spread evenly over all classes."""
+    smaller_sizes: tuple[int, ...] = ()
+    """Further sizes of each image in the same step, in pixels of the shorter side, descending and
+    below `image.size`: the loss is the mean over all sizes (ResFormer; its own: 160 and 128 beside
+    224). Evaluation sees the full size."""
+    scale_consistency: float = Field(1.0, ge=0)
+    """Weight of the loss that pulls the vector of each smaller size to that of the next larger."""
+
+    @field_validator("smaller_sizes")
+    @classmethod
+    def _descending(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if list(sizes) != sorted(set(sizes), reverse=True) or min(sizes, default=1) < 1:
+            raise ValueError(f"must descend, like [160, 128], not {list(sizes)}")
+        return sizes
 
     def build(
         self,
@@ -63,6 +77,8 @@ class ClassificationSettings(Settings):
             image_std=image_std,
             pool=self.pool,
             label_smoothing=self.label_smoothing,
+            smaller_sizes=self.smaller_sizes,
+            consistency=self.scale_consistency,
         )
 
 
@@ -75,7 +91,7 @@ class Classification(nn.Module):
         encoder_width: channels of what the encoder hands over.
         encoder_flops: (height, width) -> FLOPs of a forward pass for one image.
         image_mean, image_std: per channel, in units of the full range.
-        pool, label_smoothing: as in `ClassificationSettings`.
+        pool, label_smoothing, smaller_sizes, consistency: as in `ClassificationSettings`.
     """
 
     def __init__(
@@ -89,6 +105,8 @@ class Classification(nn.Module):
         image_std: Sequence[float],
         pool: Pool = "mean",
         label_smoothing: float = 0.1,
+        smaller_sizes: Sequence[int] = (),
+        consistency: float = 1.0,
     ) -> None:
         super().__init__()
         self.head = nn.Linear(encoder_width, classes)
@@ -98,6 +116,8 @@ class Classification(nn.Module):
         self.image_std = tuple(image_std)
         self.pool: Pool = pool
         self.label_smoothing = label_smoothing
+        self.smaller_sizes = tuple(smaller_sizes)
+        self.consistency = consistency
 
     def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Images and labelled images of a micro-batch; their global sums are `totals`."""
@@ -153,7 +173,8 @@ class Classification(nn.Module):
         """Model FLOPs, forward and backward, that this micro-batch asks for; padding is free."""
         images = int(batch["valid"].sum())
         head = 2 * self.head.in_features * self.head.out_features
-        return 3 * images * (self.encoder_flops(*batch["images"].shape[-2:]) + head)
+        shapes = scaled_shapes(*batch["images"].shape[-2:], self.smaller_sizes)
+        return 3 * images * sum(self.encoder_flops(*shape) + head for shape in shapes)
 
     def evaluate(
         self,
@@ -192,21 +213,34 @@ class Classification(nn.Module):
         self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any]
     ) -> Sequence[Tensor]:
         """`label_sums` of a training batch, mixed if it says so."""
-        labels, draws = batch["labels"], batch.get("draws")
-        pixels = self._pixels(encoders, batch["images"])
-        if "mix_share" not in batch:
-            return self.label_sums(self._logits(encoders, pixels, draws), labels)
-        pixels, weights = mix_pairs(pixels, batch)
-        logits = self._logits(encoders, pixels, draws)
-        others = partners(labels)
-        larger = torch.where(weights > 0.5, others, labels)
-        _, *sums = self.label_sums(logits, larger)
+        labels, pixels = batch["labels"], self._pixels(encoders, batch["images"])
+        others, weights = labels, None
+        if "mix_share" in batch:
+            pixels, weights = mix_pairs(pixels, batch)
+            others = partners(labels)
+        vectors = [
+            image_vectors(encoders[self.encoder], copy, self.pool, batch.get("draws"))
+            for copy in at_sizes(pixels, self.smaller_sizes)
+        ]
+        logits = [self.head(own).float() for own in vectors]
+        losses = [self._smoothed(own, labels, others, weights) for own in logits]
+        if len(vectors) > 1 and self.consistency:
+            losses[0] = losses[0] + self.consistency * scale_consistency(
+                vectors, labels != NO_LABEL
+            )
+        larger = labels if weights is None else torch.where(weights > 0.5, others, labels)
+        return [sum(losses) / len(losses), *self.label_sums(logits[0], larger)[1:]]
+
+    def _smoothed(
+        self, logits: Tensor, labels: Tensor, others: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        """Smoothed loss summed over labelled images, of both labels by their weights."""
         options = {"ignore_index": NO_LABEL, "label_smoothing": self.label_smoothing}
-        own, other = (
-            F.cross_entropy(logits, target, reduction="none", **options)
-            for target in (labels, others)
-        )
-        return [((1 - weights) * own + weights * other).sum(), *sums]
+        own = F.cross_entropy(logits, labels, reduction="none", **options)
+        if weights is None:
+            return own.sum()
+        other = F.cross_entropy(logits, others, reduction="none", **options)
+        return ((1 - weights) * own + weights * other).sum()
 
     def _pixels(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         dtype = encoders[self.encoder].dtype

@@ -457,6 +457,20 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
             "(vit) needs: use 48 or 64",
         ),
         (
+            ["tasks.classify.objective.smaller_sizes=[40]"],
+            "tasks.classify.objective.smaller_sizes=40 is not a multiple of 16, as "
+            "model.encoders.image (vit) needs: use 32 or 48",
+        ),
+        (
+            ["tasks.classify.objective.smaller_sizes=[640]"],
+            "tasks.classify.objective.smaller_sizes: 640 is not below "
+            "tasks.classify.data.image.size=64",
+        ),
+        (
+            ["tasks.classify.data.mixing={}", "tasks.classify.micro_batch=1"],
+            "tasks.classify: data.mixing mixes neighbours: micro_batch must be even, not 1",
+        ),
+        (
             ["tasks.contrast.objective.temperature=0.001"],
             "tasks.contrast.objective: temperature (0.001) is below 1 / max_scale (0.01), where "
             "it would not be learned: raise one of them",
