@@ -12,10 +12,7 @@ from data_pipeline.members import bad
 from data_pipeline.reader import Sample
 from data_pipeline.sources import ShardedData
 from data_pipeline.timing import StageClock
-from data_pipeline.tokenizer import Tokenizer
-
-ID_TYPES = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
-"""Extension of the member that holds the ids of a row -> their type."""
+from data_pipeline.tokenizer import ID_TYPES, Tokenizer
 
 
 class TextDataSettings(ShardedData):
@@ -39,7 +36,7 @@ class TextFields:
 
     def __init__(self, settings: TextDataSettings, tokenizer: Tokenizer) -> None:
         self.settings, self.tokenizer = settings, tokenizer
-        self._mark, self._vocab_size = tokenizer_mark(tokenizer), tokenizer.vocab_size
+        self._mark, self._vocab_size = tokenizer.mark, tokenizer.vocab_size
 
     def of_step(self, seed: int, task: str, step: int) -> "TextFields":
         """Nothing is chosen by the step."""
@@ -128,8 +125,3 @@ class TextFields:
                     raise bad(sample, f"its member {extension} has {len(data)} bytes")
                 return np.frombuffer(data, kind).astype(np.int64)
         raise bad(sample, f"has no member {' or '.join(ID_TYPES)}: no row of `make_shards text`")
-
-
-def tokenizer_mark(tokenizer: Tokenizer) -> str:
-    """What each row says about the tokenizer that made it: the start of its digest."""
-    return tokenizer.digest[:16]

@@ -12,12 +12,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from data_pipeline.settings import Settings
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+
+ID_TYPES = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+"""Extension of the member that holds a row of ids in a shard -> their type."""
 
 # Names under which known vocabularies keep the three roles, tried in this order when no
 # configuration beside the vocabulary names them.
@@ -139,6 +143,11 @@ class Tokenizer:
         """sha256 of the content: equal exactly if all texts and roles get equal ids."""
         content = {"definition": self.definition, "specials": self.specials}
         return hashlib.sha256(_canonical(content)).hexdigest()
+
+    @property
+    def mark(self) -> str:
+        """The start of the digest, with which rows of ids say which tokenizer made them."""
+        return self.digest[:16]
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers reads too."""

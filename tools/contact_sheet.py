@@ -1,26 +1,16 @@
-"""Pictures in a grid with their captions beneath, as one PNG.
+"""Pictures in a grid, with boxes on them and texts beneath, as one image.
 
-    python -m tools.contact_sheet data/coco/train --out look.png --caption-source json:captions
-
-Shows what is in shards; `tools.evaluate --sheet` draws what a model says about them.
+`tools.shards sheet` draws what is in shards; `tools.evaluate --sheet` what a model says about them.
 """
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-
-from data_pipeline.caption_texts import CaptionSource
-from data_pipeline.captions import CaptionDataSettings
-from data_pipeline.decode import DecodeError, decode, read_header
-from data_pipeline.reader import BadSample, SampleReader
-from data_pipeline.shards import ShardSet
-from data_pipeline.tar_headers import ShardError
 
 _PICTURE = 256  # longest side of a picture on the sheet, in pixels; 32, 64 and 128 divide it
 _PADDING = 12
@@ -35,6 +25,8 @@ _MAX_LINES = 6
 _PAPER, _CARD, _BORDER, _BACKDROP = "#eef1f5", "#ffffff", "#d5dbe3", "#f6f8fa"
 _INK, _FAINT, _PREDICTED, _REFERENCE = "#16202c", "#6b7785", "#0b5cad", "#2c6e49"
 
+_BOX_COLOURS = ("#d1495b", "#0b5cad", "#2c6e49", "#b35900", "#6f42c1", "#007a8a", "#8a6d00")
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -47,6 +39,17 @@ class Cell:
     name: str = ""
     predicted: str | None = None
     references: Sequence[str] = field(default_factory=tuple)
+    boxes: Sequence["Box"] = field(default_factory=tuple)
+
+
+class Box(NamedTuple):
+    """A rectangle drawn on a picture."""
+
+    corners: Sequence[float]
+    """x0, y0, x1, y1 in pixels of the picture."""
+    name: str = ""
+    group: int = 0
+    """Boxes of one group, a class for example, have one colour."""
 
 
 def contact_sheet(
@@ -114,7 +117,10 @@ class _Card:
             label = "REFERENCES" if len(texts) > 1 else "REFERENCE"
             blocks.append((label, _REFERENCE, texts))
         name = _wrap(cell.name, fonts[_LABEL], _PICTURE)[0] if cell.name else ""
-        return cls(_scaled(cell.image), name, blocks)
+        picture = _scaled(cell.image)
+        if cell.boxes:
+            _draw_boxes(picture, cell.boxes, picture.width / cell.image.shape[1], fonts[_LABEL])
+        return cls(picture, name, blocks)
 
     @property
     def height(self) -> int:
@@ -167,6 +173,32 @@ def _scaled(image: np.ndarray) -> Image.Image:
     return picture.resize(size, Image.Resampling.BICUBIC)
 
 
+def _draw_boxes(picture: Image.Image, boxes: Sequence[Box], scale: float, font: Font) -> None:
+    """Draw on the picture; large boxes first, so that none hides a smaller one."""
+    draw = ImageDraw.Draw(picture)
+    right, bottom = picture.width - 1, picture.height - 1
+
+    def area(box: Box) -> float:
+        x0, y0, x1, y1 = box.corners
+        return (x1 - x0) * (y1 - y0)
+
+    for box in sorted(boxes, key=area, reverse=True):
+        colour = _BOX_COLOURS[box.group % len(_BOX_COLOURS)]
+        x0, y0, x1, y1 = (value * scale for value in box.corners)
+        # A box ends behind its last pixel.
+        x0, x1 = max(0.0, x0), min(right, max(x0, x1 - 1))
+        y0, y1 = max(0.0, y0), min(bottom, max(y0, y1 - 1))
+        if x0 > x1 or y0 > y1:
+            continue  # outside of the picture
+        draw.rectangle((x0, y0, x1, y1), outline=colour, width=2)
+        if box.name:
+            text_width = font.getlength(box.name)
+            left = max(0, min(x0, right - text_width - 3))
+            top = y0 - _LABEL - 2 if y0 > _LABEL + 2 else y0  # above the box, if there is room
+            draw.rectangle((left, top, left + text_width + 3, top + _LABEL + 2), fill=colour)
+            draw.text((left + 2, top), box.name, fill=_CARD, font=font)
+
+
 def _wrap(text: str, font: Font, width: int) -> list[str]:
     """Lines of at most `width` pixels; words that are longer are broken."""
     lines, line = [], ""
@@ -201,81 +233,8 @@ def _font(size: int, path: str | Path | None) -> Font:
         raise ValueError(f"font {path} cannot be read: {error}; give a TrueType file") from None
 
 
-# ---- shards ------------------------------------------------------------------------------------
-
-
-def cells_of_shards(shards: ShardSet, source: str, count: int) -> Iterator[Cell | BadSample]:
-    """Cells of `count` samples spread evenly over the shards, or what is wrong with one."""
-    settings = CaptionDataSettings(shards=["-"], caption_source=source)
-    captions = CaptionSource(source)
-    count = min(count, len(shards))
-    with SampleReader(shards) as reader:
-        for place in range(count):
-            try:
-                sample = reader.read(place * len(shards) // count)
-                names = [e for e in settings.image_extensions if e in sample.members]
-                if not names:
-                    raise DecodeError("has no image")
-                data = sample.members[names[0]]
-                image = decode(data, read_header(data, settings.image.max_pixels))
-                yield Cell(np.array(image), sample.key, None, captions.read(sample))
-            except DecodeError as error:
-                yield BadSample(str(error), sample.shard, sample.key, sample.row)
-            except BadSample as fault:
-                yield fault
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    options = _parser().parse_args(arguments)
-    console = Console(stderr=True)
-    try:
-        shards = ShardSet.open(options.shards)
-        found = list(cells_of_shards(shards, options.caption_source, options.count))
-        cells = [cell for cell in found if isinstance(cell, Cell)]
-        faults = [fault for fault in found if isinstance(fault, BadSample)]
-        if faults:
-            text = f"left out {len(faults)} of {len(found)} samples; first: {faults[0]}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-        if not cells:
-            raise ValueError("none of the samples could be drawn")
-        sheet = contact_sheet(
-            cells,
-            title=" ".join(options.shards),
-            subtitle=f"{len(cells)} of {len(shards):,} samples, captions from "
-            f"{options.caption_source}",
-            columns=options.columns,
-            font=options.font,
-        )
-        sheet.save(options.out)
-    except (ShardError, OSError, ValueError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 1
-    console.print(f"{options.out}: {len(cells)} pictures", highlight=False, soft_wrap=True)
-    return 0
-
-
 def positive(text: str) -> int:
     """Parse a count from the command line."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.contact_sheet",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("shards", nargs="+", help="folders, tars, globs or {000..123} expressions")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    parser.add_argument("--caption-source", default="txt", help="as in recipes: txt or json:KEY")
-    parser.add_argument("--count", type=positive, default=16, help="samples (default %(default)s)")
-    parser.add_argument("--columns", type=positive, default=4, help="(default %(default)s)")
-    parser.add_argument("--font", help="TrueType file, for scripts that the built-in font lacks")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,27 +13,12 @@ interruption: finished shards are checked and kept.
 """
 
 import argparse
-import errno
-import functools
-import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
-from data_pipeline.packing import PackJob, PackResult, SampleFault, pack, plan_ranges
-from data_pipeline.tar_headers import ShardError
+from data_pipeline.packing import PackJob, plan_ranges
 from tools import (
     digit_scenes,
     pack_boxes,
@@ -54,10 +39,8 @@ from tools.pack_options import (
     positive,
     refuse_shrinking,
 )
+from tools.pack_run import run_jobs
 from tools.pack_sources import folder_source, table_source
-
-_SKIPPED_SHOWN = 10
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -83,23 +66,8 @@ class BuildScene:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 1 after an error that was printed."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    console = Console(stderr=True)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        job = options.run(options)
-        result = _pack_with_progress(job, options.processes, console)
-    except (SampleFault, ShardError, OSError, ValueError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        if getattr(error, "errno", None) in _DISK_FULL:
-            console.print("free some space; the same command continues with the missing shards")
-        return 1
-    except KeyboardInterrupt:
-        console.print("stopped; the same command continues with the shards that are missing")
-        return 130
-    _report(job, result, console)
-    return 0
+    options = _parser().parse_args(arguments)
+    return run_jobs(lambda: [options.run(options)], options.processes)
 
 
 def _scenes_job(options: argparse.Namespace) -> PackJob:
@@ -138,46 +106,6 @@ def _table_job(options: argparse.Namespace) -> PackJob:
         classes=classes_of(options),
     )
     return image_job(options, source)
-
-
-def _pack_with_progress(job: PackJob, processes: int, console: Console) -> PackResult:
-    with Progress(
-        TextColumn("packing {task.fields[split]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as bar:
-        task = bar.add_task("", total=len(job.items), split=job.folder.name)
-        return pack(job, processes=processes, progress=functools.partial(bar.advance, task))
-
-
-def _report(job: PackJob, result: PackResult, console: Console) -> None:
-    manifest = result.manifest
-    text = (
-        f"{job.folder}: {manifest.samples:,} samples in {len(manifest.shards)} shards, "
-        f"{manifest.bytes / 1e6:,.1f} MB"
-    )
-    if result.reused_shards:
-        text += f" ({result.reused_shards} shards kept from an earlier run)"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    left_out = len(result.skipped) + job.details.get("missing", 0)
-    if left_out:
-        shown = ", ".join(result.skipped[:_SKIPPED_SHOWN])
-        console.print(
-            f"left out: {left_out} items ({job.details['missing']} images missing, "
-            f"{len(result.skipped)} unusable{': ' + shown if shown else ''})",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-    for name, value in job.details.items():
-        if value and name not in ("seed", "missing"):
-            text = f"{name.replace('_', ' ')}: {json.dumps(value, ensure_ascii=False)}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-    if not manifest.licence:
-        console.print("no licence given: --licence records it in the manifest", highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from tools.pack_images import BuildImage, item_bytes
 from tools.pack_sources import Source, check_missing
 
 # Options that do not change what is packed; they stay out of the command in the manifest.
-_INCIDENTAL = {"out", "processes", "run", "source", "shards"}
+_INCIDENTAL = {"command", "out", "processes", "run", "source", "shards"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
@@ -72,6 +72,8 @@ def command_of(options: argparse.Namespace, tool: str = "make_shards") -> str:
     for name, value in sorted(vars(options).items()):
         if name in _INCIDENTAL or value is None or value is False or value == []:
             continue
+        if isinstance(value, dict):
+            value = ",".join(f"{key}={share:g}" for key, share in value.items())
         values = [] if value is True else value if isinstance(value, list) else [value]
         words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)
@@ -122,10 +124,8 @@ def add_classes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=Path, help="text file: class names in label order")
 
 
-def add_source(sources: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
-    """Add a sub-command with the options of all sources; run(options) returns its PackJob."""
-    parser = sources.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
+def add_packing_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of everything that packs."""
     parser.add_argument("--out", type=Path, required=True, help="shards go to OUT/SPLIT")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -140,6 +140,13 @@ def add_source(sources: Any, name: str, text: str, run: Any) -> argparse.Argumen
     parser.add_argument(
         "--processes", type=positive, default=os.cpu_count() or 1, help="(default %(default)s)"
     )
+
+
+def add_source(sources: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+    """Add a sub-command with the options of all sources; run(options) returns its PackJob."""
+    parser = sources.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    add_packing_options(parser)
     return parser
 
 

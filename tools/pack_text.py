@@ -20,8 +20,7 @@ import numpy as np
 from data_pipeline.files import write_atomically
 from data_pipeline.packer import sample_bytes
 from data_pipeline.packing import PackJob, SampleFault, plan_ranges
-from data_pipeline.text import ID_TYPES, tokenizer_mark
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import ID_TYPES, Tokenizer
 from tools.pack_images import json_bytes
 from tools.pack_options import add_data_source, command_of, licence_of, positive
 
@@ -54,7 +53,7 @@ class BuildRow:
     spool: Spool
     length: int
     tokenizer: str
-    """As data_pipeline.text.tokenizer_mark."""
+    """As Tokenizer.mark."""
 
     def __call__(self, item: int) -> dict[str, bytes]:
         """Cut the row out of the documents."""
@@ -110,7 +109,7 @@ def _job(options: argparse.Namespace) -> PackJob:
     rows = -(-spool.tokens // options.tokens)
     # The rows of a long document would lie together.
     order = np.random.Generator(np.random.Philox(options.seed)).permutation(rows).tolist()
-    record = {"tokens": options.tokens, "starts": [], "tokenizer": tokenizer_mark(tokenizer)}
+    record = {"tokens": options.tokens, "starts": [], "tokenizer": tokenizer.mark}
     row_bytes = options.tokens * ID_TYPES[spool.extension].itemsize
     sizes = {spool.extension: row_bytes, "json": len(json_bytes(record)) + 128}
     size = sample_bytes("000000000", sizes, options.bundle)
@@ -120,7 +119,7 @@ def _job(options: argparse.Namespace) -> PackJob:
         keys=[f"{row:09d}" for row in order],
         items=order,
         ranges=plan_ranges((size for _ in order), options.max_samples, options.max_bytes),
-        build=BuildRow(spool, options.tokens, tokenizer_mark(tokenizer)),
+        build=BuildRow(spool, options.tokens, tokenizer.mark),
         bundle=options.bundle,
         licence=licence_of(options),
         command=command_of(options),

@@ -3,6 +3,11 @@
     python -m tools.shards index   'laion/{00000..00099}.tar'
     python -m tools.shards verify  data/coco/train
     python -m tools.shards inspect data/coco/train --sample 000000000785
+    python -m tools.shards quarantine RUN --release 000000000785
+    python -m tools.shards stats   data/coco/train
+    python -m tools.shards sheet   data/coco/train --out look.png
+    python -m tools.shards repack  data/a data/b --out data/ab --fractions train=0.9,val=0.1
+    python -m tools.shards bench   data/coco/train
     python -m tools.shards serve   data/coco --port 8000 --delay-ms 50
 
 Exit codes: 0 all is well; 1 damage or another error was found, and printed; 2 wrong usage.
@@ -11,6 +16,7 @@ Exit codes: 0 all is well; 1 damage or another error was found, and printed; 2 w
 import argparse
 import concurrent.futures
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -31,12 +37,14 @@ from rich.progress import (
 from data_pipeline import manifest as manifests
 from data_pipeline.catalogue import Catalogue, expand_specs
 from data_pipeline.columns import column_names
+from data_pipeline.expressions import TEXT_COLUMNS
+from data_pipeline.index import ShardIndex
 from data_pipeline.locations import base_name, folder_of, is_url, without_secrets
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
 from data_pipeline.remote import UrlStorage
 from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError
-from tools.serve import RangeServer
+from tools.find_sample import row_of
 from tools.shard_files import (
     IndexJob,
     VerifyJob,
@@ -48,6 +56,16 @@ from tools.shard_files import (
 
 Advance = Callable[[int], None]
 
+_MODULES = {
+    "stats": "counts, bytes, sizes of images, lengths of captions, labels; from the indices",
+    "sheet": "draw a few samples with captions, boxes and labels as one picture",
+    "repack": "merge, filter, split, shuffle and pack anew; the bytes of samples do not change",
+    "bench": "time reading, decoding, cropping and the whole loader, on this machine",
+    "quarantine": "list the samples that a run leaves out, take some back, or leave out more",
+    "serve": "serve a folder of shards over HTTP, to try things out; not for production",
+}
+"""Sub-commands in files of their own, tools/shards_NAME.py."""
+
 _REQUESTS = 16
 _TEXT_EXTENSIONS = ("json", "txt", "cls")
 _TEXT_SHOWN = 500
@@ -57,10 +75,11 @@ _EXTENSIONS_SHOWN = 20
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser(next(iter(arguments), None)).parse_args(arguments)
     try:
         return options.run(options)
-    except (ShardError, BadSample, TransientReadError, OSError) as error:
+    except (ShardError, BadSample, TransientReadError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -113,7 +132,7 @@ def _inspect(options: argparse.Namespace) -> int:
     shards = ShardSet.open(options.shards)
     if options.sample is not None:
         with SampleReader(shards, retries=0) as reader:
-            _print_sample(reader.read(_row_of(shards, options.sample)))
+            _print_sample(reader.read(row_of(shards, options.sample)))
         return 0
     print(f"{len(shards):,} samples in {len(shards.shards):,} shards")
     print(f"{sum(shard.bytes for shard in shards.shards) / 1e6:,.1f} MB")
@@ -128,15 +147,22 @@ def _inspect(options: argparse.Namespace) -> int:
     if len(counts) > _EXTENSIONS_SHOWN:
         print(f"  and {len(counts) - _EXTENSIONS_SHOWN} more extensions: are there dots in keys?")
     print("  columns: " + (", ".join(sorted(column_names(first))) or "none"))
+    print("  columns of texts: " + (", ".join(sorted(_usable_texts(first))) or "none"))
     dropped = first.dropped_columns + (first.derived.dropped if first.derived else 0)
     if dropped:
-        print(f"  {dropped} more numbers are not kept as columns")
+        print(f"  {dropped} more fields are not kept as columns")
     if first.passed_over:
         print(f"  {first.passed_over} files belong to no sample (no extension, or hidden)")
     for row in range(min(_KEYS_SHOWN, len(first))):
         members = ", ".join(f"{m[0]} {m[2]:,} B" for m in first.members(row))
         print(f"  {row}: {first.key(row)} ({members})")
     return 0
+
+
+def _usable_texts(index: ShardIndex) -> list[str]:
+    """Columns of texts that conditions can look at."""
+    texts = index.derived.texts if index.derived else {}
+    return [*TEXT_COLUMNS, *(name for name, column in texts.items() if column is not None)]
 
 
 def _print_manifests(shards: ShardSet) -> None:
@@ -183,17 +209,6 @@ def _shorten(line: str) -> str:
     return line if len(line) <= _TEXT_SHOWN else f"{line[:_TEXT_SHOWN]} ... ({len(line):,})"
 
 
-def _row_of(shards: ShardSet, wanted: str) -> int:
-    """Find a sample by key, or else by row number."""
-    first_row = 0
-    for number, shard in enumerate(shards.shards):
-        keys = shards.index(number).keys()
-        if wanted in keys:
-            return first_row + keys.index(wanted)
-        first_row += shard.samples
-    if wanted.isdigit() and int(wanted) < len(shards):
-        return int(wanted)
-    raise ShardError(f"no sample has the key {wanted!r}, and it is no row below {len(shards)}")
 
 
 def _for_each(
@@ -232,22 +247,7 @@ def _executor(paths: Collection[str], processes: int) -> concurrent.futures.Exec
     )
 
 
-def _serve(options: argparse.Namespace) -> int:
-    server = RangeServer(
-        options.folder, options.port, options.host, delay_s=options.delay_ms / 1000,
-        fail_fraction=options.fail, verbose=options.verbose,
-    )  # fmt: skip
-    print(f"serving {server.folder} at {server.url} (Ctrl-C ends it)", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.server_close()
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.shards",
         description=__doc__,
@@ -273,23 +273,14 @@ def _parser() -> argparse.ArgumentParser:
         )
     inspect = _add_command(commands, "inspect", "show counts, fields, columns and keys", _inspect)
     inspect.add_argument("--sample", metavar="KEY|ROW", help="print the members of one sample")
-    _add_serve(commands)
+    for name, text in _MODULES.items():
+        # Only the chosen one is imported: some need libraries that take seconds to load, which
+        # every process that indexes or verifies would load, too.
+        if name == chosen:
+            importlib.import_module(f"tools.shards_{name}").add_command(commands, text)
+        else:
+            commands.add_parser(name, help=text)
     return parser
-
-
-def _add_serve(commands: Any) -> None:
-    text = "serve a folder of shards over HTTP, to try things out (not for production)"
-    serve = commands.add_parser("serve", help=text, description=text)
-    serve.set_defaults(run=_serve)
-    serve.add_argument("folder")
-    serve.add_argument("--port", type=int, default=8000, help="(default %(default)s; 0: any)")
-    serve.add_argument("--host", default="127.0.0.1", help="(default %(default)s)")
-    serve.add_argument("--delay-ms", type=float, default=0.0, help="wait before each answer")
-    serve.add_argument(
-        "--fail", type=float, default=0.0, metavar="SHARE",
-        help="share of requests that are answered 503, or cut off half-way",
-    )  # fmt: skip
-    serve.add_argument("--verbose", action="store_true", help="a line for each request")
 
 
 def _add_command(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:

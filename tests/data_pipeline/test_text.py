@@ -13,7 +13,7 @@ from data_pipeline.order import Order
 from data_pipeline.reader import BadSample, Sample, SampleReader
 from data_pipeline.shards import ShardSet
 from data_pipeline.stream import DataError
-from data_pipeline.text import TextDataSettings, TextFields, tokenizer_mark
+from data_pipeline.text import TextDataSettings, TextFields
 from data_pipeline.tokenizer import Tokenizer, train_byte_level_bpe
 from tools import pack_text
 from tools.make_shards import main
@@ -110,7 +110,7 @@ def test_started_again_it_does_not_tokenise_again(tmp_path, documents, tokenizer
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("tools.make_shards.pack", killed)
+        patched.setattr("tools.pack_run.pack", killed)
         assert pack_rows(documents["lines.txt"], tokenizer, tmp_path) == 130
     assert (tmp_path / ".train-documents.json").exists()
     with monkeypatch.context() as patched:
@@ -194,7 +194,7 @@ def test_padding_rows_have_no_tokens(rows, tokenizer):
 
 
 def made(tokenizer: Path, ids: bytes | None, record: object) -> Sample:
-    mark = tokenizer_mark(Tokenizer.load(tokenizer))
+    mark = Tokenizer.load(tokenizer).mark
     if isinstance(record, dict):
         record = {"starts": [], "tokenizer": mark, **record}
     members = {"json": json.dumps(record).encode()} | ({} if ids is None else {"u16": ids})

@@ -1,14 +1,19 @@
 """Grids of pictures with text."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_pipeline.packer import ShardWriter
+from data_pipeline.reader import BadSample, SampleReader
+from data_pipeline.shards import ShardSet
 from tools import contact_sheet as sheets
-from tools.contact_sheet import Cell, contact_sheet, main
+from tools.contact_sheet import Cell, contact_sheet
+from tools.shards import main
+from tools.shards_sheet import cells_of_shards
 
 LONG = "a very long caption about a red seven that stands between many other words " * 3
 
@@ -72,8 +77,29 @@ def test_a_font_that_is_none(tmp_path) -> None:
         contact_sheet([Cell(pixels(1))], font=tmp_path / "f.ttf")
 
 
+def test_boxes_lie_where_they_are_and_keep_to_the_picture() -> None:
+    image = pixels(255, 32, 64)  # grows four times
+    box = sheets.Box([8, 4, 24, 20], "", 1)
+    picture = np.asarray(_drawn(image, [box])).astype(int)
+    marked = np.argwhere((picture != 255).any(-1))
+    assert marked.min(0).tolist() == [16, 32] and marked.max(0).tolist() == [79, 95]
+    assert (picture[40, 60] == 255).all()  # its inside stays as it was
+    inside = _drawn(image, [sheets.Box([-50, -50, 500, 500], "a name", 0)])
+    assert inside.size == (256, 128) and inside.getpixel((255, 127)) != (255, 255, 255)
+    untouched = _drawn(image, [sheets.Box([70, 2, 80, 9]), sheets.Box([9, -20, 12, -5])])
+    assert (np.asarray(untouched) == 255).all()
+    named = [sheets.Box([8, 20, 24, 30], "cat", 1), sheets.Box([8, 0, 24, 6], "dog", 2)]
+    assert len(set(_drawn(image, named).get_flattened_data())) > 4
+
+
+def _drawn(image: np.ndarray, boxes: list[sheets.Box]) -> Image.Image:
+    picture = sheets._scaled(image)
+    sheets._draw_boxes(picture, boxes, picture.width / image.shape[1], sheets._font(11, None))
+    return picture
+
+
 def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
+    return main(["sheet", *(str(argument) for argument in arguments)])
 
 
 def test_shards_from_the_command_line(scenes, tmp_path, capsys) -> None:
@@ -90,7 +116,7 @@ def test_what_cannot_be_drawn(scenes, tmp_path, capsys) -> None:
     out = tmp_path / "look.png"
     assert run(tmp_path / "absent", "--out", out) == 1
     assert "error: " in capsys.readouterr().err
-    assert run(scenes / "train", "--out", out) == 1  # scenes have no txt member
+    assert run(scenes / "train", "--out", out, "--caption-source", "txt") == 1  # have no txt member
     assert "none of the samples could be drawn" in capsys.readouterr().err
 
 
@@ -104,6 +130,28 @@ def test_unreadable_samples_are_left_out(tmp_path, capsys) -> None:
     assert run(tmp_path / "odd", "--out", tmp_path / "look.png") == 0
     error = " ".join(capsys.readouterr().err.split())
     assert "left out 2 of 3 samples" in error and "'1'" in error and "1 pictures" in error
+
+
+def test_cells_have_captions_labels_and_boxes_where_the_samples_do(scenes, tmp_path) -> None:
+    shards = ShardSet.open(scenes / "train")
+    cells = list(cells_of_shards(shards, None, 60))
+    reader = SampleReader(shards)
+    for row, cell in enumerate(cells):
+        record = json.loads(reader.read(row).members["json"])
+        assert list(cell.references) == record["captions"]
+        assert [list(box.corners) for box in cell.boxes] == record["boxes"]
+        assert [box.group for box in cell.boxes] == record["labels"]
+        assert cell.name.endswith(f"{row:06d}")
+        assert ("label" in record) == cell.name.startswith("class ")
+    frame = io.BytesIO()
+    Image.fromarray(pixels(90)).save(frame, "PNG")
+    with ShardWriter(tmp_path / "clips", classes=["cat"]) as writer:
+        members = {"f001.png": b"later", "f000.png": frame.getvalue(), "json": b'{"boxes": 7}'}
+        writer.write("bad", members)
+        writer.write("clip", members | {"json": b"{}", "cls": b"0"})
+    bad, clip = cells_of_shards(ShardSet.open(tmp_path / "clips"), None, 5)
+    assert isinstance(bad, BadSample) and bad.key == "bad"
+    assert clip.name == "cat: clip" and not clip.boxes and clip.image.shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("option", ["--count", "--columns"])

@@ -178,7 +178,7 @@ def test_a_missing_image_is_an_error_or_left_out(tmp_path, coco, capsys):
     assert "1 images are missing" in message and "captions.json, image 1:" in message
     assert "images/1.jpg: No such file" in message
     assert run(*arguments, "--on-missing", "skip") == 0
-    assert "left out: 1 items (1 images missing" in capsys.readouterr().err
+    assert "left out: 1 items (1 missing" in capsys.readouterr().err
     manifest = Manifest.load(tmp_path / "out" / "train")
     assert manifest.samples == 2 and manifest.details["missing"] == 1
 

@@ -1,0 +1,84 @@
+"""Run packing jobs for a command line: progress, a report for people, an exit code."""
+
+import errno
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterable
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from data_pipeline.packing import PackJob, PackResult, SampleFault, pack
+from data_pipeline.reader import TransientReadError
+from data_pipeline.tar_headers import ShardError
+
+_SKIPPED_SHOWN = 10
+# Details of a job that the report names otherwise, or that only the manifest needs.
+_SILENT = {"seed", "missing", "inputs", "tokenizer_digest"}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def run_jobs(jobs: Callable[[], Iterable[PackJob]], processes: int) -> int:
+    """Pack the jobs that `jobs` returns; return 0, or 1 after an error that was printed."""
+    console = Console(stderr=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        for job in jobs():
+            _report(job, _pack_with_progress(job, processes, console), console)
+    except (SampleFault, ShardError, OSError, ValueError, TransientReadError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if getattr(error, "errno", None) in _DISK_FULL:
+            console.print("free some space; the same command continues with the missing shards")
+        return 1
+    except KeyboardInterrupt:
+        console.print("stopped; the same command continues with the shards that are missing")
+        return 130
+    return 0
+
+
+def _pack_with_progress(job: PackJob, processes: int, console: Console) -> PackResult:
+    with Progress(
+        TextColumn("packing {task.fields[split]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    ) as bar:
+        task = bar.add_task("", total=len(job.items), split=job.folder.name)
+        return pack(job, processes=processes, progress=functools.partial(bar.advance, task))
+
+
+def _report(job: PackJob, result: PackResult, console: Console) -> None:
+    manifest = result.manifest
+    text = (
+        f"{job.folder}: {manifest.samples:,} samples in {len(manifest.shards)} shards, "
+        f"{manifest.bytes / 1e6:,.1f} MB"
+    )
+    if result.reused_shards:
+        text += f" ({result.reused_shards} shards kept from an earlier run)"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    left_out = len(result.skipped) + job.details.get("missing", 0)
+    if left_out:
+        shown = ", ".join(result.skipped[:_SKIPPED_SHOWN])
+        console.print(
+            f"left out: {left_out} items ({job.details['missing']} missing, "
+            f"{len(result.skipped)} unusable{': ' + shown if shown else ''})",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    for name, value in job.details.items():
+        if value and name not in _SILENT:
+            text = f"{name.replace('_', ' ')}: {json.dumps(value, ensure_ascii=False)}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if not manifest.licence:
+        console.print("no licence given: --licence records it in the manifest", highlight=False)
