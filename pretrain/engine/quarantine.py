@@ -52,7 +52,7 @@ class Quarantine:
         run_dir: folder of the run.
         ranks: this process.
         state: of the run; bad rows and the ledger are kept in it.
-        streams: task -> training data; their orders become those of the ledger at once.
+        streams: task -> training data that has rows; its order becomes that of the ledger at once.
 
     Raises:
         RunDirError: the ledger or a file does not fit the run.
@@ -110,6 +110,8 @@ class Quarantine:
 
     def metrics(self, task: str) -> dict[str, float]:
         """How many samples of a task the ledger leaves out."""
+        if task not in self.streams:  # it is read as a stream, which has no rows
+            return {}
         orders = plain_orders(self.streams[task].order).values()
         return {"quarantined_samples": sum(len(excluded_rows(order)) for order in orders)}
 
