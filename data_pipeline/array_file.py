@@ -6,6 +6,7 @@ the arrays instead of mapping them.
 """
 
 import ctypes
+import functools
 import json
 import mmap
 import os
@@ -90,10 +91,7 @@ def _map(path: str | os.PathLike[str]) -> ctypes.Array:
         size = os.fstat(file.fileno()).st_size
         if size < 8:
             raise ValueError(f"it has {size} bytes")
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.restype = ctypes.c_void_p
-        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        libc = _libc()
         address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     if address == ctypes.c_void_p(-1).value:
         code = ctypes.get_errno()
@@ -102,3 +100,13 @@ def _map(path: str | os.PathLike[str]) -> ctypes.Array:
     # Not at exit: arrays may outlive the finalizers, and the process frees everything anyway.
     weakref.finalize(data, libc.munmap, address, size).atexit = False
     return data
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    """The C library, loaded once: each further time costs 5 kB that a mapping keeps."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc

@@ -17,6 +17,14 @@ class ReadsAhead(Protocol):
         """Begin to fetch the bytes [begin, end) of a shard; never waits, never raises."""
 
 
+@runtime_checkable
+class KeepsCopies(Protocol):
+    """A ByteSource whose bytes may be those of a damaged copy."""
+
+    def renew(self, number: int, begin: int, end: int) -> bool:
+        """Drop the copies of these bytes; False if there are none, or reading would not help."""
+
+
 def byte_source_of(shards: ShardSet) -> ByteSource:
     """The source without a cache: files of this machine, or lanes of remote ranges."""
     if any(is_url(shard.path) for shard in shards.shards):

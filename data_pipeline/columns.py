@@ -1,4 +1,4 @@
-"""Columns of a shard: numbers that an index finds in its samples, and how they are asked for.
+"""Columns of a shard: what an index finds in its samples, and how it is asked for.
 
 Stated by the samples, and part of the index's digest: numbers at the top of the json member, `cls`,
 and `NAME.count`, the length of a list. Derived from the same bytes, with a digest of their own, so
@@ -11,8 +11,10 @@ that an index can be made again by newer rules and still be the index of its sha
     NAME.words.min, .max  of a list of texts the shortest and the longest; `.characters` likewise
 
 Lengths are those with white space folded, as captions are read. Conditions and statistics also see
-`bytes:EXTENSION`, the size of that member in bytes; conditions, two columns of texts: `key`, and
-`shard`, the file name of the shard.
+`bytes:EXTENSION`, the size of that member in bytes.
+
+Texts of the json member of which a shard has few are columns of texts: licences, classes, names of
+sources. Every data set has two more: `key`, and `shard`, the file name of the shard.
 """
 
 import json
@@ -20,11 +22,21 @@ from array import array
 
 import numpy as np
 
-from data_pipeline.index import MAX_COLUMNS, DerivedColumns, ShardIndex
+from data_pipeline.expression_values import MISSING_TEXT
+from data_pipeline.index import (
+    MAX_COLUMNS,
+    MAX_TEXTS,
+    DerivedColumns,
+    ShardIndex,
+    TextColumn,
+)
 
 BYTES_PREFIX = "bytes:"
 SOURCES = ("json", "cls", "txt")
 """Members in which columns are found."""
+
+MAX_CHARACTERS = 100
+"""Longest text that a column of texts holds."""
 
 # Objects inside of objects: deeper ones are no records of numbers.
 _MAX_DEPTH = 4
@@ -57,6 +69,31 @@ def column_of(index: ShardIndex, name: str) -> np.ndarray | None:
     return np.where(np.isnan(stated), derived, stated)
 
 
+def text_names(index: ShardIndex) -> set[str]:
+    """Names of all columns of texts that the samples of a shard have, also of too many texts."""
+    return set(index.derived.texts) if index.derived else set()
+
+
+def texts_of(index: ShardIndex, name: str) -> np.ndarray | None:
+    """A column of texts of a shard, None if it has no such column.
+
+    Returns:
+        (N,) str, MISSING_TEXT where a sample lacks it.
+
+    Raises:
+        ValueError: its texts are too many or too long to be held.
+    """
+    if name not in text_names(index):
+        return None
+    column = index.derived.texts[name]
+    if column is None:
+        raise ValueError(
+            f"{name!r} has more than {MAX_TEXTS} different texts, or one of more than "
+            f"{MAX_CHARACTERS} characters"
+        )
+    return np.array([MISSING_TEXT, *column.texts])[column.codes]
+
+
 def _member_bytes(index: ShardIndex, extension: str) -> np.ndarray:
     arrays = index.arrays
     members = np.flatnonzero(arrays["member_extension"] == index.extensions.index(extension))
@@ -74,6 +111,7 @@ class ColumnBuilder:
 
     def __init__(self) -> None:
         self._stated, self._derived = _SparseColumns(), _SparseColumns()
+        self._texts = _SparseTexts()
 
     def add(self, row: int, extension: str, payload: bytes) -> None:
         """Take what a member of `SOURCES` says; what cannot be read says nothing."""
@@ -97,7 +135,9 @@ class ColumnBuilder:
             name: _narrow(self._derived.column(name, samples)) for name in self._derived.names()
         }
         dropped = len(self._stated.dropped)
-        return stated, dropped, DerivedColumns(derived, len(self._derived.dropped))
+        dropped_derived = len(self._derived.dropped | self._texts.dropped)
+        texts = self._texts.columns(samples)
+        return stated, dropped, DerivedColumns(derived, dropped_derived, texts)
 
     def _field(self, name: str, row: int, value: object, depth: int) -> None:
         numbers = self._stated if depth == 1 else self._derived
@@ -108,6 +148,7 @@ class ColumnBuilder:
                 numbers.add(name, row, value)
             case str():
                 self._text_lengths(name, row, value)
+                self._texts.add(name, row, value)
             case list():
                 numbers.add(f"{name}.count", row, len(value))
                 if value and all(isinstance(text, str) for text in value):
@@ -138,8 +179,8 @@ class _SparseColumns:
 
     def add(self, name: str, row: int, value: int | float) -> None:
         if name not in self._rows:
-            if any("\ud800" <= letter <= "\udfff" for letter in name):
-                return  # half a character, which JSON can spell and UTF-8 cannot
+            if not _is_unicode(name):
+                return
             if len(self._rows) == MAX_COLUMNS:
                 self.dropped.add(name)
                 return
@@ -160,6 +201,50 @@ class _SparseColumns:
         column = np.full(samples, np.nan)
         column[self._rows[name]] = [_as_float(value) for value in values]
         return column
+
+
+class _SparseTexts:
+    """Texts of the rows that have them, as long as they are short and few."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, array] = {}
+        self._codes: dict[str, array] = {}
+        self._numbers: dict[str, dict[str, int] | None] = {}
+        self.dropped: set[str] = set()
+
+    def add(self, name: str, row: int, text: str) -> None:
+        if name not in self._numbers:
+            if not _is_unicode(name):
+                return
+            if len(self._numbers) == MAX_COLUMNS:
+                self.dropped.add(name)
+                return
+            self._numbers[name], self._rows[name], self._codes[name] = {}, array("Q"), array("B")
+        numbers = self._numbers[name]
+        if numbers is None or (self._rows[name] and self._rows[name][-1] == row):
+            return
+        full = len(numbers) == MAX_TEXTS and text not in numbers
+        if full or len(text) > MAX_CHARACTERS or not _is_unicode(text):
+            self._numbers[name] = None
+            del self._rows[name], self._codes[name]
+            return
+        self._rows[name].append(row)
+        self._codes[name].append(numbers.setdefault(text, len(numbers) + 1))
+
+    def columns(self, samples: int) -> dict[str, TextColumn | None]:
+        found: dict[str, TextColumn | None] = {}
+        for name, numbers in sorted(self._numbers.items()):
+            found[name] = None
+            if numbers is not None:
+                codes = np.zeros(samples, np.uint8)
+                codes[self._rows[name]] = self._codes[name]
+                found[name] = TextColumn(codes, tuple(numbers))
+        return found
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it; JSON can spell half a character."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _lengths(text: str) -> dict[str, int]:

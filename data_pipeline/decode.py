@@ -231,7 +231,10 @@ def _decode_pillow(picture: ImageFile.ImageFile, orientation: int, factor: int =
 def _to_rgb(picture: Image.Image) -> Image.Image:
     mode = picture.mode
     if mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips instead of scaling
-        high_bytes = np.clip(np.asarray(picture, dtype=np.int64) >> 8, 0, 255)
+        values = np.asarray(picture, dtype=np.int64)
+        high_bytes = np.clip(values >> 8, 0, 255)
+        if isinstance(clear := picture.info.get("transparency"), int):
+            high_bytes[values == clear] = 255
         picture = Image.fromarray(high_bytes.astype(np.uint8))
     elif mode == "F":
         raise DecodeError("floating-point image: its range is not defined")

@@ -18,11 +18,13 @@ from pydantic import AfterValidator
 from rich.console import Console
 from rich.progress import track
 
-from data_pipeline.columns import column_names, column_of
-from data_pipeline.expressions import Expression, ExpressionError, UnknownColumn
+from data_pipeline.columns import column_names, column_of, text_names, texts_of
+from data_pipeline.expression_values import MISSING_TEXT
+from data_pipeline.expressions import TEXT_COLUMNS, Expression, ExpressionError, UnknownColumn
 from data_pipeline.files import cache_folder, exclusive
+from data_pipeline.index import ShardIndex
 from data_pipeline.selection import Selection
-from data_pipeline.shards import ShardSet
+from data_pipeline.shards import Shard, ShardSet
 from data_pipeline.tar_headers import ShardError
 
 RULES = "1"
@@ -93,28 +95,12 @@ def _stored(place: Path, shards: ShardSet) -> Selection | None:
 
 
 def _evaluate(shards: ShardSet, expression: Expression) -> Selection:
-    known: set[str] = set()
-    derived: set[str] = set()
-    outdated: list[str] = []
+    seen = _SeenColumns()
 
     def mask(number: int) -> np.ndarray:
-        index = shards.read_index(number)
-        known.update(column_names(index))
-        shard = shards.shards[number]
-        if index.derived is None:
-            outdated.append(shard.label)
-        else:
-            derived.update(index.derived.columns)
-
-        def column(name: str) -> np.ndarray:
-            if name == "shard":
-                return np.array(shard.name)
-            if name == "key":
-                return np.array(index.keys(), str)
-            found = column_of(index, name)
-            return np.full(len(index), np.nan) if found is None else found
-
-        return expression(column, len(index))
+        index, shard = shards.read_index(number), shards.shards[number]
+        seen.add(index, shard)
+        return expression(lambda name: _column(expression, name, index, shard), len(index))
 
     _log.info("reading the indices of %d shards for `%s`", len(shards.shards), expression.text)
     with contextlib.closing(_in_parallel(mask, len(shards.shards))) as masks:
@@ -123,35 +109,65 @@ def _evaluate(shards: ShardSet, expression: Expression) -> Selection:
             console=Console(stderr=True), disable=len(shards.shards) < _SHARDS_OF_A_BAR,
         )  # fmt: skip
         selection = Selection.gather(len(shards), bar)
-    _check_columns(expression, known, derived, outdated)
+    seen.check(expression)
     return selection
 
 
-def _check_columns(
-    expression: Expression, known: set[str], derived: set[str], outdated: list[str]
-) -> None:
-    """Refuse columns that no shard has, and those that old indices lack though the samples may not.
-
-    Args:
-        known: columns of any shard.
-        derived: those of them that newer indices have only.
-        outdated: shards with an older index.
-    """
-    hint = ""
-    if outdated:
-        hint = (
-            f" (the indices of {len(outdated)} shard(s), {min(outdated)} among them, are from "
-            "before there were nested numbers, truth values and lengths of texts: `python -m "
-            "tools.shards index --force` writes them again)"
-        )
+def _column(expression: Expression, name: str, index: ShardIndex, shard: Shard) -> np.ndarray:
+    """A column of a shard as the expression takes it; all missing where the shard lacks it."""
+    if name == "shard":
+        return np.array(shard.name)
+    if name == "key":
+        return np.array(index.keys(), str)
+    found = column_of(index, name) if name not in expression.texts else None
+    if found is not None or name in expression.numbers:
+        return np.full(len(index), np.nan) if found is None else found
     try:
-        expression.check_columns(known)
-    except UnknownColumn as error:
-        raise UnknownColumn(f"{error}{hint}") from None
-    if outdated and (lacking := sorted(derived & expression.columns.keys())):
-        raise ExpressionError(
-            f"condition `{expression.text}`: not every shard has {', '.join(lacking)}{hint}"
-        )
+        texts = texts_of(index, name)
+    except ValueError as error:
+        raise ExpressionError(f"condition `{expression.text}`: {shard.label}: {error}") from None
+    return np.full(len(index), MISSING_TEXT) if texts is None else texts
+
+
+class _SeenColumns:
+    """Which columns the shards have, to tell a mistake from a number that samples lack."""
+
+    def __init__(self) -> None:
+        self._numbers: set[str] = set()
+        self._texts: set[str] = set()
+        self._newer: set[str] = set()
+        self._outdated: list[str] = []
+
+    def add(self, index: ShardIndex, shard: Shard) -> None:
+        """Note the columns of a shard; several threads may."""
+        self._numbers.update(column_names(index))
+        self._texts.update(text_names(index))
+        if index.derived is None:
+            self._outdated.append(shard.label)
+        else:
+            self._newer.update(index.derived.columns, index.derived.texts)
+
+    def check(self, expression: Expression) -> None:
+        """Refuse columns that no shard has, or not of that type, and those that old indices lack
+        though the samples may not."""
+        hint = ""
+        if self._outdated:
+            hint = (
+                f" (the indices of {len(self._outdated)} shard(s), {min(self._outdated)} among "
+                "them, are from before there were nested numbers, truth values, texts and their "
+                "lengths: `python -m tools.shards index --force` writes them again)"
+            )
+        try:
+            expression.check_columns(self._numbers | self._texts)
+        except UnknownColumn as error:
+            raise UnknownColumn(f"{error}{hint}") from None
+        start = f"condition `{expression.text}`"
+        if wrong := sorted((expression.numbers & self._texts) - self._numbers):
+            raise ExpressionError(f"{start}: {wrong[0]!r} is a column of texts, not of numbers")
+        if wrong := sorted(expression.texts - self._texts - {*TEXT_COLUMNS}):
+            raise ExpressionError(f"{start}: {wrong[0]!r} is a column of numbers, not of texts")
+        if self._outdated and (lacking := sorted(self._newer & expression.columns.keys())):
+            raise ExpressionError(f"{start}: not every shard has {', '.join(lacking)}{hint}")
 
 
 def _in_parallel(function, count: int) -> Iterator[np.ndarray]:

@@ -16,6 +16,7 @@ on use. With N samples and M members in all, arrays are little-endian:
                                          bundle (bundles.py): of the line that describes the sample
     column:<name>       int64 or float64 (N,)   a number per sample that the samples state
     derived:<name>      uint8, uint32, int64 or float64 (N,)   one that follows from them
+    text:<name>         uint8 (N,)       a short text: its number, from 1, in a list in the metadata
 
 In a bundled shard, a sample begins with its line and has no padding; such an index is of version 2.
 
@@ -43,8 +44,11 @@ VERSIONS = {False: "1", True: "2"}
 SUFFIX = ".idx"
 COLUMN_PREFIX = "column:"
 DERIVED_PREFIX = "derived:"
+TEXT_PREFIX = "text:"
 MAX_COLUMNS = 128
-"""Of each of the two kinds."""
+"""Of each of the three kinds."""
+MAX_TEXTS = 255
+"""Different texts of a column of texts."""
 
 ARRAYS = {
     "keys": np.uint8,
@@ -81,12 +85,22 @@ def split_name(name: str) -> tuple[str, str] | None:
     return match.group(1), match.group(2).lower()
 
 
+class TextColumn(NamedTuple):
+    """A column of few different texts."""
+
+    codes: np.ndarray
+    """(N,) uint8: 0 where a sample lacks it, else the number of its text, from 1."""
+    texts: tuple[str, ...]
+
+
 class DerivedColumns(NamedTuple):
     """Columns that follow from what samples hold, by rules that may grow: see columns.py."""
 
     columns: dict[str, np.ndarray]
     dropped: int
     """Columns left out because there are more than MAX_COLUMNS of them."""
+    texts: dict[str, TextColumn | None]
+    """Columns of texts; None for one of more than MAX_TEXTS different texts, or of long ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +188,7 @@ class ShardIndex:
         metadata = _metadata(self) | {"digest": self.digest}
         if self.derived is not None:
             metadata |= {
-                "dropped_derived": str(self.derived.dropped),
+                **_derived_metadata(self.derived),
                 "derived_digest": _derived_digest(self),
             }
         arrays = _named_arrays(self) | _derived_arrays(self)
@@ -226,8 +240,22 @@ def _named_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
 
 
 def _derived_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
-    columns = index.derived.columns if index.derived is not None else {}
-    return {DERIVED_PREFIX + name: column for name, column in columns.items()}
+    if index.derived is None:
+        return {}
+    texts = {
+        TEXT_PREFIX + name: column.codes
+        for name, column in index.derived.texts.items()
+        if column is not None
+    }
+    return texts | {DERIVED_PREFIX + name: c for name, c in index.derived.columns.items()}
+
+
+def _derived_metadata(derived: DerivedColumns) -> dict[str, str]:
+    texts = {name: column and column.texts for name, column in derived.texts.items()}
+    return {
+        "dropped_derived": str(derived.dropped),
+        "derived_texts": json.dumps(texts, sort_keys=True),
+    }
 
 
 def with_digest(**fields: Any) -> ShardIndex:
@@ -243,7 +271,8 @@ def _digest(index: ShardIndex) -> str:
 
 def _derived_digest(index: ShardIndex) -> str:
     """Of the derived columns, and of the index to which they belong."""
-    return _digest_of(f"{index.digest} {index.derived.dropped}", _derived_arrays(index))
+    about = json.dumps({"digest": index.digest, **_derived_metadata(index.derived)}, sort_keys=True)
+    return _digest_of(about, _derived_arrays(index))
 
 
 def _digest_of(about: str, arrays: dict[str, np.ndarray]) -> str:
@@ -266,7 +295,7 @@ def _from_file(metadata: dict[str, str], stored: dict[str, np.ndarray]) -> Shard
         dropped_columns=int(metadata["dropped_columns"]),
         bundled=metadata["version"] == VERSIONS[True],
         digest=metadata["digest"],
-        derived=_derived(metadata, _with_prefix(stored, DERIVED_PREFIX)),
+        derived=_derived(metadata, stored),
         payloads_hashed="payload_crc32" not in metadata,
     )
 
@@ -279,10 +308,19 @@ def _with_prefix(stored: dict[str, np.ndarray], prefix: str) -> dict[str, np.nda
     }
 
 
-def _derived(metadata: dict[str, str], columns: dict[str, np.ndarray]) -> DerivedColumns | None:
-    if not columns and not metadata.keys() & {"dropped_derived", "derived_digest"}:
+def _derived(
+    metadata: dict[str, str], stored: dict[str, np.ndarray]
+) -> DerivedColumns | None:
+    columns, codes = _with_prefix(stored, DERIVED_PREFIX), _with_prefix(stored, TEXT_PREFIX)
+    if not {"dropped_derived", "derived_texts", "derived_digest"} & metadata.keys():
+        if columns or codes:
+            raise ValueError("it has derived columns, but nothing is said about them")
         return None
-    return DerivedColumns(columns, int(metadata["dropped_derived"]))
+    texts = {
+        name: None if found is None else TextColumn(codes[name], tuple(found))
+        for name, found in json.loads(metadata["derived_texts"]).items()
+    }
+    return DerivedColumns(columns, int(metadata["dropped_derived"]), texts)
 
 
 def _text(name: bytes) -> str:

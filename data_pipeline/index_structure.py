@@ -13,7 +13,7 @@ from data_pipeline.bundles import LONGEST_LINE
 from data_pipeline.tar_headers import BLOCK
 
 if TYPE_CHECKING:
-    from data_pipeline.index import ShardIndex
+    from data_pipeline.index import ShardIndex, TextColumn
 
 
 def check_structure(index: "ShardIndex", types: Mapping[str, type]) -> None:
@@ -32,6 +32,9 @@ def check_structure(index: "ShardIndex", types: Mapping[str, type]) -> None:
     derived = index.derived.columns if index.derived is not None else {}
     for name, column in [*index.columns.items(), *derived.items()]:
         _check_length(f"column {name}", column, samples)
+    for name, column in (index.derived.texts if index.derived is not None else {}).items():
+        if column is not None:
+            _check_texts(name, column, samples)
     _check_ends("key_end", arrays["key_end"], len(arrays["keys"]))
     _check_ends("member_end", arrays["member_end"], members)
     if (np.diff(arrays["member_end"], prepend=np.uint64(0)) == 0).any():
@@ -52,6 +55,14 @@ def check_structure(index: "ShardIndex", types: Mapping[str, type]) -> None:
             raise ValueError("a bundled sample does not begin with its line")
         if (offsets[1:] < offsets[:-1]).any():
             raise ValueError("members of a bundle are not in order")
+
+
+def _check_texts(name: str, column: "TextColumn", samples: int) -> None:
+    _check_length(f"text {name}", column.codes, samples)
+    if column.codes.dtype != np.uint8 or not all(isinstance(text, str) for text in column.texts):
+        raise ValueError(f"the column of texts {name!r} holds something else")
+    if samples and int(column.codes.max()) > len(column.texts):
+        raise ValueError(f"a sample has a text of {name!r} that is not listed")
 
 
 def _check_length(name: str, values: np.ndarray, wanted: int) -> None:

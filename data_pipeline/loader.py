@@ -12,15 +12,17 @@ position is the step it was started at.
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from data_pipeline.activity import ActivityBoard
+from data_pipeline.cache import CacheSettings
 from data_pipeline.evaluation import EvaluationLoader
 from data_pipeline.faults import FaultCount, FaultFile, FaultLimits, FaultPolicy, OnBadSample
+from data_pipeline.prefetch import Prefetcher
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.settings import Settings
 from data_pipeline.stall import StallWatch, describe_stall
@@ -67,6 +69,8 @@ class LoaderSettings(Settings):
     """Waiting longer than this for a batch logs what each worker is doing, and where."""
     remote: RemoteSettings = RemoteSettings()
     """How shards are read whose names are URLs."""
+    cache: CacheSettings | None = None
+    """Copies of shards on each node's own disk, fetched ahead of the run. null: none."""
 
     def fault_limits(self) -> FaultLimits:
         """When bad samples end the run."""
@@ -79,7 +83,7 @@ class Part(NamedTuple):
     task: str
     micro_batches: list[dict[str, Any]]
     """Batches of the task's fields, with position, row and key; equal shapes on all ranks, but for
-    the length of texts."""
+    the length of texts and the number of boxes."""
 
 
 @dataclass
@@ -120,6 +124,7 @@ class StepLoader:
         stop_step: int,
         pin_memory: bool = False,
         fault_file: FaultFile | None = None,
+        node_ranks: range | None = None,
     ) -> None:
         """Assemble the loader; workers start with the iteration.
 
@@ -132,6 +137,8 @@ class StepLoader:
             stop_step: end of the run (not loaded).
             pin_memory: page-lock images for asynchronous copies; needs CUDA.
             fault_file: where every bad sample is written down.
+            node_ranks: ranks that share this node and its cache; the first of them reads ahead for
+                all. None: this one alone.
         """
         self.settings, self.rank, self._world = settings, rank, world
         self.streams = dict(streams)
@@ -140,11 +147,13 @@ class StepLoader:
         self._fault_file, self._restart = fault_file, False
         self._policy = FaultPolicy(settings.fault_limits(), rank, fault_file)
         self._pin_memory = pin_memory
+        self._node_ranks = range(rank, rank + 1) if node_ranks is None else node_ranks
         self._counters: dict[str, Counter[str]] = {task: Counter() for task in self.streams}
 
     def counters(self, task: str) -> Mapping[str, int]:
         """What storage has done for the windows of a task, on this rank, since the start:
-        bytes_read, retries, cache_hits, cache_misses."""
+        bytes_read (the read-ahead of the node's cache included), retries, cache_hits,
+        cache_misses."""
         return self._counters[task]
 
     def faults(self) -> dict[str, FaultCount]:
@@ -192,9 +201,21 @@ class StepLoader:
             settings.stall_seconds,
             lambda: describe_stall(self.streams, list(requests.waiting), board.read()),
         )
-        with closing(batches), watch:
+        with self._read_ahead(sampler) as ahead, closing(batches), watch:
             for step in range(sampler.start_step, sampler.stop_step):
+                for task, fetched in (ahead.advance(step) if ahead else {}).items():
+                    self._counters[task]["bytes_read"] += fetched
                 yield self._window(step, batches, requests, watch)
+
+    def _read_ahead(self, sampler: StepSampler) -> AbstractContextManager[Prefetcher | None]:
+        """What fills the node's cache, on the rank that does so."""
+        cache, ranks = self.settings.cache, self._node_ranks
+        ordered = {name: s for name, s in self.streams.items() if s.order is not None}
+        if cache is None or not ordered or self.rank != ranks[0]:
+            return nullcontext()
+        shards = {name: stream.reader.shards for name, stream in ordered.items()}
+        rows = {name: stream.order.rows for name, stream in ordered.items()}
+        return Prefetcher(shards, rows, sampler, ranks, cache, self.settings.start_method)
 
     def _window(
         self,

@@ -258,7 +258,8 @@ def make_manifest(written: list[WrittenShard], **about: Any) -> Manifest:
 
 def _columns(index: ShardIndex) -> list[str]:
     """Names of the columns in an index."""
-    return [*index.columns, *index.derived.columns]
+    texts = [name for name, column in index.derived.texts.items() if column is not None]
+    return [*index.columns, *index.derived.columns, *texts]
 
 
 def shard_name(prefix: str, number: int) -> str:

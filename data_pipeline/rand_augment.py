@@ -84,7 +84,8 @@ def augment(
 
 def auto_contrast(image: np.ndarray) -> None:
     """Stretch each channel so that its values reach from 0 to 255; in place."""
-    low, high = image.min((0, 1)).astype(float), image.max((0, 1)).astype(float)
+    used = [np.flatnonzero(counts) for counts in _histograms(image)]
+    low, high = (np.array([levels[end] for levels in used], dtype=float) for end in (0, -1))
     flat = high <= low
     scale = np.where(flat, 1.0, 255 / np.where(flat, 1.0, high - low))
     table = _LEVELS[:, None] * scale + np.where(flat, 0.0, -low * scale)
@@ -94,8 +95,7 @@ def auto_contrast(image: np.ndarray) -> None:
 def equalize(image: np.ndarray) -> None:
     """Flatten each channel's histogram; in place."""
     table = np.empty((256, 3))
-    for channel in range(3):
-        counts = np.bincount(image[:, :, channel].ravel(), minlength=256)
+    for channel, counts in enumerate(_histograms(image)):
         used = counts[counts > 0]
         step = (counts.sum() - used[-1]) // 255
         if used.size <= 1 or step == 0:
@@ -112,6 +112,12 @@ def sharpen(image: np.ndarray, factor: float) -> None:
     smooth = cv2.filter2D(image, -1, _SMOOTH)
     inner = (slice(1, -1), slice(1, -1))
     image[inner] = cv2.addWeighted(image, factor, smooth, 1 - factor, 0)[inner]
+
+
+def _histograms(image: np.ndarray) -> np.ndarray:
+    """(3, 256) int64: how often each channel has each value."""
+    counts = [cv2.calcHist([image], [c], None, [256], [0, 256]).ravel() for c in range(3)]
+    return np.stack(counts).astype(np.int64)
 
 
 def _posterize(image: np.ndarray, share: float) -> None:

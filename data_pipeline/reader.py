@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from zlib_ng.zlib_ng import crc32  # about eight times the speed of zlib's
 
 from data_pipeline import activity
-from data_pipeline.byte_sources import ReadsAhead, byte_source_of
+from data_pipeline.byte_sources import KeepsCopies, ReadsAhead, byte_source_of
 from data_pipeline.index import ShardIndex
 from data_pipeline.locations import is_url
 from data_pipeline.shards import ShardSet, stored_index
@@ -145,23 +145,40 @@ class SampleReader:
             index = self.shards.index(number)
             key = index.key(local)
             for begin, end, run in _runs(self._wanted(index, local, extensions)):
-                activity.reading_bytes(number, begin, end)
-                data = self.source.pread(number, begin, end)
-                view = memoryview(data)
-                for first, behind, extension, offset, size, payload_crc32, header_crc32 in run:
-                    at = offset - begin
-                    if crc32(view[first - begin : behind - begin]) != header_crc32:
-                        header = data[first - begin : behind - begin]
-                        raise ShardError(_header_fault(header, first, index.bundled))
-                    members[extension] = payload = data[at : at + size]
-                    if index.payloads_hashed and crc32(payload) != payload_crc32:
-                        raise ShardError(
-                            f"member .{extension} ({size} bytes at byte {offset}) is damaged: its "
-                            "crc32 is not that of the index"
-                        )
+                try:
+                    members |= self._checked(number, begin, end, run, index)
+                except ShardError:
+                    if not self._renew(number, begin, end):
+                        raise
+                    members |= self._checked(number, begin, end, run, index)
         except ShardError as error:
             raise BadSample(str(error), path, key, row) from error
         return Sample(row, path, key, members)
+
+    def _checked(
+        self, number: int, begin: int, end: int, run: list["_Placed"], index: ShardIndex
+    ) -> dict[str, bytes]:
+        """The members of one run, from the bytes [begin, end) of a shard."""
+        members = {}
+        activity.reading_bytes(number, begin, end)
+        data = self.source.pread(number, begin, end)
+        view = memoryview(data)
+        for first, behind, extension, offset, size, payload_crc32, header_crc32 in run:
+            at = offset - begin
+            if crc32(view[first - begin : behind - begin]) != header_crc32:
+                header = data[first - begin : behind - begin]
+                raise ShardError(_header_fault(header, first, index.bundled))
+            members[extension] = payload = data[at : at + size]
+            if index.payloads_hashed and crc32(payload) != payload_crc32:
+                raise ShardError(
+                    f"member .{extension} ({size} bytes at byte {offset}) is damaged: its "
+                    "crc32 is not that of the index"
+                )
+        return members
+
+    def _renew(self, number: int, begin: int, end: int) -> bool:
+        """Whether the fault may lie in a copy of the bytes, which will now be fetched again."""
+        return isinstance(self.source, KeepsCopies) and self.source.renew(number, begin, end)
 
     def _wanted(
         self, index: ShardIndex, row: int, extensions: Collection[str] | None

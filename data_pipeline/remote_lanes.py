@@ -14,9 +14,8 @@ from data_pipeline.fetch_pool import FetchPool
 from data_pipeline.local_files import LocalFiles
 from data_pipeline.locations import is_url
 from data_pipeline.order import Order
+from data_pipeline.origin import Origin
 from data_pipeline.shards import ShardSet
-from data_pipeline.storage import FileState, TransientReadError
-from data_pipeline.tar_headers import ShardError
 
 _LEAST_BLOCK_BYTES = 32 * 1024
 # What lies between the members of neighbouring samples that are wanted is read along up to here.
@@ -109,7 +108,7 @@ class RemoteLanes:
         self._lanes: OrderedDict[_Lane, None] = OrderedDict()
         self._by_shard: dict[int, list[_Lane]] = {}
         self._in_memory = 0
-        self._versions: dict[int, FileState] = {}
+        self._origin = Origin(self._shards)
 
     def _leave_parent(self) -> None:
         """In a forked process: the threads of the parent are not here."""
@@ -141,27 +140,8 @@ class RemoteLanes:
         lane.end = max(min(begin + self._block_bytes, lane.limit), end)
         self._in_memory += lane.end - begin
         number, stop = lane.number, lane.end
-        lane.coming = self._pool.submit(lambda: self._load(number, begin, stop))
+        lane.coming = self._pool.submit(lambda: self._origin.read(number, begin, stop))
         self._make_room(lane)
-
-    def _load(self, number: int, begin: int, end: int) -> bytes:
-        """In a thread: the bytes [begin, end) of the shard as it was when it was opened."""
-        shard, storage = self._shards.shards[number], self._shards.storage
-        try:
-            if number not in self._versions:
-                known = FileState(shard.bytes, shard.version)
-                self._versions[number] = known if known.version else storage.state(shard.path)
-            found = self._versions[number]
-            if found.size != shard.bytes:
-                raise ShardError(
-                    f"{shard.label}: has {found.size} bytes, but its index describes "
-                    f"{shard.bytes}: the shard was truncated or replaced"
-                )
-            return storage.read(shard.path, begin, end, found)
-        except FileNotFoundError as error:
-            raise ShardError(str(error)) from error
-        except PermissionError as error:
-            raise TransientReadError(str(error)) from error
 
     def _receive(self, lane: _Lane, begin: int, end: int) -> None:
         """Wait for the next block of a lane; let go of what lies before `begin`."""

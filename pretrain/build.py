@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from data_pipeline.boxes import BoxDataSettings, BoxFields
+from data_pipeline.cache import source_of
 from data_pipeline.captions import CaptionFields
 from data_pipeline.faults import FaultFile
 from data_pipeline.images import ImageDataSettings
@@ -14,6 +15,7 @@ from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import SampleReader
 from data_pipeline.remote import RemoteSettings
+from data_pipeline.shards import ShardSet
 from data_pipeline.sources import (
     ShardedData,
     concatenated,
@@ -150,13 +152,18 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream 
     sources = open_sources(task.data, recipe.loader.remote)
     return TaskStream(
         name,
-        SampleReader(concatenated(sources), max_member_bytes=task.data.max_member_bytes),
+        _reader(recipe, concatenated(sources), task.data.max_member_bytes),
         plan_order(sources, task.global_batch, recipe.seed, name),
         build_fields(task.data, tokenizer, train=True),
         recipe.seed,
         task.global_batch,
         task.micro_batch,
     )
+
+
+def _reader(recipe: Recipe, shards: ShardSet, max_member_bytes: int) -> SampleReader:
+    source = source_of(shards, recipe.loader.cache)
+    return SampleReader(shards, source, max_member_bytes=max_member_bytes)
 
 
 def build_evaluation_loader(
@@ -190,7 +197,7 @@ def build_evaluation_loader(
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(
         name,
-        SampleReader(held_out.shards, max_member_bytes=task.data.max_member_bytes),
+        _reader(recipe, held_out.shards, task.data.max_member_bytes),
         None,
         build_fields(data, tokenizer, train=False),
         recipe.seed,

@@ -4,6 +4,7 @@
     python -m tools.benchmark decode
     python -m tools.benchmark git --json git.json
     python -m tools.benchmark engine
+    python -m tools.benchmark memory
     python -m tools.benchmark optimizer
 
 Ratios compare cases of the same run, which take turns; figures are medians of at least five
@@ -34,6 +35,7 @@ BENCHMARKS = {
     "decode": "large photographs: decoding at a fraction of their size, speed and fidelity",
     "git": "the captioning model: against transformers, with one and five captions an image",
     "engine": "the training loop: against the bare DeepSpeed engine on the same work",
+    "memory": "the loader: memory of all its processes over three epochs, also of 10**8 rows",
     "optimizer": "MT-AdamW: time and temporary memory of a step against torch's AdamW",
 }
 

@@ -2,12 +2,15 @@
 
     python -m tools.convert export-git --run runs/git_base --out exports/git_base
     python -m tools.convert import-git git-base/ --out git_base.safetensors > settings.yaml
+    python -m tools.convert import-internimage internimage_t_1k_224.pth --out t.safetensors
+    python -m tools.convert export-internimage --run runs/t --out t.pth
 
 `export-git` writes a folder for transformers' GitForCausalLM and AutoProcessor, reads it back with
 them, and compares their scores with ours. `import-git` writes GIT weights of transformers or of the
 original repository under our names, for the recipe's `initial_weights`, and prints the settings
-that a recipe needs for them. Exit codes: 0 done (and verified); 1 an error, or an export whose
-scores differ; 2 wrong usage.
+that a recipe needs for them. The other two do the same for InternImage, from and to the official
+code, its detectors, and transformers. Exit codes: 0 done (and verified); 1 an error, or an export
+whose scores differ; 2 wrong usage.
 """
 
 import argparse
@@ -20,13 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from safetensors.torch import save_file
 
 from data_pipeline.tar_headers import ShardError
 from pretrain.engine.checkpoint_files import CheckpointError, sync_file
 from pretrain.overlay import to_yaml
+from tools.convert_internimage import add_commands
 from tools.export_record import RECORD, ExportRecord, Verification
 from tools.import_git import Imported, import_weights, read_source
+from tools.weight_files import save_tensors
 
 console = Console(stderr=True)
 
@@ -141,7 +145,7 @@ def _import_git(options: argparse.Namespace) -> int:
         options.encoder_heads,
         options.decoder_heads,
     )
-    _save(imported, options.out)
+    save_tensors(imported.tensors, options.out, imported.format)
     count = sum(tensor.numel() for tensor in imported.tensors.values())
     _say(f"{options.out}: {len(imported.tensors)} tensors, {count / 1e6:,.1f} M values, from the "
          f"{imported.format} format")
@@ -151,21 +155,6 @@ def _import_git(options: argparse.Namespace) -> int:
          "a recipe:")
     print(_settings(options, source.path.parent, imported), end="")
     return 0
-
-
-def _save(imported: Imported, out: Path) -> None:
-    if out.suffix != ".safetensors":
-        raise ValueError(f"--out {out}: the file must end in .safetensors")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        tensors = {name: tensor.contiguous() for name, tensor in imported.tensors.items()}
-        save_file(tensors, temporary, metadata={"format": "pt", "source": imported.format})
-        temporary.chmod(0o644)
-        sync_file(temporary)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _settings(options: argparse.Namespace, folder: Path, imported: Imported) -> str:
@@ -234,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     for tower in ("encoder", "decoder"):
         take.add_argument(f"--{tower}-heads", type=int, metavar="N",
                           help=f"attention heads of the {tower}, which weights alone do not show")
+    add_commands(commands, console)
     return parser
 
 

@@ -180,6 +180,7 @@ def _write_json(path: Path, record: ExportRecord, options: Any, found: Evaluated
         ),
         "generation": {"kind": "greedy", "max_new_tokens": record.max_new_tokens},
         "shards": options.shards,
+        "where": options.where,
         "bad_samples": found.bad_samples,
         "captions": [
             {key: value for key, value in asdict(example).items() if key != "image"}
@@ -225,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = ExportRecord.read(options.export)
         found = evaluate(
             options.export,
-            record.data(options.shards, options.caption_source),
+            record.data(options.shards, options.caption_source, options.where),
             batch=options.batch,
             max_samples=options.max_samples,
             workers=options.workers,
@@ -262,6 +263,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("export", type=Path, metavar="EXPORT", help="folder of an exported model")
     parser.add_argument("--shards", nargs="+", required=True,
                         help="held-out shards: folders, tars, globs or {000..123} expressions")
+    parser.add_argument("--where", metavar="CONDITION",
+                        help="only samples that meet it, as in recipes: \"width >= 256\"")
     parser.add_argument("--caption-source", nargs="+", metavar="SOURCE",
                         help="txt or json:KEY; of several, the first that a sample has; default: "
                         "as the exported task trained")

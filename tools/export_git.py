@@ -36,6 +36,11 @@ def write_git(captioner: TrainedCaptioner, folder: Path, image_size: int | None)
     Raises:
         ValueError: transformers' GIT cannot express this model.
     """
+    if not isinstance(captioner.vit, VitSettings):
+        raise ValueError(
+            f"model.encoders.{captioner.encoder_name} is of type {captioner.vit.type}; "
+            "transformers' GIT has a vision transformer (vit) and nothing else"
+        )
     image, notes = _image_settings(captioner, image_size)
     tokenizer = captioner.tokenizer
     vit, weights = _at_size(captioner.vit, captioner.weights(), captioner.encoder_name, image.size)
@@ -58,7 +63,7 @@ def write_git(captioner: TrainedCaptioner, folder: Path, image_size: int | None)
     with without_bars():
         model.save_pretrained(folder)
     _write_tokenizer(tokenizer, captioner.decoder.max_positions, folder)
-    _write_json(folder / "preprocessor_config.json", _image_processor(image))
+    _write_json(folder / "preprocessor_config.json", image_processor(image, "GitProcessor"))
     (folder / "README.md").write_text(_usage(record), encoding="utf-8")
     record.write(folder)
     return record
@@ -182,10 +187,11 @@ def _both_ends(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _image_processor(image: ImageSettings) -> dict[str, Any]:
+def image_processor(image: ImageSettings, processor: str | None = None) -> dict[str, Any]:
+    """preprocessor_config.json that prepares held-out images as ours are."""
     return {
         "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "GitProcessor",
+        **({"processor_class": processor} if processor else {}),
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": image.size},

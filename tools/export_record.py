@@ -15,7 +15,7 @@ from data_pipeline.captions import CaptionDataSettings, CaptionFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.reader import SampleReader
 from data_pipeline.settings import Settings
-from data_pipeline.shards import ShardSet
+from data_pipeline.sources import open_source
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
 from pretrain.engine.checkpoint_files import write_durable
@@ -98,17 +98,24 @@ class ExportRecord(Settings):
             ) from None
 
     def data(
-        self, shards: Sequence[str], caption_source: Sequence[str] | None = None
+        self,
+        shards: Sequence[str],
+        caption_source: Sequence[str] | None = None,
+        where: str | None = None,
     ) -> CaptionDataSettings:
         """Settings that read `shards` as the exported task did.
 
-        Args: caption_source: other sources than those of the task; the first that a sample has.
+        Args:
+            caption_source: other sources than those of the task; the first that a sample has.
+            where: only samples that meet this condition.
+
         Raises:
-            ValueError: `caption_source` is not understood.
+            ValueError: `caption_source` or `where` is not understood.
         """
         try:
             return CaptionDataSettings(
                 shards=list(shards),
+                where=where,
                 image_extensions=self.image_extensions,
                 caption_source=list(caption_source or self.caption_source),
                 cleaning=self.cleaning,
@@ -137,8 +144,11 @@ def heldout_loader(
 
     Raises:
         FileNotFoundError, ShardError: the shards cannot be opened.
+        ExpressionError: no sample meets the condition `where`.
     """
-    reader = SampleReader(ShardSet.open(data.shards))
+    source = open_source(data.shards, data.where)
     fields = CaptionFields(data, tokenizer, train=False)
-    stream = TaskStream("heldout", reader, None, fields, 0, batch, batch)
+    stream = TaskStream(
+        "heldout", SampleReader(source.shards), None, fields, 0, batch, batch, source.selection
+    )
     return EvaluationLoader(stream, 0, 1, workers=workers, max_samples=max_samples)

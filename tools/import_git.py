@@ -2,30 +2,21 @@
 
 import json
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain.models.git import GitDecoderSettings
 from pretrain.models.git_weights import detect_format, import_git
 from pretrain.models.vit import VitSettings
+from tools.weight_files import read_tensors, weight_file
 
 # CLIP and BERT give every head this many channels, and GIT's released models follow them. Weights
 # do not show the number of heads.
 _HEAD_WIDTH = 64
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 # What our model has built in, and a configuration may say otherwise.
 _FIXED = {
     "hidden_act": "gelu",
@@ -64,13 +55,11 @@ def read_source(path: Path) -> Source:
     Raises:
         ValueError: nothing usable is there, or a file is damaged or holds more than tensors.
     """
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; download the weights first and give their path")
-    file = path if path.is_file() else _weight_file(path)
+    file = weight_file(path)
     config = file.parent / "config.json"
     return Source(
         file,
-        _read_tensors(file),
+        read_tensors(file),
         json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None,
     )
 
@@ -116,47 +105,6 @@ def import_weights(
     )  # fmt: skip
     words = ours[f"objectives.{task}.decoder.embedding.words.weight"]
     return Imported(found, ours, vit, decoder, len(words), notes)
-
-
-def _weight_file(folder: Path) -> Path:
-    for name in _WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(
-        f"{folder} has none of {', '.join(_WEIGHT_FILES)}; give the weight file itself"
-    )
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if path.name.endswith(".index.json"):
-        parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        tensors: dict[str, Tensor] = {}
-        for part in parts:
-            tensors.update(_read_tensors(path.parent / part))
-        return tensors
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        # Not torch's own text: it advises to load with weights_only=False, which runs the code.
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}), or holds more than tensors and is not "
-            "opened, since that could run code"
-        ) from None
-    while isinstance(content, Mapping) and len(inner := _wrapped(content)) == 1:
-        content = content[inner[0]]
-    if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
-        raise ValueError(f"{path} holds no state dict (names with tensors), also not under `model`")
-    return dict(content)
-
-
-def _wrapped(content: Mapping) -> list[str]:
-    """Keys under which checkpoints keep their state dict beside other things."""
-    return [k for k in ("model", "state_dict") if isinstance(content.get(k), Mapping)]
 
 
 def _check_fixed(path: Path, config: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
     python -m tools.shards index   'laion/{00000..00099}.tar'
     python -m tools.shards verify  data/coco/train
     python -m tools.shards inspect data/coco/train --sample 000000000785
+    python -m tools.shards quarantine RUN --release 000000000785
     python -m tools.shards stats   data/coco/train
     python -m tools.shards sheet   data/coco/train --out look.png
     python -m tools.shards repack  data/a data/b --out data/ab --fractions train=0.9,val=0.1
@@ -35,11 +36,14 @@ from rich.progress import (
 from data_pipeline import manifest as manifests
 from data_pipeline.catalogue import expand_specs
 from data_pipeline.columns import column_names
+from data_pipeline.expressions import TEXT_COLUMNS
+from data_pipeline.index import ShardIndex
 from data_pipeline.index_builder import build_index
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
 from data_pipeline.shards import ShardSet, load_or_build_index, stored_index
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.verify import verify_shard
+from tools.find_sample import row_of
 
 Advance = Callable[[int], None]
 
@@ -48,6 +52,7 @@ _MODULES = {
     "sheet": "draw a few samples with captions, boxes and labels as one picture",
     "repack": "merge, filter, split, shuffle and pack anew; the bytes of samples do not change",
     "bench": "time reading, decoding, cropping and the whole loader, on this machine",
+    "quarantine": "list the samples that a run leaves out, take some back, or leave out more",
 }
 """Sub-commands in files of their own, tools/shards_NAME.py."""
 
@@ -139,7 +144,7 @@ def _inspect(options: argparse.Namespace) -> int:
     shards = ShardSet.open(options.shards)
     if options.sample is not None:
         with SampleReader(shards, retries=0) as reader:
-            _print_sample(reader.read(_row_of(shards, options.sample)))
+            _print_sample(reader.read(row_of(shards, options.sample)))
         return 0
     print(f"{len(shards):,} samples in {len(shards.shards):,} shards")
     print(f"{sum(shard.bytes for shard in shards.shards) / 1e6:,.1f} MB")
@@ -152,15 +157,22 @@ def _inspect(options: argparse.Namespace) -> int:
     if len(counts) > _EXTENSIONS_SHOWN:
         print(f"  and {len(counts) - _EXTENSIONS_SHOWN} more extensions: are there dots in keys?")
     print("  columns: " + (", ".join(sorted(column_names(first))) or "none"))
+    print("  columns of texts: " + (", ".join(sorted(_usable_texts(first))) or "none"))
     dropped = first.dropped_columns + (first.derived.dropped if first.derived else 0)
     if dropped:
-        print(f"  {dropped} more numbers are not kept as columns")
+        print(f"  {dropped} more fields are not kept as columns")
     if first.passed_over:
         print(f"  {first.passed_over} files belong to no sample (no extension, or hidden)")
     for row in range(min(_KEYS_SHOWN, len(first))):
         members = ", ".join(f"{m[0]} {m[2]:,} B" for m in first.members(row))
         print(f"  {row}: {first.key(row)} ({members})")
     return 0
+
+
+def _usable_texts(index: ShardIndex) -> list[str]:
+    """Columns of texts that conditions can look at."""
+    texts = index.derived.texts if index.derived else {}
+    return [*TEXT_COLUMNS, *(name for name, column in texts.items() if column is not None)]
 
 
 def _print_manifests(shards: ShardSet) -> None:
@@ -204,19 +216,6 @@ def _text_lines(extension: str, data: bytes) -> list[str]:
 
 def _shorten(line: str) -> str:
     return line if len(line) <= _TEXT_SHOWN else f"{line[:_TEXT_SHOWN]} ... ({len(line):,})"
-
-
-def _row_of(shards: ShardSet, wanted: str) -> int:
-    """Find a sample by key, or else by row number."""
-    first_row = 0
-    for number, shard in enumerate(shards.shards):
-        keys = shards.index(number).keys()
-        if wanted in keys:
-            return first_row + keys.index(wanted)
-        first_row += shard.samples
-    if wanted.isdigit() and int(wanted) < len(shards):
-        return int(wanted)
-    raise ShardError(f"no sample has the key {wanted!r}, and it is no row below {len(shards)}")
 
 
 def _manifest_records(paths: list[str]) -> dict[str, manifests.ShardRecord]:

@@ -12,35 +12,44 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
 from data_pipeline.caption_texts import CaptionSourceSettings, CaptionTexts
 from data_pipeline.members import check_source
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
-from data_pipeline.shards import ShardSet
+from data_pipeline.sources import open_source
 from data_pipeline.tokenizer import train_byte_level_bpe
 
 console = Console(stderr=True)
 
 
 def captions_of_shards(
-    specs: list[str], sources: Sequence[str], max_samples: int | None
+    specs: list[str],
+    sources: Sequence[str],
+    max_samples: int | None = None,
+    where: str | None = None,
 ) -> Iterator[str]:
     """Captions of all samples, or of `max_samples` spread evenly; damaged ones are left out.
 
-    Args: sources: where captions are; those of all sources of a sample are taken.
+    Args:
+        sources: where captions are; those of all sources of a sample are taken.
+        where: only samples that meet this condition.
+
     Raises:
-        ValueError: not a single sample has a caption, or a source is not understood.
+        ValueError: not a single sample has a caption, or the condition is faulty.
     """
     captions = CaptionTexts([CaptionSourceSettings(source=source) for source in sources])
-    shards = ShardSet.open(specs)
-    count = min(len(shards), max_samples or len(shards))
+    data = open_source(specs, where)
+    count = min(data.samples, max_samples or data.samples)
+    rows = np.arange(count) * data.samples // count
+    rows = rows if data.selection is None else data.selection.select(rows)
     faults: list[BadSample] = []
-    with SampleReader(shards) as reader:
-        for place in track(range(count), "reading captions", console=console):
+    with SampleReader(data.shards) as reader:
+        for row in track(rows.tolist(), "reading captions", console=console):
             try:
-                sample = reader.read(place * len(shards) // count, captions.extensions)
+                sample = reader.read(row, captions.extensions)
                 yield from captions.every(sample)
             except BadSample as fault:
                 faults.append(fault)
@@ -87,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--caption-source", nargs="+", default=["txt"], metavar="SOURCE",
                         type=_source,
                         help="as in recipes: txt or json:KEY; of several, all that a sample has")
+    parser.add_argument("--where", metavar="CONDITION",
+                        help="only samples that meet it, as in recipes: \"width >= 256\"")
     parser.add_argument("--max-samples", type=int, help="read only so many samples of the shards")
     parser.add_argument("--vocab-size", type=int, default=8192, help="entries, 259 at least")
     parser.add_argument("--min-frequency", type=int, default=2, help="rarer pairs stay apart")
@@ -96,7 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.text:
         texts = lines_of_files(options.text)
     else:
-        texts = captions_of_shards(options.shards, options.caption_source, options.max_samples)
+        texts = captions_of_shards(
+            options.shards, options.caption_source, options.max_samples, options.where
+        )
     try:
         tokenizer = train_byte_level_bpe(
             texts, options.vocab_size, options.min_frequency, options.lowercase

@@ -27,6 +27,12 @@ class Ranks:
     device: torch.device
 
     @property
+    def of_node(self) -> range:
+        """The ranks of this node; launchers number them without gaps."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_world)
+
+    @property
     def leads(self) -> bool:
         """True on rank 0, the only one that speaks."""
         return self.rank == 0

@@ -198,6 +198,7 @@ class Trainer:
                 streams, schedule, recipe.loader, rank=self.ranks.rank,
                 world=self.ranks.world, start_step=state.step, stop_step=recipe.steps,
                 pin_memory=self.ranks.device.type == "cuda", fault_file=self.faults,
+                node_ranks=self.ranks.of_node,
             )
             self.data_metrics = DataMetrics(self.ranks, self.loader)
             stopped = loop.run(

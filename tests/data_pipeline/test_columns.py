@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from data_pipeline.columns import column_names, column_of
+from data_pipeline.columns import column_names, column_of, text_names, texts_of
+from data_pipeline.expression_values import MISSING_TEXT
 from data_pipeline.expressions import ExpressionError
 from data_pipeline.filters import select_rows
-from data_pipeline.index import MAX_COLUMNS, ShardIndex, index_path
+from data_pipeline.index import MAX_COLUMNS, MAX_TEXTS, ShardIndex, index_path
 from data_pipeline.index_builder import build_index
 from data_pipeline.packer import ShardWriter
 from data_pipeline.shards import CACHE_VARIABLE, ShardSet
@@ -21,7 +22,7 @@ NAN = np.nan
 
 
 def index_of(tmp_path, records: list[dict[str, bytes]]) -> ShardIndex:
-    with ShardWriter(tmp_path / "data", "x", max_samples=100) as writer:
+    with ShardWriter(tmp_path / "data", "x", max_samples=1000) as writer:
         for number, members in enumerate(records):
             writer.write(f"{number}", members)
     path = tmp_path / "data" / "x-000000.tar"
@@ -65,6 +66,24 @@ def test_every_kind_of_column(tmp_path):
     assert [stored[n].dtype for n in ("crowd", "exif.iso", "exif.flash")] == [
         np.uint8, np.uint32, np.float64,
     ]  # fmt: skip
+
+
+def test_texts_that_are_few_and_short(tmp_path):
+    records = [
+        {"class": ["owl", "emu"][n % 2], "url": f"u/{n}", "note": "x" * (101 * (n == 7)),
+         "o": {"nsfw": "NO"}, "odd": "a \ud83d", **({"licence": "CC BY"} if n % 3 else {})}
+        for n in range(MAX_TEXTS + 1)
+    ]  # fmt: skip
+    index = index_of(tmp_path, [{"json": json.dumps(r).encode(), "txt": b"x"} for r in records])
+    assert text_names(index) == {"class", "licence", "url", "note", "o.nsfw", "odd"}
+    assert texts_of(index, "class").tolist() == ["owl", "emu"] * 128
+    assert texts_of(index, "o.nsfw").tolist() == ["NO"] * 256
+    licences = texts_of(index, "licence").tolist()
+    assert licences[:4] == [MISSING_TEXT, "CC BY", "CC BY", MISSING_TEXT]
+    assert texts_of(index, "txt") is None and texts_of(index, "class.words") is None
+    for name in ("url", "note", "odd"):
+        with pytest.raises(ValueError, match=f"'{name}' has more than 255 different texts, or one"):
+            texts_of(index, name)
 
 
 def test_sizes_of_members_that_not_every_sample_has(tmp_path):
@@ -118,7 +137,7 @@ def test_a_flipped_bit_in_a_derived_column_is_found(tmp_path):
     path.write_bytes(whole[: at + 3] + bytes([whole[at + 3] ^ 2]) + whole[at + 4 :])
     with pytest.raises(ShardError, match="digest of its derived columns"):
         ShardIndex.load(path)
-    for name in (b"derived_digest", b"dropped_derived"):
+    for name in (b"derived_digest", b"dropped_derived", b"derived_texts"):
         path.write_bytes(whole.replace(name, name.swapcase()))
         with pytest.raises(ShardError, match="damaged or foreign index"):
             ShardIndex.load(path)

@@ -1,6 +1,9 @@
 """Evaluation: every sample once, equal batch counts, nothing substituted."""
 
+import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.faults import FaultLimits
 from data_pipeline.loader import DataError, EvaluationLoader
@@ -37,6 +40,57 @@ def test_every_sample_once_over_all_ranks(shards, world, workers):
             for place, row in enumerate(batch["row"].tolist()):
                 assert batch["captions"][place] == ([caption(row)] if row >= 0 else [])
                 assert batch["key"][place] == (f"{row:05d}" if row >= 0 else "")
+
+
+class Unread:
+    """A stream of which only the requests are wanted."""
+
+    name, order = "eval", None
+
+    def __init__(self, n_rows: int, micro_batch: int) -> None:
+        self.n_rows, self.micro_batch = n_rows, micro_batch
+
+
+@given(
+    n_rows=st.integers(1, 300),
+    world=st.integers(1, 17),
+    micro_batch=st.integers(1, 20),
+    most=st.none() | st.integers(1, 400),
+)
+@settings(max_examples=300)
+@example(n_rows=1, world=16, micro_batch=8, most=None)
+@example(n_rows=17, world=4, micro_batch=4, most=None)
+@example(n_rows=16, world=4, micro_batch=4, most=None)
+@example(n_rows=100, world=3, micro_batch=7, most=99)
+def test_requests_for_awkward_sizes_and_worlds(n_rows, world, micro_batch, most):
+    loaders = [
+        EvaluationLoader(Unread(n_rows, micro_batch), rank, world, max_samples=most)
+        for rank in range(world)
+    ]
+    ranks = [list(loader.requests()) for loader in loaders]
+    assert {len(requests) for requests in ranks} == {len(loaders[0])}
+    for together in zip(*ranks, strict=True):  # a collective in evaluation meets on every rank
+        assert len({len(request.positions) for request in together}) == 1
+        assert 1 <= len(together[0].positions) <= micro_batch
+    rows = [
+        position
+        for requests in ranks
+        for request in requests
+        for position, valid in zip(request.positions, request.valid, strict=True)
+        if valid
+    ]
+    wanted = min(n_rows, most or n_rows)
+    assert len(rows) == len(set(rows)) == wanted and set(rows) <= set(range(n_rows))
+    gaps = np.diff(sorted(rows))
+    assert not gaps.size or gaps.max() - gaps.min() <= 1  # spread evenly
+    padding = [
+        position
+        for requests in ranks
+        for request in requests
+        for position, valid in zip(request.positions, request.valid, strict=True)
+        if not valid
+    ]
+    assert set(padding) <= {-1}
 
 
 def test_a_part_is_spread_over_the_data_set(shards):

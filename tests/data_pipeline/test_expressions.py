@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.expression_values import MISSING_TEXT
 from data_pipeline.expressions import Expression, ExpressionError, UnknownColumn
 
 ROWS = 12
@@ -164,6 +165,11 @@ def test_columns_at_once_give_what_each_row_gives(condition, seed):
         ("größe.höhe >= 7 and 2 > 1", [3]),
         ("99999999999999999999 > width > -99999999999999999999", [0, 1, 2, 3]),
         ("max(width, 2, score) == 2 and min(width, 1) == 0", [0]),
+        ("licence == 'CC BY'", [0, 3]),
+        ("licence != 'CC BY'", [2]),  # a missing text is in no comparison either
+        ("licence not in ['CC BY', 'x'] or missing(licence)", [1, 2]),
+        ("'C' in licence and not missing(score)", [0, 3]),
+        ("licence == other == 'CC BY'", [0]),
     ],
 )
 def test_what_conditions_keep(text, kept):
@@ -174,6 +180,8 @@ def test_what_conditions_keep(text, kept):
         "größe.höhe": np.array([1, 2, 6, 7]),
         "key": np.array(["a/0", "a/1", "b/2", "b:3"]),
         "shard": np.array(["s1", "s1", "s2", "s2"]),
+        "licence": np.array(["CC BY", MISSING_TEXT, "?", "CC BY"]),
+        "other": np.array(["CC BY", "CC BY", "?", ""]),
     }
     found = Expression(text)(columns.__getitem__, 4)
     assert np.flatnonzero(found).tolist() == kept
@@ -182,6 +190,13 @@ def test_what_conditions_keep(text, kept):
 def test_columns_are_listed_with_their_places():
     found = Expression(" 'é:x' in key or max(a.b, bytes:jpg) > min or missing(column('a b'))")
     assert found.columns == {"key": 11, "a.b": 22, "bytes:jpg": 27, "min": 40, "a b": 55}
+
+
+def test_types_of_columns_follow_from_what_they_are_compared_with():
+    found = Expression("a == 'x' and b in ['y'] and 'z' in c and d == a and missing(e) or f > g")
+    assert found.texts == {"a", "b", "c", "d"} and found.numbers == {"f", "g"}
+    both = Expression("missing(f) and f > 1 or key == h or missing(h)")
+    assert both.texts == {"key", "h"} and both.numbers == {"f"}
 
 
 def test_unknown_columns_come_with_a_suggestion():
@@ -204,12 +219,14 @@ def test_unknown_columns_come_with_a_suggestion():
         ("width", "character 1: `width` is no condition"),
         ("a + (b > 1) > 2", r"character 6: `b > 1` is not a number or a text"),
         ("a > 1 and 3", "character 11: `3` is no condition"),
-        ("a > 'x'", "character 5: `a` and `'x'`: a text and a number"),
+        ("a > 'x' and a > 1", "character 17: `a` and `1`: a text and a number"),
+        ("a + 1 > 'x'", "character 9: `a \\+ 1` and `'x'`: a text and a number"),
         ("key > 1", "`key` and `1`: a text and a number"),
         ("key + 1 > 1", "`key` is a text, where a number is needed"),
         ("a in 3", r"a list in \[\]"),
         ("a in [1, 'x']", "either numbers or texts"),
-        ("a in ['x']", "`a` is not of the type of this list"),
+        ("abs(a) in ['x']", r"`abs\(a\)` is not of the type of this list"),
+        ("a in ['x'] or a in [1]", "character 20: `a` is not of the type of this list"),
         ("a in [b]", "plain numbers or texts"),
         ("a ** 2 > 1", "of arithmetic there is"),
         ("a // 2 > 1", "of arithmetic there is"),

@@ -1,12 +1,14 @@
 """Damaged data: replaced the same way everywhere, counted, named, and fatal beyond a limit."""
 
+import json
 import logging
 import shutil
 
 import numpy as np
 import pytest
 
-from data_pipeline.loader import DataError, LoaderSettings, StepLoader
+from data_pipeline.faults import FaultFile, _ThriftyLog
+from data_pipeline.loader import DataError, Fault, LoaderSettings, StepLoader
 from data_pipeline.reader import TransientReadError
 from data_pipeline.shards import ShardSet
 from tests.data_pipeline.photos import damage, pack, stream
@@ -92,6 +94,62 @@ def test_too_many_in_a_row_end_the_run(damaged):
     with pytest.raises(DataError, match=r"1 samples in a row \(loader.max_bad_run\)"):
         run(damaged, max_bad_run=1)
     run(damaged, max_bad_run=6)
+
+
+def test_a_strict_run_ends_at_the_first_bad_sample(damaged):
+    with pytest.raises(DataError, match=r"a sample \(loader.on_bad_sample is stop\) could not"):
+        run(damaged, on_bad_sample="stop")
+
+
+def test_all_faults_are_in_the_file_and_few_in_the_log(tmp_path, caplog):
+    """75 of 300 samples: a rotten shard must not write a line for each into the log."""
+    pack(tmp_path / "set", 300)
+    damage(tmp_path / "set", list(range(0, 300, 4)))
+    shards = ShardSet.open(str(tmp_path / "set"))
+    with (
+        caplog.at_level(logging.WARNING, "omnipretrain.data"),
+        FaultFile(tmp_path / "faults/rank.jsonl") as file,
+    ):
+        loader = StepLoader(
+            {"a": stream(shards, 12, 4, name="a")},
+            lambda step: ("a", step),
+            LoaderSettings(workers=0, max_bad_fraction=1.0),
+            0,
+            1,
+            0,
+            25,
+            fault_file=file,
+        )
+        list(loader)
+        lines = (tmp_path / "faults/rank.jsonl").read_text().splitlines()
+        written = [json.loads(line) for line in lines]
+    count = loader.faults()["a"]
+    assert count.samples == 300 and count.replaced == 75
+    assert len({fault["position"] for fault in written}) == 75 and len(written) > 75
+    assert all(fault["step"] == fault["position"] // 12 + 1 for fault in written)
+    assert {fault["row"] for fault in written} == set(range(0, 300, 4))
+    assert written[0].keys() == {"step", *Fault._fields, "action"}
+    assert written[0]["action"] == "replaced" and ".tar" in written[0]["shard"]
+    texts = [record.getMessage() for record in caplog.records]
+    assert sum("bad sample replaced" in text for text in texts) == 20
+    assert sum("many bad samples" in text for text in texts) == 1 and len(texts) == 21
+    taken = loader.take_faults()
+    assert sorted(fault.row for fault in taken) == list(range(0, 300, 4))
+    assert loader.take_faults() == []
+
+
+def test_the_log_tells_how_many_it_did_not_name(caplog, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("data_pipeline.faults.time.monotonic", lambda: now)
+    log = _ThriftyLog()
+    with caplog.at_level(logging.WARNING, "omnipretrain.data"):
+        for number in range(50):
+            log.warning("bad %d", number)
+        now += 61
+        log.warning("bad %d", 50)
+    texts = [record.getMessage() for record in caplog.records]
+    assert texts[:20] == [f"bad {number}" for number in range(20)] and len(texts) == 23
+    assert texts[21].startswith("30 more bad samples in 61 s") and texts[22] == "bad 50"
 
 
 def test_a_data_set_without_a_good_sample(tmp_path):

@@ -1,5 +1,6 @@
 """Samples that meet a condition: found in the indices, kept for the next start, read alone."""
 
+import json
 import logging
 import os
 
@@ -64,10 +65,28 @@ def test_shards_that_lack_a_column_have_it_missing(tmp_path, shards):
         select_rows(both, "heigth > 1")
 
 
+def test_texts_of_samples(tmp_path, shards):
+    both = ShardSet([*shards.shards, *write_other(tmp_path / "other").shards])
+    assert kept(both, "kind == 'even'") == [SAMPLES, SAMPLES + 2]
+    assert kept(both, "kind != 'even'") == [SAMPLES + 1, SAMPLES + 3]
+    assert kept(both, "missing(kind) and width < 12") == [0, 1]
+    assert kept(both, "not missing(kind)") == [SAMPLES + n for n in range(4)]
+    for where, message in (
+        ("kind > 3", "'kind' is a column of texts, not of numbers"),
+        ("height == 'x'", "'height' is a column of numbers, not of texts"),
+        ("kin == 'even'", "unknown column 'kin'; did you mean 'kind'"),
+        ("name == 'even'", r"other-000000\.tar: 'name' has more than 255 different texts, or one"),
+    ):
+        with pytest.raises(ExpressionError, match=message):
+            select_rows(both, where)
+
+
 def write_other(folder) -> ShardSet:
     with ShardWriter(folder, "other", max_samples=10) as writer:
         for number in range(4):
-            writer.write(f"o{number}", {"jpg": b"x", "json": b'{"height": %d}' % number})
+            kind = "odd" if number % 2 else "even"
+            record = {"height": number, "kind": kind, "name": "x" * 60 * number}
+            writer.write(f"o{number}", {"jpg": b"x", "json": json.dumps(record).encode()})
     return ShardSet.open(folder)
 
 
@@ -94,6 +113,12 @@ def test_a_cache_that_cannot_be_written_costs_time_only(shards, cache, caplog):
     with caplog.at_level(logging.WARNING):
         assert kept(shards, "width > 100") == list(range(91, SAMPLES))
     assert "is not kept for the next start" in caplog.text
+
+
+def test_with_a_progress_bar(shards, cache, monkeypatch, capfd):
+    monkeypatch.setattr(filters, "_SHARDS_OF_A_BAR", 1)
+    assert kept(shards, "width > 100") == list(range(91, SAMPLES))
+    assert capfd.readouterr().out == ""
 
 
 def test_a_damaged_index_is_an_error_and_leaves_nothing_behind(shards, cache):

@@ -127,9 +127,9 @@ GOLDEN_FAR = [176, 507, 668]
 def test_settings_name_shards_or_sources():
     two = {"a": {"shards": ["x"], "weight": 2.0}, "b": {"shards": ["y"]}}
     assert CaptionDataSettings(sources=two).sources["b"].weight == 1.0
-    with pytest.raises(ValueError, match="exactly one of shards and sources is needed, neither"):
+    with pytest.raises(ValueError, match="shards, sources and stream is needed, none is given"):
         CaptionDataSettings()
-    with pytest.raises(ValueError, match="both are given; set one to null"):
+    with pytest.raises(ValueError, match="shards and sources are given; set one to null"):
         CaptionDataSettings(shards=["x"], sources=two)
     with pytest.raises(ValueError, match="'a b' must be letters, digits and _ only"):
         CaptionDataSettings(sources={"a b": {"shards": ["x"]}})

@@ -71,6 +71,18 @@ def test_dealing(global_batch, micro_batch, world):
         assert any((hand[micro] >= 0).any() for hand in hands)
 
 
+@given(
+    half=st.integers(1, 150), micro_batch=st.sampled_from([2, 4, 6, 32]), world=st.integers(1, 40)
+)
+def test_partners_are_rows_2i_and_2i_plus_1(half, micro_batch, world):
+    """What mixes neighbours may rely on it: batches are even, and padding comes in pairs too."""
+    for rank in range(world):
+        for part in deal(2 * half, micro_batch, rank, world):
+            assert len(part) % 2 == 0
+            first, second = part[::2], part[1::2]
+            assert np.array_equal(np.where(first < 0, -1, first ^ 1), second)
+
+
 def test_a_lane_stays_with_one_rank():
     order = Order.plan(10**7, 0, 64)
     owner: dict[int, int] = {}

@@ -7,10 +7,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline.loader import StepSampler
+from data_pipeline.boxes import BoxDataSettings
+from data_pipeline.loader import MicroBatch, StepSampler, TaskStream
+from data_pipeline.order import Order
+from data_pipeline.pictures import PictureDataSettings
+from data_pipeline.reader import SampleReader
+from data_pipeline.shards import ShardSet
+from data_pipeline.transforms import ImageSettings
 from pretrain.__main__ import main
 from pretrain.build import (
     build_evaluation_loader,
+    build_fields,
     build_model,
     build_schedule,
     build_streams,
@@ -98,6 +105,24 @@ def test_evaluation_covers_held_out_data_once_without_augmentation(recipe_file):
     assert torch.equal(again["images"], batches[0]["images"])
     image = evaluation_image(recipe.tasks["caption"])
     assert (image.mode, image.size) == ("center_crop", 32)
+
+
+def test_each_kind_of_data_has_its_fields(data, recipe_file):
+    recipe = load_recipe(recipe_file)
+    tokenizer = build_tokenizer(recipe)
+    image = ImageSettings(size=32)
+    kinds = {
+        "boxes": BoxDataSettings(shards=[str(data / "train")], classes=10, image=image),
+        "second_images": PictureDataSettings(
+            shards=[str(data / "train")], image=image, second_view=image
+        ),
+    }
+    for name, settings in kinds.items():
+        reader = SampleReader(ShardSet.open(settings.shards))
+        fields = build_fields(settings, tokenizer, train=True)
+        stream = TaskStream("t", reader, Order.plan(len(reader.shards), 0, 4), fields, 0, 4, 4)
+        batch = stream.load(MicroBatch(0, 0, "t", (0, 1, 2, 3), (True,) * 4))
+        assert not batch["faults"] and len(batch["images"]) == len(batch[name]) == 4
 
 
 def test_evaluation_settings_win(recipe_file):

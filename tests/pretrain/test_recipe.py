@@ -193,6 +193,11 @@ def test_every_fault_is_reported_at_once():
             "micro_batch must be 1, not 32",
         ),
         (
+            ["tasks.caption.data.image.sizes=[64, 72]"],
+            "tasks.caption.data.image.sizes=72 is not a multiple of 16, as model.encoders.image "
+            "(vit) needs: use 64 or 80",
+        ),
+        (
             ["tasks.caption.data.image.size=60"],
             "tasks.caption.data.image.size=60 is not a multiple of 16, as model.encoders.image "
             "(vit) needs: use 48 or 64",
@@ -427,6 +432,19 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
             "tasks.classify.data.classes: input should be a valid integer, not None",
         ),
         (
+            [
+                "tasks.more={objective: {type: classification, encoder: image}, global_batch: 4, "
+                "micro_batch: 2, data: {type: boxes, shards: [x], classes: 3, image: {size: 64}}}"
+            ],
+            "tasks.more.data.type='boxes' does not fit tasks.more.objective.type='classification', "
+            "which reads 'labels': change one of them",
+        ),
+        (
+            ["tasks.classify.data.second_view={size: 60}"],
+            "tasks.classify.data.second_view.size=60 is not a multiple of 16, as "
+            "model.encoders.image (vit) needs: use 48 or 64",
+        ),
+        (
             ["tasks.classify.data.label_source='json:'"],
             "tasks.classify.data.label_source: label_source 'json:': write an extension, or "
             "json:KEY",
@@ -465,6 +483,12 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
             ["tasks.classify.objective.smaller_sizes=[640]"],
             "tasks.classify.objective.smaller_sizes: 640 is not below "
             "tasks.classify.data.image.size=64",
+        ),
+        (
+            ["tasks.classify.objective.smaller_sizes=[48]",
+             "tasks.classify.data.image.sizes=[64, 48]"],
+            "tasks.classify.objective.smaller_sizes: 48 is not below "
+            "tasks.classify.data.image.sizes=48",
         ),
         (
             ["tasks.classify.data.mixing={}", "tasks.classify.micro_batch=1"],

@@ -87,6 +87,15 @@ def test_fewer_samples(export, scenes, tmp_path) -> None:
     assert rows == [0, 3, 6]  # spread over the ten
 
 
+def test_samples_that_meet_a_condition(export, scenes, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
+    report, where = tmp_path / "m.json", "key in ['000007', '000002', '000005']"
+    assert run(export, "--shards", scenes / "heldout", "--where", where, "--workers", 0,
+               "--json", report) == 0
+    content = json.loads(report.read_text())
+    assert [c["row"] for c in content["captions"]] == [2, 5, 7] and content["where"] == where
+
+
 def test_errors_are_one_line(export, scenes, run_dir, tmp_path, capsys) -> None:
     def complaint(folder, *more) -> str:
         assert run(folder, "--workers", 0, *more) == 1
@@ -100,6 +109,7 @@ def test_errors_are_one_line(export, scenes, run_dir, tmp_path, capsys) -> None:
     assert "caption_source" in complaint(export, *heldout, "--caption-source", "json:")
     wrong = complaint(export, *heldout, "--caption-source", "json:title")
     assert "KeyError: 'title'" in wrong
+    assert "unknown column 'widht'" in complaint(export, *heldout, "--where", "widht > 3")
     with pytest.raises(SystemExit):
         run(export, *heldout, "--device", "abacus")
     assert "no device" in capsys.readouterr().err

@@ -67,6 +67,19 @@ def test_captions_of_several_sources(tmp_path, capsys):
     assert "write an extension, or json:KEY" in capsys.readouterr().err
 
 
+def test_captions_of_samples_that_meet_a_condition(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
+    pack(tmp_path / "set", 60)
+    lines = [caption(number) for number in range(20, 60, 2)]
+    (tmp_path / "captions.txt").write_text("\n".join(lines), encoding="utf-8")
+    where = ["--shards", tmp_path / "set", "--max-samples", 20, "--vocab-size", 300, "--where"]
+    assert run(tmp_path / "kept", *where, "key >= '00020'") == 0
+    assert run(tmp_path / "same", "--text", tmp_path / "captions.txt", "--vocab-size", 300) == 0
+    assert saved(tmp_path / "kept") == saved(tmp_path / "same")
+    assert run(tmp_path / "none", *where, "key > 'x'") == 1
+    assert "none of the 60 samples meets it" in capsys.readouterr().err
+
+
 def test_without_a_single_caption(tmp_path, capsys):
     with ShardWriter(tmp_path / "set") as writer:
         writer.write("0", {"jpg": b""})

@@ -1,0 +1,220 @@
+"""InternImage weights of others, to our names and back. Names and shapes only: no files.
+
+Our encoder has the official names, so what differs is what stands before and around them: prefixes
+of the ways in which the models were trained, and two renamings of transformers.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pretrain.models.internimage import InternImageSettings
+from pretrain.models.internimage_sizes import SIZES
+
+Target = Literal["official", "detection", "transformers"]
+
+_LAYER_SCALE, _GAMMA = re.compile(r"\.layer_scale([12])$"), re.compile(r"\.gamma([12])$")
+# The official loader of M3I weights writes this name, its model has `fc_norm.0`: a loader that is
+# not strict then loses the norm.
+_BARE_NORM = re.compile(r"^fc_norm\.(weight|bias)$")
+_M3I_NAMES = {"clip.classifier_ln.": "fc_norm.0.", "clip.classifier.": "head."}
+
+
+class Unwrapped(NamedTuple):
+    """Weights under the official names of the classification model."""
+
+    tensors: dict[str, Tensor]
+    notes: list[str]
+    """What was found around the names, and left out for it."""
+
+
+def unwrap(state: Mapping[str, Tensor]) -> Unwrapped:
+    """Take off what training has put around the official names.
+
+    Known are `module.` (data-parallel training), `backbone.` (detectors), `model.` and layer_scale
+    (transformers), `student.` beside a teacher, and the M3I run, which has `dcnv3.` beside a
+    momentum copy `mm_dcnv3.` and a classifier under `clip.`.
+
+    Raises:
+        ValueError: a detector of two composed backbones.
+    """
+    tensors, notes = dict(state), []
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
+    if any(name.startswith("backbone.cb_modules.") for name in tensors):
+        raise ValueError("these are two composed backbones of a detector (CB-InternImage), not one")
+    if any(name.startswith("student.") for name in tensors):
+        tensors = _keep_under("student.", tensors, notes)
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("student_proj")}
+    if any("mask_token" in name for name in tensors):
+        tensors = _of_m3i(tensors, notes)
+    for prefix in ("backbone.", "model."):
+        if any(name.startswith(prefix) for name in tensors):
+            tensors = _keep_under(prefix, tensors, notes)
+    return Unwrapped(
+        {
+            _BARE_NORM.sub(r"fc_norm.0.\1", _LAYER_SCALE.sub(r".gamma\1", name)): tensor
+            for name, tensor in tensors.items()
+        },
+        notes,
+    )
+
+
+def _keep_under(prefix: str, tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    left = len(tensors) - len(kept)
+    notes.append(f"the weights under `{prefix}`" + (f"; {left} others left out" if left else ""))
+    return kept
+
+
+def _of_m3i(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """The online branch: backbone, projector, and the classifier behind them."""
+    kept = {}
+    for name, tensor in tensors.items():
+        renamed = next((n for n in _M3I_NAMES if name.startswith(n)), None)
+        if renamed is not None:
+            kept[_M3I_NAMES[renamed] + name.removeprefix(renamed)] = tensor
+        elif "mm_dcnv3" not in name and ("dcnv3" in name or "clip_projector" in name):
+            kept[name.removeprefix("dcnv3.")] = tensor
+    notes.append(
+        f"the online branch of an M3I run with its classifier; {len(tensors) - len(kept)} others "
+        "left out"
+    )
+    return kept
+
+
+def restore_dots(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Names as moving averages of the official DeepSpeed trainer have them, without any dots, to
+    `names`. Those that it does not know stay as they are."""
+    known = {name.replace(".", ""): name for name in names}
+    return {known.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def recognise_size(tensors: Mapping[str, Tensor]) -> str | None:
+    """Which published model the official names and shapes are those of, if they are any's."""
+    stem = tensors.get("patch_embed.conv2.weight", tensors.get("patch_embedconv2weight"))
+    if stem is None:
+        return None
+    depths = [0, 0, 0, 0]
+    for name in tensors:
+        if found := re.match(r"levels\.?([0-3])\.?blocks\.?(\d+)\D", name):
+            stage, layer = map(int, found.groups())
+            depths[stage] = max(depths[stage], layer + 1)
+    for size, known in SIZES.items():
+        if (known["channels"], known["depths"]) == (len(stem), depths):
+            return size
+    return None
+
+
+def official_shapes(settings: InternImageSettings, classes: int | None) -> dict[str, tuple]:
+    """Official name -> shape of every tensor; classes: rows of the linear layer, none: no layer."""
+    with torch.device("meta"):
+        encoder = settings.build()
+    shapes = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    if classes is not None:
+        width = encoder.width if settings.head is None else encoder.pooled_width
+        shapes |= {"head.weight": (classes, width), "head.bias": (classes,)}
+    return shapes
+
+
+def import_internimage(
+    tensors: Mapping[str, Tensor],
+    settings: InternImageSettings,
+    encoder: str = "image",
+    task: str = "classify",
+    leave_out: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """Weights under the official names (`unwrap`) to ours.
+
+    encoder, task: names of the encoder and the classification task in the recipe.
+    leave_out: patterns over official names of tensors that are not taken, and may be missing.
+
+    Returns name -> tensor as in the model's state dict, float32 where it floats.
+
+    Raises:
+        ValueError: tensors are missing or unknown and not left out, have other shapes, or a
+            pattern matches nothing.
+    """
+    head = tensors.get("head.weight")
+    expected = official_shapes(settings, None if head is None else len(head))
+    everything = expected.keys() | tensors.keys()
+    for pattern in leave_out:
+        if not any(fnmatchcase(name, pattern) for name in everything):
+            raise ValueError(f"--leave-out {pattern!r} matches no tensor")
+    left_out = {n for n in everything if any(fnmatchcase(n, p) for p in leave_out)}
+    _check_complete(tensors, {n: s for n, s in expected.items() if n not in left_out}, left_out)
+    return {
+        _our_name(name, encoder, task): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+        if name not in left_out
+    }
+
+
+def _our_name(name: str, encoder: str, task: str) -> str:
+    return f"objectives.{task}.{name}" if name.startswith("head.") else f"encoders.{encoder}.{name}"
+
+
+def _check_complete(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple], left_out: set[str]
+) -> None:
+    missing = sorted(expected.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - expected.keys() - left_out)
+    other = [
+        f"{name} {tuple(tensors[name].shape)} in place of {shape}"
+        for name, shape in sorted(expected.items())
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    complaints = [
+        f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        for names, what in (
+            (missing, "are missing"), (unknown, "are unknown"), (other, "have another shape"),
+        )
+        if names
+    ]  # fmt: skip
+    if complaints:
+        raise ValueError(
+            f"of the tensors {'; '.join(complaints)}; those that shall not be taken, or may be "
+            "missing, must be named (--leave-out PATTERN)"
+        )
+
+
+def export_internimage(
+    tensors: Mapping[str, Tensor],
+    target: Target,
+    encoder: str = "image",
+    task: str | None = "classify",
+) -> dict[str, Tensor]:
+    """Our weights under foreign names: the inverse of `unwrap` and `import_internimage`.
+
+    tensors: a model's state dict; other encoders and tasks are left out.
+    task: whose linear layer goes along; none: none does. `detection` never has heads.
+
+    Raises:
+        ValueError: there is no such encoder or task.
+    """
+    start = f"encoders.{encoder}."
+    official = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+    if not official:
+        names = sorted({".".join(name.split(".")[:2]) for name in tensors})
+        raise ValueError(f"there is no encoder {encoder!r}; the model has {', '.join(names)}")
+    if target == "detection":
+        return {
+            f"backbone.{name}": tensor
+            for name, tensor in official.items()
+            if name.startswith(("patch_embed.", "levels."))
+        }
+    if task is not None:
+        for part in ("weight", "bias"):
+            name = f"objectives.{task}.head.{part}"
+            if name not in tensors:
+                raise ValueError(f"task {task!r} has no linear layer ({name})")
+            official[f"head.{part}"] = tensors[name]
+    if target == "official":
+        return official
+    return {
+        "model." + _GAMMA.sub(r".layer_scale\1", name): tensor for name, tensor in official.items()
+    }

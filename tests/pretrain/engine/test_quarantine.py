@@ -1,0 +1,143 @@
+"""From bad rows to entries of the ledger, on one rank; runs are in tests/distributed."""
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from data_pipeline.order import Order
+from data_pipeline.revisions import plain_orders
+from data_pipeline.sources import MixedOrder
+from data_pipeline.stream import Fault
+from pretrain.engine.distributed import Ranks
+from pretrain.engine.loop import TrainerState
+from pretrain.engine.quarantine import Quarantine
+from pretrain.engine.quarantine_files import Edit, append_edits, read_list
+from pretrain.engine.run_dir import RunDirError
+
+RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def streams() -> dict:
+    """A plain task, and one of two sources of which b is read three times as often."""
+    mixed = MixedOrder({"a": Order(30, seed=1), "b": Order(12, seed=2)}, [1, 3], seed=5)
+    orders = {"plain": Order(20, seed=3), "mixed": mixed}
+    return {name: SimpleNamespace(order=order) for name, order in orders.items()}
+
+
+def fault(task: str, row: int) -> Fault:
+    return Fault(task, 0, 0, row, "x.tar", f"k{row}", "torn")
+
+
+def start(tmp_path, state: TrainerState) -> Quarantine:
+    return Quarantine(tmp_path, RANKS, state, streams())
+
+
+def test_every_data_set_gets_an_entry_of_its_own(tmp_path):
+    state = TrainerState(step=4)
+    quarantine = start(tmp_path, state)
+    quarantine.gather([fault("plain", 7), *(fault("mixed", row) for row in (3, 30, 41))])
+    quarantine.gather([fault("plain", 8), fault("plain", 7)])
+    assert state.bad_rows == {"plain": [[7, 9]], "mixed": [[3, 4], [30, 31], [41, 42]]}
+    taken = quarantine.streams["mixed"].order.taken(40)
+    assert quarantine.revise({"plain": 40, "mixed": 40}) and not state.bad_rows
+    common = {"kind": "quarantine", "step": 4, "released": []}
+    assert [e for e in state.ledger if e["task"] == "plain"] == [
+        common | {"task": "plain", "source": "", "from_position": 40, "excluded": [[7, 9]]}
+    ]
+    a, b = (e for e in state.ledger if e["task"] == "mixed")
+    assert (a["source"], a["excluded"], a["from_position"]) == ("a", [[3, 4]], 30)
+    assert (b["source"], b["excluded"]) == ("b", [[0, 1], [11, 12]])
+    assert b["from_position"] == -(-taken["b"] // 12) * 12
+    assert [quarantine.metrics(t)["quarantined_samples"] for t in ("plain", "mixed")] == [2, 3]
+    rows = quarantine.streams["mixed"].order.rows(np.arange(40, 2000))
+    assert {3, 30, 41}.isdisjoint(rows[400:].tolist())
+    quarantine.write_list()
+    assert [(e.task, e.row, e.key, e.reason) for e in read_list(tmp_path)] == [
+        (task, row, f"k{row}", "torn")
+        for task, row in (("mixed", 3), ("mixed", 30), ("mixed", 41), ("plain", 7), ("plain", 8))
+    ]
+
+
+def test_without_news_nothing_changes(tmp_path):
+    state = TrainerState()
+    quarantine = start(tmp_path, state)
+    quarantine.gather([])
+    assert not quarantine.revise({"plain": 0, "mixed": 0})
+    quarantine.write_list()
+    assert not state.ledger and not list(tmp_path.iterdir())
+    quarantine.gather([fault("plain", 7)])
+    quarantine.revise({"plain": 0})
+    # A row that is bad again before it leaves, or while its epoch ends, is known already.
+    quarantine.gather([fault("plain", 7)])
+    assert not quarantine.revise({"plain": 8}) and len(state.ledger) == 1
+
+
+def test_the_ledger_alone_gives_the_same_orders(tmp_path):
+    state = TrainerState(step=4)
+    quarantine = start(tmp_path, state)
+    for step, row in ((4, 3), (8, 30), (12, 5)):
+        state.step = step
+        quarantine.gather([fault("mixed", row), fault("plain", row % 20)])
+        quarantine.revise({"mixed": 40 * step, "plain": 13 * step})
+    again = start(tmp_path, TrainerState(step=12, ledger=state.ledger))
+    positions = np.arange(3000)
+    for task in ("plain", "mixed"):
+        rows = [q.streams[task].order.rows(positions) for q in (quarantine, again)]
+        assert np.array_equal(*rows)
+    assert set(plain_orders(again.streams["mixed"].order)) == {"a", "b"}
+
+
+def test_a_data_set_without_a_good_sample_is_left_as_it_is(tmp_path, caplog):
+    state = TrainerState()
+    quarantine = start(tmp_path, state)
+    quarantine.gather([fault("plain", row) for row in range(20)])
+    with caplog.at_level(logging.WARNING, "omnipretrain.quarantine"):
+        assert not quarantine.revise({"plain": 20})
+    assert "all 20 samples are bad; none of them is left out" in caplog.text
+    assert quarantine.streams["plain"].order.rows(np.arange(20)).size == 20
+
+
+def test_edits_are_taken_in_once(tmp_path):
+    state = TrainerState()
+    quarantine = start(tmp_path, state)
+    append_edits(tmp_path, [Edit("plain", "x.tar", "k2", 2, True)])
+    assert quarantine.revise({"plain": 5}) and state.quarantine_edits == 1
+    assert not quarantine.revise({"plain": 5})
+    append_edits(tmp_path, [Edit("plain", "x.tar", "k2", 2, False)])
+    assert quarantine.revise({"plain": 25})
+    assert [e["excluded"] for e in state.ledger] == [[[2, 3]], []]
+    assert state.ledger[1]["released"] == [[2, 3]] and state.ledger[1]["from_position"] == 39
+    quarantine.write_list()
+    assert read_list(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("ledger", "edit", "text"),
+    [
+        ([("gone", "", 20)], "", "leaves out rows of gone: no such task"),
+        ([("plain", "c", 20)], "", r"task plain: the ledger .* does not fit its data: .*\['c'\]"),
+        ([("plain", "", 21)], "", "from position 21 on, which is no border"),
+        ([], "nonsense\n", r"quarantine_edits\.jsonl:1: not an entry"),
+    ],
+)
+def test_what_does_not_fit_the_run_is_an_error(tmp_path, ledger, edit, text):
+    entries = [
+        {"kind": "quarantine", "step": 1, "task": task, "source": source, "from_position": start,
+         "excluded": [[1, 2]], "released": []}
+        for task, source, start in ledger
+    ]  # fmt: skip
+    (tmp_path / "quarantine_edits.jsonl").write_text(edit)
+    with pytest.raises(RunDirError, match=text):
+        start(tmp_path, TrainerState(ledger=entries)).revise({})

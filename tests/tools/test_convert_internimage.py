@@ -1,0 +1,199 @@
+"""InternImage between our runs, the official code, its detectors, and transformers."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from pretrain.models.init import initialise, load_weights
+from pretrain.models.multitask import MultiTaskModel
+from pretrain.objectives.classification import ClassificationSettings
+from tests.pretrain.models.internimage_models import (
+    PUBLISHED,
+    InternImageSettings,
+    read_golden,
+    settings_of,
+    small_settings,
+)
+from tests.tiny_run import tiny_recipe, write_recipe
+from tests.tools.conftest import train
+from tools.convert import main
+from tools.internimage_config import config_of_settings, settings_of_config
+
+NAMES = ("t", "postnorm_ls", "rc", "h_smallhead", "g_smallhead")
+
+
+class Configuration(dict):
+    """What the official trainer keeps beside its weights."""
+
+
+def golden_state(name: str) -> tuple[dict, InternImageSettings, dict]:
+    tensors, info = read_golden(f"internimage_tiny_{name}")
+    state = {key[3:]: tensor for key, tensor in tensors.items() if key.startswith("sd.")}
+    return state, settings_of(f"internimage_tiny_{name}", info), tensors
+
+
+def describe(folder, settings) -> str:
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_official_file_to_logits(name, tmp_path, capsys):
+    """With a configuration object in it, as the official trainer writes them."""
+    state, settings, tensors = golden_state(name)
+    averaged = {f"module.{n}": t + 1 if t.is_floating_point() else t for n, t in state.items()}
+    torch.save({"model": state, "model_ema": averaged, "config": Configuration(a=1), "epoch": 7},
+               tmp_path / "a.pth")  # fmt: skip
+    out = tmp_path / "ours.safetensors"
+    command = ["import-internimage", str(tmp_path / "a.pth"), "--out", str(out), "--settings",
+               describe(tmp_path, settings)]  # fmt: skip
+    assert main(command) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    read = InternImageSettings.model_validate(printed["model"]["encoders"]["image"])
+    assert read == settings
+    assert printed["tasks"]["classify"]["data"]["classes"] == 10
+    encoder = read.build()
+    objective = ClassificationSettings(pool="head").build(
+        {"image": encoder}, None, (0.5,) * 3, (0.5,) * 3, classes=10
+    )
+    model = MultiTaskModel({"image": encoder}, {"classify": objective})
+    initialise(model, 0)
+    assert load_weights(model, out) == []
+    with torch.no_grad():
+        logits = model.eval().objectives["classify"].head(encoder(tensors["input"], pooled=True))
+    torch.testing.assert_close(logits, tensors["logits"], atol=2e-5, rtol=1e-4)
+    assert main([*command, "--weights", "ema"]) == 0
+    shifted = load_file(out)["encoders.image.patch_embed.conv1.bias"]
+    torch.testing.assert_close(shifted, state["patch_embed.conv1.bias"] + 1)
+
+
+def test_average_of_the_deepspeed_trainer_has_no_dots(tmp_path):
+    state, settings, _ = golden_state("t")
+    torch.save({"model_ema": {n.replace(".", ""): t for n, t in state.items()}},
+               tmp_path / "a.pth")  # fmt: skip
+    out = tmp_path / "ours.safetensors"
+    assert main(["import-internimage", str(tmp_path / "a.pth"), "--out", str(out), "--weights",
+                 "ema", "--settings", describe(tmp_path, settings)]) == 0  # fmt: skip
+    found = load_file(out)
+    assert len(found) == len(state)
+    assert torch.equal(found["objectives.classify.head.weight"], state["head.weight"])
+
+
+def test_rows_of_the_head_and_what_is_left_out(tmp_path, capsys):
+    state, settings, _ = golden_state("t")
+    save_file(state, tmp_path / "a.safetensors")
+    (tmp_path / "rows.txt").write_text("7\n2\n5\n")
+    out = tmp_path / "ours.safetensors"
+    command = ["import-internimage", str(tmp_path / "a.safetensors"), "--out", str(out),
+               "--settings", describe(tmp_path, settings)]  # fmt: skip
+    assert main([*command, "--head-rows", str(tmp_path / "rows.txt"), "--task", "sort"]) == 0
+    head = load_file(out)["objectives.sort.head.weight"]
+    assert torch.equal(head, state["head.weight"][[7, 2, 5]])
+    assert yaml.safe_load(capsys.readouterr().out)["tasks"]["sort"]["data"]["classes"] == 3
+    assert main([*command, "--leave-out", "head.*", "--leave-out", "conv_head.*"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["encoders"]["image"].get("head") is None and "tasks" not in printed
+    (tmp_path / "rows.txt").write_text("10\n")
+    assert main([*command, "--head-rows", str(tmp_path / "rows.txt")]) == 1
+    assert "names row 10 of a linear layer with 10" in capsys.readouterr().err
+
+
+def test_a_model_of_unknown_shape_must_be_described(tmp_path, capsys):
+    state, _, _ = golden_state("t")
+    save_file(state, tmp_path / "a.safetensors")
+    assert main(["import-internimage", str(tmp_path / "a.safetensors"), "--out",
+                 str(tmp_path / "b.safetensors")]) == 1  # fmt: skip
+    assert "describe it with --settings" in capsys.readouterr().err
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_config_of_transformers_and_back(size):
+    settings = InternImageSettings(size=size)
+    config = json.loads(json.dumps(config_of_settings(settings, 1000)))
+    assert config["level2_post_norm"] == (size in "HG") == config["use_clip_projector"]
+    back = settings_of_config(config)
+    assert back.model_copy(update={"size": size}) == settings
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"mixer": {"type": "halo"}}, "no mixer but DCNv3"),
+    ({"post_norm": True}, "stage_norm"),
+    ({"head": {"type": "projector", "width": 64}}, "no projector but one of width 1024"),
+])  # fmt: skip
+def test_what_the_official_code_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of_settings(small_settings(**changes), 0)
+
+
+@pytest.fixture(scope="module")
+def run(scenes, tmp_path_factory):
+    """Four steps of classification on a small InternImage with layer scale and batch norm."""
+    folder = tmp_path_factory.mktemp("internimage")
+    recipe = tiny_recipe(scenes, folder / "run", steps=4, ema={"decay": 0.5})
+    caption = recipe["tasks"].pop("caption")
+    recipe["model"]["encoders"]["image"] = {
+        "type": "internimage", "channels": 16, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8],
+        "post_norm": True, "layer_scale": 0.1, "stage_norm": False, "head": {"type": "conv"},
+        "drop_path": 0.2,
+    }  # fmt: skip
+    recipe["tasks"]["classify"] = {
+        "global_batch": 8, "micro_batch": 8,
+        "objective": {"type": "classification", "pool": "head"},
+        "data": {"shards": caption["data"]["shards"], "image": caption["data"]["image"],
+                 "classes": 10},
+        "evaluation": caption["evaluation"],
+    }  # fmt: skip
+    train(write_recipe(folder / "recipe.yaml", recipe), folder / "logs")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("weights", ["master", "ema"])
+@pytest.mark.parametrize("kind", ["official", "transformers", "detection"])
+def test_a_run_goes_out_and_comes_back(run, tmp_path, kind, weights, capsys):
+    from tools.trained import open_run
+
+    out = tmp_path / ("folder" if kind == "transformers" else "a.pth")
+    task = [] if kind == "detection" else ["--task", "classify"]
+    assert main(["export-internimage", "--run", str(run), "--out", str(out), "--format", kind,
+                 "--weights", weights, *task]) == 0  # fmt: skip
+    assert "read back bit for bit" in capsys.readouterr().err
+    trained = open_run(run, weights)
+    ours = trained.model.state_dict()
+    if kind != "transformers":
+        content = torch.load(out, weights_only=True)
+        assert list(content) == [{"official": "model", "detection": "state_dict"}[kind]]
+    else:
+        config = json.loads((out / "config.json").read_text())
+        assert config["num_classes"] == 10 and config["layer_scale"] == 0.1
+        assert json.loads((out / "preprocessor_config.json").read_text())["do_center_crop"]
+    describe_as = trained.recipe.model.encoders["image"]
+    if kind == "detection":
+        describe_as = describe_as.model_copy(update={"head": None})
+    back = tmp_path / "back.safetensors"
+    command = ["import-internimage", str(out), "--out", str(back)]
+    if kind != "transformers":  # there config.json says what it is
+        command += ["--settings", describe(tmp_path, describe_as)]
+    assert main(command) == 0
+    found = load_file(back)
+    heads = ("objectives.", "encoders.image.conv_head.")
+    expected = {n for n in ours if not (kind == "detection" and n.startswith(heads))}
+    assert found.keys() == expected
+    assert all(torch.equal(found[name], ours[name]) for name in found)
+
+
+def test_places_that_are_taken(run, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    for out, kind, message in (
+        ("there", "transformers", "is there already"), ("a.pt", "official", "must end in .pth"),
+    ):  # fmt: skip
+        assert main(["export-internimage", "--run", str(run), "--out", str(tmp_path / out),
+                     "--format", kind]) == 1  # fmt: skip
+        assert message in capsys.readouterr().err
+    assert main(["export-internimage", "--run", str(run), "--out", str(tmp_path / "a.pth"),
+                 "--encoder", "eye"]) == 1  # fmt: skip
+    assert "InternImages are: image" in capsys.readouterr().err

@@ -1,0 +1,276 @@
+"""InternImage for `tools.convert`: weights of others under our names, and ours under theirs."""
+
+import argparse
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pretrain.engine.checkpoint_files import sync_file
+from pretrain.models.internimage import InternImageSettings
+from pretrain.models.internimage_weights import (
+    export_internimage,
+    import_internimage,
+    official_shapes,
+    recognise_size,
+    restore_dots,
+    unwrap,
+)
+from pretrain.overlay import parse_yaml, to_yaml
+from tools.internimage_config import config_of_settings, settings_of_config
+from tools.weight_files import read_tensors, save_tensors, weight_file
+
+# Where checkpoints keep weights, and the moving average of the official trainers.
+_WRAPPINGS = {"trained": ("model", "state_dict", "module"), "ema": ("model_ema",)}
+
+
+def add_commands(commands: Any, console: Console) -> None:
+    """Add import-internimage and export-internimage to the parsers of `tools.convert`."""
+    text = "InternImage weights of others under our names"
+    take = commands.add_parser("import-internimage", help=text, description=text)
+    take.set_defaults(run=lambda options: _import(options, console))
+    take.add_argument("source", type=Path,
+                      help="official .pth (foreign objects in it are passed over, never made), "
+                           "transformers folder, or .safetensors file")
+    take.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    take.add_argument("--encoder", default="image", metavar="NAME",
+                      help="its name in model.encoders (default %(default)s)")
+    take.add_argument("--task", default="classify", metavar="NAME",
+                      help="name in tasks of the classification that has the linear layer "
+                           "(default %(default)s)")
+    take.add_argument("--weights", choices=tuple(_WRAPPINGS), default="trained",
+                      help="ema: the moving average that the file has too (default %(default)s)")
+    take.add_argument("--settings", type=Path, metavar="FILE.yaml",
+                      help="settings of the encoder as in a recipe, for a model that is neither "
+                           "published nor beside a config.json")
+    take.add_argument("--leave-out", action="append", default=[], metavar="PATTERN",
+                      help="official names of tensors that are not taken and may be missing, such "
+                           "as 'head.*' for other classes; may be given again")
+    take.add_argument("--head-rows", type=Path, metavar="FILE",
+                      help="rows of the linear layer to take, one number a line (as in the "
+                           "official map from ImageNet-22K to 1K)")
+    text = "a run's InternImage for the official code, its detectors, or transformers"
+    give = commands.add_parser("export-internimage", help=text, description=text)
+    give.set_defaults(run=lambda options: _export(options, console))
+    give.add_argument("--run", dest="run_dir", type=Path, required=True, metavar="RUN",
+                      help="run directory (its newest checkpoint) or a checkpoint folder")
+    give.add_argument("--out", type=Path, required=True,
+                      help="file that ends in .pth; for transformers a folder that is not there")
+    give.add_argument("--format", choices=("official", "detection", "transformers"),
+                      default="official", help="default %(default)s")
+    give.add_argument("--encoder", default="image", metavar="NAME",
+                      help="its name in model.encoders (default %(default)s)")
+    give.add_argument("--task", metavar="NAME",
+                      help="classification task whose linear layer goes along (default: none)")
+    give.add_argument("--weights", choices=("master", "ema"), default="master",
+                      help="trained weights, or their moving average (default %(default)s)")
+
+
+# ---- import ------------------------------------------------------------------------------------
+
+
+def _import(options: argparse.Namespace, console: Console) -> int:
+    file = weight_file(options.source)
+    try:
+        found = unwrap(read_tensors(file, _WRAPPINGS[options.weights], skip_objects=True))
+        settings = _settings(options, file, found.tensors)
+        tensors = found.tensors
+        if not any("." in name for name in tensors):
+            tensors = restore_dots(tensors, list(official_shapes(settings, 1)))
+        if options.head_rows:
+            tensors = _pick_rows(tensors, options.head_rows)
+        settings, ours = _to_ours(tensors, settings, options)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    save_tensors(ours, options.out, "internimage")
+    count = sum(tensor.numel() for tensor in ours.values())
+    _say(console, f"{options.out}: {len(ours)} tensors, {count / 1e6:,.1f} M values")
+    for note in found.notes:
+        _say(console, f"taken: {note}")
+    _say(console, "settings for a recipe:")
+    print(_recipe(options, settings, tensors, ours), end="")
+    return 0
+
+
+def _settings(
+    options: argparse.Namespace, file: Path, tensors: Mapping[str, Tensor]
+) -> InternImageSettings:
+    if options.settings:
+        text = options.settings.read_text(encoding="utf-8")
+        return InternImageSettings.model_validate(parse_yaml(text, str(options.settings)).data)
+    config = file.parent / "config.json"
+    if config.is_file():
+        described = json.loads(config.read_text(encoding="utf-8"))
+        if described.get("model_type") == "internimage":
+            return settings_of_config(described)
+    size = recognise_size(tensors)
+    if size is None:
+        names = ", ".join(sorted(tensors)[:4])
+        raise ValueError(
+            f"no published InternImage has these shapes (it has {names}, ...); if it is one, "
+            "describe it with --settings"
+        )
+    return InternImageSettings(size=size)
+
+
+def _pick_rows(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The linear layer with these of its rows, in this order."""
+    if "head.weight" not in tensors:
+        raise ValueError("--head-rows: there is no linear layer (head.weight)")
+    try:
+        rows = [int(line) for line in file.read_text(encoding="utf-8").split()]
+    except ValueError:
+        raise ValueError(f"{file} must hold one whole number a line") from None
+    classes = len(tensors["head.weight"])
+    if wrong := [row for row in rows if not 0 <= row < classes]:
+        raise ValueError(f"{file} names row {wrong[0]} of a linear layer with {classes}")
+    picked = {name: tensors[name][rows] for name in ("head.weight", "head.bias")}
+    return {**tensors, **picked}
+
+
+def _to_ours(
+    tensors: Mapping[str, Tensor], settings: InternImageSettings, options: argparse.Namespace
+) -> tuple[InternImageSettings, dict[str, Tensor]]:
+    """Our tensors, and the settings without a head if nothing of it is taken."""
+    ours = import_internimage(
+        tensors, settings, options.encoder, options.task, options.leave_out
+    )
+    bare = settings.model_copy(update={"head": None})
+    start = f"encoders.{options.encoder}."
+    own = {name.removeprefix(start) for name in ours if name.startswith(start)}
+    return (bare if own <= official_shapes(bare, None).keys() else settings), ours
+
+
+def _recipe(
+    options: argparse.Namespace,
+    settings: InternImageSettings,
+    tensors: Mapping[str, Tensor],
+    ours: Mapping[str, Tensor],
+) -> str:
+    """The part of a recipe that describes this model."""
+    encoder: dict[str, Any] = {"type": "internimage"}
+    if settings.size is not None:
+        encoder |= {"size": settings.size}
+        if settings.head is None:
+            encoder["head"] = None
+    else:
+        shape = settings.model_dump(mode="json", exclude_defaults=True)
+        encoder |= {key: value for key, value in shape.items() if key not in _TRAINING}
+        encoder["mixer"] = settings.mixer.model_dump(mode="json")
+        if settings.head is not None:
+            encoder["head"] = settings.head.model_dump(mode="json")
+    recipe: dict[str, Any] = {
+        "initial_weights": str(options.out), "model": {"encoders": {options.encoder: encoder}},
+    }  # fmt: skip
+    if f"objectives.{options.task}.head.weight" in ours:
+        pool = "mean" if settings.head is None else "head"
+        recipe["tasks"] = {options.task: {
+            "objective": {"type": "classification", "encoder": options.encoder, "pool": pool},
+            "data": {"classes": len(tensors["head.weight"])},
+        }}  # fmt: skip
+    return to_yaml(recipe)
+
+
+# Settings that say how to train, not what the weights are.
+_TRAINING = ("drop_path", "gradient_checkpointing")
+
+
+# ---- export ------------------------------------------------------------------------------------
+
+
+def _export(options: argparse.Namespace, console: Console) -> int:
+    from tools.trained import open_run
+
+    _check_place(options)
+    with console.status("reading the checkpoint"):
+        run = open_run(options.run_dir, options.weights)
+    settings = run.recipe.model.encoders.get(options.encoder)
+    if not isinstance(settings, InternImageSettings):
+        names = [n for n, s in run.recipe.model.encoders.items() if s.type == "internimage"]
+        raise ValueError(f"--encoder {options.encoder}: the run's InternImages are: "
+                         f"{', '.join(names) or 'none'}")
+    ours = run.model.state_dict()
+    if options.format == "detection":
+        settings = settings.model_copy(update={"head": None})
+    config_of_settings(settings, 0 if options.task is None else 1)  # or an error that says why not
+    theirs = export_internimage(ours, options.format, options.encoder, options.task)
+    if options.format == "transformers":
+        _write_folder(options.out, theirs, _files_beside(run.recipe, settings, options, theirs))
+    else:
+        wrapping = "state_dict" if options.format == "detection" else "model"
+        _write_file(options.out, {wrapping: OrderedDict(theirs)})
+    _check_read_back(options, settings, ours)
+    _say(console, f"{options.out}: {len(theirs)} tensors, read back bit for bit")
+    return 0
+
+
+def _check_place(options: argparse.Namespace) -> None:
+    if options.format == "transformers":
+        if options.out.exists():
+            raise ValueError(f"--out {options.out} is there already; choose another folder")
+    elif options.out.suffix != ".pth":
+        raise ValueError(f"--out {options.out}: the file must end in .pth")
+
+
+def _files_beside(
+    recipe: Any,
+    settings: InternImageSettings,
+    options: argparse.Namespace,
+    theirs: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """config.json, and how images are prepared if a task says it."""
+    from pretrain.build import evaluation_image
+    from tools.export_git import image_processor
+
+    head = theirs.get("model.head.weight")
+    files = {"config.json": config_of_settings(settings, 0 if head is None else len(head))}
+    if options.task is not None:
+        image = evaluation_image(recipe.tasks[options.task])
+        files["preprocessor_config.json"] = image_processor(image)
+    return files
+
+
+def _write_folder(out: Path, tensors: Mapping[str, Tensor], files: Mapping[str, Any]) -> None:
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, temporary / "model.safetensors", metadata={"format": "pt"})
+    for name, content in files.items():
+        (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for file in temporary.iterdir():
+        file.chmod(0o644)
+        sync_file(file)
+    os.rename(temporary, out)
+
+
+def _write_file(out: Path, content: Mapping[str, Any]) -> None:
+    """A file of torch.save with nothing but tensors in it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        torch.save(content, temporary)
+        sync_file(temporary)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_read_back(
+    options: argparse.Namespace, settings: InternImageSettings, ours: Mapping[str, Tensor]
+) -> None:
+    found = unwrap(read_tensors(weight_file(options.out)))
+    back = import_internimage(found.tensors, settings, options.encoder, options.task or "")
+    different = [name for name, tensor in back.items() if not torch.equal(tensor, ours[name])]
+    if different:
+        raise ValueError(f"{options.out}: {different[0]} reads back as another value")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,112 @@
+"""Weights of others from whatever file they come in: transformers folders, safetensors, torch.save.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pretrain.engine.checkpoint_files import sync_file
+from tools.tensor_pickle import read_torch_zip
+
+_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def weight_file(path: Path) -> Path:
+    """The file itself, or the weight file of a transformers folder. Raises ValueError."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; download the weights first and give their path")
+    if path.is_file():
+        return path
+    for name in _FILES:
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(f"{path} has none of {', '.join(_FILES)}; give the weight file itself")
+
+
+def read_tensors(
+    path: Path, wrappings: Sequence[str] = ("model", "state_dict"), skip_objects: bool = False
+) -> dict[str, Tensor]:
+    """The state dict of a file.
+
+    path: .safetensors, .index.json, or a file of torch.save.
+    wrappings: keys that it may lie under, the one to prefer first.
+    skip_objects: pass over objects of foreign classes beside the tensors (`tools.tensor_pickle`);
+        else a file with any is refused.
+
+    Raises:
+        ValueError: damaged, more than tensors, or no state dict.
+    """
+    if path.name.endswith(".index.json"):
+        parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        tensors: dict[str, Tensor] = {}
+        for part in parts:
+            tensors.update(read_tensors(path.parent / part, wrappings, skip_objects))
+        return tensors
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+    return _unwrap(path, _load(path, skip_objects), wrappings)
+
+
+def _load(path: Path, skip_objects: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if skip_objects:
+            return read_torch_zip(path)
+        # Not torch's own text: it advises to load with weights_only=False, which runs the code.
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}), or holds more than tensors and is not "
+            "opened, since that could run code"
+        ) from None
+
+
+def _unwrap(path: Path, content: Any, wrappings: Sequence[str]) -> dict[str, Tensor]:
+    while isinstance(content, Mapping) and (inner := _wrapped(content, wrappings)):
+        content = content[inner[0]]
+    tensors = content if isinstance(content, Mapping) else {}
+    if not tensors or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(
+            f"{path} holds no state dict (names with tensors), also not under "
+            f"{' or '.join(f'`{key}`' for key in wrappings)}"
+        )
+    return dict(tensors)
+
+
+def _wrapped(content: Mapping, wrappings: Sequence[str]) -> list[str]:
+    """Keys under which checkpoints keep their state dict beside other things."""
+    return [key for key in wrappings if isinstance(content.get(key), Mapping)]
+
+
+def save_tensors(tensors: Mapping[str, Tensor], out: Path, source: str) -> None:
+    """Write a .safetensors file in one rename; source: the format that the tensors came in.
+
+    Raises ValueError for a name that does not end in .safetensors.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out {out}: the file must end in .safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary, metadata={"format": "pt", "source": source})
+        temporary.chmod(0o644)
+        sync_file(temporary)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
