@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator, Field, field_validator
 
+from data_pipeline.labels import LabelSource
 from data_pipeline.members import AbsentValue, MemberSource, bad, check_source
 from data_pipeline.reader import Sample
 from data_pipeline.settings import Settings
@@ -27,6 +28,9 @@ class CaptionSourceSettings(Settings):
     templates: list[str] = Field(default=[])
     """Sentences around a text of this source, for example "a photo of a {}." around the name of a
     class: one is drawn by seed for each text, in evaluation the first is taken. [] = the text."""
+    class_names: list[str] = Field(default=[])
+    """Names of classes in the order of their numbers: the source then holds the number of a class
+    ("cls", "json:label"), and its name is the text. [] = the source holds texts."""
 
     @field_validator("source")
     @classmethod
@@ -39,6 +43,14 @@ class CaptionSourceSettings(Settings):
         for template in value:
             if template.count("{}") != 1:
                 raise ValueError(f"template {template!r} must hold {{}} once, for the text")
+        return value
+
+    @field_validator("class_names")
+    @classmethod
+    def _names(cls, value: list[str]) -> list[str]:
+        for number, name in enumerate(value):
+            if not name.strip():
+                raise ValueError(f"class_names: class {number} has an empty name")
         return value
 
 
@@ -102,6 +114,23 @@ class CaptionSource(MemberSource):
         return captions
 
 
+class ClassNameSource:
+    """Finds the class number of a sample and gives the name of the class, as a `CaptionSource`."""
+
+    def __init__(self, source: str, names: Sequence[str]) -> None:
+        self._labels, self._names = LabelSource(source, len(names)), names
+        self.extension = self._labels.extension
+
+    def read(self, sample: Sample) -> list[str]:
+        """One text: the name.
+
+        Raises:
+            AbsentValue: no such member or key, or null under the key.
+            BadSample: not a whole number, or none of the classes.
+        """
+        return [self._names[self._labels.read(sample)]]
+
+
 class CaptionTexts:
     """Reads texts of samples from weighted sources.
 
@@ -115,7 +144,12 @@ class CaptionTexts:
         sources: Sequence[CaptionSourceSettings],
         cleaning: CleaningSettings = CleaningSettings(),  # noqa: B008 (it is immutable)
     ) -> None:
-        self._sources = [CaptionSource(settings.source) for settings in sources]
+        self._sources = [
+            ClassNameSource(settings.source, settings.class_names)
+            if settings.class_names
+            else CaptionSource(settings.source)
+            for settings in sources
+        ]
         self._templates = [settings.templates for settings in sources]
         self._weights = np.array([settings.weight for settings in sources])
         self.cleaning = cleaning

@@ -159,12 +159,13 @@ def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str
         sizes = [("size", image.size), *(("sizes", size) for size in image.sizes or ())]
         for field, size in sizes:
             found += _check_multiple(f"{key}.{field}", size, step, needs)
+    trained, least = "size", task.data.image.size
+    if task.data.image.sizes:
+        trained, least = "sizes", min(task.data.image.sizes)
     for size in getattr(task.objective, "smaller_sizes", ()):
         key = f"{where}.objective.smaller_sizes"
-        if size >= task.data.image.size:
-            found.append(
-                f"{key}: {size} is not below {where}.data.image.size={task.data.image.size}"
-            )
+        if size >= least:
+            found.append(f"{key}: {size} is not below {where}.data.image.{trained}={least}")
         found += _check_multiple(key, size, step, f"model.encoders.{name} ({encoder.type}) needs")
     return found
 

@@ -116,6 +116,18 @@ def test_templates_are_drawn_for_each_text():
     assert single.draw(sample(**{"class": "bag {}"}), 1, forbidden) == ["a bag {} of {{tricks"]
 
 
+def test_numbers_of_classes_become_their_names():
+    source = {"source": "json:label", "class_names": ["owl", " red  kite"], "templates": ["a {}"]}
+    reader = texts([source, TITLE])
+    assert reader.references(sample(label=1, title="t")) == ["a red kite"]
+    assert drawn(reader, sample(label=0, title="t"), 100).keys() == {("a owl",), ("t",)}
+    assert drawn(reader, sample(title="t"), 20).keys() == {("t",)}
+    with pytest.raises(BadSample, match=r"json:label: label 2 is not in 0\.\.1 \(classes\)"):
+        reader.references(sample(label=2))
+    with pytest.raises(ValueError, match="class 1 has an empty name"):
+        texts([{"source": "cls", "class_names": ["owl", " "]}])
+
+
 def test_cleaning():
     reader = texts(
         "txt", replace={"<PERSON>": "person", "<PER": "x", "person": "y"}, lowercase=True,

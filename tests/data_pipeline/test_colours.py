@@ -76,6 +76,18 @@ def test_hue_turns(turns):
         assert np.abs(found[place] - expected).max() < 9  # hue has 256 steps
 
 
+def test_a_part_of_an_image_is_changed_in_place():
+    """As large-scale jitter needs it, whose padding keeps its colour."""
+    every = {"brightness": 1.2, "contrast": 0.7, "saturation": 1.4, "hue": 0.1, "grayscale": True,
+             "blur": 1.0, "solarize": True}  # fmt: skip
+    for name, value in every.items():
+        canvas = np.full((70, 90, 3), 7, np.uint8)
+        canvas[:60, :80] = picture(3)
+        apply_colours(canvas[:60, :80], Colours(**{name: value}))
+        assert np.array_equal(canvas[:60, :80], changed(picture(3), **{name: value})), name
+        assert (canvas[60:] == 7).all() and (canvas[:, 80:] == 7).all(), name
+
+
 def test_chances():
     jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
     for name in jitter:

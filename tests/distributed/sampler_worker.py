@@ -52,7 +52,7 @@ def global_batch(task: str, visit: int) -> dict[str, torch.Tensor]:
 class ToyStream:
     """What the loader needs of a task; others have smaller micro-batches."""
 
-    global_batch = SAMPLES
+    global_batch, order = SAMPLES, None
 
     def __init__(self, task: str) -> None:
         self.task, self.micro_batch = task, 4 if task == "words" else 2
@@ -61,7 +61,7 @@ class ToyStream:
         positions = torch.tensor(request.positions)
         whole = global_batch(request.task, int(positions[0]) // SAMPLES)
         rows = {name: values[positions % SAMPLES] for name, values in whole.items()}
-        return {**rows, "position": positions, "seconds": {}, "faults": []}
+        return {**rows, "position": positions, "seconds": {}, "counters": {}, "faults": []}
 
     def locate(self, positions: np.ndarray) -> list[str]:
         return ["toy"] * len(positions)

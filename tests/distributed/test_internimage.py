@@ -1,11 +1,13 @@
 """InternImage on two ranks, with drop path, recomputation and both heads, against one process."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pretrain.engine.checkpoint_files import read_full_state
 from tests.distributed.internimage_worker import (
     BATCH,
     HEADS,
@@ -17,6 +19,7 @@ from tests.distributed.internimage_worker import (
     start,
 )
 from tests.distributed.launch import run_ranks, tails
+from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
 WORLD = 2
 
@@ -60,3 +63,38 @@ def test_losses_gradients_and_statistics(launched, plain, stage):
     for name, buffer in buffers.items():
         torch.testing.assert_close(found[name], buffer.float(), atol=1e-6, rtol=1e-5, msg=name)
     assert bool(buffers) == (head == "conv")
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_a_resume_repeats_drop_path_and_statistics(stage, tmp_path):
+    """bfloat16, on both ranks: bit for bit what the run without a break has."""
+    pack_scenes(tmp_path)
+    recipe = tiny_recipe(
+        tmp_path, tmp_path / "run", steps=6, precision="bf16", deepspeed=f"zero{stage}",
+        checkpoint={"every_steps": 3, "keep_last": 3},
+    )  # fmt: skip
+    data = recipe["tasks"].pop("caption")["data"]
+    recipe["model"]["encoders"]["image"] = {
+        "type": "internimage", "channels": 16, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8],
+        "head": {"type": "conv"}, "drop_path": 0.5,
+    }  # fmt: skip
+    recipe["tasks"]["classify"] = {
+        "global_batch": 8, "micro_batch": 2,
+        "objective": {"type": "classification", "pool": "head"},
+        "data": {"shards": data["shards"], "image": data["image"], "classes": 10},
+    }  # fmt: skip
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    assert run_ranks("pretrain.train", [path], WORLD, tmp_path / "a") == [0] * WORLD, tails(
+        tmp_path / "a")
+    last = "checkpoints/step_000000006"
+    wanted = read_full_state(tmp_path / "run" / last)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / last)
+    arguments = ["--resume", tmp_path / "other"]
+    assert run_ranks("pretrain.train", arguments, WORLD, tmp_path / "b") == [0] * WORLD, tails(
+        tmp_path / "b")
+    found = read_full_state(tmp_path / "other" / last)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    statistics = "encoders.image.conv_head.1.0.running_var"
+    assert found[statistics].dtype == torch.float32 and found[statistics].std() > 0

@@ -1,9 +1,13 @@
 """InternImage in recipes: what its settings allow beside the tasks that use it."""
 
 import pytest
+import torch
 import yaml
 
+from pretrain.models.multitask import MultiTaskModel
+from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import RecipeError, load_recipe, load_resolved
+from tests.pretrain.models.internimage_models import PUBLISHED
 
 SMALL = "channels: 16, depths: [1, 1, 2, 1], groups: [1, 2, 4, 8]"
 
@@ -62,3 +66,76 @@ def test_impossible_combinations(changes, message):
 
 def test_any_side_is_fine_without_projector():
     load_recipe("digits_multitask", overrides(SMALL, "tasks.classify.data.image.size=75"))
+
+
+IN1K, IN22K = 1_281_167, 14_197_122
+
+
+@pytest.mark.parametrize("name, size, pixels, drop_path, epochs, micro_batch", [
+    ("internimage_t_in1k", "T", 224, 0.1, 300, 128),
+    ("internimage_s_in1k", "S", 224, 0.4, 300, 128),
+    ("internimage_b_in1k", "B", 224, 0.5, 300, 128),
+    ("internimage_l_in1k_384", "L", 384, 0.1, 20, 16),
+    ("internimage_xl_in1k_384", "XL", 384, 0.2, 20, 16),
+    ("internimage_h_in1k_640", "H", 640, 0.2, 20, 16),
+    ("internimage_g_in1k_512", "G", 512, 0.4, 20, 8),
+])  # fmt: skip
+def test_published_settings(name, size, pixels, drop_path, epochs, micro_batch):
+    """Section by section what the released configurations say, rates scaled to the batch."""
+    recipe = load_recipe(name)
+    encoder, task = recipe.model.encoders["image"], recipe.tasks["classify"]
+    from_scratch = epochs == 300
+    batch = 4096 if from_scratch else 512
+    assert (encoder.size, encoder.drop_path, task.data.image.size) == (size, drop_path, pixels)
+    assert (task.global_batch, task.micro_batch, task.data.classes) == (batch, micro_batch, 1000)
+    assert recipe.steps == round(epochs * IN1K / batch)
+    warmup = 20 if from_scratch else 2
+    assert recipe.schedule.warmup_steps == pytest.approx(warmup * IN1K / batch, abs=1)
+    base = 5e-4 if from_scratch else 2e-5
+    assert recipe.optimizer.lr == pytest.approx(base * batch / 512)
+    lowest = recipe.schedule.final_ratio * recipe.optimizer.lr
+    assert lowest == pytest.approx(5e-6 * batch / 512 if from_scratch else 0.0)
+    assert (recipe.optimizer.weight_decay, recipe.optimizer.clip_norm) == (0.05, 5.0)
+    assert (recipe.optimizer.betas, recipe.ema.decay) == ((0.9, 0.999), 0.9999)
+    assert task.objective.label_smoothing == (0.1 if from_scratch else 0.3)
+    assert (task.data.mixing is not None, task.data.image.erase is not None) == (from_scratch,) * 2
+    if from_scratch:
+        assert (task.data.mixing.mixup_alpha, task.data.mixing.cutmix_alpha) == (0.8, 1.0)
+        assert task.data.image.erase.probability == 0.25
+    augment = task.data.image.rand_augment
+    assert (augment.operations, augment.magnitude, augment.magnitude_std) == (2, 9.0, 0.5)
+    decay = {} if from_scratch else {"encoders.image": 0.9}
+    assert recipe.optimizer.layer_decay == decay
+    assert encoder.gradient_checkpointing != from_scratch
+
+
+@pytest.mark.parametrize("name, size, pixels, epochs", [
+    ("internimage_l_in22k_192", "L", 192, 90), ("internimage_xl_in22k_192", "XL", 192, 90),
+    ("internimage_l_in22k_384", "L", 384, 10), ("internimage_xl_in22k_384", "XL", 384, 10),
+    ("internimage_h_in22k_384", "H", 384, 30), ("internimage_g_in22k_384", "G", 384, 30),
+])  # fmt: skip
+def test_stages_on_imagenet_22k(name, size, pixels, epochs):
+    recipe = load_recipe(name)
+    task = recipe.tasks["classify"]
+    assert (recipe.model.encoders["image"].size, task.data.image.size) == (size, pixels)
+    assert task.data.classes == 21841
+    assert recipe.steps == pytest.approx(epochs * IN22K / task.global_batch, abs=1)
+
+
+@pytest.mark.parametrize("name", ["internimage_t_in1k", "internimage_h_in1k_640"])
+def test_optimizer_groups_of_the_recipes(name):
+    """Every pattern matches, and the DCN multiplier and the decay by depth multiply."""
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        encoder = recipe.model.encoders["image"].build()
+        task = recipe.tasks["classify"].objective.build({"image": encoder}, None, (0,), (1,), 1000)
+        model = MultiTaskModel({"image": encoder}, {"classify": task})
+    groups = parameter_groups(model, recipe.optimizer)
+    count = sum(p.numel() for group in groups for p in group["params"])
+    assert count == PUBLISHED[recipe.model.encoders["image"].size][0]
+    rates = {group["lr_multiplier"] for group in groups}
+    if name == "internimage_t_in1k":
+        assert rates == {1.0}
+    else:
+        assert min(rates) == pytest.approx(0.1 * 0.9 ** (sum(encoder.depths) - 1))
+        assert max(rates) == 1.0

@@ -485,6 +485,12 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
             "tasks.classify.data.image.size=64",
         ),
         (
+            ["tasks.classify.objective.smaller_sizes=[48]",
+             "tasks.classify.data.image.sizes=[64, 48]"],
+            "tasks.classify.objective.smaller_sizes: 48 is not below "
+            "tasks.classify.data.image.sizes=48",
+        ),
+        (
             ["tasks.classify.data.mixing={}", "tasks.classify.micro_batch=1"],
             "tasks.classify: data.mixing mixes neighbours: micro_batch must be even, not 1",
         ),

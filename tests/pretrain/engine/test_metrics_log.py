@@ -93,7 +93,7 @@ def test_lines_that_are_no_metrics_are_dropped_and_named(tmp_path, caplog):
     path.write_text('{"step": 1}\n\x00\x00\n[3]\n{"step": 2}\n{"step": 3}')
     drop_later_steps(path, 3)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert f"{path}:2: not a line of metrics" in caplog.text and f"{path}:3" in caplog.text
+    assert f"{path}:2: not a line of JSON" in caplog.text and f"{path}:3" in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
