@@ -154,9 +154,7 @@ def spool_documents(
     Args: files: path, and whether it holds a document per line; separator: id behind each document.
     Errors: ValueError if there is no token; OSError.
     """
-    state = [(os.fspath(p), lines, p.stat().st_size, p.stat().st_mtime_ns) for p, lines in files]
-    identity = json.dumps([state, text_field, tokenizer.digest, separator, seed])
-    place = Path(f"{place}-{sha256(identity.encode()).hexdigest()[:16]}")
+    place = _identified(place, files, [text_field, tokenizer.digest, separator, seed])
     known = Path(f"{place}.json")
     if known.exists():
         return Spool(**json.loads(known.read_bytes()))
@@ -202,6 +200,13 @@ def spool_documents(
     )
     write_atomically(known, [json.dumps(spool._asdict()).encode()])
     return spool
+
+
+def _identified(place: Path, files: Sequence[tuple[Path, bool]], options: list[Any]) -> Path:
+    """Return a name that only the same files and options have."""
+    state = [(os.fspath(p), lines, p.stat().st_size, p.stat().st_mtime_ns) for p, lines in files]
+    digest = sha256(json.dumps([state, options]).encode()).hexdigest()
+    return Path(f"{place}-{digest[:16]}")
 
 
 def _files(inputs: Sequence[Path]) -> list[tuple[Path, bool]]:
