@@ -68,9 +68,15 @@ class Quarantine:
         self._apply_ledger()
 
     def gather(self, faults: Sequence[Fault]) -> None:
-        """Make the bad rows of all ranks known to all of them. A collective."""
+        """Make the bad rows of all ranks known to all of them. A collective.
+
+        Samples of tasks that are read as streams have no rows; nothing can be left out of those.
+        """
         everyone: list[Any] = [None] * self.ranks.world
-        mine = [Listed(f.task, f.shard, f.key, f.row, f.reason, None) for f in faults]
+        mine = [
+            Listed(f.task, f.shard, f.key, f.row, f.reason, None)
+            for f in faults if f.task in self.streams
+        ]
         dist.all_gather_object(everyone, mine)
         found = [entry for own in everyone for entry in own]
         for task in sorted({entry.task for entry in found}):
