@@ -41,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=12, help="made-up photographs")
     parser.add_argument("--megapixels", type=float, default=6.0, help="of the made-up photographs")
     parser.add_argument(
-        "--bits-per-pixel", type=float, default=1.5, help="of the made-up photographs' JPEGs"
+        "--bits-per-pixel",
+        type=float,
+        default=1.5,
+        help="of the made-up photographs, as near as JPEG qualities of 50 and more come to it",
     )
     parser.add_argument("--crops", type=int, default=48, help="images per repetition")
     parser.add_argument("--size", type=int, default=224, help="output pixels")
