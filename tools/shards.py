@@ -148,6 +148,8 @@ def _inspect(options: argparse.Namespace) -> int:
     print("  members: " + ", ".join(f"{e} x {n:,}" for e, n in counts[:_EXTENSIONS_SHOWN]))
     if len(counts) > _EXTENSIONS_SHOWN:
         print(f"  and {len(counts) - _EXTENSIONS_SHOWN} more extensions: are there dots in keys?")
+    if first.bundled:
+        print("  its samples lie in bundles")
     print("  columns: " + (", ".join(sorted(column_names(first))) or "none"))
     print("  columns of texts: " + (", ".join(sorted(_usable_texts(first))) or "none"))
     dropped = first.dropped_columns + (first.derived.dropped if first.derived else 0)
