@@ -91,6 +91,16 @@ inline Vector<A, W> load(const T* from) {
   }
 }
 
+// The bits of bfloat16 numbers in the upper halves, rounded to nearest even.
+template <int W>
+inline Vector<uint32_t, W> rounded(Vector<float, W> values) {
+  const auto bits = (Vector<uint32_t, W>)values;
+  const auto nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+  // Rounding would carry a NaN over into an infinity.
+  const auto nan = (Vector<uint32_t, W>)(values != values);
+  return (nan & 0x7fc00000u) | (~nan & nearest);
+}
+
 // The inverse of `load`, rounding to nearest even.
 template <class A, int W, class T>
 inline void store(Vector<A, W> values, T* to) {
@@ -99,12 +109,7 @@ inline void store(Vector<A, W> values, T* to) {
   } else if constexpr (std::is_same_v<T, A>) {
     std::memcpy(to, &values, sizeof(values));
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const auto bits = (Vector<uint32_t, W>)values;
-    const auto rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    // Rounding would carry a NaN over into an infinity.
-    const auto nan = (Vector<uint32_t, W>)(values != values);
-    const auto chosen = (nan & 0x7fc00000u) | (~nan & rounded);
-    const auto high = __builtin_convertvector(chosen >> 16, Vector<uint16_t, W>);
+    const auto high = __builtin_convertvector(rounded<W>(values) >> 16, Vector<uint16_t, W>);
     std::memcpy(to, &high, sizeof(high));
   } else {
 #if defined(__AVX512F__)
@@ -123,6 +128,23 @@ inline void store(Vector<A, W> values, T* to) {
 #endif
     for (int i = 0; i < W; ++i) to[i] = static_cast<T>(values[i]);
   }
+}
+
+// 2 * W bfloat16 values: the even ones and the odd ones.
+template <class V>
+inline void load_pair(const c10::BFloat16* from, V& even, V& odd) {
+  constexpr int kWidth = sizeof(V) / sizeof(float);
+  Vector<uint32_t, kWidth> bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  even = (V)(bits << 16);
+  odd = (V)(bits & 0xffff0000u);
+}
+
+template <class V>
+inline void store_pair(V even, V odd, c10::BFloat16* to) {
+  constexpr int kWidth = sizeof(V) / sizeof(float);
+  const auto bits = (rounded<kWidth>(even) >> 16) | (rounded<kWidth>(odd) & 0xffff0000u);
+  std::memcpy(to, &bits, sizeof(bits));
 }
 
 // Puts the sum of each of four vectors into to[0], to[1], to[2], to[3], or adds it to these.

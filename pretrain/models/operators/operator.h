@@ -129,8 +129,14 @@ void backward(const Shape& shape, const Geometry& geometry, Tile tile, int64_t p
     }
   }
   if constexpr (!std::is_same_v<T, A>) {
-    for (int64_t at = first; at < shape.pixels * channels; at += channels) {
-      convert(sums + at, count, gradients.values + start + at);
+    T* values = gradients.values + start;
+    for (int64_t pixel = 0; pixel < shape.pixels; ++pixel) {
+      for (int64_t group = first; group < first + count; group += shape.depth) {
+        in_blocks(shape.depth, [&]<int N>(int64_t channel) {
+          const int64_t at = pixel * channels + group + channel;
+          round_sums<N>(sums + at, values + at);
+        });
+      }
     }
   }
 }

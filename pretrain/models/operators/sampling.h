@@ -29,11 +29,32 @@ struct ManyMaps {
 };
 
 // N channels of a group in vectors as wide as the machine has them.
-template <class A, int N>
+//
+// Of bfloat16 two vectors are read at once, the even channels and the odd ones: that needs no
+// shuffling. Sums that belong to a block are in its order.
+template <class T, int N>
 struct Block {
-  static constexpr int kWidth = std::min<int>(N, kVectorBytes / sizeof(A));
+  using A = Sum<T>;
+  static constexpr bool kPaired = std::is_same_v<T, c10::BFloat16> && N >= 8;
+  static constexpr int kWidth = std::min<int>(kPaired ? N / 2 : N, kVectorBytes / sizeof(A));
   static constexpr int kVectors = N / kWidth;
   using V = Vector<A, kWidth>;
+
+  [[gnu::always_inline]] static void load(const T* from, V (&to)[kVectors]) {
+    if constexpr (kPaired) {
+      for (int k = 0; k < kVectors; k += 2) load_pair(from + k * kWidth, to[k], to[k + 1]);
+    } else {
+      for (int k = 0; k < kVectors; ++k) to[k] = omnipretrain::load<A, kWidth>(from + k * kWidth);
+    }
+  }
+
+  [[gnu::always_inline]] static void store(const V (&from)[kVectors], T* to) {
+    if constexpr (kPaired) {
+      for (int k = 0; k < kVectors; k += 2) store_pair(from[k], from[k + 1], to + k * kWidth);
+    } else {
+      for (int k = 0; k < kVectors; ++k) omnipretrain::store<A, kWidth>(from[k], to + k * kWidth);
+    }
+  }
 };
 
 // N channels of the sum over points [q, end) of one group.
@@ -41,7 +62,7 @@ template <int N, class T, class Maps>
 [[gnu::always_inline]] inline void gather(const T* values, int64_t channels,
                                           const Points<Sum<T>>& points, Maps maps,
                                           int64_t q, int64_t end, T* out) {
-  using B = Block<Sum<T>, N>;
+  using B = Block<T, N>;
   const int32_t* pixel = points.pixel;
   const Sum<T>* weights[4];
   std::copy_n(points.corner, 4, weights);
@@ -52,15 +73,16 @@ template <int N, class T, class Maps>
     const int64_t right = maps.right(q), below = maps.below(q);
     const T* corners[4] = {first, first + right, first + below, first + right + below};
     for (int c = 0; c < 4; ++c) {
-      for (int k = 0; k < B::kVectors; ++k) {
-        sums[c][k] += weights[c][q] * load<Sum<T>, B::kWidth>(corners[c] + k * B::kWidth);
-      }
+      typename B::V corner[B::kVectors];
+      B::load(corners[c], corner);
+      for (int k = 0; k < B::kVectors; ++k) sums[c][k] += weights[c][q] * corner[k];
     }
   }
+  typename B::V total[B::kVectors];
   for (int k = 0; k < B::kVectors; ++k) {
-    store<Sum<T>, B::kWidth>((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]),
-                             out + k * B::kWidth);
+    total[k] = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
   }
+  B::store(total, out);
 }
 
 // The same backwards, for `points.products` (adds to them or sets them) and `value_gradient`.
@@ -69,11 +91,9 @@ template <int N, class T, class Maps>
                                            Points<Sum<T>>& points, Maps maps, int64_t q,
                                            int64_t end, bool add, Sum<T>* value_gradient) {
   using A = Sum<T>;
-  using B = Block<A, N>;
-  typename B::V upstream[B::kVectors];
-  for (int k = 0; k < B::kVectors; ++k) {
-    upstream[k] = load<A, B::kWidth>(gradient + k * B::kWidth);
-  }
+  using B = Block<T, N>;
+  typename B::V upstream[B::kVectors], corner[B::kVectors];
+  B::load(gradient, upstream);
   // Copies, or every store to memory would have them loaded again.
   const int32_t* pixel = points.pixel;
   A *weights[4], *sums = points.products;
@@ -84,15 +104,26 @@ template <int N, class T, class Maps>
     typename B::V products[4] = {};
     for (int c = 0; c < 4; ++c) {
       const A weight = weights[c][q];
+      B::load(values + corners[c], corner);
       for (int k = 0; k < B::kVectors; ++k) {
-        const int64_t at = corners[c] + k * B::kWidth;
-        products[c] += upstream[k] * load<A, B::kWidth>(values + at);
-        const auto sum = load<A, B::kWidth>(value_gradient + at) + upstream[k] * weight;
-        store<A, B::kWidth>(sum, value_gradient + at);
+        A* at = value_gradient + corners[c] + k * B::kWidth;
+        products[c] += upstream[k] * corner[k];
+        store<A, B::kWidth>(load<A, B::kWidth>(at) + upstream[k] * weight, at);
       }
     }
     put_sums<A, B::kWidth>(products, add, sums + 4 * q);
   }
+}
+
+// N channels of what `scatter` has added up, as values.
+template <int N, class T>
+[[gnu::always_inline]] inline void round_sums(const Sum<T>* sums, T* values) {
+  using B = Block<T, N>;
+  typename B::V vectors[B::kVectors];
+  for (int k = 0; k < B::kVectors; ++k) {
+    vectors[k] = load<Sum<T>, B::kWidth>(sums + k * B::kWidth);
+  }
+  B::store(vectors, values);
 }
 
 // Calls `work.template operator()<N>(channel)` for blocks of N channels that make up `depth`.

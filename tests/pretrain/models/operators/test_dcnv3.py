@@ -99,6 +99,20 @@ def test_checkpointed_and_compiled_give_the_same():
         torch.testing.assert_close(found[name], found["plain"], atol=0, rtol=1e-6)
 
 
+def test_exported():
+    case = random_case((2, 5, 4, 8), groups=2, seed=1)
+
+    class Module(torch.nn.Module):
+        def forward(self, value, offset, mask):
+            return dcnv3(value, offset, mask, **case.geometry)
+
+    program = torch.export.export(Module(), tuple(case.tensors.values()))
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert torch.ops.omnipretrain.dcnv3.default in targets
+    found = program.module()(*case.tensors.values())
+    assert torch.equal(found, results(case)["output"])
+
+
 def test_backward_keeps_only_the_inputs():
     case = random_case((1, 5, 4, 8), groups=2)
     inputs = [tensor.requires_grad_() for tensor in case.tensors.values()]
