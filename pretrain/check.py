@@ -173,7 +173,8 @@ def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer") -> Iterato
 
 def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
     """Names and shapes of the file against the model; `models.init.load_weights` does the rest."""
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    places = [*model.named_parameters(), *model.named_buffers()]
+    shapes = {name: list(tensor.shape) for name, tensor in places}
     with safe_open(path, framework="pt") as file:
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     wrong = [name for name, shape in found.items() if shapes.get(name) != shape]
@@ -182,7 +183,7 @@ def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
             f"initial_weights: {len(wrong)} of {len(found)} tensors have no place in this model, "
             f"among them {wrong[0]} {tuple(found[wrong[0]])}"
         )
-    return f"initial_weights: {len(found)} of {len(shapes)} parameters from {path}"
+    return f"initial_weights: {len(found)} of {len(shapes)} tensors from {path}"
 
 
 def _model(recipe: Recipe, tokenizer: "Tokenizer", stage: int, world: int) -> Iterator[str]:

@@ -8,6 +8,7 @@
     python -m tools.shards sheet   data/coco/train --out look.png
     python -m tools.shards repack  data/a data/b --out data/ab --fractions train=0.9,val=0.1
     python -m tools.shards bench   data/coco/train
+    python -m tools.shards serve   data/coco --port 8000 --delay-ms 50
 
 Exit codes: 0 all is well; 1 damage or another error was found, and printed; 2 wrong usage.
 """
@@ -21,7 +22,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -34,16 +35,24 @@ from rich.progress import (
 )
 
 from data_pipeline import manifest as manifests
-from data_pipeline.catalogue import expand_specs
+from data_pipeline.catalogue import Catalogue, expand_specs
 from data_pipeline.columns import column_names
 from data_pipeline.expressions import TEXT_COLUMNS
 from data_pipeline.index import ShardIndex
-from data_pipeline.index_builder import build_index
+from data_pipeline.locations import base_name, folder_of, is_url, without_secrets
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
-from data_pipeline.shards import ShardSet, load_or_build_index, stored_index
+from data_pipeline.remote import UrlStorage
+from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError
-from data_pipeline.verify import verify_shard
 from tools.find_sample import row_of
+from tools.shard_files import (
+    IndexJob,
+    VerifyJob,
+    index_one,
+    records_of,
+    size_of,
+    verify_one,
+)
 
 Advance = Callable[[int], None]
 
@@ -53,9 +62,11 @@ _MODULES = {
     "repack": "merge, filter, split, shuffle and pack anew; the bytes of samples do not change",
     "bench": "time reading, decoding, cropping and the whole loader, on this machine",
     "quarantine": "list the samples that a run leaves out, take some back, or leave out more",
+    "serve": "serve a folder of shards over HTTP, to try things out; not for production",
 }
 """Sub-commands in files of their own, tools/shards_NAME.py."""
 
+_REQUESTS = 16
 _TEXT_EXTENSIONS = ("json", "txt", "cls")
 _TEXT_SHOWN = 500
 _KEYS_SHOWN = 5
@@ -74,34 +85,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    paths = expand_specs(options.shards)
+    storage = UrlStorage()
+    paths = expand_specs(options.shards, storage)
+    if options.out is not None:
+        os.makedirs(options.out, exist_ok=True)
+        names = Counter(base_name(path) for path in paths)
+        if clash := next((name for name, count in names.items() if count > 1), None):
+            raise ShardError(f"--out: several shards are named {clash}; index them one by one")
+    job = IndexJob(storage, options.force, options.full, options.out)
     faults, samples = 0, 0
-    for path, result in _for_each(_index_one, paths, options.processes, options.force):
+    for path, result in _for_each(index_one, paths, options.processes, job):
         if isinstance(result, str):
             faults += 1
             print(f"error: {result}", file=sys.stderr)
             continue
         samples += result
         if options.verbose:
-            print(f"{path}: {result} samples")
+            print(f"{without_secrets(path)}: {result} samples")
     print(f"{len(paths) - faults} shards indexed, {samples:,} samples; {faults} shards damaged")
     return 1 if faults else 0
 
 
-def _index_one(path: str, force: bool, progress: Advance | None) -> int | str:
-    """Return the number of samples, or what is wrong."""
-    try:
-        return len(load_or_build_index(path, force=force, progress=progress))
-    except (ShardError, OSError) as error:
-        return _with_path(path, error)
-
-
 def _verify(options: argparse.Namespace) -> int:
-    paths = expand_specs(options.shards)
-    records = _manifest_records(paths)
+    storage = UrlStorage()
+    paths = expand_specs(options.shards, storage)
+    job = VerifyJob(storage, records_of(paths, storage))
     damaged_samples, damaged_shards, samples = 0, 0, 0
     for path, (faults, in_samples, count) in _for_each(
-        _verify_one, paths, options.processes, records
+        verify_one, paths, options.processes, job
     ):
         samples += count
         damaged_samples += in_samples
@@ -109,35 +120,12 @@ def _verify(options: argparse.Namespace) -> int:
         for fault in faults:
             print(fault)
         if options.verbose and not faults:
-            print(f"{path}: {count} samples, whole")
+            print(f"{without_secrets(path)}: {count} samples, whole")
     print(
         f"{len(paths)} shards, {samples:,} samples: {damaged_shards} shards with faults, "
         f"{damaged_samples} damaged samples"
     )
     return 1 if damaged_shards else 0
-
-
-def _verify_one(
-    path: str, records: dict[str, manifests.ShardRecord], progress: Advance | None
-) -> tuple[list[str], int, int]:
-    """Return (faults, number of damaged samples, number of samples) of a shard."""
-    record = records.get(path)
-    try:
-        # Without an index there are no checksums to compare, but the structure can be checked.
-        index = stored_index(path) or build_index(path)
-        report = verify_shard(path, index, progress)
-    except (ShardError, OSError) as error:
-        return [_with_path(path, error)], 0, record.samples if record else 0
-    faults = list(report.faults)
-    if record is not None and index.digest != record.index_digest:
-        faults.append(f"{path}: its index is not the one of the manifest: swapped or replaced")
-    faults += [f"{path}: sample {key!r}: {fault}" for key, fault in report.damaged.items()]
-    if record is not None and report.sha256 != record.sha256 and not faults:
-        faults.append(
-            f"{path}: its sha256 is not that of the manifest, though all samples are whole: bytes "
-            "between or behind the members differ"
-        )
-    return faults, len(report.damaged), len(index)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -151,7 +139,9 @@ def _inspect(options: argparse.Namespace) -> int:
     print(f"fingerprint {shards.fingerprint}")
     _print_manifests(shards)
     first = shards.index(0)
-    print(f"first shard: {shards.shards[0].path}: {len(first):,} samples")
+    print(f"first shard: {shards.shards[0].label}: {len(first):,} samples")
+    if not first.payloads_hashed:
+        print("  indexed by its headers: damage inside of payloads is not seen (index --full)")
     counts = Counter(first.extension_counts()).most_common()
     print("  members: " + ", ".join(f"{e} x {n:,}" for e, n in counts[:_EXTENSIONS_SHOWN]))
     if len(counts) > _EXTENSIONS_SHOWN:
@@ -176,13 +166,14 @@ def _usable_texts(index: ShardIndex) -> list[str]:
 
 
 def _print_manifests(shards: ShardSet) -> None:
-    for folder in dict.fromkeys(os.path.dirname(shard.path) for shard in shards.shards):
-        try:
-            manifest = manifests.Manifest.load(folder or ".")
-        except FileNotFoundError:
-            print(f"{folder or '.'}: no manifest")
+    catalogue = Catalogue(shards.storage)
+    for folder in dict.fromkeys(folder_of(shard.path) for shard in shards.shards):
+        manifest = catalogue.manifest(folder)
+        shown = without_secrets(folder or ".")
+        if manifest is None:
+            print(f"{shown}: no manifest")
             continue
-        print(f"{folder or '.'}/{manifests.FILE_NAME}:")
+        print(f"{shown}/{manifests.FILE_NAME}:")
         members = ", ".join(f"{e} x {n:,}" for e, n in manifest.fields.items())
         print(_shorten(f"  members: {members}"))
         if manifest.classes:
@@ -218,46 +209,42 @@ def _shorten(line: str) -> str:
     return line if len(line) <= _TEXT_SHOWN else f"{line[:_TEXT_SHOWN]} ... ({len(line):,})"
 
 
-def _manifest_records(paths: list[str]) -> dict[str, manifests.ShardRecord]:
-    records = {}
-    for folder in dict.fromkeys(os.path.dirname(path) for path in paths):
-        try:
-            for record in manifests.Manifest.load(folder or ".").shards:
-                records[os.path.join(folder, record.name)] = record
-        except FileNotFoundError:
-            continue
-    return records
-
-
-def _with_path(path: str, error: Exception) -> str:
-    return str(error) if path in str(error) else f"{path}: {error}"
 
 
 def _for_each(
     action: Callable[[str, Any, Advance | None], Any],
     paths: list[str],
     processes: int,
-    argument: object,
+    job: IndexJob | VerifyJob,
 ) -> list[tuple[str, Any]]:
-    """Return (path, action(path, argument, ...)) of all paths, with a progress bar in bytes."""
-    sizes = {path: os.path.getsize(path) if os.path.exists(path) else 0 for path in paths}
+    """Return (path, action(path, job, ...)) of all paths, with a progress bar in bytes."""
+    with concurrent.futures.ThreadPoolExecutor(_REQUESTS) as threads:
+        found = threads.map(lambda path: size_of(path, job.storage), dict.fromkeys(paths))
+        sizes = dict(zip(dict.fromkeys(paths), found, strict=True))
     results: dict[str, Any] = {}
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=sum(sizes.values()))
         if processes == 1 or len(sizes) == 1:
             for path in sizes:
-                results[path] = action(path, argument, functools.partial(bar.advance, task))
+                results[path] = action(path, job, functools.partial(bar.advance, task))
         else:
-            with concurrent.futures.ProcessPoolExecutor(
-                min(processes, len(sizes)), multiprocessing.get_context("spawn")
-            ) as executor:
-                waiting = {executor.submit(action, path, argument, None): path for path in sizes}
+            with _executor(sizes, processes) as executor:
+                waiting = {executor.submit(action, path, job, None): path for path in sizes}
                 for future in concurrent.futures.as_completed(waiting):
                     results[waiting[future]] = future.result()
                     bar.advance(task, sizes[waiting[future]])
         bar.update(task, completed=sum(sizes.values()))
     return [(path, results[path]) for path in paths]
+
+
+def _executor(paths: Collection[str], processes: int) -> concurrent.futures.Executor:
+    """Processes for shards of this machine; threads for those of servers, which are waited for."""
+    if all(map(is_url, paths)):
+        return concurrent.futures.ThreadPoolExecutor(min(_REQUESTS, len(paths)))
+    return concurrent.futures.ProcessPoolExecutor(
+        min(processes, len(paths)), multiprocessing.get_context("spawn")
+    )
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -269,6 +256,15 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     index = _add_command(commands, "index", "build the indices that are missing", _index)
     index.add_argument("--force", action="store_true", help="also those that exist")
+    index.add_argument(
+        "--full",
+        action="store_true",
+        help="read all bytes of remote shards that have no index beside them, for its checksums; "
+        "the default reads their headers only",
+    )
+    index.add_argument(
+        "--out", metavar="FOLDER", help="write a copy of each index there, to be uploaded"
+    )
     verify = _add_command(commands, "verify", "check every byte; list damaged samples", _verify)
     for command in (index, verify):
         command.add_argument("--verbose", action="store_true", help="a line for each shard")
@@ -290,7 +286,9 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
 def _add_command(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
-    parser.add_argument("shards", nargs="+", help="folders, tars, globs or {000..123} expressions")
+    parser.add_argument(
+        "shards", nargs="+", help="folders, tars, globs, URLs or {000..123} expressions"
+    )
     return parser
 
 

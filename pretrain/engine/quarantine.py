@@ -52,7 +52,7 @@ class Quarantine:
         run_dir: folder of the run.
         ranks: this process.
         state: of the run; bad rows and the ledger are kept in it.
-        streams: task -> training data; their orders become those of the ledger at once.
+        streams: task -> training data that has rows; its order becomes that of the ledger at once.
 
     Raises:
         RunDirError: the ledger or a file does not fit the run.
@@ -68,9 +68,15 @@ class Quarantine:
         self._apply_ledger()
 
     def gather(self, faults: Sequence[Fault]) -> None:
-        """Make the bad rows of all ranks known to all of them. A collective."""
+        """Make the bad rows of all ranks known to all of them. A collective.
+
+        Samples of tasks that are read as streams have no rows; nothing can be left out of those.
+        """
         everyone: list[Any] = [None] * self.ranks.world
-        mine = [Listed(f.task, f.shard, f.key, f.row, f.reason, None) for f in faults]
+        mine = [
+            Listed(f.task, f.shard, f.key, f.row, f.reason, None)
+            for f in faults if f.task in self.streams
+        ]
         dist.all_gather_object(everyone, mine)
         found = [entry for own in everyone for entry in own]
         for task in sorted({entry.task for entry in found}):
@@ -110,6 +116,8 @@ class Quarantine:
 
     def metrics(self, task: str) -> dict[str, float]:
         """How many samples of a task the ledger leaves out."""
+        if task not in self.streams:  # it is read as a stream, which has no rows
+            return {}
         orders = plain_orders(self.streams[task].order).values()
         return {"quarantined_samples": sum(len(excluded_rows(order)) for order in orders)}
 

@@ -1,12 +1,16 @@
 import os
+import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.index import ShardIndex
 from tests.data_pipeline.samples import sample, write_shards
+from tools.serve import RangeServer
 from tools.shards import main
 
 
@@ -123,3 +127,70 @@ def test_wrong_usage_has_its_own_exit_code():
         capture_output=True,
     )
     assert done.returncode == 2
+
+
+@pytest.fixture
+def url(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with RangeServer(folder) as server:
+        yield server.url
+
+
+def test_remote_shards(folder, url, capsys):
+    assert run("inspect", url) == 0
+    out = capsys.readouterr().out
+    assert "10 samples in 3 shards" in out and f"{url}/manifest.json" in out
+    assert run("inspect", url, "--sample", "000003") == 0
+    assert f"row 3: 000003 in {url}/train-000000.tar" in capsys.readouterr().out
+    assert run("verify", url, "--verbose") == 0
+    assert capsys.readouterr().out.count("samples, whole\n") == 3
+    index = ShardIndex.load(folder / "train-000001.tar.idx")
+    flip(folder / "train-000001.tar", index.members(2)[0][1])
+    assert run("verify", f"{url}/train-00000{{0..2}}.tar?sig=hush") == 1
+    out = capsys.readouterr().out
+    assert f"{url}/train-000001.tar?...: sample '000006': member .jpg: damaged payload" in out
+    assert "3 shards, 10 samples: 1 shards with faults, 1 damaged samples" in out
+    assert run("verify", f"{url}/none.tar") == 1
+    assert "none.tar: HTTP 404" in capsys.readouterr().out
+
+
+def test_remote_indices_are_built_and_given_out(folder, url, tmp_path, capsys):
+    strong = {path.name: path.read_bytes() for path in folder.glob("*.idx")}
+    for path in folder.iterdir():
+        if path.suffix != ".tar":
+            path.unlink()
+    specs = f"{url}/train-00000{{0..2}}.tar"
+    assert run("index", specs, "--out", tmp_path / "weak") == 0
+    assert "3 shards indexed, 10 samples; 0 shards damaged" in capsys.readouterr().out
+    weak = ShardIndex.load(tmp_path / "weak" / "train-000001.tar.idx")
+    assert not weak.payloads_hashed
+    assert run("inspect", specs) == 0
+    assert "damage inside of payloads is not seen" in capsys.readouterr().out
+    assert run("index", specs, "--full", "--out", tmp_path / "full") == 0
+    assert {p.name: p.read_bytes() for p in (tmp_path / "full").iterdir()} == strong
+    capsys.readouterr()
+    assert run("index", specs, specs, "--out", tmp_path / "twice") == 1
+    assert "several shards are named train-000000.tar" in capsys.readouterr().err
+    os.truncate(folder / "train-000002.tar", 700)
+    assert run("index", specs, "--force") == 1
+    assert f"{url}/train-000002.tar: byte 0: member '000008.jpg' needs" in capsys.readouterr().err
+
+
+def test_serve(folder):
+    command = [sys.executable, "-m", "tools.shards", "serve", str(folder), "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        address = server.stdout.readline().split()[3]
+        request = urllib.request.Request(address + "/train-000000.tar")
+        request.add_header("Range", "bytes=512-1023")
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request) as answer:
+            content = (folder / "train-000000.tar").read_bytes()
+            assert answer.status == 206 and answer.read() == content[512:1024]
+        for name in ("/none.tar", "/../" + folder.name + "-other", "/%2e%2e/x"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                opener.open(address + name)
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0

@@ -73,8 +73,8 @@ def test_every_data_set_gets_an_entry_of_its_own(tmp_path):
 def test_without_news_nothing_changes(tmp_path):
     state = TrainerState()
     quarantine = start(tmp_path, state)
-    quarantine.gather([])
-    assert not quarantine.revise({"plain": 0, "mixed": 0})
+    quarantine.gather([fault("a stream without rows", -1)])
+    assert not state.bad_rows and not quarantine.revise({"plain": 0, "mixed": 0})
     quarantine.write_list()
     assert not state.ledger and not list(tmp_path.iterdir())
     quarantine.gather([fault("plain", 7)])

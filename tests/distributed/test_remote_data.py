@@ -1,0 +1,96 @@
+"""Runs on data behind a web server, and on streams: equal losses, clear ends, honest resumes."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.data_pipeline.faulty_server import FaultyServer, dropped, short, status
+from tests.distributed.launch import run_ranks, tails
+from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
+
+pytestmark = pytest.mark.slow
+
+REMOTE = {"retry_first_wait_s": 0.05, "retry_deadline_s": 30.0, "timeout_s": 5.0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    pack_scenes(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run)]
+
+
+def train(data: Path, folder: Path, shards: dict, world: int = 2, **changes) -> list[int]:
+    recipe = tiny_recipe(data, folder / "run", **changes)
+    recipe["tasks"]["caption"]["data"] |= shards
+    return run_ranks(
+        "pretrain.train", [write_recipe(folder / "r.yaml", recipe)], world, folder / "out"
+    )
+
+
+def test_losses_over_http_equal_the_local_ones(data, tmp_path):
+    for name in ("local", "http"):
+        (tmp_path / name).mkdir()
+    assert train(data, tmp_path / "local", {}) == [0, 0], tails(tmp_path / "local/out")
+    with FaultyServer(data) as server:
+        server.faults.extend([dropped, short, status(503), status(429, Retry_After="0"), short])
+        codes = train(
+            data, tmp_path / "http", {"shards": [server.url + "/train"]},
+            loader={"workers": 1, "remote": REMOTE},
+        )  # fmt: skip
+        assert not server.faults
+    assert codes == [0, 0], tails(tmp_path / "http/out")
+    assert losses(tmp_path / "http/run") == losses(tmp_path / "local/run")
+
+
+def test_a_server_that_goes_away_ends_all_ranks(data, tmp_path):
+    with FaultyServer(data) as server:
+        remote = REMOTE | {"retry_deadline_s": 2.0}
+        server.of = "train-000001.tar"
+        server.always = status(503)
+        started = time.monotonic()
+        codes = train(
+            data, tmp_path, {"shards": [server.url + "/train"]},
+            loader={"workers": 1, "remote": remote},
+        )  # fmt: skip
+    assert codes == [1, 1], tails(tmp_path / "out")
+    assert time.monotonic() - started < 120
+    reasons = " ".join(
+        json.loads(path.read_text())["reason"]
+        for path in (tmp_path / "run/control").glob("failure_rank_*.json")
+    )
+    assert "train-000001.tar: HTTP 503" in reasons and "deadline 2 s" in reasons
+
+
+def test_a_run_on_a_stream_and_its_resume(data, tmp_path):
+    stream = {"shards": None, "stream": {
+        "shards": [f"pipe:cat {data}/train/train-00000{{0..2}}.tar"], "samples": 60,
+        "shuffle_samples": 10,
+    }}  # fmt: skip
+    assert train(data, tmp_path, stream, steps=6) == [0, 0], tails(tmp_path / "out")
+    out = (tmp_path / "run/logs/rank_00000.log").read_text()
+    assert "task caption: read as a stream of 3 shards, which promises less" in out
+    shutil.rmtree(tmp_path / "run/checkpoints/step_000000006")  # as if it had ended before
+    codes = run_ranks("pretrain.train", ["--resume", tmp_path / "run"], 2, tmp_path / "out2")
+    assert codes == [0, 0], tails(tmp_path / "out2")
+    out = (tmp_path / "run/logs/rank_00000.log").read_text()
+    assert "goes on at step 4 with another part of its stream" in out
+    steps = [line["step"] for line in metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
