@@ -11,6 +11,7 @@ from typing import Any
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from data_pipeline import bundles
 from data_pipeline.locations import without_secrets
 from data_pipeline.reader import Sample
 from data_pipeline.tar_headers import BLOCK
@@ -52,10 +53,19 @@ def streamed_samples(url: str, number: int) -> Iterator[Sample]:
                 content = {
                     name: value for name, value in found.items() if not name.startswith("__")
                 }
-                yield Sample(0, label, key, content)
+                if bundles.is_bundle(*next(iter(content.items()), ("", b""))):
+                    yield from _unbundled(content[bundles.EXTENSION], label)
+                else:
+                    yield Sample(0, label, key, content)
             stream.check_end()
     except Exception as error:  # whatever commands, tarfile and decompressors raise
         raise ShardFault(label, key, _reason(error, url, label)) from error
+
+
+def _unbundled(payload: bytes, label: str) -> Iterator[Sample]:
+    for key, _, _, members in bundles.iter_samples(payload, label):
+        content = {m.extension: payload[m.offset : m.offset + m.size] for m in members}
+        yield Sample(0, label, key, content)
 
 
 class _Watched:

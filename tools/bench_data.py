@@ -30,7 +30,7 @@ from data_pipeline.tokenizer import train_byte_level_bpe
 from data_pipeline.transforms import ImageSettings, ImageTransform
 from tools.bench_measure import Measurement, interleaved, median_rate, ratio
 from tools.bench_peers import Peers
-from tools.bench_tiny import TinyBench
+from tools.bench_tiny import BUNDLE, TinyBench
 
 WORKERS = 2
 BATCH = 64
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "reading only, webdataset": bench.read_webdataset,
             "tiny images, read + decode, omnipretrain": tiny.ours,
             "tiny images, read + decode, webdataset + Pillow": tiny.webdataset_pillow,
+            f"in bundles of {BUNDLE}, omnipretrain": partial(tiny.ours, bundled=True),
             "order, 128 positions a call": bench.order,
             "first batch at position 10": partial(bench.first_batch, 10),
             "first batch at position 10^9": partial(bench.first_batch, 10**9),
@@ -83,7 +84,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 into_page_cache(shards)
 
             results = interleaved(cases, args.repeats, prepare)
-        return report(results, bench, jpegs)
+        result = report(results, bench, jpegs)
+        plain, bundled = (
+            sum(shard.bytes for shard in stored.shards) / tiny.samples
+            for stored in (tiny.shards, tiny.bundles)
+        )
+        result["notes"].append(
+            f"tiny images take {plain:,.0f} bytes each in a tar, {bundled:,.0f} in bundles"
+        )
+        return result
 
 
 def report(

@@ -1,4 +1,7 @@
-"""Images of 32 x 32 pixels, where the loader and not the decoder is what costs."""
+"""Images of 32 x 32 pixels, where the loader and not the decoder is what costs.
+
+Stored as a member of the tar each, and in bundles.
+"""
 
 import io
 import itertools
@@ -16,6 +19,7 @@ from data_pipeline.shards import ShardSet
 from tools.digit_scenes import make_scene, scene_members
 
 SIDE = 32
+BUNDLE = 64
 
 
 class TinyBench:
@@ -24,16 +28,15 @@ class TinyBench:
     def __init__(self, folder: Path, samples: int) -> None:
         scenes = [make_scene(index, size=SIDE) for index in range(64)]
         jpegs = [scene_members(scene)["jpg"] for scene in scenes]
-        with ShardWriter(folder, "tiny", max_samples=samples // 4) as writer:
-            for number, jpeg in zip(range(samples), itertools.cycle(jpegs), strict=False):
-                writer.write(f"{number:08d}", {"jpg": jpeg, "cls": b"%d" % (number % 10)})
-        self.shards = ShardSet.open(str(folder))
+        self.shards, self.bundles = (
+            _pack(folder / str(bundle), jpegs, samples, bundle) for bundle in (1, BUNDLE)
+        )
         self.samples = samples
 
-    def ours(self) -> float:
+    def ours(self, bundled: bool = False) -> float:
         """Rows in training order."""
         order = Order.plan(self.samples, 0, 64)
-        with SampleReader(self.shards) as reader:
+        with SampleReader(self.bundles if bundled else self.shards) as reader:
             for row in order.rows(np.arange(self.samples)).tolist():
                 members = reader.read(row).members
                 simplejpeg.decode_jpeg(members["jpg"], "RGB")
@@ -47,6 +50,13 @@ class TinyBench:
         urls = [shard.path for shard in self.shards.shards]
         samples = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
         return sum(_decoded(sample) for sample in samples)
+
+
+def _pack(folder: Path, jpegs: list[bytes], samples: int, bundle: int) -> ShardSet:
+    with ShardWriter(folder, "tiny", max_samples=samples // 4, bundle=bundle) as writer:
+        for number, jpeg in zip(range(samples), itertools.cycle(jpegs), strict=False):
+            writer.write(f"{number:08d}", {"jpg": jpeg, "cls": b"%d" % (number % 10)})
+    return ShardSet.open(str(folder))
 
 
 def _decoded(sample: dict[str, Any]) -> int:

@@ -11,9 +11,11 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_atomically
 from data_pipeline.packing import PackJob
 from tools.pack_images import ImageItem
 from tools.pack_options import add_classes, add_image_source, classes_of, image_job
@@ -57,8 +59,10 @@ def parquet_source(
     """
     items: list[ImageItem] = []
     missing: list[str] = []
-    spool.parent.mkdir(parents=True, exist_ok=True)
-    with open(spool, "wb") as copy:
+
+    def images() -> Iterator[bytes]:
+        """Pass over the rows; yield the images that are in them."""
+        begin = 0
         for count, (table, number, row) in enumerate(_rows(tables, (image_field, label_field))):
             origin = f"{table.name}, row {number}"
             data, path = _image(row.pop(image_field), origin)
@@ -68,13 +72,17 @@ def parquet_source(
             record = {"file": path or f"{table.name}:{number}", **row}
             item = ImageItem(f"{count:09d}", os.fspath(spool), 0, record, None, origin)
             if data is not None:
-                items.append(item._replace(bytes=len(data), begin=copy.tell()))
-                copy.write(data)
+                items.append(item._replace(bytes=len(data), begin=begin))
+                begin += len(data)
+                yield data
                 continue
             place = (root or table.parent) / path
             found, absent = stat_items([(item.key, place, record, None, origin)])
-            items += found
-            missing += absent
+            items.extend(found)
+            missing.extend(absent)
+
+    spool.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(spool, images())
     if label_field is None:
         return Source(items, missing=missing)
     labelled, names = _labelled(items, label_field, classes)
@@ -82,9 +90,13 @@ def parquet_source(
 
 
 def _job(options: argparse.Namespace) -> PackJob:
-    spool = options.out / f".{options.split}-images"
+    files = _files(options.table)
+    state = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    digest = sha256(repr([state, options.image_field]).encode()).hexdigest()[:16]
+    # The digest keeps two packings of other tables from reading each other's images.
+    spool = options.out / f".{options.split}-images-{digest}"
     source = parquet_source(
-        _files(options.table),
+        files,
         image_field=options.image_field,
         spool=spool,
         root=options.images,

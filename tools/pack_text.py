@@ -61,6 +61,8 @@ class BuildRow:
         count = min(self.length, spool.tokens - begin)
         kind = ID_TYPES[spool.extension]
         ids = np.fromfile(spool.ids, kind, count, offset=begin * kind.itemsize)
+        if len(ids) != count:
+            raise OSError(f"{spool.ids}: has been cut: remove it and start again")
         starts = np.memmap(spool.starts, np.int64, "r")
         first, last = np.searchsorted(starts, [begin, begin + count])
         places = (starts[first:last] - begin).tolist()
@@ -93,7 +95,7 @@ def add_sources(sources: Any) -> None:
 
 def _job(options: argparse.Namespace) -> PackJob:
     tokenizer = Tokenizer.load(options.tokenizer)
-    place = options.out / f".{options.split}-documents"
+    place = options.out / f".{options.split}-documents"  # and a digest of what they are
     separator = None
     if options.separator != "none":
         separator = getattr(tokenizer, f"{options.separator}_id")
@@ -132,7 +134,7 @@ def _job(options: argparse.Namespace) -> PackJob:
             "tokens_per_row": options.tokens,
             "tokenizer_digest": tokenizer.digest,
         },
-        scratch=[Path(f"{place}.json"), Path(spool.ids), Path(spool.starts)],
+        scratch=[Path(spool.ids).with_suffix(s) for s in (".json", ".ids", ".starts")],
     )
 
 
@@ -144,53 +146,67 @@ def spool_documents(
     seed: int,
     place: Path,
 ) -> Spool:
-    """Tokenise all documents in an order drawn by `seed`, to PLACE.ids and PLACE.starts.
+    """Tokenise all documents in an order drawn by `seed`, to PLACE-DIGEST.ids and .starts.
 
-    Kept from an earlier call (PLACE.json) if files, sizes, times, tokenizer and options are equal.
+    The digest is of files, their sizes and times, tokenizer and options: what an earlier call has
+    finished (PLACE-DIGEST.json) is used again, and calls for other documents are not in the way.
 
     Args: files: path, and whether it holds a document per line; separator: id behind each document.
     Errors: ValueError if there is no token; OSError.
     """
-    state = [(os.fspath(p), lines, p.stat().st_size, p.stat().st_mtime_ns) for p, lines in files]
-    identity = json.dumps([state, text_field, tokenizer.digest, separator, seed])
-    identity = sha256(identity.encode()).hexdigest()
+    place = _identified(place, files, [text_field, tokenizer.digest, separator, seed])
     known = Path(f"{place}.json")
     if known.exists():
-        content = json.loads(known.read_bytes())
-        if content.pop("identity") == identity:
-            return Spool(**content)
+        return Spool(**json.loads(known.read_bytes()))
     place.parent.mkdir(parents=True, exist_ok=True)
     documents = _documents(files)
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(documents))
     extension = "u16" if tokenizer.vocab_size <= 1 << 16 else "u32"
-    kind, total, digest = ID_TYPES[extension], 0, sha256()
-    starts, left_out, empty = [], [], 0
-    with open(f"{place}.ids", "wb") as out:
+    kind, digest = ID_TYPES[extension], sha256()
+    starts: list[int] = []
+    left_out: list[str] = []
+
+    def all_ids() -> Iterator[bytes]:
+        total = 0
         for first in range(0, len(order), _DOCUMENTS_AT_ONCE):
             chosen = documents[order[first : first + _DOCUMENTS_AT_ONCE]].tolist()
             texts = list(_texts(files, chosen, text_field, left_out))
             for ids in tokenizer.encode_many(texts):
                 if not ids:
-                    empty += 1
                     continue
                 starts.append(total)
                 ids = [*ids, separator] if separator is not None else ids
-                data = np.array(ids, kind).tobytes()
-                out.write(data)
-                digest.update(data)
                 total += len(ids)
-    if not total:
-        raise ValueError(f"no text in {len(documents)} documents of {len(files)} files")
+                data = np.array(ids, kind).tobytes()
+                digest.update(data)
+                yield data
+        if not total:
+            raise ValueError(f"no text in {len(documents)} documents of {len(files)} files")
+
+    write_atomically(Path(f"{place}.ids"), all_ids())
+    total = os.path.getsize(f"{place}.ids") // kind.itemsize
     starts_bytes = np.array(starts, np.int64).tobytes()
     digest.update(starts_bytes)
     write_atomically(Path(f"{place}.starts"), [starts_bytes])
-    paths = f"{place}.ids", f"{place}.starts"
     spool = Spool(
-        *paths, extension, total, len(starts), sorted(left_out), empty, digest.hexdigest()
+        ids=f"{place}.ids",
+        starts=f"{place}.starts",
+        extension=extension,
+        tokens=total,
+        documents=len(starts),
+        left_out=sorted(left_out),
+        empty=len(order) - len(starts) - len(left_out),
+        digest=digest.hexdigest(),
     )
-    content = json.dumps(spool._asdict() | {"identity": identity})
-    write_atomically(known, [content.encode()])
+    write_atomically(known, [json.dumps(spool._asdict()).encode()])
     return spool
+
+
+def _identified(place: Path, files: Sequence[tuple[Path, bool]], options: list[Any]) -> Path:
+    """Return a name that only the same files and options have."""
+    state = [(os.fspath(p), lines, p.stat().st_size, p.stat().st_mtime_ns) for p, lines in files]
+    digest = sha256(json.dumps([state, options]).encode()).hexdigest()
+    return Path(f"{place}-{digest[:16]}")
 
 
 def _files(inputs: Sequence[Path]) -> list[tuple[Path, bool]]:

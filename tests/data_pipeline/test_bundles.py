@@ -23,8 +23,10 @@ from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.verify import verify_shard
+from data_pipeline.webdataset_reader import ShardFault, streamed_samples
 from tests.data_pipeline.samples import sample, write_shards
 from tests.data_pipeline.test_packing import contents, job
+from tools.serve import RangeServer
 
 
 def write_bundles(folder: Path, bundle: int = 4) -> ShardSet:
@@ -215,3 +217,28 @@ def test_the_packer_refuses_what_would_be_taken_for_a_bundle(tmp_path):
     shard.discard()
     with pytest.raises(ValueError, match="bundle 0"):
         ShardFile(tmp_path / "y.tar", 0)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_bundles_behind_a_server_and_in_a_stream(tmp_path, monkeypatch, indexed):
+    monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
+    write_bundles(tmp_path / "set")
+    if not indexed:
+        for path in (*(tmp_path / "set").glob("*.idx"), tmp_path / "set" / "manifest.json"):
+            path.unlink()
+    with RangeServer(tmp_path / "set") as server:
+        shards = ShardSet.open(f"{server.url}/train-000000.tar")
+        with SampleReader(shards) as reader:
+            found = [reader.read(row) for row in range(len(shards))]
+    streamed = list(streamed_samples(str(tmp_path / "set" / "train-000000.tar"), 0))
+    for samples in (found, streamed):
+        assert [(s.key, s.members) for s in samples] == [sample(n) for n in range(10)]
+
+
+def test_a_damaged_bundle_ends_a_stream(tmp_path):
+    path = Path(write_bundles(tmp_path).shards[0].path)
+    data = bytearray(path.read_bytes())
+    data[900] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ShardFault, match="is damaged"):
+        list(streamed_samples(str(path), 0))
