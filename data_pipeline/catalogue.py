@@ -52,8 +52,8 @@ class Catalogue:
         for spec in map(os.fspath, specs):
             if spec.startswith("pipe:"):
                 raise ShardError(
-                    f"{spec}: the output of a command has no addresses; read it as a stream "
-                    "(data.stream)"
+                    f"{spec.split()[0]} ...: the output of a command has no addresses; read it as "
+                    "a stream (data.stream)"
                 )
             paths += self._expand_url(spec) if is_url(spec) else self._expand_path(spec)
         return paths

@@ -160,8 +160,10 @@ class _Exchange:
                 at = _redirected(at, target)
         except BaseException as error:
             self._abandon()
-            if isinstance(error, http.client.InvalidURL | ssl.SSLCertVerificationError):
-                raise ShardError(f"{without_secrets(url)}: {error}") from error
+            if isinstance(error, http.client.InvalidURL):  # its text has the query in it
+                raise ShardError(f"{without_secrets(url)}: is no valid URL") from None
+            if isinstance(error, ssl.SSLCertVerificationError):
+                raise PermissionError(f"{without_secrets(url)}: {error}") from error
             if isinstance(error, _NETWORK_FAULTS):
                 raise Interrupted(f"{type(error).__name__}: {error}") from error
             raise
@@ -244,15 +246,14 @@ def _raise_for_status(answer: http.client.HTTPResponse, url: str) -> None:
     text = f"HTTP {status} {answer.reason}"
     if status in (404, 410):
         raise FileNotFoundError(f"{shown}: {text}: there is no such file on the server")
-    if status in (401, 403, 407):
-        refused = PermissionError(
-            f"{shown}: {text}: the server refuses access, also at {_ATTEMPTS_IF_REFUSED} attempts. "
-            "Is a signature in the URL out of date, or an entry missing in ~/.netrc?"
-        )
-        raise Interrupted(text, attempts=_ATTEMPTS_IF_REFUSED, otherwise=refused)
     if status in _TRANSIENT or status > 511:
         raise Interrupted(text, retry_after_s=_retry_after(answer))
-    raise ShardError(f"{shown}: {text}: the server does not give this file out")
+    # Some stores answer 400 where a signature is out of date: that says nothing about the data.
+    refused = PermissionError(
+        f"{shown}: {text}: the server refuses access, also at {_ATTEMPTS_IF_REFUSED} attempts. "
+        "Is a signature in the URL out of date, or an entry missing in ~/.netrc?"
+    )
+    raise Interrupted(text, attempts=_ATTEMPTS_IF_REFUSED, otherwise=refused)
 
 
 def _retry_after(answer: http.client.HTTPResponse) -> float:

@@ -27,6 +27,7 @@ from data_pipeline.rng import keyed_u64
 from data_pipeline.selection import KeptOrder, Selection
 from data_pipeline.settings import Settings
 from data_pipeline.shards import ShardSet
+from data_pipeline.tar_headers import ShardError
 
 
 class SourceSettings(Settings):
@@ -184,7 +185,12 @@ def plan_order(
 
 
 def concatenated(sources: Sequence[Source]) -> ShardSet:
-    """All shards of all sources. A shard that several sources list stands there several times."""
+    """All shards of all sources. A shard that several sources list stands there several times.
+
+    Raises ShardError if there are none: the rows of a `stream` have no numbers.
+    """
+    if not sources:
+        raise ShardError("data that is read as a stream has no rows that could be addressed")
     if len(sources) == 1:
         return sources[0].shards
     return ShardSet(

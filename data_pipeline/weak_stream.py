@@ -9,6 +9,7 @@ does not hold: see `PROMISES_NOT`.
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from data_pipeline import activity
-from data_pipeline.reader import BadSample, Sample
+from data_pipeline.reader import MAX_MEMBER_BYTES, BadSample, Sample
 from data_pipeline.retry import Interrupted, Patience, RetryPolicy
 from data_pipeline.rng import sample_rng
 from data_pipeline.step_sampler import MicroBatch
@@ -64,6 +65,7 @@ class WeakStream:
         samples: int | None = None,
         shuffle_samples: int = 1000,
         retry: RetryPolicy | None = None,
+        max_member_bytes: int = MAX_MEMBER_BYTES,
     ) -> None:
         """Assemble a stream; nothing is opened.
 
@@ -73,11 +75,13 @@ class WeakStream:
             samples: how many there are in all, for metrics, if somebody knows.
             shuffle_samples: samples that each process holds to shuffle them.
             retry: patience with shards that all fail.
+            max_member_bytes: a sample with a larger member is a bad one.
         """
         self.name, self.fields, self.seed = name, fields, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.urls, self.n_rows = list(urls), samples
         self.shuffle_samples, self.retry = shuffle_samples, retry or RetryPolicy()
+        self.max_member_bytes = max_member_bytes
         self._place, self._start_step = (0, 1), 0
         self._samples: Iterator[Sample] | None = None
         self._skipped: list[ShardFault] = []
@@ -222,10 +226,24 @@ class WeakStream:
         try:
             for place, sample in enumerate(streamed_samples(url, number)):
                 self._bytes_read += sum(map(len, sample.members.values()))
-                if place % sharers == turn:
-                    yield sample
+                if place % sharers == turn and (wanted := self._wanted(sample)) is not None:
+                    yield wanted
         except ShardFault as fault:
             self._skipped.append(fault)
+
+
+    def _wanted(self, sample: Sample) -> Sample | None:
+        """A sample with the members that are needed; None, and a fault, if one is too large."""
+        members = {e: data for e, data in sample.members.items() if e in self.fields.extensions}
+        for extension, data in members.items():
+            if len(data) > self.max_member_bytes:
+                reason = (
+                    f"member .{extension} has {len(data)} bytes, more than max_member_bytes "
+                    f"({self.max_member_bytes})"
+                )
+                self._skipped.append(ShardFault(sample.shard, sample.key, reason))
+                return None
+        return replace(sample, members=members)
 
 
 def part_of(shards: int, slot: int, slots: int) -> list[tuple[int, int, int]]:

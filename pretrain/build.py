@@ -148,6 +148,7 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream 
             samples=task.data.stream.samples,
             shuffle_samples=task.data.stream.shuffle_samples,
             retry=recipe.loader.remote.retry_policy(),
+            max_member_bytes=task.data.max_member_bytes,
         )
     sources = open_sources(task.data, recipe.loader.remote)
     return TaskStream(

@@ -88,5 +88,5 @@ def _excluded(recipe_path: Path, task: str | None, wanted: list[str]) -> Iterato
     for what in wanted:
         row = row_of(shards, what)
         number, local = shards.locate(row)
-        shard = shards.shards[number].path
+        shard = shards.shards[number].label
         yield Edit(task, shard, shards.index(number).key(local), row, True)

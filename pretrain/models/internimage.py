@@ -109,13 +109,13 @@ class InternImageSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> "InternImageSettings":
         for stage, groups in enumerate(self.groups):
-            if groups < 1 or self.channels * 2**stage % groups:
+            if self.channels * 2**stage % groups:
                 raise ValueError(
                     f"groups[{stage}] ({groups}) must divide the {self.channels * 2**stage} "
                     "channels of its stage"
                 )
-        if min(self.depths) < 1 or self.channels % 2:
-            raise ValueError("depths must be at least 1, and channels even")
+        if self.channels % 2:
+            raise ValueError(f"channels ({self.channels}) must be even: the stem begins with half")
         if self.res_post_norm and (self.post_norm or self.layer_scale is not None):
             raise ValueError(
                 "res_post_norm goes with neither post_norm nor layer_scale: the norms that it adds "

@@ -3,15 +3,25 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from data_pipeline.settings import Settings
 from pretrain.models.dcnv3 import DCNv3
 from pretrain.models.mixers import DepthwiseConv, ReducedAttention, WindowAttention
 
-ByStage = Annotated[list[int], Field(min_length=4, max_length=4)]
+ByStage = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=4, max_length=4)]
 """A number for each of the four stages."""
+
+
+def _is_odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError(f"{value} must be odd, or the output would not be as large as the input")
+    return value
+
+
+Odd = Annotated[int, Field(gt=0), AfterValidator(_is_odd)]
+"""Side of a kernel that has a middle."""
 
 
 class DCNv3Settings(Settings):
@@ -19,9 +29,9 @@ class DCNv3Settings(Settings):
 
     type: Literal["dcnv3"] = "dcnv3"
     """Selects this mixer."""
-    kernel_size: int = Field(3, gt=0)
+    kernel_size: Odd = 3
     """Odd side of the regular grid that offsets start from."""
-    dw_kernel_size: int | None = Field(None, gt=0)
+    dw_kernel_size: Odd | None = None
     """Odd side of the depth-wise convolution that offsets are predicted from; null = `kernel_size`.
     """
     offset_scale: float = Field(1.0, gt=0)
@@ -85,7 +95,7 @@ class DepthwiseConvSettings(Settings):
 
     type: Literal["depthwise_conv"] = "depthwise_conv"
     """Selects this mixer."""
-    kernel_size: int = Field(7, gt=0)
+    kernel_size: Odd = 7
     """Odd side of the kernel."""
 
     def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:

@@ -197,6 +197,16 @@ def test_bad_samples_and_bad_shards_are_skipped_counted_and_named(tmp_path, capl
         windows(stream(urls(tmp_path), shuffle_samples=1), 500, max_bad_fraction=0.01)
 
 
+def test_members_that_are_too_large_are_bad_samples(tmp_path):
+    with ShardWriter(tmp_path) as writer:
+        for number in range(20):
+            text = b"a boat" * (5000 if number == 3 else 1)
+            writer.write(f"{number}", {"jpg": jpeg(picture(number)), "txt": text, "mp4": bytes(9)})
+    small = stream(urls(tmp_path), shuffle_samples=1, max_member_bytes=29_000)
+    assert "3" not in keys(windows(small, 3)) and windows.faults["t"].replaced == 2
+    assert "max_member_bytes" in windows.faults["t"].last.reason
+
+
 def test_too_many_bad_samples_end_the_run(tmp_path):
     write_photos(tmp_path, 20, bad=list(range(20)))
     with pytest.raises(DataError, match="101 samples in a row could not be used"):

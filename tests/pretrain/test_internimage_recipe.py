@@ -3,11 +3,14 @@
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
+from pretrain.check import _check_initial_weights
+from pretrain.models.init import load_weights
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import RecipeError, load_recipe, load_resolved
-from tests.pretrain.models.internimage_models import PUBLISHED
+from tests.pretrain.models.internimage_models import PUBLISHED, small_encoder
 
 SMALL = "channels: 16, depths: [1, 1, 2, 1], groups: [1, 2, 4, 8]"
 
@@ -66,6 +69,19 @@ def test_impossible_combinations(changes, message):
 
 def test_any_side_is_fine_without_projector():
     load_recipe("digits_multitask", overrides(SMALL, "tasks.classify.data.image.size=75"))
+
+
+def test_initial_weights_may_hold_statistics(tmp_path):
+    """The file is checked beforehand against parameters and buffers, as it is read later."""
+    encoder = small_encoder(head={"type": "conv"})
+    model = MultiTaskModel({"image": encoder}, {})
+    weights = {f"encoders.image.{name}": t.clone() for name, t in encoder.state_dict().items()}
+    weights["encoders.image.conv_head.1.0.running_mean"] += 3
+    save_file(weights, tmp_path / "a.safetensors")
+    text = _check_initial_weights(model, str(tmp_path / "a.safetensors"))
+    assert text.startswith(f"initial_weights: {len(weights)} of {len(weights)} tensors")
+    assert load_weights(model, tmp_path / "a.safetensors") == []
+    assert (encoder.conv_head[1][0].running_mean == 3).all()
 
 
 IN1K, IN22K = 1_281_167, 14_197_122

@@ -282,7 +282,10 @@ def test_a_size_gives_way_to_what_is_said_beside_it():
     ({"mixer": {"type": "halo", "offset_scale": 2.0}}, "offset_scale"),
     ({"head": {"type": "projector", "width": 100}}, r"heads \(16\) must divide width"),
     ({"size": "M"}, "size"),
-    ({"channels": 63, "groups": (1, 1, 1, 1)}, "channels even"),
+    ({"channels": 63, "groups": (1, 1, 1, 1)}, r"channels \(63\) must be even"),
+    ({"mixer": {"kernel_size": 4}}, "must be odd"),
+    ({"mixer": {"type": "depthwise_conv", "kernel_size": 2}}, "must be odd"),
+    ({"depths": (1, 0, 1, 1)}, "greater than 0"),
 ])  # fmt: skip
 def test_impossible_settings(changes, message):
     with pytest.raises(ValueError, match=message):
