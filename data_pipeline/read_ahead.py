@@ -25,6 +25,7 @@ from data_pipeline.tar_headers import ShardError
 # Part of the cap that is left to readers who miss a block, and to evaluation.
 SLACK_PART = 64
 
+_FEW_USES = 1 << 16
 _CLOSE_S = 3.0
 _LOOK_S = 0.05
 _LEAST_SCAN_INTERVAL_S = 60.0
@@ -55,7 +56,6 @@ class ReadAhead:
         ranks: range,
         settings: CacheSettings,
         downloads: int = 16,
-        known_uses: int = KNOWN_USES,
     ) -> None:
         self.folder = CacheFolder(settings.folder, settings.max_bytes)
         self.fetched_blocks = 0
@@ -66,13 +66,14 @@ class ReadAhead:
         self._blocks = Blocks(shards, settings.block_bytes)
         self._origins = {name: Origin(shards[name]) for name in shards}
         reads = NodeReads(sampler, rows, self._blocks, ranks)
+        self._room = plannable_bytes(settings.max_bytes)
+        fits = self._blocks.total_bytes <= self._room  # then nothing need ever be let go
         self.plan = CachePlan(
             BlockFuture(reads, sampler.start_step, sampler.stop_step),
             len(self._blocks),
             read_ahead_steps=settings.read_ahead_steps,
-            known_uses=known_uses,
+            known_uses=_FEW_USES if fits else KNOWN_USES,
         )
-        self._room = plannable_bytes(settings.max_bytes)
         self._share = self._room
         self._pool, self._most_coming = FetchPool(downloads), 2 * downloads
         self._coming: dict[int, tuple[str, Extent, concurrent.futures.Future[int]]] = {}
@@ -235,8 +236,10 @@ class ReadAhead:
         self.plan.drop(block)
 
     def _pause(self, reason: str) -> None:
-        self._resume_at = time.monotonic() + _PAUSE_S
-        self.messages.append(f"{reason}; reading ahead pauses for {_PAUSE_S:.0f} s")
+        now = time.monotonic()
+        if now >= self._resume_at:  # what is under way fails for the same reason
+            self.messages.append(f"{reason}; reading ahead pauses for {_PAUSE_S:.0f} s")
+            self._resume_at = now + _PAUSE_S
 
 
 def plannable_bytes(max_bytes: int) -> int:

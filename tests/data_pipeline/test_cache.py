@@ -15,7 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.blocks import WHOLE_SHARD, Blocks, block_rows, extent_of_byte, extent_of_row
+from data_pipeline.blocks import (
+    WHOLE_SHARD,
+    Blocks,
+    block_key,
+    block_rows,
+    extent_of_byte,
+    extent_of_row,
+)
 from data_pipeline.cache import CachedShards, CacheSettings
 from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
@@ -105,7 +112,8 @@ def test_blocks_hold_all_bytes_of_a_shard(tmp_path, block_bytes):
         assert blocks.extent(block) == ("a", extent)
         begin, end = shards.index(number).span(local)
         assert extent.begin <= begin < end <= extent.end
-    found = blocks.named([*names, "ab12-0-8", "nonsense"])
+    key = block_key(shards.shards[0])
+    found = blocks.named([*names, "ab12-0-8", "nonsense", f"{key}-?-8", key])
     assert sorted(found.values()) == list(range(len(blocks)))
     other = Blocks({"a": shards}, block_bytes * 2 if block_bytes < 1e5 else 1.0)
     others = {other.extent(block)[1].name for block in range(len(other))}
