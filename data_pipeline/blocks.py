@@ -5,6 +5,7 @@ places of the data set, so that all shards are in use at the same time. What a l
 the next few samples, and what it has left behind is not needed again before the next epoch.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from math import log2
@@ -141,7 +142,10 @@ class Blocks:
             shard = self._of_key.get(key)
             if shard is None:
                 continue
-            first, rows = int(span.partition("-")[0], 16), int(self._block_rows[shard])
+            begin = span.partition("-")[0]
+            if not re.fullmatch("[0-9a-f]+", begin):
+                continue  # somebody else's file
+            first, rows = int(begin, 16), int(self._block_rows[shard])
             last = min(first + rows, int(self._samples[shard]))
             if first % rows == 0 and name == _name(key, first, last):
                 found[name] = int(self._first[shard]) + first // rows

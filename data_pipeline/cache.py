@@ -6,13 +6,17 @@ shards lie. `prefetch` fills it ahead of the run, and alone decides what to let 
 """
 
 import logging
+import os
 from collections.abc import Iterator
+from concurrent.futures import Future
+from functools import partial
 
 from pydantic import Field
 
 from data_pipeline.blocks import WHOLE_SHARD, Extent, extent_of_byte
 from data_pipeline.byte_sources import byte_source_of
 from data_pipeline.cache_folder import CacheError, CacheFolder
+from data_pipeline.fetch_pool import FetchPool
 from data_pipeline.origin import Origin
 from data_pipeline.settings import Settings
 from data_pipeline.shards import ShardSet
@@ -55,15 +59,26 @@ class CachedShards:
         self._folder = CacheFolder(settings.folder, settings.max_bytes)
         self._origin, self._direct = Origin(shards), byte_source_of(shards)
         self._gave_up = False
+        self._start()
 
     def pread(self, number: int, begin: int, end: int) -> bytes:
         """Exactly the bytes [begin, end) of a shard; raises as ByteSource.pread."""
-        retries = self._shards.storage.retries
+        self._leave_parent()
         try:
             pieces = [self._piece(*part) for part in self._parts(number, begin, end)]
         finally:
-            self.counters["retries"] += self._shards.storage.retries - retries
+            before, self._retries = self._retries, self._shards.storage.retries
+            self.counters["retries"] += self._retries - before
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def expect(self, number: int, begin: int, end: int) -> None:
+        """Begin to fetch the bytes [begin, end) of a shard; never waits, never raises."""
+        self._leave_parent()
+        for extent, _, _ in () if self._gave_up else self._parts(number, begin, end):
+            if extent.name not in self._coming and not self._folder.has(extent.name):
+                self._coming[extent.name] = self._pool.submit(
+                    partial(fetch_block, self._folder, self._origin, extent)
+                )
 
     def renew(self, number: int, begin: int, end: int) -> bool:
         """Drop the copies of these bytes, which do not match their checksums.
@@ -84,13 +99,29 @@ class CachedShards:
 
     def close(self) -> None:
         """Let go of files and connections."""
+        self._pool.close()
         self._direct.close()
+        self._start()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pool") and self._process == os.getpid():
+            self._pool.close()
 
     def __getstate__(self) -> dict:
         return {"shards": self._shards, "settings": self._settings}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["shards"], state["settings"])
+
+    def _start(self) -> None:
+        self._process, self._retries = os.getpid(), self._shards.storage.retries
+        self._pool = FetchPool(self._shards.storage.settings.requests_per_host)
+        self._coming: dict[str, Future[int | None]] = {}
+
+    def _leave_parent(self) -> None:
+        """In a forked process: the threads of the parent are not here."""
+        if self._process != os.getpid():
+            self._start()
 
     def _parts(self, number: int, begin: int, end: int) -> Iterator[tuple[Extent, int, int]]:
         """The blocks that hold the bytes [begin, end), and which of them each holds."""
@@ -103,9 +134,10 @@ class CachedShards:
         """The bytes [begin, end) of a shard, which lie in one block."""
         counters = self.counters
         try:
+            coming = self._coming.pop(extent.name, None)
+            downloaded = coming.result() if coming is not None else 0
             found = self._copy(extent, begin, end)
-            downloaded = 0
-            if found is None and not self._gave_up:
+            if found is None and coming is None and not self._gave_up:
                 downloaded = fetch_block(self._folder, self._origin, extent)
                 found = self._copy(extent, begin, end) if downloaded is not None else None
         except CacheError as error:

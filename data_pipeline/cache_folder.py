@@ -52,7 +52,7 @@ class CacheFolder:
 
     def has(self, name: str) -> bool:
         """Whether a block is there."""
-        return self.path(name).exists()
+        return os.path.exists(self.path(name))
 
     def read(self, name: str, size: int, begin: int, end: int) -> bytes | None:
         """The bytes [begin, end) of a block of `size` bytes; None if it is not there, or cut.

@@ -14,10 +14,9 @@ class Tally:
 
     def __init__(self, sizes: np.ndarray, capacity: float) -> None:
         """`sizes` of the blocks, (n,) float64 bytes; `capacity` in bytes."""
-        self._sizes = sizes.tolist()
-        self.capacity = capacity
+        self._sizes, self.capacity = sizes, capacity
         self.held = self.most_held = self.fetched_bytes = 0.0
-        self.fetched = 0
+        self.fetched = self.passed = 0
 
     def has_room(self, block: int) -> bool:
         """As `eviction.Store`."""
@@ -27,16 +26,24 @@ class Tally:
         """As `eviction.Store`."""
         self.held += self._sizes[block]
         self.most_held = max(self.most_held, self.held)
-        self.pass_by(block)
+        self._download(block)
 
     def evict(self, block: int) -> None:
         """As `eviction.Store`."""
         self.held -= self._sizes[block]
 
     def pass_by(self, block: int) -> None:
-        """Count a download that is not kept."""
+        """Download a block and not keep it."""
+        self.passed += 1
+        self._download(block)
+
+    def outcome(self, uses: int) -> "Outcome":
+        """What has been counted, with so many uses."""
+        return Outcome(uses, self.fetched, self.fetched_bytes, self.most_held, self.passed)
+
+    def _download(self, block: int) -> None:
         self.fetched += 1
-        self.fetched_bytes += self._sizes[block]
+        self.fetched_bytes += float(self._sizes[block])
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Outcome:
     """Blocks that were downloaded."""
     fetched_bytes: float
     most_held_bytes: float
+    passed_by: int = 0
+    """Downloads that were not kept, as the cache was full of what is needed sooner."""
 
     @property
     def hit_rate(self) -> float:
@@ -89,7 +98,7 @@ def simulate(
         uses += len(used)
         for block in used[~plan.held(used)].tolist():
             tally.pass_by(block)  # there was no room for it
-    return Outcome(uses, tally.fetched, tally.fetched_bytes, tally.most_held)
+    return tally.outcome(uses)
 
 
 def simulate_lru(reads: NodeReads, capacity: float, start_step: int, stop_step: int) -> Outcome:
@@ -110,4 +119,4 @@ def simulate_lru(reads: NodeReads, capacity: float, start_step: int, stop_step: 
                 tally.fetch(block)
             else:
                 tally.pass_by(block)
-    return Outcome(uses, tally.fetched, tally.fetched_bytes, tally.most_held)
+    return tally.outcome(uses)

@@ -85,6 +85,7 @@ class Prefetcher:
         except (EOFError, OSError):
             self._connection.close()
             self._connection = None
+            self._process.join(1.0)
             log.warning(
                 "the read-ahead of the cache has ended (exit code %s); batches are loaded without "
                 "it, more slowly", self._process.exitcode,
@@ -129,9 +130,10 @@ def _run(
 
 
 def _serve(connection: Connection, ahead: ReadAhead, stop: list[int]) -> None:
-    trainer = os.getppid()
+    # The first notices at once that the trainer was killed, the second in every case.
+    parent, trainer = os.getppid(), multiprocessing.parent_process()
     with ahead.folder.reading_ahead():
-        while not stop and os.getppid() == trainer:
+        while not stop and os.getppid() == parent and trainer.is_alive():
             busy = ahead.work()
             if not connection.poll(_BUSY_S if busy else _IDLE_S):
                 continue

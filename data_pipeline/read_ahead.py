@@ -25,6 +25,7 @@ from data_pipeline.tar_headers import ShardError
 # Part of the cap that is left to readers who miss a block, and to evaluation.
 SLACK_PART = 64
 
+_FEW_USES = 1 << 16
 _CLOSE_S = 3.0
 _LOOK_S = 0.05
 _LEAST_SCAN_INTERVAL_S = 60.0
@@ -55,7 +56,6 @@ class ReadAhead:
         ranks: range,
         settings: CacheSettings,
         downloads: int = 16,
-        known_uses: int = KNOWN_USES,
     ) -> None:
         self.folder = CacheFolder(settings.folder, settings.max_bytes)
         self.fetched_blocks = 0
@@ -66,17 +66,18 @@ class ReadAhead:
         self._blocks = Blocks(shards, settings.block_bytes)
         self._origins = {name: Origin(shards[name]) for name in shards}
         reads = NodeReads(sampler, rows, self._blocks, ranks)
+        self._room = plannable_bytes(settings.max_bytes)
+        fits = self._blocks.total_bytes <= self._room  # then nothing need ever be let go
         self.plan = CachePlan(
             BlockFuture(reads, sampler.start_step, sampler.stop_step),
             len(self._blocks),
             read_ahead_steps=settings.read_ahead_steps,
-            known_uses=known_uses,
+            known_uses=_FEW_USES if fits else KNOWN_USES,
         )
-        self._room = plannable_bytes(settings.max_bytes)
         self._share = self._room
         self._pool, self._most_coming = FetchPool(downloads), 2 * downloads
-        self._coming: dict[int, tuple[Extent, concurrent.futures.Future[int]]] = {}
-        self._held: dict[int, Extent] = {}  # on its way or there
+        self._coming: dict[int, tuple[str, Extent, concurrent.futures.Future[int]]] = {}
+        self._held: dict[int, tuple[str, int]] = {}  # name and bytes; on its way or there
         self._held_bytes = 0
         self._strangers: list[str] = []  # blocks of other data sets or runs, the oldest last
         self._scan_at = self._resume_at = 0.0
@@ -112,7 +113,7 @@ class ReadAhead:
         """Break off downloads; nothing of them stays."""
         self._stopped = True
         self._pool.close()
-        running = [future for _, future in self._coming.values() if not future.done()]
+        running = [future for *_, future in self._coming.values() if not future.done()]
         concurrent.futures.wait(running, timeout=_CLOSE_S)
         self.folder.discard_unfinished()
 
@@ -121,11 +122,12 @@ class ReadAhead:
     def has_room(self, block: int) -> bool:
         """Whether a block fits without letting go of one that this run needs."""
         extent = self._extent(block)
-        if extent is None or self.folder.has(extent.name):
+        if extent is None or self.folder.has(extent[1].name):
             return True
-        if self._held_bytes + extent.size > self._share:
+        size = extent[1].size
+        if self._held_bytes + size > self._share:
             return False
-        while self.folder.used() + extent.size > self._room:
+        while self.folder.used() + size > self._room:
             if not self._strangers:
                 return False
             self.folder.remove(self._strangers.pop())
@@ -133,29 +135,29 @@ class ReadAhead:
 
     def fetch(self, block: int) -> None:
         """Have a block downloaded, unless it is there."""
-        extent = self._extent(block)
-        if extent is None:
+        found = self._extent(block)
+        if found is None:
             self.plan.drop(block)
             return
-        self._hold(block, extent)
+        task, extent = found
+        self._hold(block, extent.name, extent.size)
         if block in self._coming or self.folder.has(extent.name):
             return
         reservation = self.folder.reserve(extent.name, extent.size)
         if reservation is None:
             self._lose(block)
             return
-        name, _ = self._blocks.extent(block)
-        origin = self._origins[name]
+        origin = self._origins[task]
         future = self._pool.submit(lambda: self._download(origin, extent, reservation))
-        self._coming[block] = extent, future
+        self._coming[block] = task, extent, future
 
     def evict(self, block: int) -> None:
         """Let go of a block."""
-        extent = self._held[block]
+        name, _ = self._held[block]
         self._forget(block)
         # One that comes so late that the run has overtaken it goes when it is whole.
         if block not in self._coming:
-            self.folder.remove(extent.name)
+            self.folder.remove(name)
 
     # ---- inside ----------------------------------------------------------------------------------
 
@@ -178,12 +180,12 @@ class ReadAhead:
 
     def _collect(self) -> None:
         """Take in what has been downloaded."""
-        done = [(b, *coming) for b, coming in self._coming.items() if coming[1].done()]
-        for block, extent, future in done:
+        done = [(b, *coming) for b, coming in self._coming.items() if coming[2].done()]
+        for block, task, extent, future in done:
             del self._coming[block]
             error = future.exception()
             if error is None:
-                self.fetched_bytes[self._blocks.extent(block)[0]] += future.result()
+                self.fetched_bytes[task] += future.result()
                 self.fetched_blocks += bool(future.result())
                 if block not in self._held:
                     self.folder.remove(extent.name)
@@ -200,9 +202,9 @@ class ReadAhead:
         started = time.monotonic()
         found = self.folder.scan()
         mine = self._blocks.named(found)
-        for block in mine.values():
+        for name, block in mine.items():
             if block not in self._held:
-                self._hold(block, self._blocks.extent(block)[1])
+                self._hold(block, name, found[name][0])
         new = np.array(list(mine.values()), dtype=np.int64)
         self.plan.add(new[~self.plan.held(new)])
         gone = set(self._held) - set(mine.values()) - set(self._coming)
@@ -214,28 +216,30 @@ class ReadAhead:
         took = time.monotonic() - started
         self._scan_at = time.monotonic() + max(_LEAST_SCAN_INTERVAL_S, 100 * took)
 
-    def _extent(self, block: int) -> Extent | None:
-        """Where a block lies; None if the index of its shard cannot be read."""
+    def _extent(self, block: int) -> tuple[str, Extent] | None:
+        """A task and where the block lies; None if the index of its shard cannot be read."""
         try:
-            return self._held.get(block) or self._blocks.extent(block)[1]
+            return self._blocks.extent(block)
         except (ShardError, OSError):
             return None
 
-    def _hold(self, block: int, extent: Extent) -> None:
-        self._held[block] = extent
-        self._held_bytes += extent.size
+    def _hold(self, block: int, name: str, size: int) -> None:
+        self._held[block] = name, size
+        self._held_bytes += size
 
     def _forget(self, block: int) -> None:
-        extent = self._held.pop(block, None)
-        self._held_bytes -= extent.size if extent else 0
+        _, size = self._held.pop(block, ("", 0))
+        self._held_bytes -= size
 
     def _lose(self, block: int) -> None:
         self._forget(block)
         self.plan.drop(block)
 
     def _pause(self, reason: str) -> None:
-        self._resume_at = time.monotonic() + _PAUSE_S
-        self.messages.append(f"{reason}; reading ahead pauses for {_PAUSE_S:.0f} s")
+        now = time.monotonic()
+        if now >= self._resume_at:  # what is under way fails for the same reason
+            self.messages.append(f"{reason}; reading ahead pauses for {_PAUSE_S:.0f} s")
+            self._resume_at = now + _PAUSE_S
 
 
 def plannable_bytes(max_bytes: int) -> int:

@@ -114,6 +114,7 @@ class SampleReader:
 
         Changes nothing but the time that reading takes; faults of the data wait for `read`.
         """
+        self.shards.fetch_indices(self.shards.locate(row)[0] for row in rows)
         if not isinstance(self.source, ReadsAhead):
             return
         for row in rows:

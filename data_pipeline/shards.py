@@ -7,6 +7,7 @@ shard_number, row_in_shard = shards.locate(123_456)
 """
 
 import bisect
+import contextlib
 import errno
 import itertools
 import logging
@@ -149,6 +150,30 @@ class ShardSet:
     def read_index(self, number: int) -> ShardIndex:
         """As `index`, but kept nowhere: for one pass over all shards, also by several threads."""
         return self._checked_index(self.shards[number])
+
+    def fetch_indices(self, numbers: Iterable[int]) -> None:
+        """Get the indices of remote shards that are not at hand yet, several at a time.
+
+        What is wrong with a shard is left for `index` to say. Errors: TransientReadError.
+        """
+        missing = [
+            number
+            for number in dict.fromkeys(numbers)
+            if number not in self._indices
+            and number not in self._faults
+            and is_url(self.shards[number].path)
+        ]
+        if len(missing) < 2:
+            return
+
+        def fetch(number: int) -> None:
+            with contextlib.suppress(ShardError, OSError):
+                self.read_index(number)
+
+        threads = min(len(missing), self.storage.settings.requests_per_host)
+        with ThreadPoolExecutor(threads) as executor:
+            for _ in executor.map(fetch, missing):
+                pass  # now they lie in the cache folder, whence `index` maps them
 
     def column(self, name: str) -> np.ndarray:
         """Return a numeric column of all samples: (N,) int64, or float64 with NaN for missing.

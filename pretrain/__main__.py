@@ -48,6 +48,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     check.add_argument("recipe", help="a YAML file or the name of a shipped recipe")
     check.add_argument("overrides", nargs="*", metavar="key.path=value")
     check.add_argument("--world", type=int, default=1, metavar="N", help="ranks (default 1)")
+    check.add_argument(
+        "--ranks-per-node", type=int, default=8, metavar="N", help="ranks of a node (default 8)"
+    )
     check.set_defaults(action=_check, parser=check)
     return parser.parse_args(argv)
 
@@ -75,12 +78,14 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    if arguments.world < 1:
-        arguments.parser.error(f"--world must be at least 1, not {arguments.world}")
+    for name in ("world", "ranks_per_node"):
+        if getattr(arguments, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            arguments.parser.error(f"{option} must be at least 1, not {getattr(arguments, name)}")
     recipe = validate(load_layers(arguments.recipe, arguments.overrides))
     from pretrain.check import report  # imports DeepSpeed, which takes seconds
 
-    findings = report(recipe, arguments.world)
+    findings = report(recipe, arguments.world, arguments.ranks_per_node)
     for finding in findings:
         print(f"{'ok   ' if finding.ok else 'FAULT'} {finding.text}")
     return 0 if all(finding.ok for finding in findings) else 1

@@ -19,6 +19,7 @@ from data_pipeline.sources import (
 from data_pipeline.step_sampler import MicroBatch, deal
 from data_pipeline.weak_stream import PROMISES_NOT
 from pretrain.build import build_model, build_schedule, build_stream, build_tokenizer
+from pretrain.check_cache import cache_lines
 from pretrain.engine.ds_config import engine_config, find_engine_file
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import Recipe, TaskSettings
@@ -36,12 +37,13 @@ class Finding:
     text: str
 
 
-def report(recipe: Recipe, world: int) -> list[Finding]:
+def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
     """Check everything that needs no process group; later checks go on after a fault.
 
     Args:
         recipe: a valid recipe.
         world: number of ranks to plan for.
+        ranks_per_node: how many of them share a node, and its cache.
     """
     findings = [Finding(True, f"recipe {recipe.name}: {recipe.steps} steps on {world} rank(s)")]
 
@@ -63,6 +65,8 @@ def report(recipe: Recipe, world: int) -> list[Finding]:
         attempt(f"tasks.{name}", lambda n=name, t=task: _task(recipe, n, t, world))
     for name in recipe.tasks if tokenizers else ():
         attempt(f"tasks.{name}", lambda n=name: _first_samples(recipe, n, tokenizers[0]))
+    if recipe.loader.cache is not None:
+        attempt("cache", lambda: cache_lines(recipe, world, ranks_per_node))
     if tokenizers and stage:
         attempt("model", lambda: _model(recipe, tokenizers[0], stage[0], world))
     return findings
@@ -161,7 +165,8 @@ def _kept(samples: int, stored: int) -> str:
 
 def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer") -> Iterator[str]:
     """Load the first two samples as training will: members, captions and pixels are there."""
-    stream = build_stream(recipe, name, tokenizer)
+    loader = recipe.loader.model_copy(update={"cache": None})  # of nodes, not of this machine
+    stream = build_stream(recipe.model_copy(update={"loader": loader}), name, tokenizer)
     batch = stream.load(MicroBatch(0, 0, name, (0, 1), (True, True)))
     shapes = ", ".join(
         f"{key} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"

@@ -1,8 +1,8 @@
 """GIT's TSV files as a list of items: images as base64 text, captions as JSON lists, joined by key.
 
 An image file has a key and base64 text in each line, a caption file a key and a JSON list of texts
-or of objects with `caption`. Files `NAME.lineidx` beside them hold the byte at which each line
-begins; they are not needed, but an old one is noticed.
+or of objects with `caption`. Files `NAME.lineidx` or `NAME.lineidx.8b` beside them hold the byte at
+which each line begins; they are not needed, but an old one is noticed.
 """
 
 import argparse
@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from data_pipeline.packing import PackJob
 from tools.pack_images import ImageItem
@@ -147,9 +149,17 @@ def _lines(path: Path) -> Iterator[_Line]:
 
 
 def _line_index(path: Path) -> list[int] | None:
-    """Read NAME.lineidx (a number per line), which GIT writes as NAME with another suffix, too."""
-    for place in (Path(f"{path}.lineidx"), path.with_suffix(".lineidx")):
-        if place.exists():
+    """Read NAME.lineidx (a number per line) or NAME.lineidx.8b (64-bit little-endian numbers).
+
+    NAME is that of the file, or, as GIT writes it, that without its suffix.
+    """
+    for name in (f"{path}.lineidx", f"{path.with_suffix('')}.lineidx"):
+        if (binary := Path(f"{name}.8b")).exists():
+            data = binary.read_bytes()
+            if len(data) % 8:
+                raise ValueError(f"{binary}: has {len(data)} bytes, not 8 for each line")
+            return np.frombuffer(data, "<i8").tolist()
+        if (place := Path(name)).exists():
             try:
                 return [int(line) for line in place.read_text().split()]
             except ValueError as error:

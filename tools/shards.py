@@ -7,6 +7,7 @@
     python -m tools.shards stats   data/coco/train
     python -m tools.shards sheet   data/coco/train --out look.png
     python -m tools.shards repack  data/a data/b --out data/ab --fractions train=0.9,val=0.1
+    python -m tools.shards plan    data/coco/train --max-gib 10 50
     python -m tools.shards bench   data/coco/train
     python -m tools.shards serve   data/coco --port 8000 --delay-ms 50
 
@@ -60,6 +61,7 @@ _MODULES = {
     "stats": "counts, bytes, sizes of images, lengths of captions, labels; from the indices",
     "sheet": "draw a few samples with captions, boxes and labels as one picture",
     "repack": "merge, filter, split, shuffle and pack anew; the bytes of samples do not change",
+    "plan": "say what a cache on each node will save, by simulation of the order of reading",
     "bench": "time reading, decoding, cropping and the whole loader, on this machine",
     "quarantine": "list the samples that a run leaves out, take some back, or leave out more",
     "serve": "serve a folder of shards over HTTP, to try things out; not for production",
@@ -146,6 +148,8 @@ def _inspect(options: argparse.Namespace) -> int:
     print("  members: " + ", ".join(f"{e} x {n:,}" for e, n in counts[:_EXTENSIONS_SHOWN]))
     if len(counts) > _EXTENSIONS_SHOWN:
         print(f"  and {len(counts) - _EXTENSIONS_SHOWN} more extensions: are there dots in keys?")
+    if first.bundled:
+        print("  its samples lie in bundles")
     print("  columns: " + (", ".join(sorted(column_names(first))) or "none"))
     print("  columns of texts: " + (", ".join(sorted(_usable_texts(first))) or "none"))
     dropped = first.dropped_columns + (first.derived.dropped if first.derived else 0)

@@ -15,7 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.blocks import WHOLE_SHARD, Blocks, block_rows, extent_of_byte, extent_of_row
+from data_pipeline.blocks import (
+    WHOLE_SHARD,
+    Blocks,
+    block_key,
+    block_rows,
+    extent_of_byte,
+    extent_of_row,
+)
 from data_pipeline.cache import CachedShards, CacheSettings
 from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
@@ -27,8 +34,9 @@ from tests.data_pipeline.test_cache_folder import other_files
 
 GIB, KIB = 2.0**-30, 2.0**-10
 QUICK = RemoteSettings(
-    retry_first_wait_s=0.01, retry_longest_wait_s=0.05, timeout_s=30.0, retry_deadline_s=1.0
+    retry_first_wait_s=0.01, retry_longest_wait_s=0.05, timeout_s=30.0, retry_deadline_s=30.0
 )
+IMPATIENT = QUICK.model_copy(update={"retry_deadline_s": 1.0})
 fork = multiprocessing.get_context("fork")
 
 
@@ -104,7 +112,8 @@ def test_blocks_hold_all_bytes_of_a_shard(tmp_path, block_bytes):
         assert blocks.extent(block) == ("a", extent)
         begin, end = shards.index(number).span(local)
         assert extent.begin <= begin < end <= extent.end
-    found = blocks.named([*names, "ab12-0-8", "nonsense"])
+    key = block_key(shards.shards[0])
+    found = blocks.named([*names, "ab12-0-8", "nonsense", f"{key}-?-8", key])
     assert sorted(found.values()) == list(range(len(blocks)))
     other = Blocks({"a": shards}, block_bytes * 2 if block_bytes < 1e5 else 1.0)
     others = {other.extent(block)[1].name for block in range(len(other))}
@@ -152,6 +161,22 @@ def test_each_block_is_downloaded_once(server, settings):
         "bytes_read": 0, "retries": 0, "cache_hits": 100, "cache_misses": 0
     }
     assert not other_files(Path(settings.folder))
+
+
+def test_what_is_expected_is_fetched_side_by_side(server, settings):
+    server.always = slow(0.1)
+    shards = ShardSet.open(server.url + "/set", QUICK)
+    reads = reader(shards, settings)
+    for row in range(100):
+        reads.expect([row])
+    check(reads)
+    assert server.busiest > 4
+    asked = asked_of_tars(server)
+    assert len(asked) == len(set(asked)) == 13
+    counters = reads.source.counters
+    assert (counters["cache_misses"], counters["cache_hits"]) == (13, 87)
+    server.always = status(503)
+    reads.expect(range(100))  # is there
 
 
 def test_processes_share_downloads(server, settings):
@@ -279,7 +304,7 @@ def test_whole_shards(server, settings):
 
 
 def test_a_server_that_stays_away_ends_reading(server, settings):
-    shards = ShardSet.open(server.url + "/set", QUICK)
+    shards = ShardSet.open(server.url + "/set", IMPATIENT)
     check(reads := reader(shards, settings), range(8))
     server.always = status(503)
     check(reads, range(8))

@@ -20,17 +20,15 @@ from data_pipeline.order import Order
 from data_pipeline.packer import ShardWriter
 from data_pipeline.read_ahead import ReadAhead, plannable_bytes
 from data_pipeline.reader import SampleReader
-from data_pipeline.remote import RemoteSettings
 from data_pipeline.shards import ShardSet
 from data_pipeline.sources import MixedOrder
 from data_pipeline.step_sampler import Schedule, StepSampler
 from tests.data_pipeline.faulty_server import FaultyServer, status
 from tests.data_pipeline.photos import pack, stream
-from tests.data_pipeline.test_cache import KIB, blocks_in
+from tests.data_pipeline.test_cache import IMPATIENT, KIB, blocks_in
 from tests.data_pipeline.test_cache_folder import bytes_on_disk, other_files
 from tests.data_pipeline.test_loader import contents, schedule
 
-QUICK = RemoteSettings(retry_first_wait_s=0.01, retry_longest_wait_s=0.05, retry_deadline_s=1.0)
 BLOCK = 8 * 1024  # bytes of a block in `equal_shards`, samples of 1,024 bytes
 
 
@@ -210,7 +208,7 @@ def test_blocks_of_others_go_first_and_shares_are_fair(tmp_path, tasks):
         for step in range(60, 100):
             ahead.advance(step)
             settle(ahead)
-        mine = sum(extent.size for extent in ahead._held.values())
+        mine = sum(size for _, size in ahead._held.values())
         assert mine <= settings.max_bytes / 2
         ahead.close()
 
@@ -235,14 +233,14 @@ def test_what_readers_fetched_themselves_is_found(tmp_path, tasks):
 
 def test_faults_of_storage_and_folder_are_told(tmp_path, tasks):
     with FaultyServer(Path(tasks["a"].shards.shards[0].path).parent) as server:
-        shards = ShardSet.open(server.url, QUICK)
+        shards = ShardSet.open(server.url, IMPATIENT)
         remote = {"a": Task(16, 4, small_order(512, 4), shards)}
         settings = CacheSettings(folder=str(tmp_path / "cache"), max_gib=1.0, block_mib=8 * KIB)
         server.always = status(503)
         ahead = read_ahead(remote, settings)
         while not ahead.messages:
             ahead.work()
-        assert "HTTP 503" in ahead.messages[0] and "reading ahead pauses" in ahead.messages[0]
+        assert "/train-00000" in ahead.messages[0] and "reading ahead pauses" in ahead.messages[0]
         ahead.close()
         assert not blocks_in(settings) and not other_files(Path(settings.folder))
     (tmp_path / "file").write_bytes(b"")

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,25 @@ def test_neighbouring_rows_come_from_memory(server, www):
     assert len(tar) == 2  # the state, and one block
     # Nothing is fetched twice, nor beyond what the 40 rows hold.
     assert counters["bytes_read"] <= opened.shards[0].bytes
+
+
+def test_a_batch_is_asked_for_at_once(tmp_path):
+    write_shards(tmp_path / "www", 80, 10)
+    with FaultyServer(tmp_path / "www") as server:
+        opened = ShardSet.open(server.url, QUICK)
+        server.delay_s = 0.05
+        rows = list(range(5, 80, 10))
+        opened.fetch_indices(range(8))
+        assert server.busiest >= 4
+        asked = Counter(name for name, _ in server.asked if name.endswith(".idx"))
+        assert len(asked) == 8 and max(asked.values()) == 2  # size, content
+        server.busiest = 0
+        reader = SampleReader(opened)
+        reader.expect(rows)
+        assert [reader.read(row).members == sample(row)[1] for row in rows] == [True] * 8
+        assert server.busiest >= 4
+        asked = Counter(name for name, _ in server.asked if name.endswith(".tar"))
+        assert len(asked) == 8 and max(asked.values()) == 2  # version, bytes
 
 
 def test_memory_of_the_read_ahead_is_bounded(tmp_path):

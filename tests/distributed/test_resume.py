@@ -80,10 +80,10 @@ def kill_when(condition, processes, timeout_s: float = 120) -> bool:
     raise AssertionError("the moment to kill never came")
 
 
-def kill_and_resume(data, folder: Path, stage: int, moments) -> Path:
+def kill_and_resume(data, folder: Path, stage: int, moments, **changes) -> Path:
     """Start a run, kill it at each of the moments (resuming in between), then let it finish."""
     run = folder / "run"
-    recipe = tiny_recipe(data, run, deepspeed=f"zero{stage}")
+    recipe = tiny_recipe(data, run, deepspeed=f"zero{stage}", **changes)
     arguments = [str(write_recipe(folder / "recipe.yaml", recipe))]
     for number, moment in enumerate(moments):
         logs = folder / f"start{number}"
@@ -104,8 +104,14 @@ def after_steps(count: int):
 
 
 def test_killed_between_steps_and_inside_a_save(data, straight, tmp_path):
+    """Through a cache, which the uninterrupted run does not have."""
     moments = [inside_a_save, after_steps(random.randint(5, 11))]
-    assert_same_run(straight(2), kill_and_resume(data, tmp_path, 2, moments))
+    cache = {"folder": str(tmp_path / "cache"), "max_gib": 0.001, "block_mib": 0.01}
+    run = kill_and_resume(data, tmp_path, 2, moments, loader__cache=cache)
+    assert_same_run(straight(2), run)
+    kept = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert len(kept) > 3 and not [name for name in kept if name.endswith((".tmp", ".lock"))]
+    assert any(line.get("cache_hits") for line in metrics(run))
 
 
 @pytest.mark.slow

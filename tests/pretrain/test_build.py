@@ -1,6 +1,7 @@
 """Objects from a recipe, on real shards: model, streams, evaluation, and the check command."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -149,6 +150,19 @@ def test_check_reports_what_a_run_would_do(recipe_file, capsys):
     assert "global batch 8 = 3 rank(s) x 2 micro-step(s) of up to 2, less 4 padding rows" in text
     assert "60 samples in 3 shard(s); 7.5 steps an epoch, 12 steps = 1.60 epochs" in text
     assert "evaluation on 10 of 10 samples" in text
+
+
+def test_check_tells_what_a_cache_will_do(recipe_file, tmp_path, capsys):
+    cache = ["loader.cache.folder=" + str(tmp_path / "cache"), "loader.cache.max_gib=1"]
+    assert main(["check", str(recipe_file), *cache, "--world", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "cache: 1 GiB of 0.00 GiB on each node of 2 rank(s), in blocks of 0." in text
+    # Three shards of one block each; every step reads of two or three of them.
+    hits = re.search(r"in the first 12 steps (.*)% hits and 0.00 GiB downloaded", text)
+    assert 85 < float(hits[1]) < 95
+    assert not (tmp_path / "cache").exists()
+    assert main(["check", str(recipe_file), *cache, "loader.cache.max_gib=0.00001"]) == 1
+    assert "loader.cache.max_gib (1e-05) holds less than one step reads" in capsys.readouterr().out
 
 
 def test_check_tells_stages_and_sources(data, recipe_file, capsys):

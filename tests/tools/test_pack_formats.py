@@ -117,6 +117,19 @@ def test_a_line_index_that_does_not_fit_is_noticed(tmp_path, index):
         tsv_source([path], [])
 
 
+def test_a_binary_line_index(tmp_path, photos):
+    path = write_tsv(tmp_path / "a.tsv", [["a", "AA=="], ["b", "AA=="]])
+    index = tmp_path / "a.lineidx.8b"
+    index.write_bytes(b"".join(at.to_bytes(8, "little") for at in (0, 7)))
+    assert len(tsv_source([path], []).items) == 2
+    index.write_bytes(bytes(16))
+    with pytest.raises(ValueError, match="does not fit line 2"):
+        tsv_source([path], [])
+    index.write_bytes(bytes(15))
+    with pytest.raises(ValueError, match=r"a\.lineidx\.8b: has 15 bytes"):
+        tsv_source([path], [])
+
+
 def test_base64_that_is_none_is_a_fault_of_the_sample(tmp_path, photos, capsys):
     rows = [["good", encoded(photos[0])], ["bad", "no base64!"], ["text", "aGVsbG8="]]
     path = write_tsv(tmp_path / "a.tsv", rows)

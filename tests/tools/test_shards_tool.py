@@ -194,3 +194,18 @@ def test_serve(folder):
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(20) == 0
+
+
+def test_bundles(tmp_path, capsys):
+    write_shards(tmp_path / "set", 10, 4, bundle=3)
+    assert run("inspect", tmp_path / "set") == 0
+    assert "its samples lie in bundles" in capsys.readouterr().out
+    assert run("inspect", tmp_path / "set", "--sample", "000007") == 0
+    assert "row 7: 000007" in capsys.readouterr().out
+    flip(tmp_path / "set" / "train-000001.tar", 700)
+    assert run("verify", tmp_path / "set", "--processes", 1) == 1
+    assert "sample '000004'" in capsys.readouterr().out
+    for path in (*(tmp_path / "set").glob("*.idx"), tmp_path / "set" / "manifest.json"):
+        path.unlink()
+    assert run("index", tmp_path / "set", "--processes", 1) == 1
+    assert "train-000001.tar: byte 0: " in capsys.readouterr().err

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 _SOURCES = ("dcnv3_cpu.cpp", "ms_deform_attn_cpu.cpp")
-_HEADERS = ("lanes.h", "points.h", "sampling.h")
+_HEADERS = ("lanes.h", "operator.h", "points.h", "sampling.h")
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _VECTOR_FLAGS = {
@@ -71,7 +71,10 @@ def library() -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with exclusive(path):
+    with exclusive(path) as locked:
+        if locked:
+            for leftover in path.parent.glob(f".build-{path.stem}-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         if not path.exists():
             _log.info("compiling the C++ operators into %s; this takes a minute, once", path)
             _build(compiler, flags, path)
@@ -94,7 +97,7 @@ def _build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
 
     includes = [f"-I{folder}" for folder in include_paths()]
     libraries = [f"-L{folder}" for folder in library_paths()]
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".build-{path.stem}-", dir=path.parent) as folder:
         objects = [f"{folder}/{Path(name).stem}.o" for name in _SOURCES]
         for name, object_file in zip(_SOURCES, objects, strict=True):
             _output([compiler, *flags, *includes, "-c", str(_HERE / name), "-o", object_file])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain.models.operators.backends import AUTO
 from pretrain.models.operators.registration import register
-from pretrain.models.operators.window import Window
+from pretrain.models.operators.window import Window, of_one_type
 
 Size = int | tuple[int, int]
 
@@ -34,7 +34,7 @@ def dcnv3(
     `value` (N, H, W, C) has C = groups * group_channels channels; float16, bfloat16, float32 or
     float64. `offset` (N, H_out, W_out, groups * P * 2) holds (x, y) in pixels for each of the P
     points of the kernel, which are numbered column by column; `mask` (N, H_out, W_out, groups * P)
-    their weights, used as they are. Both have the type of `value`, or float32. Coordinates and sums
+    their weights, used as they are. Each has the type of `value`, or float32. Coordinates and sums
     are float32, or float64 for float64 values.
 
     Point (j, i) of the kernel is read at `origin + offset_scale * (step + offset)`, where step is
@@ -49,6 +49,7 @@ def dcnv3(
     if group_channels is not None and groups * group_channels != value.shape[-1]:
         raise ValueError(f"dcnv3: groups ({groups}) * group_channels ({group_channels}) must be "
                          f"the {value.shape[-1]} channels of value {tuple(value.shape)}")
+    offset, mask = of_one_type(value, offset, mask)
     return torch.ops.omnipretrain.dcnv3(
         value, offset, mask, _pair(kernel_size), _pair(stride), _pair(pad), _pair(dilation),
         groups, offset_scale, remove_center, backend,

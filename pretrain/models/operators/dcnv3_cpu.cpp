@@ -1,7 +1,7 @@
 // DCNv3 on the CPU: the geometry of its points, and the operators that Python calls.
 #include <torch/library.h>
 
-#include "sampling.h"
+#include "operator.h"
 
 namespace omnipretrain {
 namespace {

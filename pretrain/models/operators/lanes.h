@@ -125,9 +125,9 @@ inline void store(Vector<A, W> values, T* to) {
   }
 }
 
-// Adds the sum of each of four vectors to to[0], to[1], to[2], to[3].
+// Puts the sum of each of four vectors into to[0], to[1], to[2], to[3], or adds it to these.
 template <class A, int W>
-inline void add_sums(const Vector<A, W> (&of)[4], A* to) {
+inline void put_sums(const Vector<A, W> (&of)[4], bool add, A* to) {
 #if defined(__AVX__)
   if constexpr (std::is_same_v<A, float> && (W == 8 || W == 16)) {
     // Lane by lane: the halves of two vectors at a time, then the quarters of all four.
@@ -156,16 +156,18 @@ inline void add_sums(const Vector<A, W> (&of)[4], A* to) {
                            _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
     }
     const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
-    _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), sums));
+    _mm_storeu_ps(to, add ? _mm_add_ps(_mm_loadu_ps(to), sums) : sums);
     return;
   }
 #endif
   for (int corner = 0; corner < 4; ++corner) {
+    A sum = add ? to[corner] : A(0);
     if constexpr (W == 1) {
-      to[corner] += of[corner];
+      sum += of[corner];
     } else {
-      for (int i = 0; i < W; ++i) to[corner] += of[corner][i];
+      for (int i = 0; i < W; ++i) sum += of[corner][i];
     }
+    to[corner] = sum;
   }
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pretrain.models.operators.backends import AUTO
 from pretrain.models.operators.registration import register
-from pretrain.models.operators.window import check_types
+from pretrain.models.operators.window import check_types, of_one_type
 
 
 def ms_deform_attn(
@@ -27,7 +27,7 @@ def ms_deform_attn(
     `value` (N, S, heads, D) holds the pixels of all maps, one map after the other, row by row;
     `sizes` their (height, width), S pixels together. `locations` (N, Q, heads, maps, points, 2) are
     (x, y), 0 to 1 from edge to edge of a map; `weights` (N, Q, heads, maps, points) are used as
-    they are. Both have the type of `value`, or float32. Coordinates and sums are float32, or
+    they are. Each has the type of `value`, or float32. Coordinates and sums are float32, or
     float64 for float64 values. Bilinear; outside of a map there are zeros.
 
     `backend` is `triton` (GPU), `cpp` (CPU), `torch`, or `auto`, the fastest that works: see
@@ -35,6 +35,7 @@ def ms_deform_attn(
 
     Errors: ValueError or TypeError that names the argument which does not fit.
     """
+    locations, weights = of_one_type(value, locations, weights)
     heights, widths = zip(*sizes, strict=True) if sizes else ((), ())
     return torch.ops.omnipretrain.ms_deform_attn(
         value, locations, weights, heights, widths, backend
@@ -64,6 +65,8 @@ def _prepare(
     if weights.dim() != 5 or (n, heads, len(sizes)) != (weights.shape[0], *weights.shape[2:4]):
         raise ValueError(f"ms_deform_attn: weights {tuple(weights.shape)} must be (N, Q, heads, "
                          f"maps, points) = ({n}, Q, {heads}, {len(sizes)}, points)")
+    if weights.shape[4] < 1:
+        raise ValueError(f"ms_deform_attn: weights {tuple(weights.shape)} have no points")
     if locations.shape != (*weights.shape, 2):
         raise ValueError(f"ms_deform_attn: locations {tuple(locations.shape)} must be "
                          f"{(*weights.shape, 2)}, as weights and (x, y)")

@@ -1,7 +1,7 @@
 // Multi-scale deformable attention on the CPU: points of a query lie on maps of several sizes.
 #include <torch/library.h>
 
-#include "sampling.h"
+#include "operator.h"
 
 namespace omnipretrain {
 namespace {

@@ -107,6 +107,16 @@ def sum_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def of_one_type(value: Tensor, place: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Place and weight, both float32 if one of them is and the other has the type of `value`.
+
+    So it is under autocast: a softmax widens the weights.
+    """
+    if place.dtype != weight.dtype and {place.dtype, weight.dtype} == {value.dtype, torch.float32}:
+        return place.float(), weight.float()
+    return place, weight
+
+
 def check_types(operator: str, value: Tensor, others: dict[str, Tensor]) -> None:
     """Refuse mixtures of types and devices that no backend computes.
 
