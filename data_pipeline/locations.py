@@ -4,6 +4,7 @@ A query (`?sig=...`) belongs to the server, not to the name: the files beside a 
 with the same query, and messages never show it, since signatures and tokens stand there.
 """
 
+import functools
 import os
 import re
 from urllib.parse import urlsplit, urlunsplit
@@ -45,6 +46,7 @@ def beside(path: str, suffix: str) -> str:
     return _with_path(path, _path_of(path) + suffix) if is_url(path) else path + suffix
 
 
+@functools.lru_cache(maxsize=4096)  # every sample that is read names its shard
 def without_secrets(path: str) -> str:
     """A URL without user name, password, query values and fragment, for messages and names."""
     if not is_url(path):

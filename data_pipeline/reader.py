@@ -140,27 +140,32 @@ class SampleReader:
 
     def _read_once(self, row: int, extensions: Collection[str] | None) -> Sample:
         number, local = self.shards.locate(row)
-        path, key = self.shards.shards[number].label, "?"
+        shard, key = self.shards.shards[number], "?"
         members: dict[str, bytes] = {}
         try:
             index = self.shards.index(number)
             key = index.key(local)
             for begin, end, run in _runs(self._wanted(index, local, extensions)):
                 try:
-                    members |= self._checked(number, begin, end, run, index)
+                    self._read_run(number, begin, end, run, index, members)
                 except ShardError:
                     if not self._renew(number, begin, end):
                         raise
-                    members |= self._checked(number, begin, end, run, index)
+                    self._read_run(number, begin, end, run, index, members)
         except ShardError as error:
-            raise BadSample(str(error), path, key, row) from error
-        return Sample(row, path, key, members)
+            raise BadSample(str(error), shard.label, key, row) from error
+        return Sample(row, shard.label, key, members)
 
-    def _checked(
-        self, number: int, begin: int, end: int, run: list["_Placed"], index: ShardIndex
-    ) -> dict[str, bytes]:
-        """The members of one run, from the bytes [begin, end) of a shard."""
-        members = {}
+    def _read_run(
+        self,
+        number: int,
+        begin: int,
+        end: int,
+        run: list["_Placed"],
+        index: ShardIndex,
+        members: dict[str, bytes],
+    ) -> None:
+        """Add the members of one run, which are checked, from the bytes [begin, end) of a shard."""
         activity.reading_bytes(number, begin, end)
         data = self.source.pread(number, begin, end)
         view = memoryview(data)
@@ -175,7 +180,6 @@ class SampleReader:
                     f"member .{extension} ({size} bytes at byte {offset}) is damaged: its "
                     "crc32 is not that of the index"
                 )
-        return members
 
     def _renew(self, number: int, begin: int, end: int) -> bool:
         """Whether the fault may lie in a copy of the bytes, which will now be fetched again."""
@@ -185,16 +189,18 @@ class SampleReader:
         self, index: ShardIndex, row: int, extensions: Collection[str] | None
     ) -> list["_Placed"]:
         """Members of a sample that are to be read. Raises ShardError for one that is too large."""
-        members = index.members(row)
-        if extensions is not None:
-            members = [member for member in members if member[0] in extensions]
-        for extension, _, size, _, _ in members:
+        placed = []
+        for member in index.members(row):
+            extension, offset, size, _, _ = member
+            if extensions is not None and extension not in extensions:
+                continue
             if size > self.max_member_bytes:
                 raise ShardError(
                     f"member .{extension} has {size} bytes, more than max_member_bytes "
                     f"({self.max_member_bytes})"
                 )
-        return [(*index.header_span(row, member[1]), *member) for member in members]
+            placed.append((*index.header_span(row, offset), *member))
+        return placed
 
     # ---- shards that are not there ---------------------------------------------------------------
 

@@ -28,7 +28,9 @@ from tools.bench_measure import interleaved, median_rate, ratio
 
 MARGINS = (1.0, 1.5, 2.0, 3.0)
 FULL = "full size"
+PILLOW_RESIZE = "full size, Pillow's resize"
 PILLOW = "full size, Pillow"
+LIMIT = "limit: decoding to 1/8, nothing else"
 # What a margin is judged by: the default of the recipe.
 DEFAULT = ImageSettings().scaled_decode_margin
 
@@ -64,7 +66,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     bench = DecodeBench(jpegs, args.crops, args.size, args.least_scale)
     cases: dict[str, Callable[[], float]] = {
         FULL: partial(bench.make, None),
-        PILLOW: bench.make_pillow,
+        PILLOW_RESIZE: partial(bench.make_pillow, bench.decoded),
+        PILLOW: partial(bench.make_pillow, bench.decoded_by_pillow),
+        LIMIT: bench.entropy,
         **{f"margin {margin:g}": partial(bench.make, margin) for margin in MARGINS},
     }
     with Console(stderr=True).status("starting") as status:
@@ -76,6 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "case": name,
             "images per CPU-s": median_rate(measured, "cpu_seconds"),
             "speed / full size": ratio(measured, results[FULL], "cpu_seconds"),
+            "speed / Pillow's resize": ratio(measured, results[PILLOW_RESIZE], "cpu_seconds"),
             "speed / Pillow": ratio(measured, results[PILLOW], "cpu_seconds"),
             **quality.get(name, {"scaled": None, "PSNR mean": None, "PSNR 5 %": None}),
         }
@@ -88,11 +93,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "bars": [
             {"what": what, "measured": default[column], "bar": bar, "at_least": True}
             for what, column, bar in (
-                (f"margin {DEFAULT:g}: speed / full size", "speed / full size", 2.0),
+                (f"margin {DEFAULT:g}: speed / full size with Pillow's resize",
+                 "speed / Pillow's resize", 2.0),
                 (f"margin {DEFAULT:g}: PSNR, mean in dB", "PSNR mean", 43.0),
             )
         ],
-        "notes": [bench.describe(), "PSNR: of the images that the margin lets be scaled, in dB"],
+        "notes": [
+            bench.describe(), "PSNR: of the images that the margin lets be scaled, in dB",
+            "the limit is Huffman decoding, which no scale saves: nothing can be faster than it",
+        ],
     }
 
 
@@ -111,16 +120,31 @@ class DecodeBench:
             transform(self._jpeg(number), self._rng(number), self.out)
         return self.crops
 
-    def make_pillow(self) -> float:
-        """Decode with Pillow, and crop and resize in one call of it."""
+    def make_pillow(self, decoded: Callable[[bytes], Image.Image]) -> float:
+        """Crop and resize with one call of Pillow."""
         settings = self._transform(None).settings
         for number in range(self.crops):
-            with Image.open(io.BytesIO(self._jpeg(number))) as picture:
-                rgb = picture.convert("RGB")
+            rgb = decoded(self._jpeg(number))
             rng = self._rng(number)
             x, y, w, h = random_box(*rgb.size, settings.scale, settings.ratio, rng)
             box = (x, y, x + w, y + h)
             self.out[:] = rgb.resize((self.size,) * 2, Image.Resampling.BICUBIC, box=box)
+        return self.crops
+
+    def decoded(self, jpeg: bytes) -> Image.Image:
+        """By the decoder of this project."""
+        return Image.fromarray(decode(jpeg, read_header(jpeg, 10**10)))
+
+    def decoded_by_pillow(self, jpeg: bytes) -> Image.Image:
+        """By Pillow."""
+        with Image.open(io.BytesIO(jpeg)) as picture:
+            return picture.convert("RGB")
+
+    def entropy(self) -> float:
+        """Decode at the smallest scale, whose cost is that of reading the coefficients."""
+        for number in range(self.crops):
+            jpeg = self._jpeg(number)
+            decode(jpeg, read_header(jpeg, 10**10), 8)
         return self.crops
 
     def compare(self, margin: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import array_file, index
+from data_pipeline.bundles import head_line, sample_line
 from data_pipeline.index import ShardIndex
 from data_pipeline.index_builder import build_index
 from data_pipeline.manifest import FILE_NAME, Manifest
@@ -124,6 +125,66 @@ def test_indexed_mutations_are_read_back_or_refused(tmp_path_factory, data):
     tar, _ = data.draw(mutated_tars())
     path = tmp_path_factory.mktemp("tar") / "x.tar"
     path.write_bytes(tar)
+    index_and_read(path)
+
+
+def test_a_negative_size_does_not_lead_back():
+    tar = bytearray(make_tar([("a.jpg", b"1"), ("b.jpg", b"2")]))
+    tar[1024 + 124 : 1024 + 136] = b"-0000001000\0"
+    mend_checksum(tar, 1024)
+    with pytest.raises(ShardError, match=r"byte 1024: bad size field b'-0000001000"):
+        list(iter_members(io.BytesIO(tar), "x.tar", len(tar)))
+
+
+# ---- bundles -----------------------------------------------------------------------------------
+
+
+LINES = [
+    b'["a",{"jpg":[-5,0]}]', b'["a",{"jpg":[1e400,0]}]', b'["a",{"jpg":["1",0]}]', b'["a",{}]',
+    b'["a",{"jpg":[true,0]}]', b'["../a",{"jpg":[0,0]}]', b'["a",{"jpg":[0]}]', b'{"a":1}',
+    b'["\\ud800",{"jpg":[0,0]}]', b'["a",{"\\ud800":[0,0]}]', b'["a",{"jpg":[0,0]}]', b"[" * 3000,
+    b'["a",{"jpg":[99999999999999999999,0]}]', b'["a",{"jpg":[' + b"9" * 5000 + b",0]}]", b"null",
+    b'["a",{"jpg":[0,-1]}]', b'["",{"jpg":[0,0]}]', b'["a",{"JPG/..":[0,0]}]',
+]  # fmt: skip
+
+
+@given(st.data())
+@settings(max_examples=250)
+def test_mutated_bundles(tmp_path_factory, data):
+    """As a member of a tar whose own headers are right: indexed and read back, or refused."""
+    samples = [(f"k{n}", {"jpg": bytes([n]) * (40 + n), "cls": b"7"}) for n in range(4)]
+    parts = [head_line(4)]
+    for key, members in samples:
+        parts += [sample_line(key, members), b"".join(members.values())]
+    for _ in range(data.draw(st.integers(1, 2))):
+        number = data.draw(st.integers(0, len(parts) - 1))
+        kind = data.draw(st.sampled_from(["line", "bytes", "drop", "twice"]))
+        if kind == "line":
+            parts[number] = data.draw(st.sampled_from(LINES)) + b"\n"
+        elif kind == "bytes":
+            part = bytearray(parts[number])
+            part[data.draw(st.integers(0, len(part) - 1))] = data.draw(st.integers(0, 255))
+            parts[number] = bytes(part)
+        else:
+            parts[number] *= 2 if kind == "twice" else 0
+        if not parts[number]:
+            break
+    tar = make_tar([("0.bundle", b"".join(parts))])
+    path = tmp_path_factory.mktemp("bundle") / "x.tar"
+    path.write_bytes(tar)
+    index_and_read(path)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_odd_lines_of_a_bundle(tmp_path, line):
+    path = tmp_path / "x.tar"
+    path.write_bytes(make_tar([("0.bundle", head_line(1) + line + b"\n")]))
+    index_and_read(path)
+
+
+def index_and_read(path: Path) -> None:
+    """Index a tar and read all of it back as it stands there, or see it refused."""
+    tar = path.read_bytes()
     try:
         built = limited(lambda: build_index(path))
         shards = ShardSet([Shard(str(path), len(built), built.shard_bytes, built.digest)])
@@ -133,17 +194,10 @@ def test_indexed_mutations_are_read_back_or_refused(tmp_path_factory, data):
     built.save(f"{path}.idx")
     with SampleReader(shards) as reader:
         for row in range(len(shards)):
-            found = reader.read(row).members
+            sample = reader.read(row)
+            assert sample.key and not sample.key.startswith(("/", ".."))
             for extension, offset, size, *_ in built.members(row):
-                assert found[extension] == tar[offset : offset + size]
-
-
-def test_a_negative_size_does_not_lead_back():
-    tar = bytearray(make_tar([("a.jpg", b"1"), ("b.jpg", b"2")]))
-    tar[1024 + 124 : 1024 + 136] = b"-0000001000\0"
-    mend_checksum(tar, 1024)
-    with pytest.raises(ShardError, match=r"byte 1024: bad size field b'-0000001000"):
-        list(iter_members(io.BytesIO(tar), "x.tar", len(tar)))
+                assert sample.members[extension] == tar[offset : offset + size]
 
 
 # ---- indices -------------------------------------------------------------------------------------

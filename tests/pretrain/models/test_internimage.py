@@ -164,6 +164,17 @@ def test_recomputation_changes_nothing():
         assert torch.equal(one, other)
 
 
+def test_torch_exports_it_for_any_batch():
+    encoder = small_encoder(head={"type": "conv"}).eval()
+    exported = torch.export.export(
+        encoder, (images(2),), {"pooled": True},
+        dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=64)}, "pooled": None},
+    )  # fmt: skip
+    with torch.no_grad():
+        found = exported.module()(images(5), pooled=True)
+        torch.testing.assert_close(found, encoder(images(5), pooled=True))
+
+
 # ---- values ------------------------------------------------------------------------------------
 
 
