@@ -17,15 +17,20 @@ from torch import Tensor
 
 from pretrain.models.operators import cpu_library
 from pretrain.models.operators.dcnv3 import dcnv3
-from tools.bench_measure import Measurement, in_fresh_process, interleaved, peak_rise_mib, ratio
+from tools.bench_measure import (
+    Measurement,
+    in_fresh_process,
+    interleaved,
+    peak_rise_mib,
+    ratio,
+    repeated,
+)
 
 SHAPES = ((2, 56, 56, 64), (2, 28, 28, 128), (2, 14, 14, 256))
 OURS, PEER = "ours", "grid_sample"
 FORWARD, BOTH = "forward", "both ways"
 _POINTS = 9
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# A repetition repeats what it measures for about this long, or once.
-_SPAN_S = 0.02
 
 
 class _Case(NamedTuple):
@@ -67,7 +72,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         speed = _machine_speed()
         cases = list(_cases(args, threads))
         difference = max(difference, *(_difference(case) for case in cases if case.what == FORWARD))
-        steps = {(case, who): _repeated(case, who) for case in cases for who in (OURS, PEER)}
+        steps = {(case, who): repeated(_step(case, who), case.elements)
+                 for case in cases for who in (OURS, PEER)}  # fmt: skip
         times = interleaved(steps, args.repeats, lambda _: None)
         for case in cases:
             ours, peer = times[case, OURS], times[case, PEER]
@@ -162,21 +168,6 @@ def _step(case: _Case, who: str) -> Callable[[], None]:
             torch.autograd.grad(output, inputs, upstream)
 
     return step
-
-
-def _repeated(case: _Case, who: str) -> Callable[[], float]:
-    step = _step(case, who)
-    step()
-    start = time.perf_counter()
-    step()
-    count = max(1, round(_SPAN_S / (time.perf_counter() - start)))
-
-    def repeated() -> float:
-        for _ in range(count):
-            step()
-        return count * case.elements
-
-    return repeated
 
 
 def _row(

@@ -39,6 +39,26 @@ def measure(case: Callable[[], float]) -> Measurement:
     return Measurement(items, time.perf_counter() - wall, _cpu_seconds() - cpu)
 
 
+def repeated(
+    step: Callable[[], Any], items: float, span_seconds: float = 0.02
+) -> Callable[[], float]:
+    """A case that takes `step`, of `items` items, as often as fits into the span, or once.
+
+    Steps of microseconds cannot be measured one by one.
+    """
+    step()
+    start = time.perf_counter()
+    step()
+    count = max(1, round(span_seconds / (time.perf_counter() - start)))
+
+    def case() -> float:
+        for _ in range(count):
+            step()
+        return count * items
+
+    return case
+
+
 def interleaved(
     cases: Mapping[str, Callable[[], float]], repeats: int, progress: Callable[[str], None]
 ) -> dict[str, list[Measurement]]:

@@ -5,6 +5,7 @@
     python -m tools.benchmark git --json git.json
     python -m tools.benchmark engine
     python -m tools.benchmark dcnv3
+    python -m tools.benchmark deform_attn
     python -m tools.benchmark remote
     python -m tools.benchmark memory
     python -m tools.benchmark optimizer
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "git": "the captioning model: against transformers, with one and five captions an image",
     "engine": "the training loop: against the bare DeepSpeed engine on the same work",
     "dcnv3": "DCNv3 on the CPU: against the formulation with grid_sample",
+    "deform_attn": "multi-scale deformable attention on the CPU: against transformers",
     "remote": "shards on a server that takes 50 ms to answer: how long the trainer waits for them",
     "memory": "the loader: memory of all its processes over three epochs, also of 10**8 rows",
     "optimizer": "MT-AdamW: time and temporary memory of a step against torch's AdamW",
