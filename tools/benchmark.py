@@ -5,6 +5,7 @@
     python -m tools.benchmark git --json git.json
     python -m tools.benchmark engine
     python -m tools.benchmark dcnv3
+    python -m tools.benchmark gpu
     python -m tools.benchmark remote
     python -m tools.benchmark memory
     python -m tools.benchmark optimizer
@@ -37,6 +38,7 @@ BENCHMARKS = {
     "decode": "large photographs: decoding at a fraction of their size, speed and fidelity",
     "git": "the captioning model: against transformers, with one and five captions an image",
     "engine": "the training loop: against the bare DeepSpeed engine on the same work",
+    "gpu": "DCNv3 and InternImage on one GPU: against the speed of its memory and of its products",
     "dcnv3": "DCNv3 on the CPU: against the formulation with grid_sample",
     "remote": "shards on a server that takes 50 ms to answer: how long the trainer waits for them",
     "memory": "the loader: memory of all its processes over three epochs, also of 10**8 rows",
