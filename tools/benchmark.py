@@ -6,6 +6,7 @@
     python -m tools.benchmark engine
     python -m tools.benchmark dcnv3
     python -m tools.benchmark deform_attn
+    python -m tools.benchmark gpu
     python -m tools.benchmark remote
     python -m tools.benchmark memory
     python -m tools.benchmark optimizer
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "decode": "large photographs: decoding at a fraction of their size, speed and fidelity",
     "git": "the captioning model: against transformers, with one and five captions an image",
     "engine": "the training loop: against the bare DeepSpeed engine on the same work",
+    "gpu": "DCNv3 and InternImage on one GPU: against the speed of its memory and of its products",
     "dcnv3": "DCNv3 on the CPU: against the formulation with grid_sample",
     "deform_attn": "multi-scale deformable attention on the CPU: against transformers",
     "remote": "shards on a server that takes 50 ms to answer: how long the trainer waits for them",

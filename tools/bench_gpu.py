@@ -1,0 +1,203 @@
+"""`python -m tools.benchmark gpu`: the kernels of DCNv3, and InternImage in training, on one GPU.
+
+Kernels are compared with what the memory of the device allows: each tensor touched once, at the
+speed of a large copy measured here. Models run forward, backward and an optimizer step on random
+images in bfloat16 with fused AdamW on float32 weights (autocast).
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.models.init import initialise
+from pretrain.models.internimage import InternImageSettings
+from pretrain.models.operators.dcnv3 import dcnv3
+from tools.bench_dcnv3 import grid_sample_dcnv3
+
+POINTS = 9
+# (name, height, width, channels, channels of a group) of the stages that InternImage runs at 224.
+STAGES = (
+    ("T, stage 1", 56, 56, 64, 16), ("T, stage 3", 14, 14, 256, 16),
+    ("B, stage 2", 28, 28, 224, 16),
+    ("H, stage 1", 56, 56, 320, 32), ("H, stage 3", 14, 14, 1280, 32),
+)  # fmt: skip
+FORWARD, BACKWARD = "forward", "backward"
+BARS = {FORWARD: 0.6, BACKWARD: 0.35}
+"""Share of the speed of a copy to aim at."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is run."""
+    parser.add_argument("--device", default="cuda", help="cpu only shows that it runs")
+    parser.add_argument("--batch", type=int, default=64, help="images for the kernels")
+    parser.add_argument("--models", nargs="*", default=["T:128", "B:64", "H:16"],
+                        help="size:batch of the models to train")  # fmt: skip
+    parser.add_argument("--image", type=int, default=224, help="pixels of the models' images")
+    parser.add_argument("--copy-mib", type=int, default=1024, help="size of the copy")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure; see `tools.benchmark` for the form of the result."""
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no GPU here; --device cpu shows that it runs, its figures say nothing")
+    clock = _Clock(device, args.repeats)
+    copy, peak = _copy_speed(clock, args.copy_mib), _matmul_speed(clock)
+    rows = [
+        row
+        for dtype in (torch.bfloat16, torch.float32)
+        for stage in STAGES
+        for row in _kernel_rows(clock, args.batch, *stage, dtype, copy)
+    ]
+    models = [_model_row(clock, *spec.split(":"), args.image, peak) for spec in args.models]
+    columns = dict.fromkeys(name for row in (*rows, *models) for name in row)
+    rows = [columns | row for row in (*rows, *models)]
+    bars = [
+        {"what": f"DCNv3 {what}, bfloat16: least share of the copy speed", "at_least": True,
+         "bar": bar, "measured": min(row["share of the floor"] for row in rows
+                                     if row["pass"] == what and row["type"] == "bfloat16")}
+        for what, bar in BARS.items()
+    ]  # fmt: skip
+    return {
+        "title": f"One {_name(device)}",
+        "rows": rows,
+        "bars": bars,
+        "notes": [
+            f"copy: {copy / 1e9:.0f} GB/s read and written; matrix product in bfloat16: "
+            f"{peak / 1e12:.1f} TFLOP/s, which MFU is a share of",
+            "share of the floor: time of touching each tensor once at the speed of the copy, by "
+            "the time taken; gradients of values count once, in their own type",
+        ],
+    }
+
+
+class _Clock:
+    """Median seconds of a call on the device."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+
+    def seconds(self, action: Callable[[], Any], warm_up: int = 3) -> float:
+        """Median over the repetitions, after some that are not counted."""
+        for _ in range(warm_up):
+            action()
+        return median(self._once(action) for _ in range(self.repeats))
+
+    def _once(self, action: Callable[[], Any]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            action()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The cache of the device is emptied: kernels would otherwise read from it.
+        torch.empty(2**28, dtype=torch.uint8, device=self.device).zero_()
+        begin.record()
+        action()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return begin.elapsed_time(end) / 1e3
+
+
+def _copy_speed(clock: _Clock, mib: int) -> float:
+    source = torch.ones(mib * 2**20, dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / clock.seconds(lambda: target.copy_(source))
+
+
+def _matmul_speed(clock: _Clock) -> float:
+    side = 8192 if clock.device.type == "cuda" else 512
+    square = torch.randn(side, side, device=clock.device, dtype=torch.bfloat16)
+    return 2 * side**3 / clock.seconds(lambda: square @ square)
+
+
+def _kernel_rows(
+    clock: _Clock, batch: int, name: str, height: int, width: int, channels: int, depth: int,
+    dtype: torch.dtype, copy: float,
+) -> list[dict[str, Any]]:  # fmt: skip
+    groups = channels // depth
+    inputs = _inputs(batch, height, width, channels, groups, dtype, clock.device)
+    output = dcnv3(*inputs, groups=groups)
+    upstream = torch.randn_like(output)
+    size = sum(tensor.nbytes for tensor in (*inputs, output))
+    bytes_of = {FORWARD: size, BACKWARD: size + sum(tensor.nbytes for tensor in inputs)}
+    rows = []
+    for what in (FORWARD, BACKWARD):
+        ours, peer, plain = (
+            clock.seconds(_pass(call, inputs, upstream, what))
+            for call in (
+                lambda *t: dcnv3(*t, groups=groups),
+                lambda *t: grid_sample_dcnv3(*t, groups),
+                lambda *t: dcnv3(*t, groups=groups, backend="torch"),
+            )
+        )
+        rows.append({
+            "case": name, "type": str(dtype).removeprefix("torch."), "pass": what,
+            "ms": 1e3 * ours, "share of the floor": bytes_of[what] / copy / ours,
+            "grid_sample / ours": peer / ours, "plain PyTorch / ours": plain / ours,
+        })  # fmt: skip
+    return rows
+
+
+def _inputs(
+    batch: int, height: int, width: int, channels: int, groups: int, dtype: torch.dtype,
+    device: torch.device,
+) -> list[Tensor]:  # fmt: skip
+    generator = torch.Generator(device=device).manual_seed(0)
+    value, offset, mask = (
+        torch.randn(batch, height, width, size, generator=generator, device=device)
+        for size in (channels, 2 * POINTS * groups, POINTS * groups)
+    )
+    mask = mask.view(batch, height, width, groups, POINTS).softmax(-1).flatten(3)
+    return [tensor.to(dtype).requires_grad_() for tensor in (value, offset, mask)]
+
+
+def _pass(
+    call: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, what: str
+) -> Callable[[], Any]:
+    if what == FORWARD:
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return call(*inputs)
+
+        return forward
+    output = call(*inputs)
+    return lambda: torch.autograd.grad(output, inputs, upstream, retain_graph=True)
+
+
+def _model_row(
+    clock: _Clock, size: str, batch: str, pixels: int, peak: float
+) -> dict[str, Any]:
+    device = clock.device
+    with torch.device(device):
+        model = InternImageSettings(size=size).build()
+    initialise(model, 0)
+    images = torch.randn(int(batch), 3, pixels, pixels, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(images).float().square().mean()
+        loss.backward()
+        optimizer.step()
+
+    seconds = clock.seconds(step)
+    flops = 3 * int(batch) * model.flops(pixels, pixels) / seconds
+    used = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return {
+        "case": f"InternImage-{size}, {pixels} px, {batch} images", "type": "bfloat16",
+        "pass": "training step", "ms": 1e3 * seconds,
+        "images/s": int(batch) / seconds, "TFLOP/s": flops / 1e12, "MFU": flops / peak,
+        "peak GiB": used,
+    }  # fmt: skip
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (no measurement)"
