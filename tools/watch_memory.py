@@ -9,6 +9,7 @@ was ended to keep `--keep-free` GiB available. Linux only.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -66,7 +67,8 @@ class Watch:
             self.readings.append(reading)
             if psutil.virtual_memory().available < self.keep_free * GIB:
                 self.ended = True
-                os.killpg(self.process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.killpg(self.process.pid, signal.SIGKILL)
             time.sleep(self.every)
 
     def peak(self) -> Reading | None:
