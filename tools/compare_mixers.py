@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from data_pipeline.manifest import Manifest
 from pretrain.overlay import RecipeError
-from pretrain.recipe import load_recipe
+from pretrain.recipe import load_recipe, load_resolved
 from tools.experiment import Plan, Run, describe, evaluations, markdown, metrics, slug, train
 from tools.line_chart import Line, Panel, line_chart
 
@@ -83,7 +84,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--scenes", type=int, metavar="N",
                         help="generate so many digit scenes instead")
     parser.add_argument("--out", type=Path, default=Path("runs/mixers"),
-                        help="shards, run directories and results (default %(default)s)")
+                        help="shards, run directories and results; another one for each data set "
+                             "(default %(default)s)")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY",
                         help="only these: " + ", ".join(repr(way) for way in WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -109,18 +111,15 @@ def pack(options: argparse.Namespace) -> int:
         for split, count in (("train", options.scenes), ("heldout", _HELD_OUT_SCENES)):
             call("make_shards", "scenes", "--out", data, "--split", split, "--count", count,
                  "--two-digit-share", 0)
-        classes = 10
-    else:
-        if not (data / "heldout").is_dir():
-            call("make_shards", "folder", "--out", data / "all", "--images", options.images)
-            call("shards", "repack", data / "all" / "train", "--out", data,
-                 "--fractions", "train=0.9,heldout=0.1")
-        classes = sum(entry.is_dir() for entry in options.images.iterdir())
+    elif not (data / "heldout").is_dir():
+        call("make_shards", "folder", "--out", data / "all", "--images", options.images)
+        call("shards", "repack", data / "all" / "train", "--out", data,
+             "--fractions", "train=0.9,heldout=0.1")
     if not (data / "tokenizer").is_dir():
         words = data / "words.txt"
         words.write_text("no text is read\n")
         call("train_tokenizer", data / "tokenizer", "--text", words)
-    return classes
+    return len(Manifest.load(data / "train").classes or ())
 
 
 def call(tool: str, *arguments: object) -> None:
@@ -130,7 +129,11 @@ def call(tool: str, *arguments: object) -> None:
 
 
 def plan(options: argparse.Namespace, classes: int) -> Plan:
-    """Every way with every seed. Raises RecipeError: `--set` does not fit."""
+    """Every way with every seed.
+
+    Raises:
+        RecipeError: `--set` does not fit, or a run directory is that of another comparison.
+    """
     data = options.out / "data"
     common = [
         f"steps={options.steps}", f"tokenizer.path={data / 'tokenizer'}",
@@ -145,7 +148,9 @@ def plan(options: argparse.Namespace, classes: int) -> Plan:
             folder = options.out / f"{slug(way)}-seed{seed}"
             own = (*WAYS[way], f"seed={seed}", f"run_dir={folder}")
             runs[folder] = Run(way, RECIPE, [*common, *own])
-            load_recipe(RECIPE, runs[folder].overrides)  # a mistake is found before anything runs
+            recipe = load_recipe(RECIPE, runs[folder].overrides)
+            if (old := folder / "recipe.yaml").exists() and load_resolved(old) != recipe:
+                raise RecipeError(f"{folder} holds a run of other settings: give another --out")
     return runs
 
 
