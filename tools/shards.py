@@ -151,7 +151,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if first.bundled:
         print("  its samples lie in bundles")
     print("  columns: " + (", ".join(sorted(column_names(first))) or "none"))
-    print("  columns of texts: " + (", ".join(sorted(_usable_texts(first))) or "none"))
+    print("  columns of texts: " + ", ".join(sorted(_usable_texts(first))))
     dropped = first.dropped_columns + (first.derived.dropped if first.derived else 0)
     if dropped:
         print(f"  {dropped} more fields are not kept as columns")
@@ -163,10 +163,10 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def _usable_texts(index: ShardIndex) -> list[str]:
+def _usable_texts(index: ShardIndex) -> set[str]:
     """Columns of texts that conditions can look at."""
     texts = index.derived.texts if index.derived else {}
-    return [*TEXT_COLUMNS, *(name for name, column in texts.items() if column is not None)]
+    return {*TEXT_COLUMNS, *(name for name, column in texts.items() if column is not None)}
 
 
 def _print_manifests(shards: ShardSet) -> None:
@@ -211,8 +211,6 @@ def _text_lines(extension: str, data: bytes) -> list[str]:
 
 def _shorten(line: str) -> str:
     return line if len(line) <= _TEXT_SHOWN else f"{line[:_TEXT_SHOWN]} ... ({len(line):,})"
-
-
 
 
 def _for_each(
