@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.packing import Build, PackJob, SampleFault, plan_ranges
+from tools.arguments import natural, positive
 from tools.pack_images import BuildImage, item_bytes
 from tools.pack_sources import Source, check_missing
 
@@ -91,20 +92,6 @@ def classes_of(options: argparse.Namespace) -> list[str] | None:
     if options.classes is None:
         return None
     return [line for line in options.classes.read_text(encoding="utf-8").splitlines() if line]
-
-
-def positive(text: str) -> int:
-    """Parse a count."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """Parse a number that may be 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
-    return int(text)
 
 
 def split_name(text: str) -> str:

@@ -45,6 +45,7 @@ from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadE
 from data_pipeline.remote import UrlStorage
 from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError
+from tools.arguments import positive
 from tools.find_sample import row_of
 from tools.shard_files import (
     IndexJob,
@@ -271,7 +272,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     for command in (index, verify):
         command.add_argument("--verbose", action="store_true", help="a line for each shard")
         command.add_argument(
-            "--processes", type=int, default=os.cpu_count() or 1, help="(default %(default)s)"
+            "--processes", type=positive, default=os.cpu_count() or 1, help="(default %(default)s)"
         )
     inspect = _add_command(commands, "inspect", "show counts, fields, columns and keys", _inspect)
     inspect.add_argument("--sample", metavar="KEY|ROW", help="print the members of one sample")

@@ -22,9 +22,9 @@ from data_pipeline.rng import sample_rng
 from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.transforms import ImageSettings
+from tools.arguments import natural, positive
 from tools.bench_measure import LEAST_REPEATS, Measurement, interleaved, machine, median_rate
 from tools.benchmark import show
-from tools.pack_options import positive
 
 _BATCH = 64
 
@@ -39,7 +39,7 @@ def add_command(commands: Any, text: str) -> None:
     )
     parser.add_argument("--size", type=positive, default=224, help="of crops (default %(default)s)")
     parser.add_argument(
-        "--workers", type=int, nargs="*", default=[0, 2], help="loaders to time (default: 0 2)"
+        "--workers", type=natural, nargs="*", default=[0, 2], help="loaders to time (default: 0 2)"
     )
     parser.add_argument(
         "--repeats", type=positive, default=LEAST_REPEATS, help="medians of so many (default: 5)"

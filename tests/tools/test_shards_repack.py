@@ -220,6 +220,11 @@ def test_statistics_of_a_set_without_labels_name_classes_where_they_can(tmp_path
         writer.write("2", {"cls": b"7"})
     figures = shard_statistics(ShardSet.open(tmp_path / "a"))
     assert figures["labels"] == {"dog": 1, "7": 1} and figures["unlabelled"] == 1
+    with ShardWriter(tmp_path / "b") as writer:
+        for key, label in enumerate((1000000, 1000001, 1000001)):  # alike in six digits
+            writer.write(str(key), {"cls": str(label).encode()})
+    figures = shard_statistics(ShardSet.open(tmp_path / "b"))
+    assert figures["labels"] == {"1000000": 1, "1000001": 2}
 
 
 def test_bench_times_what_there_is(tmp_path, scenes, capsys):
