@@ -155,6 +155,12 @@ class ShardIndex:
             for at in range(ends[row - 1] if row else 0, ends[row])
         ]
 
+    def placed(self, row: int) -> list[tuple[int, int, str, int, int, int, int]]:
+        """Return `members`, each behind its `header_span`."""
+        if not self.bundled:
+            return [(m[1] - BLOCK, m[1], *m) for m in self.members(row)]
+        return [(*self.header_span(row, m[1]), *m) for m in self.members(row)]
+
     # One number of a memoryview costs a third of one of an array, and reading asks for many.
 
     @cached_property
