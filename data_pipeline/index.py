@@ -155,6 +155,12 @@ class ShardIndex:
             for at in range(ends[row - 1] if row else 0, ends[row])
         ]
 
+    def placed(self, row: int) -> list[tuple[int, int, str, int, int, int, int]]:
+        """Return `members`, each behind its `header_span`."""
+        if not self.bundled:
+            return [(m[1] - BLOCK, m[1], *m) for m in self.members(row)]
+        return [(*self.header_span(row, m[1]), *m) for m in self.members(row)]
+
     # One number of a memoryview costs a third of one of an array, and reading asks for many.
 
     @cached_property
@@ -165,6 +171,11 @@ class ShardIndex:
     def _member_views(self) -> list[memoryview]:
         names = ("end", "extension", "offset", "size", "crc32", "header_crc32")
         return [_view(self.arrays[f"member_{name}"]) for name in names]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without those views, which are made again when they are needed."""
+        views = "_key_views", "_member_views"
+        return {name: value for name, value in self.__dict__.items() if name not in views}
 
     def header_span(self, row: int, offset: int) -> tuple[int, int]:
         """Return where that lies which member_header_crc32 of the member at `offset` checks."""

@@ -4,7 +4,7 @@ import itertools
 import os
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from zlib_ng.zlib_ng import crc32  # about eight times the speed of zlib's
 
@@ -29,8 +29,7 @@ _LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, Permission
 _LOOKS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """One sample: `members` maps lower-case extension -> bytes."""
 
     row: int
@@ -93,7 +92,7 @@ class SampleReader:
             if number in self._lost:
                 raise self._lost_sample(number, local, row)
             try:
-                return self._read_once(row, extensions)
+                return self._read_once(number, local, row, extensions)
             except OSError as error:
                 self.close()  # a stale handle heals only if the file is opened again
                 if self._is_lost(number, error, attempt):
@@ -138,8 +137,9 @@ class SampleReader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _read_once(self, row: int, extensions: Collection[str] | None) -> Sample:
-        number, local = self.shards.locate(row)
+    def _read_once(
+        self, number: int, local: int, row: int, extensions: Collection[str] | None
+    ) -> Sample:
         shard, key = self.shards.shards[number], "?"
         members: dict[str, bytes] = {}
         try:
@@ -189,17 +189,15 @@ class SampleReader:
         self, index: ShardIndex, row: int, extensions: Collection[str] | None
     ) -> list["_Placed"]:
         """Members of a sample that are to be read. Raises ShardError for one that is too large."""
-        placed = []
-        for member in index.members(row):
-            extension, offset, size, _, _ = member
-            if extensions is not None and extension not in extensions:
-                continue
+        placed = index.placed(row)
+        if extensions is not None:
+            placed = [member for member in placed if member[2] in extensions]
+        for _, _, extension, _, size, _, _ in placed:
             if size > self.max_member_bytes:
                 raise ShardError(
                     f"member .{extension} has {size} bytes, more than max_member_bytes "
                     f"({self.max_member_bytes})"
                 )
-            placed.append((*index.header_span(row, offset), *member))
         return placed
 
     # ---- shards that are not there ---------------------------------------------------------------
@@ -245,6 +243,8 @@ _Placed = tuple[int, int, str, int, int, int, int]
 
 def _runs(members: list[_Placed]) -> list[tuple[int, int, list[_Placed]]]:
     """Group members into byte ranges (begin, end, members) that are worth one read each."""
+    if members and (end := members[-1][3] + members[-1][4]) - members[0][0] <= _LARGEST_GAP_BYTES:
+        return [(members[0][0], end, members)]  # most samples of small members
     runs: list[tuple[int, int, list[_Placed]]] = []
     for member in members:
         begin, end = member[0], member[3] + member[4]

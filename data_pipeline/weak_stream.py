@@ -9,7 +9,6 @@ does not hold: see `PROMISES_NOT`.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -243,7 +242,7 @@ class WeakStream:
                 )
                 self._skipped.append(ShardFault(sample.shard, sample.key, reason))
                 return None
-        return replace(sample, members=members)
+        return sample._replace(members=members)
 
 
 def part_of(shards: int, slot: int, slots: int) -> list[tuple[int, int, int]]:
