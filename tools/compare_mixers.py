@@ -33,7 +33,7 @@ TASK = "classify"
 # what offsets and masks take there. The ViT with patches of 16 pixels has 1.3 times the FLOPs of
 # InternImage; the one with patches of 8 pixels five times.
 _VIT = (
-    "type: vit, image_size: 64, width: 144, layers: 7, heads: 9, activation: gelu, "
+    "type: vit, image_size: SIDE, width: 144, layers: 7, heads: 9, activation: gelu, "
     "position_std: 0.5"
 )
 WAYS: dict[str, tuple[str, ...]] = {
@@ -135,7 +135,9 @@ def plan(options: argparse.Namespace, classes: int) -> Plan:
         RecipeError: `--set` does not fit, or a run directory is that of another comparison.
     """
     data = options.out / "data"
+    side = 32 if options.scenes else 64
     common = [
+        f"tasks.{TASK}.data.image.size={side}",
         f"steps={options.steps}", f"tokenizer.path={data / 'tokenizer'}",
         f"tasks.{TASK}.data.shards=[{data / 'train'}]", f"tasks.{TASK}.data.classes={classes}",
         f"tasks.{TASK}.evaluation.shards=[{data / 'heldout'}]",
@@ -146,12 +148,17 @@ def plan(options: argparse.Namespace, classes: int) -> Plan:
     for seed in options.seeds:
         for way in options.ways:
             folder = options.out / f"{slug(way)}-seed{seed}"
-            own = (*WAYS[way], f"seed={seed}", f"run_dir={folder}")
+            own = (*changes(way, side), f"seed={seed}", f"run_dir={folder}")
             runs[folder] = Run(way, RECIPE, [*common, *own])
             recipe = load_recipe(RECIPE, runs[folder].overrides)
             if (old := folder / "recipe.yaml").exists() and load_resolved(old) != recipe:
                 raise RecipeError(f"{folder} holds a run of other settings: give another --out")
     return runs
+
+
+def changes(way: str, side: int) -> list[str]:
+    """What makes the encoder of the recipe that of `way`, for images of `side` pixels."""
+    return [change.replace("SIDE", str(side)) for change in WAYS[way]]
 
 
 # ---- results -------------------------------------------------------------------------------------
