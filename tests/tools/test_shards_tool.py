@@ -196,6 +196,34 @@ def test_serve(folder):
         assert server.wait(20) == 0
 
 
+@pytest.mark.parametrize("header", ["bytes=0-3,8-9", "lines=1-2", "bytes=-"])
+def test_ranges_that_are_not_served_give_the_whole_file(folder, url, header):
+    request = urllib.request.Request(url + "/manifest.json", headers={"Range": header})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request) as answer:
+        assert answer.status == 200 and "Content-Range" not in answer.headers
+        assert answer.read() == (folder / "manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--port", "99999", "is no port"),
+        ("--delay-ms", "-3", "no number of milliseconds"),
+        ("--fail", "3", "no share from 0 to 1"),
+    ],
+)
+def test_serve_refuses_what_makes_no_sense(folder, capsys, option, value, message):
+    with pytest.raises(SystemExit):
+        run("serve", folder, option, value)
+    assert message in capsys.readouterr().err
+
+
+def test_serve_needs_a_folder(folder, capsys):
+    assert run("serve", folder / "none", "--port", 0) == 1
+    assert "none: is no folder" in capsys.readouterr().err
+
+
 def test_bundles(tmp_path, capsys):
     write_shards(tmp_path / "set", 10, 4, bundle=3)
     assert run("inspect", tmp_path / "set") == 0
