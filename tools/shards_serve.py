@@ -1,11 +1,13 @@
 """`python -m tools.shards serve`: shards over HTTP, as slow and unreliable as you like."""
 
 import argparse
-import math
-import os
+from pathlib import Path
 from typing import Any
 
+from tools.arguments import natural
 from tools.serve import RangeServer
+
+_LAST_PORT = 65535
 
 
 def add_command(commands: Any, text: str) -> None:
@@ -13,14 +15,12 @@ def add_command(commands: Any, text: str) -> None:
     serve = commands.add_parser("serve", help=text, description=text)
     serve.set_defaults(run=_run)
     serve.add_argument("folder")
-    serve.add_argument("--port", type=_port, default=8000, help="(default %(default)s; 0: any)")
+    serve.add_argument("--port", type=natural, default=8000, help="(default %(default)s; 0: any)")
     serve.add_argument("--host", default="127.0.0.1", help="(default %(default)s)")
-    serve.add_argument(
-        "--delay-ms", type=_milliseconds, default=0.0, help="wait before each answer"
-    )
+    serve.add_argument("--delay-ms", type=float, default=0.0, help="wait before each answer")
     serve.add_argument(
         "--fail",
-        type=_share,
+        type=float,
         default=0.0,
         metavar="SHARE",
         help="share of requests that are answered 503, or cut off half-way",
@@ -28,27 +28,16 @@ def add_command(commands: Any, text: str) -> None:
     serve.add_argument("--verbose", action="store_true", help="a line for each request")
 
 
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 0 to 65535")
-    return int(text)
-
-
-def _milliseconds(text: str) -> float:
-    if not 0.0 <= (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of milliseconds from 0 on")
-    return value
-
-
-def _share(text: str) -> float:
-    if not 0.0 <= (value := float(text)) <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share from 0 to 1")
-    return value
-
-
 def _run(options: argparse.Namespace) -> int:
-    if not os.path.isdir(options.folder):
-        raise NotADirectoryError(f"{options.folder}: is no folder")
+    if not Path(options.folder).is_dir():
+        raise ValueError(f"{options.folder}: is not a folder")
+    if options.port > _LAST_PORT:
+        raise ValueError(f"--port {options.port}: ports end at {_LAST_PORT}")
+    if not (options.delay_ms >= 0 and 0 <= options.fail <= 1):
+        raise ValueError(
+            f"--delay-ms {options.delay_ms:g} --fail {options.fail:g}: needs a wait from 0 on, and "
+            "a share from 0 to 1"
+        )
     server = RangeServer(
         options.folder,
         options.port,
