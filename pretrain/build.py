@@ -217,6 +217,7 @@ def build_evaluation_loader(
         start_method=loader.start_method,
         limits=loader.fault_limits(),
         fault_file=fault_file,
+        stall_seconds=loader.stall_seconds,
     )
 
 
