@@ -138,7 +138,10 @@ def test_stages_on_imagenet_22k(name, size, pixels, epochs):
     assert recipe.steps == pytest.approx(epochs * IN22K / task.global_batch, abs=1)
 
 
-@pytest.mark.parametrize("name", ["internimage_t_in1k", "internimage_h_in1k_640"])
+@pytest.mark.parametrize("name", [
+    "internimage_t_in1k", "internimage_s_in1k", "internimage_b_in1k", "internimage_l_in1k_384",
+    "internimage_xl_in1k_384", "internimage_h_in1k_640", "internimage_g_in1k_512",
+])  # fmt: skip
 def test_optimizer_groups_of_the_recipes(name):
     """Every pattern matches, and the DCN multiplier and the decay by depth multiply."""
     recipe = load_recipe(name)
@@ -150,7 +153,7 @@ def test_optimizer_groups_of_the_recipes(name):
     count = sum(p.numel() for group in groups for p in group["params"])
     assert count == PUBLISHED[recipe.model.encoders["image"].size][0]
     rates = {group["lr_multiplier"] for group in groups}
-    if name == "internimage_t_in1k":
+    if not recipe.optimizer.layer_decay:
         assert rates == {1.0}
     else:
         assert min(rates) == pytest.approx(0.1 * 0.9 ** (sum(encoder.depths) - 1))
