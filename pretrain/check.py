@@ -22,6 +22,7 @@ from pretrain.build import (
 )
 from pretrain.check_cache import cache_lines
 from pretrain.engine.ds_config import engine_config, find_engine_file
+from pretrain.models.init import classes_hint
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import Recipe, TaskSettings
 
@@ -189,7 +190,7 @@ def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
     if wrong:
         raise ValueError(
             f"initial_weights: {len(wrong)} of {len(found)} tensors have no place in this model, "
-            f"among them {wrong[0]} {tuple(found[wrong[0]])}"
+            f"among them {wrong[0]} {tuple(found[wrong[0]])}{classes_hint(wrong[0])}"
         )
     return f"initial_weights: {len(found)} of {len(shapes)} tensors from {path}"
 

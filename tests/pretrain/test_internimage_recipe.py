@@ -4,10 +4,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch import nn
 
 from pretrain.check import _check_initial_weights
-from pretrain.models.init import load_weights
+from pretrain.models.init import classes_hint, load_weights
 from pretrain.models.multitask import MultiTaskModel
+from pretrain.objectives.classification import ClassificationSettings
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import RecipeError, load_recipe, load_resolved
 from tests.pretrain.models.internimage_models import PUBLISHED, small_encoder
@@ -84,6 +86,22 @@ def test_initial_weights_may_hold_statistics(tmp_path):
     assert (encoder.conv_head[1][0].running_mean == 3).all()
 
 
+def test_a_linear_layer_for_other_classes_is_no_silent_matter(tmp_path):
+    """The file of 10 classes for a model of 7: refused when checked and when read, with a way."""
+    encoder = small_encoder(head={"type": "conv"})
+    settings = ClassificationSettings(pool="head")
+    models = {
+        classes: MultiTaskModel({"image": encoder}, {
+            "classify": settings.build({"image": encoder}, None, (0,) * 3, (1,) * 3, classes)
+        }) for classes in (7, 10)
+    }  # fmt: skip
+    save_file(models[10].state_dict(), tmp_path / "a.safetensors")
+    for read in (_check_initial_weights, load_weights):
+        with pytest.raises(ValueError, match=r"classify\.head\..*--head-rows FILE .*--leave-out"):
+            read(models[7], str(tmp_path / "a.safetensors"))
+    assert classes_hint("encoders.image.head.weight") == ""
+
+
 IN1K, IN22K = 1_281_167, 14_197_122
 
 
@@ -123,6 +141,17 @@ def test_published_settings(name, size, pixels, drop_path, epochs, micro_batch):
     decay = {} if from_scratch else {"encoders.image": 0.9}
     assert recipe.optimizer.layer_decay == decay
     assert encoder.gradient_checkpointing != from_scratch
+
+
+def test_the_configuration_of_the_papers_numbers():
+    """What the header of the recipe says: without layer-wise decay nothing is slowed."""
+    recipe = load_recipe("internimage_l_in1k_384", [
+        "optimizer.layer_decay={encoders.image: null}",
+        "optimizer.multipliers_need_layer_decay=true",
+    ])  # fmt: skip
+    assert recipe.optimizer.lr_multipliers == {"*.dcn.offset.*": 0.1}
+    model = nn.ModuleDict({"encoders": nn.ModuleDict({"image": small_encoder()})})
+    assert {g["lr_multiplier"] for g in parameter_groups(model, recipe.optimizer)} == {1.0}
 
 
 @pytest.mark.parametrize("name, size, pixels, epochs", [
