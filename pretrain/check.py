@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from data_pipeline.sources import (
-    MixedOrder,
-    Source,
-    concatenated,
-    open_source,
-    open_sources,
-    plan_order,
-)
+from data_pipeline.revisions import images_of
+from data_pipeline.sources import MixedOrder, Source, concatenated, open_source, open_sources
 from data_pipeline.step_sampler import MicroBatch, deal
 from data_pipeline.weak_stream import PROMISES_NOT
-from pretrain.build import build_model, build_schedule, build_stream, build_tokenizer
+from pretrain.build import (
+    build_model,
+    build_schedule,
+    build_stream,
+    build_tokenizer,
+    plan_task_order,
+    repeats_of,
+)
 from pretrain.check_cache import cache_lines
 from pretrain.engine.ds_config import engine_config, find_engine_file
+from pretrain.models.init import classes_hint
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import Recipe, TaskSettings
 
@@ -55,9 +57,9 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed probes, and warns
-    stage: list[int] = []
+    zero: list[dict] = []
     tokenizers: list[Tokenizer] = []
-    attempt("engine", lambda: _engine(recipe, world, stage))
+    attempt("engine", lambda: _engine(recipe, world, zero))
     attempt("tokenizer", lambda: _tokenizer(recipe, tokenizers))
     if len(recipe.tasks) > 1:
         attempt("schedule", lambda: _schedule(recipe))
@@ -67,8 +69,8 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
         attempt(f"tasks.{name}", lambda n=name: _first_samples(recipe, n, tokenizers[0]))
     if recipe.loader.cache is not None:
         attempt("cache", lambda: cache_lines(recipe, world, ranks_per_node))
-    if tokenizers and stage:
-        attempt("model", lambda: _model(recipe, tokenizers[0], stage[0], world))
+    if tokenizers and zero:
+        attempt("model", lambda: _model(recipe, tokenizers[0], zero[0], world))
     return findings
 
 
@@ -78,11 +80,11 @@ def _lines_of(error: Exception) -> list[str]:
     return str(error).splitlines() or [type(error).__name__]
 
 
-def _engine(recipe: Recipe, world: int, stage: list[int]) -> list[str]:
+def _engine(recipe: Recipe, world: int, zero: list[dict]) -> list[str]:
     config = engine_config(recipe, world)
-    stage.append(config["zero_optimization"]["stage"])
+    zero.append(config["zero_optimization"])
     file = find_engine_file(recipe.deepspeed)
-    return [f"engine: ZeRO stage {stage[0]}, {recipe.precision} ({file})"]
+    return [f"engine: ZeRO stage {zero[0]['stage']}, {recipe.precision} ({file})"]
 
 
 def _tokenizer(recipe: Recipe, found: list["Tokenizer"]) -> list[str]:
@@ -136,14 +138,16 @@ def _training_data(
     sources = open_sources(task.data, recipe.loader.remote)
     shards = concatenated(sources)
     samples = sum(source.samples for source in sources)
-    per_epoch = samples / task.global_batch
+    repeats = repeats_of(task.data)
+    per_epoch = samples * repeats / task.global_batch
     yield (
         f"tasks.{name}: {_kept(samples, len(shards))} in {len(shards.shards)} shard(s); "
         f"{per_epoch:.1f} steps an epoch, {visits} steps = {visits / per_epoch:.2f} epochs"
+        + (f"; every image {repeats} times in a step" if repeats > 1 else "")
     )
-    order = plan_order(sources, task.global_batch, recipe.seed, name)
-    if isinstance(order, MixedOrder):
-        yield f"tasks.{name}: sources in a {order.describe()}"
+    order = plan_task_order(task, sources, recipe.seed, name)
+    if isinstance(images_of(order), MixedOrder):
+        yield f"tasks.{name}: sources in a {images_of(order).describe()}"
         epochs = order.epochs(visits * task.global_batch)
         for source in sources:
             yield (
@@ -186,12 +190,12 @@ def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
     if wrong:
         raise ValueError(
             f"initial_weights: {len(wrong)} of {len(found)} tensors have no place in this model, "
-            f"among them {wrong[0]} {tuple(found[wrong[0]])}"
+            f"among them {wrong[0]} {tuple(found[wrong[0]])}{classes_hint(wrong[0])}"
         )
     return f"initial_weights: {len(found)} of {len(shapes)} tensors from {path}"
 
 
-def _model(recipe: Recipe, tokenizer: "Tokenizer", stage: int, world: int) -> Iterator[str]:
+def _model(recipe: Recipe, tokenizer: "Tokenizer", zero: dict, world: int) -> Iterator[str]:
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
     total = _count(model)
@@ -203,14 +207,23 @@ def _model(recipe: Recipe, tokenizer: "Tokenizer", stage: int, world: int) -> It
         f"{group['name']}: {_millions(sum(p.numel() for p in group['params']))}" for group in groups
     )
     momenta = _momenta(recipe)
-    size = state_bytes(total, stage, world, recipe.precision, momenta)
+    size = state_bytes(
+        total, zero["stage"], world, recipe.precision, momenta, zero.get("sub_group_size")
+    )
     yield (
         f"memory per rank: about {size / 2**30:.2f} GiB for weights, gradients and optimizer "
         "(ds_configs/README.md); activations, buckets and the framework come on top"
     )
 
 
-def state_bytes(parameters: int, stage: int, world: int, precision: str, momenta: int) -> float:
+def state_bytes(
+    parameters: int,
+    stage: int,
+    world: int,
+    precision: str,
+    momenta: int,
+    sub_group_size: int | None = None,
+) -> float:
     """Bytes a rank keeps for weights, gradients and optimizer under ZeRO (ds_configs/README.md).
 
     Args:
@@ -219,13 +232,15 @@ def state_bytes(parameters: int, stage: int, world: int, precision: str, momenta
         world: ranks.
         precision: bf16, fp16 or fp32.
         momenta: float32 values that are kept beside each master weight: 2 for AdamW, 1 for `ema`.
+        sub_group_size: elements of a rank that stage 3 steps at a time; None = all.
     """
     width = 4 if precision == "fp32" else 2
     weights = width / world if stage == 3 else width
     gradients = width if stage == 1 else width / world
     # The partition of this rank: float32 master weights, momenta, and gradients during the step.
-    partition = (4 + 4 * momenta + 4) / world
-    return parameters * (weights + gradients + partition)
+    partition = parameters / world
+    stepped = min(partition, sub_group_size) if stage == 3 and sub_group_size else partition
+    return parameters * (weights + gradients) + (4 + 4 * momenta) * partition + 4 * stepped
 
 
 def _momenta(recipe: Recipe) -> int:
