@@ -52,9 +52,10 @@ class BoxDataSettings(ImageDataSettings):
 
     @model_validator(mode="after")
     def _boxes_follow(self) -> Self:
-        if self.image.rand_augment is not None:
+        if self.image.rand_augment is not None and self.image.rand_augment.geometry:
             raise ValueError(
-                "image.rand_augment moves pixels, and boxes would not follow: remove it"
+                "image.rand_augment moves pixels, and boxes would not follow: set its geometry to "
+                "false"
             )
         if self.second_view is not None:
             raise ValueError("second_view is not for boxes, which belong to one view: remove it")

@@ -172,6 +172,11 @@ class ShardIndex:
         names = ("end", "extension", "offset", "size", "crc32", "header_crc32")
         return [_view(self.arrays[f"member_{name}"]) for name in names]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without those views, which are made again when they are needed."""
+        views = "_key_views", "_member_views"
+        return {name: value for name, value in self.__dict__.items() if name not in views}
+
     def header_span(self, row: int, offset: int) -> tuple[int, int]:
         """Return where that lies which member_header_crc32 of the member at `offset` checks."""
         if not self.bundled:

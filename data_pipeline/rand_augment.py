@@ -39,13 +39,16 @@ class RandAugmentSettings(Settings):
     """RandAugment in training, timm's increasing form; the defaults are rand-m9-mstd0.5-inc1."""
 
     operations: int = Field(default=2, ge=1)
-    """Operations per image, drawn one after the other from fifteen, with replacement."""
+    """Operations per image, drawn one after the other with replacement, from fifteen."""
     magnitude: float = Field(default=9.0, ge=0.0, le=MOST)
     """Strength, 0 to 10."""
     magnitude_std: float = Field(default=0.5, ge=0.0)
     """Standard deviation of the strength, which is drawn anew for each operation."""
     probability: float = Field(default=0.5, ge=0.0, le=1.0)
     """Chance that a drawn operation is carried out."""
+    geometry: bool = True
+    """Whether the five operations that move pixels take part (rotation, shear, translation); false
+    draws from the ten others. Boxes, masks and second views need false: they follow the crop."""
 
 
 def rand_augment(
@@ -55,6 +58,7 @@ def rand_augment(
     rng: np.random.Generator,
 ) -> None:
     """Change (H, W, 3) uint8 in place; `fill` is the colour outside of the image."""
+    names = NAMES if settings.geometry else COLOUR_NAMES
     draws = rng.random((settings.operations, 3)).tolist()
     deviations = rng.standard_normal(settings.operations).tolist()
     for (choice, carried_out, side), deviation in zip(draws, deviations, strict=True):
@@ -62,7 +66,7 @@ def rand_augment(
             continue
         magnitude = settings.magnitude + settings.magnitude_std * deviation
         share = min(max(magnitude, 0.0), MOST) / MOST
-        name = NAMES[int(choice * len(NAMES))]
+        name = names[int(choice * len(names))]
         augment(image, name, share, -1 if side < 0.5 else 1, fill)
 
 
@@ -167,7 +171,9 @@ _GEOMETRY: dict[str, Callable[[float, int, int], np.ndarray]] = {
     "translate_y": lambda share, h, w: np.array([[1, 0, 0], [0, 1, share * _MOST_SHIFT * h]]),
 }
 
-NAMES = (*_COLOURS, *_GEOMETRY)
+COLOUR_NAMES = tuple(_COLOURS)
+"""Operations that leave every pixel in its place."""
+NAMES = (*COLOUR_NAMES, *_GEOMETRY)
 """All operations."""
 
 

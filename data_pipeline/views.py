@@ -31,10 +31,10 @@ def check_views(first: ImageSettings, second: ImageSettings) -> None:
                 f"{name}.mode {settings.mode} gives images of different sizes, which cannot be one "
                 "of two views: choose another mode, or remove second_view"
             )
-        if settings.rand_augment is not None:
+        if settings.rand_augment is not None and settings.rand_augment.geometry:
             raise ValueError(
                 f"{name}.rand_augment moves pixels, so that the crops of two views would not tell "
-                "where they are: remove it"
+                "where they are: set its geometry to false"
             )
     if (first.mean, first.std) != (second.mean, second.std):
         raise ValueError(

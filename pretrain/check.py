@@ -55,9 +55,9 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed probes, and warns
-    stage: list[int] = []
+    zero: list[dict] = []
     tokenizers: list[Tokenizer] = []
-    attempt("engine", lambda: _engine(recipe, world, stage))
+    attempt("engine", lambda: _engine(recipe, world, zero))
     attempt("tokenizer", lambda: _tokenizer(recipe, tokenizers))
     if len(recipe.tasks) > 1:
         attempt("schedule", lambda: _schedule(recipe))
@@ -67,8 +67,8 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
         attempt(f"tasks.{name}", lambda n=name: _first_samples(recipe, n, tokenizers[0]))
     if recipe.loader.cache is not None:
         attempt("cache", lambda: cache_lines(recipe, world, ranks_per_node))
-    if tokenizers and stage:
-        attempt("model", lambda: _model(recipe, tokenizers[0], stage[0], world))
+    if tokenizers and zero:
+        attempt("model", lambda: _model(recipe, tokenizers[0], zero[0], world))
     return findings
 
 
@@ -78,11 +78,11 @@ def _lines_of(error: Exception) -> list[str]:
     return str(error).splitlines() or [type(error).__name__]
 
 
-def _engine(recipe: Recipe, world: int, stage: list[int]) -> list[str]:
+def _engine(recipe: Recipe, world: int, zero: list[dict]) -> list[str]:
     config = engine_config(recipe, world)
-    stage.append(config["zero_optimization"]["stage"])
+    zero.append(config["zero_optimization"])
     file = find_engine_file(recipe.deepspeed)
-    return [f"engine: ZeRO stage {stage[0]}, {recipe.precision} ({file})"]
+    return [f"engine: ZeRO stage {zero[0]['stage']}, {recipe.precision} ({file})"]
 
 
 def _tokenizer(recipe: Recipe, found: list["Tokenizer"]) -> list[str]:
@@ -191,7 +191,7 @@ def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
     return f"initial_weights: {len(found)} of {len(shapes)} tensors from {path}"
 
 
-def _model(recipe: Recipe, tokenizer: "Tokenizer", stage: int, world: int) -> Iterator[str]:
+def _model(recipe: Recipe, tokenizer: "Tokenizer", zero: dict, world: int) -> Iterator[str]:
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
     total = _count(model)
@@ -203,14 +203,23 @@ def _model(recipe: Recipe, tokenizer: "Tokenizer", stage: int, world: int) -> It
         f"{group['name']}: {_millions(sum(p.numel() for p in group['params']))}" for group in groups
     )
     momenta = _momenta(recipe)
-    size = state_bytes(total, stage, world, recipe.precision, momenta)
+    size = state_bytes(
+        total, zero["stage"], world, recipe.precision, momenta, zero.get("sub_group_size")
+    )
     yield (
         f"memory per rank: about {size / 2**30:.2f} GiB for weights, gradients and optimizer "
         "(ds_configs/README.md); activations, buckets and the framework come on top"
     )
 
 
-def state_bytes(parameters: int, stage: int, world: int, precision: str, momenta: int) -> float:
+def state_bytes(
+    parameters: int,
+    stage: int,
+    world: int,
+    precision: str,
+    momenta: int,
+    sub_group_size: int | None = None,
+) -> float:
     """Bytes a rank keeps for weights, gradients and optimizer under ZeRO (ds_configs/README.md).
 
     Args:
@@ -219,13 +228,15 @@ def state_bytes(parameters: int, stage: int, world: int, precision: str, momenta
         world: ranks.
         precision: bf16, fp16 or fp32.
         momenta: float32 values that are kept beside each master weight: 2 for AdamW, 1 for `ema`.
+        sub_group_size: elements of a rank that stage 3 steps at a time; None = all.
     """
     width = 4 if precision == "fp32" else 2
     weights = width / world if stage == 3 else width
     gradients = width if stage == 1 else width / world
     # The partition of this rank: float32 master weights, momenta, and gradients during the step.
-    partition = (4 + 4 * momenta + 4) / world
-    return parameters * (weights + gradients + partition)
+    partition = parameters / world
+    stepped = min(partition, sub_group_size) if stage == 3 and sub_group_size else partition
+    return parameters * (weights + gradients) + (4 + 4 * momenta) * partition + 4 * stepped
 
 
 def _momenta(recipe: Recipe) -> int:

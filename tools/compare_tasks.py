@@ -9,17 +9,13 @@ tokenizer that `make demo` leaves behind.
 """
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tools.experiment import Plan, Run, describe, evaluations, markdown, slug, train
 
 console = Console(soft_wrap=True)
 TASKS = ("caption", "classify", "contrast")
@@ -63,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                       "folder that it left with --data")
         return 2
     runs = plan(options)
-    failed = train(runs, options.jobs)
+    failed = train(runs, options.jobs, console)
     if failed:
         console.print(f"[red]{len(failed)} runs failed[/]: {', '.join(failed)}; see their log.txt")
         return 1
@@ -73,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def plan(options: argparse.Namespace) -> dict[Path, tuple[str, list[str]]]:
-    """Run directory -> (way, overrides)."""
+def plan(options: argparse.Namespace) -> Plan:
+    """Every way with every seed."""
     runs = {}
     rates = options.lr or [None]
     for way, changes in WAYS.items():
@@ -86,7 +82,7 @@ def plan(options: argparse.Namespace) -> dict[Path, tuple[str, list[str]]]:
                 for label, more in variants(way, options.steps):
                     folder = options.out / f"{slug(name)}{label}-seed{seed}-steps{options.steps}"
                     overrides = without_removed([*common, *more, f"run_dir={folder}"])
-                    runs[folder] = (name, overrides)
+                    runs[folder] = Run(name, "digits_multitask", overrides)
     return runs
 
 
@@ -121,81 +117,22 @@ def data_overrides(data: Path) -> list[str]:
     ]
 
 
-def slug(text: str) -> str:
-    """A name for a folder."""
-    return "_".join("".join(c if c.isalnum() or c in ".-" else " " for c in text).split())
-
-
-# ---- running -------------------------------------------------------------------------------------
-
-
-def train(runs: dict[Path, tuple[str, list[str]]], jobs: int) -> list[str]:
-    """Train what has not finished yet; names of the runs that failed."""
-    waiting = [folder for folder in runs if not evaluations(folder)]
-    failed = []
-    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar, ThreadPoolExecutor(jobs) as pool:
-        task = bar.add_task("", total=len(runs), completed=len(runs) - len(waiting))
-        for folder, code in zip(
-            waiting, pool.map(lambda f: run(f, runs[f][1]), waiting), strict=True
-        ):
-            bar.advance(task)
-            if code:
-                failed.append(folder.name)
-    return failed
-
-
-def run(folder: Path, overrides: Sequence[str]) -> int:
-    """One training in one process; its output goes to a file beside the run directory."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    goes_on = (folder / "checkpoints" / "latest").exists()
-    what = ["--resume", str(folder)] if goes_on else ["digits_multitask", *overrides]
-    command = [sys.executable, "-m", "pretrain.train", *what]
-    with open(folder.with_name(f"{folder.name}.log"), "w") as log:
-        return subprocess.run(
-            command, stdout=log, stderr=subprocess.STDOUT, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ).returncode
-
-
 # ---- results -------------------------------------------------------------------------------------
 
 
-def evaluations(folder: Path) -> dict[str, dict]:
-    """task -> its last evaluation, once the run has finished; else nothing."""
-    try:
-        status = json.loads((folder / "control" / "status.json").read_text())
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-    except (OSError, ValueError):
-        return {}
-    if status.get("state") != "finished":
-        return {}
-    rows = (json.loads(line) for line in lines)
-    return {row["task"]: row for row in rows if row["kind"] == "evaluation"}
-
-
-def table(runs: dict[Path, tuple[str, list[str]]]) -> str:
+def table(runs: Plan) -> str:
     """Markdown: a row per way, mean and standard deviation over the seeds."""
     values: dict[str, dict[str, list[float]]] = {}
-    for folder, (way, _) in runs.items():
+    for folder, run in runs.items():
         found = evaluations(folder)
         for task, metric, title in METRICS:
             if task in found:
-                values.setdefault(way, {}).setdefault(title, []).append(found[task][metric])
+                values.setdefault(run.way, {}).setdefault(title, []).append(found[task][metric])
     titles = [title for _, _, title in METRICS]
-    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    for way, columns in values.items():
-        cells = [describe(columns.get(title, [])) for title in titles]
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def describe(values: Sequence[float]) -> str:
-    """Mean and, of several, standard deviation."""
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
+    return markdown(titles, [
+        [way, *(describe(columns.get(title, [])) for title in titles)]
+        for way, columns in values.items()
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 `tools.shards sheet` draws what is in shards; `tools.evaluate --sheet` what a model says about them.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,10 +230,3 @@ def _font(size: int, path: str | Path | None) -> Font:
         return ImageFont.truetype(str(path), size)
     except OSError as error:
         raise ValueError(f"font {path} cannot be read: {error}; give a TrueType file") from None
-
-
-def positive(text: str) -> int:
-    """Parse a count from the command line."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)

@@ -30,7 +30,8 @@ from data_pipeline.stream import DataError
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.objectives.caption_evaluation import CaptionExample, evaluate_captions
-from tools.contact_sheet import Cell, contact_sheet, positive
+from tools.arguments import positive
+from tools.contact_sheet import Cell, contact_sheet
 from tools.export_record import ExportRecord, heldout_loader
 
 _COLUMNS = 4

@@ -28,6 +28,7 @@ from tools import (
     pack_text,
     pack_tsv,
 )
+from tools.arguments import positive
 from tools.pack_coco import coco_source
 from tools.pack_options import (
     add_classes,
@@ -36,7 +37,6 @@ from tools.pack_options import (
     classes_of,
     command_of,
     image_job,
-    positive,
     refuse_shrinking,
 )
 from tools.pack_run import run_jobs

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -102,10 +103,17 @@ def yolo_source(
     for folder in (images, labels):
         if not folder.is_dir():
             raise ValueError(f"{folder}: is not a folder")
-    paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(
+        path
+        for path in images.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+    )
     if not paths:
         raise ValueError(f"{images}: no image in it")
     relative = [path.relative_to(images) for path in paths]
+    unlabelled = sum(not (labels / name).with_suffix(".txt").exists() for name in relative)
+    if unlabelled == len(paths):
+        raise ValueError(f"{labels}: has a label file for none of the {len(paths)} images")
 
     def described() -> Iterator[tuple[str, Path, str, tuple[int, int] | None, list[Box]]]:
         for key, path, name in zip(keys_of(relative), paths, relative, strict=True):
@@ -120,15 +128,16 @@ def yolo_source(
             ]
             yield key, path, where, size, boxes
 
-    return _source(described(), classes, drop)
+    source = _source(described(), classes, drop)
+    return replace(source, details={**source.details, "without_label_file": unlabelled})
 
 
 def _voc_job(options: argparse.Namespace) -> PackJob:
     refuse(options, "voc")
     names = None
     if options.list is not None:
-        # The lists of single classes have a second column.
-        names = [line.split()[0] for line in options.list.read_text().splitlines() if line.split()]
+        lines = options.list.read_text(encoding="utf-8").splitlines()
+        names = [_listed(line.strip(), options.annotations) for line in lines if line.strip()]
     source = voc_source(
         options.images,
         options.annotations,
@@ -138,6 +147,16 @@ def _voc_job(options: argparse.Namespace) -> PackJob:
         drop=options.on_bad_box == "drop",
     )
     return image_job(options, source)
+
+
+def _listed(line: str, annotations: Path) -> str:
+    """Return the name in a line of a list; those of single classes have a second column."""
+    if (annotations / f"{line}.xml").exists():
+        return line
+    name = line.rsplit(maxsplit=1)[0]
+    if not (annotations / f"{name}.xml").exists():
+        raise ValueError(f"--list names {line!r}, and {annotations} has no {line}.xml")
+    return name
 
 
 def _yolo_job(options: argparse.Namespace) -> PackJob:

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from data_pipeline.packer import sample_bytes
 from data_pipeline.packing import PackJob, SampleFault
+from tools.arguments import positive
 from tools.pack_images import IMAGE_SUFFIXES, ImageItem, json_bytes, store_image
-from tools.pack_options import add_classes, add_image_source, classes_of, image_job, positive
+from tools.pack_options import add_classes, add_image_source, classes_of, image_job
 from tools.pack_sources import Source
 
 

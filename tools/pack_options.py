@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.packing import Build, PackJob, SampleFault, plan_ranges
+from tools.arguments import natural, positive
 from tools.pack_images import BuildImage, item_bytes
 from tools.pack_sources import Source, check_missing
 
@@ -93,13 +94,6 @@ def classes_of(options: argparse.Namespace) -> list[str] | None:
     return [line for line in options.classes.read_text(encoding="utf-8").splitlines() if line]
 
 
-def positive(text: str) -> int:
-    """Parse a count."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
 def split_name(text: str) -> str:
     """Parse the name of a split: a folder in OUT, and how its shards begin."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text):
@@ -114,7 +108,7 @@ def byte_count(text: str) -> int:
         number, unit = number[:-1], number[-1]
     try:
         count = int(float(number) * _UNITS[unit])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500M or 1.5G") from None
     return count
 
@@ -127,7 +121,7 @@ def add_classes(parser: argparse.ArgumentParser) -> None:
 def add_packing_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of everything that packs."""
     parser.add_argument("--out", type=Path, required=True, help="shards go to OUT/SPLIT")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0, help="of the shuffle (default 0)")
     parser.add_argument(
         "--max-samples", type=positive, default=10_000, help="per shard (default %(default)s)"
     )

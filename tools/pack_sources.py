@@ -64,7 +64,9 @@ def folder_source(root: Path, classes: Sequence[str] | None = None) -> Source:
         path
         for name in found
         for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and not path.is_dir()
     ]
     for path in paths:
         if not is_utf8(os.fspath(path)):
@@ -72,18 +74,17 @@ def folder_source(root: Path, classes: Sequence[str] | None = None) -> Source:
     if not paths:
         raise ValueError(f"{root}: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) in it")
     relative = [path.relative_to(root) for path in paths]
-    items = [
-        ImageItem(
-            key=key,
-            path=os.fspath(path),
-            bytes=path.stat().st_size,
-            record={"file": name.as_posix(), "class": name.parts[0]},
-            label=names.index(name.parts[0]),
-            origin=f"{root}",
+    items, missing = stat_items(
+        (
+            key,
+            path,
+            {"file": name.as_posix(), "class": name.parts[0]},
+            names.index(name.parts[0]),
+            f"{root}",
         )
         for key, path, name in zip(keys_of(relative), paths, relative, strict=True)
-    ]
-    return Source(items, classes=names)
+    )
+    return Source(items, classes=names, missing=missing)
 
 
 def table_source(

@@ -21,8 +21,9 @@ from data_pipeline.files import write_atomically
 from data_pipeline.packer import sample_bytes
 from data_pipeline.packing import PackJob, SampleFault, plan_ranges
 from data_pipeline.tokenizer import ID_TYPES, Tokenizer
+from tools.arguments import positive
 from tools.pack_images import json_bytes
-from tools.pack_options import add_data_source, command_of, licence_of, positive
+from tools.pack_options import add_data_source, command_of, licence_of
 
 _DOCUMENTS_AT_ONCE = 1024
 _FAULTS_SHOWN = 5

@@ -45,6 +45,7 @@ from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadE
 from data_pipeline.remote import UrlStorage
 from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError
+from tools.arguments import positive
 from tools.find_sample import row_of
 from tools.shard_files import (
     IndexJob,
@@ -151,7 +152,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if first.bundled:
         print("  its samples lie in bundles")
     print("  columns: " + (", ".join(sorted(column_names(first))) or "none"))
-    print("  columns of texts: " + (", ".join(sorted(_usable_texts(first))) or "none"))
+    print("  columns of texts: " + ", ".join(sorted(_usable_texts(first))))
     dropped = first.dropped_columns + (first.derived.dropped if first.derived else 0)
     if dropped:
         print(f"  {dropped} more fields are not kept as columns")
@@ -163,10 +164,10 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def _usable_texts(index: ShardIndex) -> list[str]:
+def _usable_texts(index: ShardIndex) -> set[str]:
     """Columns of texts that conditions can look at."""
     texts = index.derived.texts if index.derived else {}
-    return [*TEXT_COLUMNS, *(name for name, column in texts.items() if column is not None)]
+    return {*TEXT_COLUMNS, *(name for name, column in texts.items() if column is not None)}
 
 
 def _print_manifests(shards: ShardSet) -> None:
@@ -211,8 +212,6 @@ def _text_lines(extension: str, data: bytes) -> list[str]:
 
 def _shorten(line: str) -> str:
     return line if len(line) <= _TEXT_SHOWN else f"{line[:_TEXT_SHOWN]} ... ({len(line):,})"
-
-
 
 
 def _for_each(
@@ -273,7 +272,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     for command in (index, verify):
         command.add_argument("--verbose", action="store_true", help="a line for each shard")
         command.add_argument(
-            "--processes", type=int, default=os.cpu_count() or 1, help="(default %(default)s)"
+            "--processes", type=positive, default=os.cpu_count() or 1, help="(default %(default)s)"
         )
     inspect = _add_command(commands, "inspect", "show counts, fields, columns and keys", _inspect)
     inspect.add_argument("--sample", metavar="KEY|ROW", help="print the members of one sample")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from data_pipeline.decode import DecodeError, decode, read_header
 from data_pipeline.loader import LoaderSettings, StepLoader, TaskStream
-from data_pipeline.members import bad
+from data_pipeline.members import AbsentValue, bad
 from data_pipeline.order import Order
 from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import BadSample, Sample, SampleReader
@@ -22,9 +22,9 @@ from data_pipeline.rng import sample_rng
 from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.transforms import ImageSettings
+from tools.arguments import natural, positive
 from tools.bench_measure import LEAST_REPEATS, Measurement, interleaved, machine, median_rate
 from tools.benchmark import show
-from tools.pack_options import positive
 
 _BATCH = 64
 
@@ -39,7 +39,7 @@ def add_command(commands: Any, text: str) -> None:
     )
     parser.add_argument("--size", type=positive, default=224, help="of crops (default %(default)s)")
     parser.add_argument(
-        "--workers", type=int, nargs="*", default=[0, 2], help="loaders to time (default: 0 2)"
+        "--workers", type=natural, nargs="*", default=[0, 2], help="loaders to time (default: 0 2)"
     )
     parser.add_argument(
         "--repeats", type=positive, default=LEAST_REPEATS, help="medians of so many (default: 5)"
@@ -88,7 +88,7 @@ class ShardBench:
             bytes of all members of each row that could be read; what is wrong with the others.
             Rows without an image are only read, if no row has one.
         """
-        sizes, faults, good, decoded = [], [], [], []
+        sizes, faults, without, good, decoded = [], [], [], [], []
         with SampleReader(self.shards) as reader:
             for row in self.rows:
                 try:
@@ -97,10 +97,14 @@ class ShardBench:
                     good.append(row)
                     self._decoded(sample)
                     decoded.append(row)
+                except AbsentValue as fault:
+                    without.append(fault)
                 except BadSample as fault:
                     faults.append(fault)
         if not good:
             raise faults[0]
+        if decoded:
+            faults += without
         self.images = len(decoded)
         self.rows = decoded or good
         return sizes, faults
@@ -154,7 +158,7 @@ class ShardBench:
     def _decoded(self, sample: Sample) -> np.ndarray:
         names = [e for e in self.settings.image_extensions if e in sample.members]
         if not names:
-            raise bad(sample, "has no image")
+            raise bad(sample, "has no image", AbsentValue)
         data = sample.members[names[0]]
         try:
             return decode(data, read_header(data, self.settings.image.max_pixels))
@@ -185,6 +189,8 @@ def _result(
         f"average, in the order of training; crops of {bench.settings.image.size} px",
         "read once before: figures of storage that the page cache does not hold are lower",
     ]
+    if not bench.images:
+        notes.append("none of them has an image that can be decoded: only reading was timed")
     if faults:
         notes.append(f"{len(faults)} samples are bad and were left out; the first: {faults[0]}")
     return {"title": "loading from shards", "rows": rows, "notes": notes}

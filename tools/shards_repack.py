@@ -127,10 +127,11 @@ def repack_jobs(options: argparse.Namespace) -> Iterator[PackJob]:
     parts = _split(keys, fractions, options.seed)
     rows, keys, parts, clashes = _resolved(rows, keys, parts, inputs, options.on_clash)
     build = CopySample(shards, shards.fingerprint)
+    for number, split in enumerate(fractions):  # before any is packed
+        if not np.any(parts == number):
+            raise ValueError(f"split {split!r} is empty: of {len(rows)} samples none falls into it")
     for number, split in enumerate(fractions):
         chosen = np.flatnonzero(parts == number)
-        if not len(chosen):
-            raise ValueError(f"split {split!r} is empty: of {len(rows)} samples none falls into it")
         if not options.keep_order:
             generator = np.random.Generator(np.random.Philox(options.seed))
             chosen = chosen[generator.permutation(len(chosen))]

@@ -20,7 +20,8 @@ from data_pipeline.reader import BadSample, Sample, SampleReader
 from data_pipeline.remote import UrlStorage
 from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError
-from tools.contact_sheet import Box, Cell, contact_sheet, positive
+from tools.arguments import positive
+from tools.contact_sheet import Box, Cell, contact_sheet
 
 # Where captions are looked for if nobody says.
 _CAPTION_SOURCES = ("txt", "json:captions", "json:caption")

@@ -121,12 +121,12 @@ def _classes(shards: ShardSet) -> list[str] | None:
 def _histogram(labels: np.ndarray, classes: list[str] | None) -> dict[str, int]:
     """Return class name (or number) -> samples, by label."""
     counts = Counter(labels.tolist())
-    named = {}
+    named: dict[str, int] = {}
     for label in sorted(counts):
         whole = float(label).is_integer()
         known = classes is not None and whole and 0 <= label < len(classes)
-        name = classes[int(label)] if known else f"{label:g}"
-        named[name] = counts[label]
+        name = classes[int(label)] if known else str(int(label) if whole else label)
+        named[name] = named.get(name, 0) + counts[label]  # two classes may share a name
     return named
 
 

@@ -272,6 +272,30 @@ def test_erasing_leaves_boxes_alone():
     assert not np.array_equal(items[0]["images"], items[1]["images"])
 
 
+def test_objects_stay_under_their_boxes_with_rand_augment():
+    """Colours change, edges do not move: where the object was is where it is."""
+    augment = RandAugmentSettings(operations=1, probability=1.0, geometry=False)
+    plain = ImageSettings(size=64, mode="large_scale_jitter", flip_probability=0.5)
+    changed = plain.model_copy(update={"rand_augment": augment})
+    differing = 0
+    for position in range(12):
+        before, after = (
+            load(fields(image=image, masks=True), scene()[1], position)
+            for image in (plain, changed)
+        )
+        assert np.array_equal(before["boxes"], after["boxes"])
+        assert np.array_equal(before["masks"], after["masks"])
+        differing += not np.array_equal(before["images"], after["images"])
+        for mask in after["masks"]:
+            inside = mask & np.roll(mask, 2, 0) & np.roll(mask, -2, 0)
+            inside &= np.roll(mask, 2, 1) & np.roll(mask, -2, 1)
+            inside &= after["masks"].sum(0) == 1
+            colours = np.unique(before["images"][inside], axis=0)
+            if inside.any() and len(colours) == 1:  # plain before: plain after
+                assert len(np.unique(after["images"][inside], axis=0)) == 1
+    assert differing > 6
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

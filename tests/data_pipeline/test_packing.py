@@ -220,7 +220,7 @@ def test_killed_and_started_again(tmp_path, processes):
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert not (tmp_path / "out" / "manifest.json").exists()
-    result = pack(job(tmp_path / "out", build=Build(wait_s=0.02)), processes=1)
+    result = pack(job(tmp_path / "out", build=Build(wait_s=0.02)), processes=processes)
     assert 1 <= result.reused_shards < 5
     pack(job(tmp_path / "whole", build=Build(wait_s=0.02)))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -159,6 +159,17 @@ def test_every_operation_is_drawn_in_both_directions(monkeypatch):
     assert abs(shares.std() - 0.05) < 0.01
 
 
+def test_without_geometry_every_pixel_stays_in_its_place(monkeypatch):
+    import data_pipeline.rand_augment as module
+
+    drawn = set()
+    monkeypatch.setattr(module, "augment", lambda i, name, *others: drawn.add(name))
+    settings = RandAugmentSettings(probability=1, geometry=False)
+    for position in range(200):
+        rand_augment(noisy(11), settings, FILL, rng(position))
+    assert drawn == set(NAMES) - {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
+
+
 def test_it_moves_no_other_draw():
     """Switching RandAugment on leaves crop, flip and colours as they were."""
     data = encoded(picture(12), "PNG")

@@ -167,6 +167,17 @@ def test_sizes_are_drawn_per_step(tmp_path):
     }
 
 
+def test_rand_augment_without_geometry_leaves_crops_as_they_are():
+    augmented = ONLINE.model_copy(
+        update={"rand_augment": RandAugmentSettings(probability=1.0, geometry=False)}
+    )
+    data = encoded(photograph(3, 200, 301), "PNG")
+    plain, changed = (load(fields(image), data) for image in (ONLINE, augmented))
+    assert np.array_equal(plain["crops"], changed["crops"])
+    assert np.array_equal(plain["second_images"], changed["second_images"])
+    assert not np.array_equal(plain["images"], changed["images"])
+
+
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [

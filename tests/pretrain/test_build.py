@@ -309,6 +309,15 @@ def test_memory_formula(stage, precision, world, bytes_per_parameter):
     )
 
 
+def test_sub_groups_bound_the_gradients_of_a_step_at_stage_3():
+    whole = state_bytes(1000, 3, 2, "bf16", 2)
+    assert state_bytes(1000, 3, 2, "bf16", 2, sub_group_size=100) == whole - 4 * (500 - 100)
+    assert state_bytes(1000, 3, 2, "bf16", 2, sub_group_size=10**9) == whole
+    assert state_bytes(1000, 2, 2, "bf16", 2, sub_group_size=100) == (
+        state_bytes(1000, 2, 2, "bf16", 2)
+    )
+
+
 def test_recipes_lists_all(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()

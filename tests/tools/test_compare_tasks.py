@@ -1,13 +1,12 @@
 """The comparison of ways to train tasks: what it runs, and what it makes of the results."""
 
-import json
 from pathlib import Path
 
-import pytest
-
 from pretrain.recipe import load_recipe
+from tests.tools.finished_run import write_run
 from tools import compare_tasks
-from tools.compare_tasks import TASKS, evaluations, table
+from tools.compare_tasks import TASKS, table
+from tools.experiment import Run
 
 
 def options(tmp_path: Path, *more: str):
@@ -28,12 +27,12 @@ def options(tmp_path: Path, *more: str):
 def test_every_run_is_a_valid_recipe_with_the_same_steps_of_each_task(tmp_path):
     runs = compare_tasks.plan(options(tmp_path, "--seeds", "0", "7", "--steps", "60"))
     ways = {}
-    for folder, (way, overrides) in runs.items():
-        recipe = load_recipe("digits_multitask", overrides)
+    for folder, run in runs.items():
+        recipe = load_recipe(run.recipe, run.overrides)
         assert Path(recipe.run_dir) == folder and recipe.seed in (0, 7)
         each_step = len(recipe.tasks) if recipe.sampling.mode == "mixed" else 1
         assert recipe.steps * each_step == 60 * len(recipe.tasks)
-        ways.setdefault(way, []).append(sorted(recipe.tasks))
+        ways.setdefault(run.way, []).append(sorted(recipe.tasks))
     assert {way: len(found) for way, found in ways.items()} == {
         "unmixed, MT-AdamW": 2, "unmixed, AdamW": 2, "mixed, AdamW": 2, "one task alone, AdamW": 6
     }
@@ -42,43 +41,19 @@ def test_every_run_is_a_valid_recipe_with_the_same_steps_of_each_task(tmp_path):
 
 def test_rates_are_tried_one_by_one(tmp_path):
     runs = compare_tasks.plan(options(tmp_path, "--seeds", "0", "--lr", "0.001", "0.002"))
-    assert sum(way == "mixed, AdamW, lr 0.002" for way, _ in runs.values()) == 1
+    assert sum(run.way == "mixed, AdamW, lr 0.002" for run in runs.values()) == 1
     assert len({str(folder) for folder in runs}) == len(runs) == 12
-
-
-def write_run(folder: Path, state: str, top1: float) -> None:
-    (folder / "control").mkdir(parents=True)
-    (folder / "control" / "status.json").write_text(json.dumps({"state": state}))
-    rows = [
-        {"task": "classify", "kind": "train", "top1": 0.0},
-        {"task": "classify", "kind": "evaluation", "top1": 0.1},
-        {"task": "classify", "kind": "evaluation", "top1": top1},
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_the_table_takes_last_evaluations_of_finished_runs(tmp_path):
     write_run(tmp_path / "a", "finished", 0.5)
     write_run(tmp_path / "b", "finished", 0.7)
     write_run(tmp_path / "c", "stopped", 0.9)
-    assert evaluations(tmp_path / "c") == evaluations(tmp_path / "none") == {}
-    text = table({tmp_path / name: ("way", []) for name in "abc"})
+    text = table({tmp_path / name: Run("way", "digits_multitask", []) for name in "abc"})
     assert text.splitlines()[0].startswith("| | digit accuracy | CIDEr-D")
     assert text.splitlines()[2].startswith("| way | 0.600 ± 0.141 |  |")
-
-
-def test_a_failed_run_is_named_and_its_output_kept(tmp_path, capsys):
-    assert compare_tasks.run(tmp_path / "broken", ["steps=none"]) == 2
-    assert "steps: input should be a valid integer" in (tmp_path / "broken.log").read_text()
 
 
 def test_without_data_it_says_what_to_do(tmp_path, capsys):
     assert compare_tasks.main(["--data", str(tmp_path)]) == 2
     assert "make demo" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("values", "text"), [([], ""), ([0.5], "0.500"), ([0.5, 0.7], "0.600 ± 0.141")]
-)
-def test_means_and_spreads(values, text):
-    assert compare_tasks.describe(values) == text

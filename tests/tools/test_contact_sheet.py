@@ -159,4 +159,4 @@ def test_a_sheet_of_nothing_is_wrong_usage(option, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, "--out", tmp_path / "look.png", option, 0)
     assert stop.value.code == 2
-    assert "not a positive number" in capsys.readouterr().err
+    assert "is not a number from 1 on" in capsys.readouterr().err

@@ -82,6 +82,18 @@ def test_folder_without_classes(tmp_path, capsys):
         assert f"{tmp_path / 'on'}: is not a folder" in capsys.readouterr().err
 
 
+def test_links_that_lead_nowhere_and_folders_that_look_like_images(tmp_path, flowers, capsys):
+    (flowers / "rose" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (flowers / "rose" / "folder.jpg").mkdir()
+    arguments = ["folder", "--out", tmp_path / "out", "--images", flowers]
+    assert run(*arguments) == 1
+    message = capsys.readouterr().err
+    assert "1 images are missing" in message and f"{flowers / 'rose' / 'gone.jpg'}: No" in message
+    assert run(*arguments, "--on-missing", "skip") == 0
+    assert len(read_all(tmp_path / "out" / "train")) == 5
+    assert Manifest.load(tmp_path / "out" / "train").details["missing"] == 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux only")
 def test_names_that_are_not_utf8(tmp_path, capsys):
     path = photo(tmp_path / "in" / "a" / "b.jpg")
@@ -387,7 +399,14 @@ def test_the_size_estimate_is_an_upper_bound(coco):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--max-bytes", "many"), ("--max-samples", "0"), ("--split", "../x"), ("--split", "")],
+    [
+        ("--max-bytes", "many"),
+        ("--max-bytes", "infG"),
+        ("--max-samples", "0"),
+        ("--seed", "-1"),
+        ("--split", "../x"),
+        ("--split", ""),
+    ],
 )
 def test_wrong_options_are_usage_errors(tmp_path, option, value):
     with pytest.raises(SystemExit) as stopped:

@@ -67,6 +67,19 @@ def test_voc_of_a_list_with_given_classes(tmp_path, voc):
     assert found["2"][1]["boxes"] == [[2, 3, 5, 6]] and found["2"][1]["labels"] == [0]
 
 
+def test_voc_lists_name_what_is_there(tmp_path, voc, capsys):
+    images, annotations = voc
+    photo(images / "a dog 1.jpg", 40, 30)
+    write_voc(annotations, "a dog 1", "")
+    (tmp_path / "train.txt").write_text("a dog 1\n0 1\n")
+    options = {"images": images, "annotations": annotations, "list": tmp_path / "train.txt"}
+    assert run(*arguments_of("voc", tmp_path, **options)) == 0
+    assert sorted(read_all(tmp_path / "out" / "train")) == ["0", "a dog 1"]
+    (tmp_path / "train.txt").write_text("0\na cat\n")
+    assert run(*arguments_of("voc", tmp_path / "other", **options)) == 1
+    assert "--list names 'a cat'" in capsys.readouterr().err
+
+
 def test_bad_boxes_are_named_or_dropped(tmp_path, voc, capsys):
     images, annotations = voc
     (tmp_path / "classes.txt").write_text("dog\n")
@@ -131,7 +144,13 @@ def test_yolo(tmp_path, yolo):
     # Coordinates are those of the image as it is shown.
     assert found["1"][1]["boxes"] == [[0, 0, 20, 40]] and found["1"][1]["width"] == 20
     assert found["2"][1]["boxes"] == []  # no label file: no objects
-    assert Manifest.load(tmp_path / "out" / "train").classes == ["cat", "dog"]
+    manifest = Manifest.load(tmp_path / "out" / "train")
+    assert manifest.classes == ["cat", "dog"] and manifest.details["without_label_file"] == 1
+
+
+def test_a_folder_that_labels_none_of_the_images_is_refused(yolo):
+    with pytest.raises(ValueError, match="has a label file for none of the 3 images"):
+        yolo_source(yolo["images"], yolo["images"], ["cat", "dog"])
 
 
 @pytest.mark.parametrize(

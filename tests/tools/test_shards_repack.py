@@ -100,6 +100,9 @@ def test_splits_are_a_function_of_the_key(tmp_path, folder, capsys):
     assert sum(len(read_all(tmp_path / "c" / name)) for name in "abc") == 40
     assert run(folder, "--out", tmp_path / "d", "--fractions", "x=1e-9") == 1
     assert "split 'x' is empty" in capsys.readouterr().err
+    assert run(folder, "--out", tmp_path / "e", "--fractions", "most=0.9999999,x=1e-9") == 1
+    assert "split 'x' is empty" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()  # nothing is packed before all splits are known
 
 
 @pytest.mark.parametrize("text", ["train", "a=0.5,a=0.5", "a=0.7,b=0.4", "a=0", "a=x", "../a=1"])
@@ -217,6 +220,11 @@ def test_statistics_of_a_set_without_labels_name_classes_where_they_can(tmp_path
         writer.write("2", {"cls": b"7"})
     figures = shard_statistics(ShardSet.open(tmp_path / "a"))
     assert figures["labels"] == {"dog": 1, "7": 1} and figures["unlabelled"] == 1
+    with ShardWriter(tmp_path / "b") as writer:
+        for key, label in enumerate((1000000, 1000001, 1000001)):  # alike in six digits
+            writer.write(str(key), {"cls": str(label).encode()})
+    figures = shard_statistics(ShardSet.open(tmp_path / "b"))
+    assert figures["labels"] == {"1000000": 1, "1000001": 2}
 
 
 def test_bench_times_what_there_is(tmp_path, scenes, capsys):
@@ -232,5 +240,6 @@ def test_bench_times_what_there_is(tmp_path, scenes, capsys):
     assert main(["bench", str(tmp_path / "texts"), *options, str(tmp_path / "t.json")]) == 0
     result = json.loads((tmp_path / "t.json").read_text())
     assert [row["case"] for row in result["rows"]] == ["read"]
+    assert "only reading was timed" in result["notes"][2] and len(result["notes"]) == 3
     assert main(["bench", str(tmp_path / "texts"), "--repeats", "2"]) == 1
     assert "at least 5" in capsys.readouterr().err

@@ -196,6 +196,14 @@ def test_serve(folder):
         assert server.wait(20) == 0
 
 
+@pytest.mark.parametrize("options", [["--port", "65536"], ["--fail", "1.5"], ["--delay-ms", "-1"]])
+def test_what_cannot_be_served_is_refused(folder, options, capsys):
+    assert main(["serve", str(folder), *options]) == 1
+    assert options[0] in capsys.readouterr().err
+    assert main(["serve", str(folder / "none")]) == 1
+    assert "none: is not a folder" in capsys.readouterr().err
+
+
 def test_bundles(tmp_path, capsys):
     write_shards(tmp_path / "set", 10, 4, bundle=3)
     assert run("inspect", tmp_path / "set") == 0
