@@ -19,7 +19,7 @@ class ReadsAhead(Protocol):
 
 @runtime_checkable
 class KeepsCopies(Protocol):
-    """A ByteSource whose bytes may be those of a damaged copy."""
+    """A ByteSource that may give wrong bytes of a sound shard: of a damaged copy, or as sent."""
 
     def renew(self, number: int, begin: int, end: int) -> bool:
         """Drop the copies of these bytes; False if there are none, or reading would not help."""

@@ -14,7 +14,7 @@ from functools import partial
 from pydantic import Field
 
 from data_pipeline.blocks import WHOLE_SHARD, Extent, extent_of_byte
-from data_pipeline.byte_sources import byte_source_of
+from data_pipeline.byte_sources import KeepsCopies, byte_source_of
 from data_pipeline.cache_folder import CacheError, CacheFolder
 from data_pipeline.fetch_pool import FetchPool
 from data_pipeline.origin import Origin
@@ -83,7 +83,8 @@ class CachedShards:
     def renew(self, number: int, begin: int, end: int) -> bool:
         """Drop the copies of these bytes, which do not match their checksums.
 
-        Returns False if there are none, so that reading again would give the same.
+        Returns False if there are none and they come from a local shard, so that reading again
+        would give the same.
         """
         dropped = False
         for extent, _, _ in self._parts(number, begin, end):
@@ -95,7 +96,8 @@ class CachedShards:
             label = self._shards.shards[number].label
             log.warning("cache %s: a copy of bytes %d-%d of %s does not match its checksums; "
                         "fetching it again", self._folder.folder, begin, end - 1, label)
-        return dropped
+        past = self._direct  # what the cap left no room for
+        return dropped or (isinstance(past, KeepsCopies) and past.renew(number, begin, end))
 
     def close(self) -> None:
         """Let go of files and connections."""

@@ -6,13 +6,15 @@
     FOLDER/*.reader           a read-ahead that is at work; the same
 
 Nothing here outlives a crash for long: locks are the kernel's, and what a killed writer left behind
-is removed by the next `scan`.
+is removed by the next `scan`. A folder that holds anything else is refused: what lies in a cache is
+let go some day.
 """
 
 import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from data_pipeline.files import TEMPORARY_SUFFIX, exclusive, temporary_name
 
 READER_SUFFIX = ".reader"
 _USAGE_DIGITS = 20
+_OURS = re.compile(rf"usage(\.lock)?|[0-9a-f]{{2}}|.*{re.escape(READER_SUFFIX)}")
 
 
 class CacheError(Exception):
@@ -189,6 +192,7 @@ class CacheFolder:
         path = self.folder / f"{os.getpid()}-{secrets.token_hex(4)}{READER_SUFFIX}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_other_files()
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise _unusable(self.folder, error) from error
@@ -245,8 +249,20 @@ class CacheFolder:
         finally:
             os.close(descriptor)
 
+    def _refuse_other_files(self) -> None:
+        """Raise CacheError for a folder that somebody uses for something else."""
+        if os.path.exists(self.folder / "usage"):
+            return  # accepted before
+        for name in os.listdir(self.folder):
+            if not _OURS.fullmatch(name):
+                raise CacheError(
+                    f"cache {self.folder}: holds {name!r}, which is not of a cache; name an empty "
+                    "folder, since what lies in it may be removed"
+                )
+
     def _count(self) -> dict[str, tuple[int, float]]:
         """Under the account's lock, so that no file is created meanwhile: `scan`."""
+        self._refuse_other_files()
         blocks: dict[str, tuple[int, float]] = {}
         unfinished = 0
         for entry in _files(self.folder):
@@ -264,12 +280,12 @@ class CacheFolder:
 
 
 def _files(folder: Path) -> Iterator[os.DirEntry]:
-    """Files in the folders of blocks."""
+    """Files in the folders of blocks, by their names."""
     with os.scandir(folder) as folders:
-        names = [entry.path for entry in folders if len(entry.name) == 2 and entry.is_dir()]
+        names = [entry.name for entry in folders if len(entry.name) == 2 and entry.is_dir()]
     for name in names:
-        with os.scandir(name) as entries:
-            yield from entries
+        with os.scandir(folder / name) as entries:
+            yield from (entry for entry in entries if entry.name.lstrip(".").startswith(name))
 
 
 def _size_and_time(entry: os.DirEntry) -> tuple[int, float]:

@@ -1,14 +1,17 @@
 """Every sample of a data set once, over all ranks, in equal batch counts."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 
+from data_pipeline.activity import ActivityBoard
 from data_pipeline.faults import FaultCount, FaultFile, FaultLimits, FaultPolicy
+from data_pipeline.stall import StallWatch, describe_stall
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.stream import TaskStream
-from data_pipeline.workers import load_batches
+from data_pipeline.workers import Requests, load_batches
 
 
 class EvaluationLoader:
@@ -31,6 +34,7 @@ class EvaluationLoader:
         limits: FaultLimits | None = None,
         pin_memory: bool = False,
         fault_file: FaultFile | None = None,
+        stall_seconds: float = 120.0,
     ) -> None:
         """Assemble the loader; worker processes live as long as one iteration.
 
@@ -43,6 +47,7 @@ class EvaluationLoader:
             limits: on bad samples, per iteration; None = the defaults.
             pin_memory: page-lock images; needs CUDA.
             fault_file: where every bad sample is written down.
+            stall_seconds: a longer wait logs what every worker does.
         """
         if stream.order is not None:
             raise ValueError(f"task {stream.name}: evaluation needs a stream without an order")
@@ -53,6 +58,7 @@ class EvaluationLoader:
             "start_method": start_method,
             "pin_memory": pin_memory,
         }
+        self._stall_seconds = stall_seconds
         self._limits, self._fault_file = limits or FaultLimits(), fault_file
         self._policy = FaultPolicy(self._limits, rank, fault_file)
         self.samples = min(stream.n_rows, max_samples or stream.n_rows)
@@ -67,13 +73,23 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._policy = FaultPolicy(self._limits, self.rank, self._fault_file)
+        streams, requests = {self.stream.name: self.stream}, Requests(self.requests())
+        board = ActivityBoard(self._options["workers"], self._options["start_method"])
         batches = load_batches(
-            {self.stream.name: self.stream}, self.requests(), self.rank, **self._options, window=1
+            streams, requests, self.rank, **self._options, window=1, board=board
         )
-        for batch in batches:
-            del batch["seconds"], batch["counters"]
-            self._policy.record(self.stream.name, batch)
-            yield batch
+        watch = StallWatch(
+            self._stall_seconds,
+            lambda: describe_stall(streams, list(requests.waiting), board.read()),
+        )
+        with closing(batches), watch:
+            for _ in range(len(self)):
+                with watch.waiting():
+                    batch = next(batches)
+                requests.waiting.popleft()
+                del batch["seconds"], batch["counters"]
+                self._policy.record(self.stream.name, batch)
+                yield batch
 
     def requests(self) -> Iterator[MicroBatch]:
         """The batches of this rank: as large as those of all ranks, filled up with padding rows."""

@@ -18,6 +18,7 @@ a division by zero. Every comparison with what is missing is false, `!=` and `no
 
 import ast
 import itertools
+import keyword
 import re
 import warnings
 from collections.abc import Iterable
@@ -32,9 +33,16 @@ TEXT_COLUMNS = ("key", "shard")
 
 MAX_CHARACTERS = 100_000
 
+# Words that have no meaning in expressions: here they are names, as `class` of an image folder.
+_NAMES = sorted(
+    {*keyword.kwlist}
+    - {"and", "or", "not", "in", "is", "if", "else", "for", "lambda", "True", "False", "None"}
+)
+
 # Strings, or what Python's grammar reads in another way than this one. The first alternative wins.
 _SPECIAL = re.compile(
     r"'[^'\\\n]*'|\"[^\"\\\n]*\"|(?<=\w):(?=\w)|(?<![<>=!])=(?!=)|[#\n\r\t\\]"
+    rf"|\b(?:{'|'.join(_NAMES)})\b"
 )
 
 
@@ -127,6 +135,8 @@ class Expression:
 
     def _plain(self, match: re.Match[str]) -> str:
         found = match[0]
+        if found in _NAMES:
+            return found.capitalize()  # to be parsed; `column_of` reads it as it is written
         if len(found) > 1:
             return found
         if found == ":":

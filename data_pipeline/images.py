@@ -30,11 +30,19 @@ class ImageDataSettings(ShardedData):
     second_view: ImageSettings | None = None
     """A second view of each image, with draws of its own, for objectives that compare two; the
     batch then also tells where both were cut. null: none."""
+    repeats: int = Field(default=1, ge=1)
+    """Repeated augmentation: each image stands so many times in a global batch, with draws of its
+    own each time. `global_batch` counts all of them; `epoch` counts images."""
 
     @model_validator(mode="after")
     def _views_fit(self) -> Self:
         if self.second_view is not None:
             check_views(self.image, self.second_view)
+        if self.repeats > 1 and self.stream is not None:
+            raise ValueError(
+                f"repeats={self.repeats}: a stream has no order in which images could stand "
+                "several times; use shards, or repeats=1"
+            )
         return self
 
 

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.images import ImageDataSettings, ImageFields
 from data_pipeline.members import AbsentValue, MemberSource, bad, check_source
@@ -17,6 +17,9 @@ from data_pipeline.timing import StageClock
 NO_LABEL = -1
 """Stands where a sample, or a padding row, has no label."""
 
+# Probabilities are often stored as rounded numbers; larger errors are no rounding.
+_SUM_TOLERANCE = 0.01
+
 
 class LabelDataSettings(ImageDataSettings):
     """Images with a class each, in WebDataset shards."""
@@ -26,6 +29,10 @@ class LabelDataSettings(ImageDataSettings):
     label_source: str = "cls"
     """Where the class number is: a text member's extension ("cls"), or "json:KEY" for a whole
     number under KEY of the json member (dots descend: "json:annotations.label")."""
+    label_form: Literal["class", "probabilities"] = "class"
+    """What stands there: the number of a class, or probabilities of classes (soft targets): a list
+    of `classes` numbers or a mapping {class: probability}, which add up to 1; a whole number is a
+    class that is certain. Needs a label_source of json."""
     classes: int = Field(ge=2)
     """Number of classes; labels run from 0. A label outside of that is a bad sample."""
     mixing: MixingSettings | None = None
@@ -38,6 +45,14 @@ class LabelDataSettings(ImageDataSettings):
     @classmethod
     def _source(cls, value: str) -> str:
         return check_source("label_source", value)
+
+    @model_validator(mode="after")
+    def _probabilities_are_json(self) -> Self:
+        if self.label_form == "probabilities" and ":" not in self.label_source:
+            raise ValueError(
+                f"label_form=probabilities needs label_source json:KEY, not {self.label_source!r}"
+            )
+        return self
 
 
 class LabelSource(MemberSource):
@@ -54,9 +69,47 @@ class LabelSource(MemberSource):
             AbsentValue: no such member or key, or null under the key.
             BadSample: not a whole number, or out of range.
         """
+        return self._class(sample, self._present(sample))
+
+    def read_probabilities(self, sample: Sample) -> np.ndarray:
+        """The probability of each class: (classes,) float32 that add up to 1.
+
+        Raises:
+            AbsentValue: no such member or key, or null under the key.
+            BadSample: none of the forms of `label_form`, or no probabilities.
+        """
+        found = self._present(sample)
+        values = np.zeros(self.classes, dtype=np.float64)
+        if isinstance(found, dict):
+            for name, value in found.items():
+                values[self._class(sample, name)] += self._number(sample, value)
+        elif isinstance(found, list):
+            if len(found) != self.classes:
+                raise bad(
+                    sample, f"{self.source}: {len(found)} probabilities for {self.classes} classes"
+                )
+            values[:] = [self._number(sample, value) for value in found]
+        else:
+            values[self._class(sample, found)] = 1.0
+        total = float(values.sum())
+        if abs(total - 1.0) > _SUM_TOLERANCE:
+            raise bad(sample, f"{self.source}: probabilities add up to {total:.4g}, not 1")
+        return (values / total).astype(np.float32)
+
+    def _present(self, sample: Sample) -> Any:
         found = self.value(sample)
         if found is None:
             raise bad(sample, f"{self.source} is null", AbsentValue)
+        return found
+
+    def _number(self, sample: Sample, value: Any) -> float:
+        """A probability, which JSON may also write as 0, 1, or (Python's dialect) NaN."""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0.0 <= value <= 1.0:
+            raise bad(sample, f"{self.source} is not a probability: {str(value)[:40]!r}")
+        return float(value)
+
+    def _class(self, sample: Sample, found: Any) -> int:
         if isinstance(found, str):
             # int() alone would also take "1_0" and digits of other scripts.
             is_number = re.fullmatch(r"-?\d{1,18}", found.strip(), re.ASCII)
@@ -76,6 +129,7 @@ class LabelFields(ImageFields):
     def __init__(self, settings: LabelDataSettings, train: bool) -> None:
         super().__init__(settings, train)
         self.source = LabelSource(settings.label_source, settings.classes)
+        self._soft = settings.label_form == "probabilities"
         self._mixes = train and settings.mixing is not None
 
     @property
@@ -93,14 +147,15 @@ class LabelFields(ImageFields):
         """Arrays of one sample; arguments as in `ImageFields.load_image`.
 
         Returns:
-            what `load_image` does; label: int, NO_LABEL where there is none; in training with
-            `mixing` also mix: Mix.
+            what `load_image` does; label: int, NO_LABEL where there is none; of probabilities the
+            class with the largest, and target: (classes,) float32, if there is one; in training
+            with `mixing` also mix: Mix.
 
         Raises:
             BadSample: no usable image, or a label that is none of the classes.
         """
         label = self._label(sample)  # first: a sample with a bad one is not decoded
-        item = {**self.load_image(sample, rng_for, out, clock), "label": label}
+        item = {**self.load_image(sample, rng_for, out, clock), **label}
         if self._mixes:
             item["mix"] = draw_mix(self.settings.mixing, rng_for("mix"))
         return item
@@ -115,7 +170,8 @@ class LabelFields(ImageFields):
 
         Returns:
             what `stack_images` does; labels (B,) int64, NO_LABEL where there is none and in padding
-            rows; valid (B,) bool; in training with `mixing` also what `collate_mixes` returns.
+            rows; of probabilities also targets (B, classes) float32, zeros in those rows; valid
+            (B,) bool; in training with `mixing` also what `collate_mixes` returns.
 
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
@@ -126,12 +182,20 @@ class LabelFields(ImageFields):
             "labels": torch.tensor(labels, dtype=torch.int64),
             "valid": torch.tensor(list(valid), dtype=torch.bool),
         }
+        if self._soft:
+            none = np.zeros(self.settings.classes, dtype=np.float32)
+            rows = [none if item is None else item.get("target", none) for item in items]
+            batch["targets"] = torch.from_numpy(np.stack(rows))
         return batch | collate_mixes(items) if self._mixes else batch
 
-    def _label(self, sample: Sample) -> int:
+    def _label(self, sample: Sample) -> dict[str, Any]:
+        """The part of an item that is the label."""
         try:
-            return self.source.read(sample)
+            if not self._soft:
+                return {"label": self.source.read(sample)}
+            target = self.source.read_probabilities(sample)
+            return {"label": int(target.argmax()), "target": target}
         except AbsentValue:
             if self.settings.unlabelled == "fault":
                 raise
-            return NO_LABEL
+            return {"label": NO_LABEL}

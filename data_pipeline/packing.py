@@ -5,10 +5,12 @@ whole shards, a killed job continues with the shards that are missing, and neith
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import json
 import logging
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -136,7 +138,8 @@ def pack(job: PackJob, *, processes: int = 1, progress: Progress | None = None) 
     Args: processes: worker processes, each writing whole shards; progress: called with numbers of
     finished samples.
     Errors: SampleFault (unless skip_faults); FileExistsError if the folder holds other shards, or
-    another process packs into it; ValueError for bad or repeated keys; OSError.
+    another process packs into it; ValueError for bad or repeated keys; OSError, of which a worker
+    process that was killed is one.
     """
     _check_keys(job)
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -249,6 +252,11 @@ def _run(tasks: list[_Task], processes: int, progress: Progress) -> list[tuple[W
             for future in finished:
                 future.result()  # raises the first error
         return [future.result() for future in futures]
+    except concurrent.futures.process.BrokenProcessPool:
+        raise ChildProcessError(
+            "a packing process was killed, perhaps for want of memory (--processes 1 needs less); "
+            "the same command continues with the shards that are missing"
+        ) from None
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -260,6 +268,9 @@ _counts: Any = None
 def _start_worker(counts: Any) -> None:
     global _counts
     _counts = counts
+    # Ctrl-C reaches all processes. As an exception it would be sent to the parent as a result, and
+    # a second one, while the parent waits for its workers, would leave both waiting for ever.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _pack_shard_in_worker(task: _Task) -> tuple[WrittenShard, bool]:

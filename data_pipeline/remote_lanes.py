@@ -86,6 +86,19 @@ class RemoteLanes:
             if lane.coming is None and lane.end < end:
                 self._fetch(lane, end)
 
+    def renew(self, number: int, begin: int, end: int) -> bool:
+        """Forget these bytes, which do not match their checksums, so that they are fetched again.
+
+        A server or proxy may have sent wrong ones, once. Returns False for a local shard, where
+        reading again would give the same.
+        """
+        if not is_url(self._shards.shards[number].path):
+            return False
+        for lane in list(self._by_shard.get(number, ())):
+            if lane.begin < end and begin < lane.end:
+                self._drop(lane)
+        return True
+
     def close(self) -> None:
         """Forget what was read ahead; reading again fetches again."""
         self._pool.close()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.order import Order
+from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.rng import keyed_u64
 from data_pipeline.selection import KeptOrder, Selection
 from data_pipeline.sources import MixedOrder
@@ -146,14 +147,20 @@ class RevisedOrder:
 PlainOrder = Order | KeptOrder | RevisedOrder
 
 
-def plain_orders(order: PlainOrder | MixedOrder) -> Mapping[str, PlainOrder]:
+def images_of(order: PlainOrder | MixedOrder | RepeatedOrder) -> PlainOrder | MixedOrder:
+    """The order of images behind one of views; any other order itself."""
+    return order.images if isinstance(order, RepeatedOrder) else order
+
+
+def plain_orders(order: PlainOrder | MixedOrder | RepeatedOrder) -> Mapping[str, PlainOrder]:
     """Source -> its own order; "" for a task without named sources."""
+    order = images_of(order)
     return order.orders if isinstance(order, MixedOrder) else {"": order}
 
 
 def revise(
-    order: PlainOrder | MixedOrder, revisions: Mapping[str, Sequence[Revision]]
-) -> PlainOrder | MixedOrder:
+    order: PlainOrder | MixedOrder | RepeatedOrder, revisions: Mapping[str, Sequence[Revision]]
+) -> PlainOrder | MixedOrder | RepeatedOrder:
     """The order with all revisions of a run, whatever revisions it had before.
 
     Args:
@@ -163,6 +170,8 @@ def revise(
     Raises:
         ValueError: a revision of a source that the task does not have, or an impossible one.
     """
+    if isinstance(order, RepeatedOrder):
+        return order.with_images(revise(order.images, revisions))
     orders = dict(plain_orders(order))
     if unknown := sorted(revisions.keys() - orders.keys()):
         raise ValueError(f"revisions of the sources {unknown}, but there are {sorted(orders)} only")

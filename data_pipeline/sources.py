@@ -23,6 +23,7 @@ from data_pipeline.mixture import BlockCycle
 from data_pipeline.order import Order
 from data_pipeline.reader import MAX_MEMBER_BYTES
 from data_pipeline.remote import RemoteSettings
+from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.rng import keyed_u64
 from data_pipeline.selection import KeptOrder, Selection
 from data_pipeline.settings import Settings
@@ -165,15 +166,19 @@ def open_source(
 
 
 def plan_order(
-    sources: Sequence[Source], global_batch: int, seed: int, name: str
-) -> "Order | KeptOrder | MixedOrder":
+    sources: Sequence[Source], global_batch: int, seed: int, name: str, repeats: int = 1
+) -> "Order | KeptOrder | MixedOrder | RepeatedOrder":
     """The order of a task's samples; rows count through the sources one behind the other.
 
     Args:
         sources: from `open_sources`; the concatenation of their shards is what rows refer to.
         global_batch: samples per step.
         seed, name: of the run and the task; two tasks on the same shards see different orders.
+        repeats: how often each sample stands in a step; see `RepeatedOrder`.
     """
+    if repeats > 1:
+        once = plan_order(sources, global_batch // repeats, seed, name)
+        return RepeatedOrder(once, global_batch, repeats)
     if len(sources) == 1:
         return sources[0].plan(keyed_u64(seed, "order", name) >> 1, global_batch)
     orders = {

@@ -10,6 +10,7 @@ import torch
 from data_pipeline import activity
 from data_pipeline.order import Order
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
+from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.rng import sample_rng
 from data_pipeline.selection import KeptOrder, Selection
 from data_pipeline.sources import MixedOrder
@@ -88,7 +89,7 @@ class TaskStream:
         self,
         name: str,
         reader: SampleReader,
-        order: Order | KeptOrder | MixedOrder | None,
+        order: Order | KeptOrder | MixedOrder | RepeatedOrder | None,
         fields: Fields,
         seed: int,
         global_batch: int,

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -24,6 +26,19 @@ from data_pipeline.weak_stream import WeakStream
 LEAST_SHARED_BYTES = 1 << 18
 
 
+class WorkerStack(Exception):
+    """The stack of an error in a worker, which is its cause in the trainer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """An error on its way from a worker: what DataLoader makes of one hides its message."""
+
+    kind: type[Exception]
+    message: str
+    stack: str
+
+
 class RequestDataset(Dataset):
     """Answers MicroBatch requests; the object that worker processes hold."""
 
@@ -36,9 +51,17 @@ class RequestDataset(Dataset):
     ) -> None:
         self.streams, self.rank, self.arena, self.board = dict(streams), rank, arena, board
 
-    def __getitem__(self, request: MicroBatch) -> dict[str, Any]:
+    def __getitem__(self, request: MicroBatch) -> dict[str, Any] | _Failure:
         worker = get_worker_info()
         self.board.use(0 if worker is None else worker.id)
+        try:
+            return self._load(request)
+        except (DataError, TransientReadError) as error:
+            if worker is None:
+                raise
+            return _Failure(type(error), str(error), traceback.format_exc())
+
+    def _load(self, request: MicroBatch) -> dict[str, Any]:
         activity.working_on(request.step, request.micro)
         try:
             return self._pack(self.streams[request.task].load(request, self._allocate))
@@ -98,6 +121,9 @@ def load_batches(
     Request i goes to worker i mod `workers`. `window` is how many batches the trainer holds at a
     time; it sizes the shared memory, nothing else. `board` is where the processes note what they
     do.
+
+    Raises:
+        DataError, TransientReadError: in one line, with the worker's stack as the cause.
     """
     options: dict[str, Any] = {}
     arena = None
@@ -123,6 +149,8 @@ def load_batches(
     batches = iter(loader)
     try:
         for packed in batches:
+            if isinstance(packed, _Failure):
+                raise packed.kind(packed.message) from WorkerStack(packed.stack)
             yield {name: _unpacked(value, arena, pin_memory) for name, value in packed.items()}
     finally:
         # Now, and not when the collector finds the traceback that still holds the iterator: by then
@@ -160,5 +188,5 @@ def _unpacked(value: Any, arena: Arena | None, pin_memory: bool) -> Any:
     return value
 
 
-def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
+def _unchanged(batch: Any) -> Any:
     return batch

@@ -12,12 +12,17 @@ from data_pipeline.faults import FaultFile
 from data_pipeline.images import ImageDataSettings
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
+from data_pipeline.order import Order
 from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import SampleReader
 from data_pipeline.remote import RemoteSettings
+from data_pipeline.repeats import RepeatedOrder
+from data_pipeline.selection import KeptOrder
 from data_pipeline.shards import ShardSet
 from data_pipeline.sources import (
+    MixedOrder,
     ShardedData,
+    Source,
     concatenated,
     open_source,
     open_sources,
@@ -154,12 +159,24 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream 
     return TaskStream(
         name,
         _reader(recipe, concatenated(sources), task.data.max_member_bytes),
-        plan_order(sources, task.global_batch, recipe.seed, name),
+        plan_task_order(task, sources, recipe.seed, name),
         build_fields(task.data, tokenizer, train=True),
         recipe.seed,
         task.global_batch,
         task.micro_batch,
     )
+
+
+def plan_task_order(
+    task: TaskSettings, sources: Sequence[Source], seed: int, name: str
+) -> Order | KeptOrder | MixedOrder | RepeatedOrder:
+    """The order of a task's training data; arguments as `data_pipeline.sources.plan_order`."""
+    return plan_order(sources, task.global_batch, seed, name, repeats_of(task.data))
+
+
+def repeats_of(data: Data) -> int:
+    """How often each sample stands in a step."""
+    return data.repeats if isinstance(data, ImageDataSettings) else 1
 
 
 def _reader(recipe: Recipe, shards: ShardSet, max_member_bytes: int) -> SampleReader:
@@ -217,6 +234,7 @@ def build_evaluation_loader(
         start_method=loader.start_method,
         limits=loader.fault_limits(),
         fault_file=fault_file,
+        stall_seconds=loader.stall_seconds,
     )
 
 

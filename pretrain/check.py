@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from data_pipeline.sources import (
-    MixedOrder,
-    Source,
-    concatenated,
-    open_source,
-    open_sources,
-    plan_order,
-)
+from data_pipeline.revisions import images_of
+from data_pipeline.sources import MixedOrder, Source, concatenated, open_source, open_sources
 from data_pipeline.step_sampler import MicroBatch, deal
 from data_pipeline.weak_stream import PROMISES_NOT
-from pretrain.build import build_model, build_schedule, build_stream, build_tokenizer
+from pretrain.build import (
+    build_model,
+    build_schedule,
+    build_stream,
+    build_tokenizer,
+    plan_task_order,
+    repeats_of,
+)
 from pretrain.check_cache import cache_lines
 from pretrain.engine.ds_config import engine_config, find_engine_file
+from pretrain.models.init import classes_hint
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import Recipe, TaskSettings
 
@@ -136,14 +138,16 @@ def _training_data(
     sources = open_sources(task.data, recipe.loader.remote)
     shards = concatenated(sources)
     samples = sum(source.samples for source in sources)
-    per_epoch = samples / task.global_batch
+    repeats = repeats_of(task.data)
+    per_epoch = samples * repeats / task.global_batch
     yield (
         f"tasks.{name}: {_kept(samples, len(shards))} in {len(shards.shards)} shard(s); "
         f"{per_epoch:.1f} steps an epoch, {visits} steps = {visits / per_epoch:.2f} epochs"
+        + (f"; every image {repeats} times in a step" if repeats > 1 else "")
     )
-    order = plan_order(sources, task.global_batch, recipe.seed, name)
-    if isinstance(order, MixedOrder):
-        yield f"tasks.{name}: sources in a {order.describe()}"
+    order = plan_task_order(task, sources, recipe.seed, name)
+    if isinstance(images_of(order), MixedOrder):
+        yield f"tasks.{name}: sources in a {images_of(order).describe()}"
         epochs = order.epochs(visits * task.global_batch)
         for source in sources:
             yield (
@@ -186,7 +190,7 @@ def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
     if wrong:
         raise ValueError(
             f"initial_weights: {len(wrong)} of {len(found)} tensors have no place in this model, "
-            f"among them {wrong[0]} {tuple(found[wrong[0]])}"
+            f"among them {wrong[0]} {tuple(found[wrong[0]])}{classes_hint(wrong[0])}"
         )
     return f"initial_weights: {len(found)} of {len(shapes)} tensors from {path}"
 

@@ -6,9 +6,9 @@ from data_pipeline.blocks import Blocks
 from data_pipeline.cache_plan import simulate, simulate_lru
 from data_pipeline.future import NodeReads
 from data_pipeline.read_ahead import plannable_bytes
-from data_pipeline.sources import concatenated, open_sources, plan_order
+from data_pipeline.sources import concatenated, open_sources
 from data_pipeline.step_sampler import StepSampler
-from pretrain.build import build_schedule
+from pretrain.build import build_schedule, plan_task_order
 from pretrain.recipe import Recipe
 
 # A simulation of so many samples on a node takes about ten seconds.
@@ -27,7 +27,7 @@ def cache_lines(recipe: Recipe, world: int, ranks_per_node: int) -> Iterator[str
         if task.data.stream is None:
             sources = open_sources(task.data, recipe.loader.remote)
             shards[name] = concatenated(sources)
-            rows[name] = plan_order(sources, task.global_batch, recipe.seed, name).rows
+            rows[name] = plan_task_order(task, sources, recipe.seed, name).rows
     if not shards:
         yield "cache: loader.cache has no effect, as all data are streams"
         return

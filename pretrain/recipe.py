@@ -31,6 +31,7 @@ from data_pipeline.filters import Condition
 from data_pipeline.labels import LabelDataSettings
 from data_pipeline.loader import LoaderSettings
 from data_pipeline.pictures import PictureDataSettings
+from data_pipeline.repeats import repeats_problem
 from data_pipeline.settings import Settings
 from data_pipeline.text import TextDataSettings
 from data_pipeline.tokenizer import TokenizerSettings
@@ -176,6 +177,8 @@ class TaskSettings(Settings):
                 f"micro_batch={self.micro_batch} is larger than global_batch={self.global_batch}: "
                 "lower micro_batch"
             )
+        if problem := repeats_problem(self.global_batch, getattr(self.data, "repeats", 1)):
+            problems.append(problem)
         image = getattr(self.data, "image", None)
         if image is not None and image.mode == "keep_aspect" and self.micro_batch > 1:
             problems.append(

@@ -126,6 +126,11 @@ def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> li
             f"{where}.data.captions_per_image={task.data.captions_per_image} must be 1 for a "
             "contrastive objective, whose images have one text each in a step"
         )
+    if task.data.repeats > 1:
+        found.append(
+            f"{where}.data.repeats={task.data.repeats} must be 1 for a contrastive objective, "
+            "which would have to tell an image from its own copies"
+        )
     encoder = recipe.model.encoders.get(task.objective.text_encoder)
     positions = getattr(encoder, "max_positions", None)
     if positions is not None and task.data.text_length > positions:

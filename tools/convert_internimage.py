@@ -128,6 +128,8 @@ def _pick_rows(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
         rows = [int(line) for line in file.read_text(encoding="utf-8").split()]
     except ValueError:
         raise ValueError(f"{file} must hold one whole number a line") from None
+    if not rows:
+        raise ValueError(f"{file} names no row: it must hold one whole number a line")
     classes = len(tensors["head.weight"])
     if wrong := [row for row in rows if not 0 <= row < classes]:
         raise ValueError(f"{file} names row {wrong[0]} of a linear layer with {classes}")

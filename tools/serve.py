@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.refuse(416, {"Content-Range": f"bytes */{status.st_size}"})
                 return
             begin, end = span[0] + shift, span[1] + shift
-            is_range = "Range" in self.headers
+            is_range = self._asked_range() is not None
             self.send_response(206 if is_range else 200)
             self.send_header("Content-Length", str(end - begin))
             self.send_header("Accept-Ranges", "bytes")
@@ -146,12 +146,18 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.verbose:
             super().log_message(format, *arguments)
 
+    def _asked_range(self) -> tuple[str, str] | None:
+        """First and last byte as the request has them; None for the whole file, which also answers
+        several ranges at once and what cannot be understood."""
+        match = _RANGE.fullmatch(self.headers.get("Range", ""))
+        return None if match is None or match.groups() == ("", "") else match.groups()
+
     def _span(self, size: int) -> tuple[int, int] | None:
         """First byte, and byte behind the last one, that are asked for; None if there are none."""
-        match = _RANGE.fullmatch(self.headers.get("Range", ""))
-        if match is None or match.groups() == ("", ""):
+        asked = self._asked_range()
+        if asked is None:
             return 0, size
-        first, last = match.groups()
+        first, last = asked
         if not first:
             return (max(size - int(last), 0), size) if int(last) and size else None
         end = min(int(last) + 1 if last else size, size)

@@ -36,7 +36,7 @@ def data_entries(
     if other:
         raise RunDirError(
             f"tasks.{', '.join(other)}: the training data are not those that this run has been "
-            "trained on: other shards, or other samples meet `where`. Put them back, or start a "
-            "new run from this one's weights (initial_weights)"
+            "trained on: other shards, another `repeats`, or other samples meet `where`. Put them "
+            "back, or start a new run from this one's weights (initial_weights)"
         )
     return []

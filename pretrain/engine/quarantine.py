@@ -10,9 +10,9 @@ an entry of the run's ledger for each data set concerned:
     {"kind": "quarantine", "step": 300, "task": "caption", "source": "", "from_position": 20000,
      "excluded": [[17, 18], [300, 400]], "released": []}
 
-`from_position` counts samples of that data set; it is the first border of one of its epochs that no
-step has crossed. Rows are ranges, the second number behind the last row. The loader then starts its
-workers anew, since they hold the order that this changes.
+`from_position` counts samples of that data set (once each, also with `repeats`); it is the first
+border of one of its epochs that no step has crossed. Rows are ranges, the second number behind the
+last row. The loader then starts its workers anew, since they hold the order that this changes.
 """
 
 import logging
@@ -24,11 +24,13 @@ import numpy as np
 import torch.distributed as dist
 
 from data_pipeline.loader import Fault, TaskStream
+from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.revisions import (
     PlainOrder,
     Revision,
     excluded_rows,
     expand,
+    images_of,
     next_border,
     plain_orders,
     revise,
@@ -146,6 +148,8 @@ class Quarantine:
     ) -> Iterator[dict[str, Any]]:
         """Entries of the ledger for one task: one for each of its data sets that changes."""
         order = self.streams[task].order
+        if isinstance(order, RepeatedOrder):
+            order, samples = order.images, order.taken(samples)
         taken = order.taken(samples) if isinstance(order, MixedOrder) else {"": samples}
         wanted, unwanted = _by_source(order, bad), _by_source(order, released)
         for source, own in plain_orders(order).items():
@@ -207,7 +211,7 @@ class Quarantine:
             if entry["kind"] != KIND:
                 continue
             task, source = entry["task"], entry["source"]
-            first = _first_row(self.streams[task].order, source)
+            first = _first_row(images_of(self.streams[task].order), source)
             for row in expand(entry["excluded"]).tolist():
                 found[task, first + row] = entry["from_position"]
             for row in expand(entry["released"]).tolist():

@@ -293,6 +293,8 @@ class Trainer:
         }
         self.checkpoints.save(self.engine, self.state.step, trainer, self._averages())
         self.saved_step = self.state.step
+        if self.ranks.leads:
+            self.control.status("running", self.state.step)
 
     def _restore(self, folder: Path) -> None:
         restored = self.checkpoints.restore(self.engine, folder, self._averages())

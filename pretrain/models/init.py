@@ -134,7 +134,17 @@ def load_weights(model: nn.Module, path: str | Path, gather: Gather | None = Non
                 if place.shape != tensor.shape:
                     raise ValueError(
                         f"{path}: {name} has shape {tuple(tensor.shape)}, "
-                        f"the model wants {tuple(place.shape)}"
+                        f"the model wants {tuple(place.shape)}{classes_hint(name)}"
                     )
                 place.copy_(tensor)
     return [name for name in parameters if name not in names]
+
+
+def classes_hint(name: str) -> str:
+    """What to do about the linear layer of other classes, to end a message; "" for other names."""
+    if not name.startswith("objectives.") or name.split(".")[2:-1] != ["head"]:
+        return ""
+    return (
+        "; for other classes make the file with --head-rows FILE (rows of the linear layer) or "
+        "without the layer (--leave-out 'head.*') of `tools.convert import-internimage`"
+    )

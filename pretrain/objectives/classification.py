@@ -40,6 +40,10 @@ class ClassificationSettings(Settings):
     (`class_token`), or the vector that the encoder's own `head` makes."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Share of the target spread evenly over all classes."""
+    head_std: float = Field(0.02, ge=0)
+    """Standard deviation of the linear layer's first weights, where `initial_weights` has none of
+    it. A small one (2e-5) lets a pretrained encoder begin without large gradients from new
+    classes."""
     smaller_sizes: tuple[int, ...] = ()
     """Further sizes of each image in the same step, in pixels of the shorter side, descending and
     below `image.size`: the loss is the mean over all sizes (ResFormer; its own: 160 and 128 beside
@@ -77,6 +81,7 @@ class ClassificationSettings(Settings):
             image_std=image_std,
             pool=self.pool,
             label_smoothing=self.label_smoothing,
+            head_std=self.head_std,
             smaller_sizes=self.smaller_sizes,
             consistency=self.scale_consistency,
         )
@@ -91,7 +96,7 @@ class Classification(nn.Module):
         encoder_width: channels of what the encoder hands over.
         encoder_flops: (height, width) -> FLOPs of a forward pass for one image.
         image_mean, image_std: per channel, in units of the full range.
-        pool, label_smoothing, smaller_sizes, consistency: as in `ClassificationSettings`.
+        pool, label_smoothing, head_std, smaller_sizes, consistency: as in `ClassificationSettings`.
     """
 
     def __init__(
@@ -105,11 +110,13 @@ class Classification(nn.Module):
         image_std: Sequence[float],
         pool: Pool = "mean",
         label_smoothing: float = 0.1,
+        head_std: float = 0.02,
         smaller_sizes: Sequence[int] = (),
         consistency: float = 1.0,
     ) -> None:
         super().__init__()
         self.head = nn.Linear(encoder_width, classes)
+        self.head.initial_std = {"weight": head_std, "bias": 0.0}  # for `models.init`
         self.encoder = encoder
         self.encoder_flops = encoder_flops
         self.image_mean = tuple(image_mean)
@@ -135,9 +142,10 @@ class Classification(nn.Module):
         """This micro-batch's share of the global batch's loss and metrics.
 
         batch: images (B, 3, H, W) uint8; labels (B,) int64, NO_LABEL where there is none; draws of
-        the images, if the encoder needs some. With mix_share and mix_box neighbours are mixed
-        (`mix_pairs`): the loss is that of both labels by their shares, the other metrics judge an
-        image by the label of its larger part.
+        the images, if the encoder needs some. With targets (B, classes) float32, probabilities,
+        both cross-entropies are with those, and labels are what hits are counted by. With mix_share
+        and mix_box neighbours are mixed (`mix_pairs`): the loss is that of both labels by their
+        shares, the other metrics judge an image by the label of its larger part.
         totals: "images" and "labels" of the global batch.
 
         Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
@@ -154,17 +162,18 @@ class Classification(nn.Module):
         means = {name: value / labels for name, value in zip(names, sums, strict=True)}
         return {"loss": loss / labels, **means, "labelled": labelled}
 
-    def label_sums(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def label_sums(
+        self, logits: Tensor, labels: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Smoothed loss, cross-entropy, and hits among the best and the best five, summed over
         labelled images.
 
-        logits: (B, classes) float32; labels: (B,) int64. Returns four 0-dim float32 tensors; the
-        first carries a gradient.
+        logits: (B, classes) float32; labels: (B,) int64; targets: (B, classes) float32, None: all
+        of the labels. Returns four 0-dim float32 tensors; the first carries a gradient.
         """
-        options = {"ignore_index": NO_LABEL, "reduction": "sum"}
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, **options)
+        loss = label_losses(logits, labels, targets, self.label_smoothing).sum()
         with torch.no_grad():
-            cross_entropy = F.cross_entropy(logits, labels, **options)
+            cross_entropy = label_losses(logits, labels, targets).sum()
             best = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices
             hits = best == labels[:, None]
         return loss, cross_entropy, hits[:, 0].sum().float(), hits.any(dim=1).sum().float()
@@ -197,7 +206,9 @@ class Classification(nn.Module):
             for batch in loader:
                 pixels = self._pixels(encoders, batch["images"].to(device))
                 logits = self._logits(encoders, pixels, None)
-                found = torch.stack(self.label_sums(logits, batch["labels"].to(device)))
+                answers = [batch["labels"], batch.get("targets")]
+                answers = [None if a is None else a.to(device) for a in answers]
+                found = torch.stack(self.label_sums(logits, *answers))
                 sums += found.double().cpu()
                 counts = {name: counts[name] + n for name, n in self.count(batch).items()}
         parts = reduce({"sums": sums.tolist(), **counts})
@@ -213,33 +224,43 @@ class Classification(nn.Module):
         self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any]
     ) -> Sequence[Tensor]:
         """`label_sums` of a training batch, mixed if it says so."""
-        labels, pixels = batch["labels"], self._pixels(encoders, batch["images"])
-        others, weights = labels, None
+        pixels, weights = self._pixels(encoders, batch["images"]), None
+        answers = {name: batch[name] for name in ("labels", "targets") if name in batch}
+        others = answers
         if "mix_share" in batch:
             pixels, weights = mix_pairs(pixels, batch)
-            others = partners(labels)
+            others = {name: partners(rows) for name, rows in answers.items()}
         vectors = [
             image_vectors(encoders[self.encoder], copy, self.pool, batch.get("draws"))
             for copy in at_sizes(pixels, self.smaller_sizes)
         ]
         logits = [self.head(own).float() for own in vectors]
-        losses = [self._smoothed(own, labels, others, weights) for own in logits]
+        losses = [self._smoothed(own, answers, others, weights) for own in logits]
         if len(vectors) > 1 and self.consistency:
             losses[0] = losses[0] + self.consistency * scale_consistency(
-                vectors, labels != NO_LABEL
+                vectors, batch["labels"] != NO_LABEL
             )
-        larger = labels if weights is None else torch.where(weights > 0.5, others, labels)
-        return [sum(losses) / len(losses), *self.label_sums(logits[0], larger)[1:]]
+        if weights is not None:
+            larger = weights > 0.5
+            answers = {
+                name: torch.where(larger.view(-1, *[1] * (rows.dim() - 1)), others[name], rows)
+                for name, rows in answers.items()
+            }
+        return [sum(losses) / len(losses), *self.label_sums(logits[0], **answers)[1:]]
 
     def _smoothed(
-        self, logits: Tensor, labels: Tensor, others: Tensor, weights: Tensor | None
+        self,
+        logits: Tensor,
+        answers: Mapping[str, Tensor],
+        others: Mapping[str, Tensor],
+        weights: Tensor | None,
     ) -> Tensor:
-        """Smoothed loss summed over labelled images, of both labels by their weights."""
-        options = {"ignore_index": NO_LABEL, "label_smoothing": self.label_smoothing}
-        own = F.cross_entropy(logits, labels, reduction="none", **options)
+        """Smoothed loss summed over labelled images, of their own and their partners' answers
+        (arguments of `label_losses`) by the weights of these."""
+        own = label_losses(logits, **answers, smoothing=self.label_smoothing)
         if weights is None:
             return own.sum()
-        other = F.cross_entropy(logits, others, reduction="none", **options)
+        other = label_losses(logits, **others, smoothing=self.label_smoothing)
         return ((1 - weights) * own + weights * other).sum()
 
     def _pixels(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
@@ -252,3 +273,17 @@ class Classification(nn.Module):
         """(B, classes) float32."""
         vectors = image_vectors(encoders[self.encoder], pixels, self.pool, draws)
         return self.head(vectors).float()
+
+
+def label_losses(
+    logits: Tensor, labels: Tensor, targets: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy of each image, (B,) float32; 0 where there is no label.
+
+    logits: (B, classes) float32; labels: (B,) int64; targets: (B, classes) float32, None: all of
+    the labels; smoothing: share of the target spread evenly over all classes.
+    """
+    options = {"reduction": "none", "label_smoothing": smoothing}
+    if targets is None:
+        return F.cross_entropy(logits, labels, ignore_index=NO_LABEL, **options)
+    return F.cross_entropy(logits, targets, **options) * (labels != NO_LABEL)

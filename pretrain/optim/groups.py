@@ -64,6 +64,11 @@ class OptimizerSettings(Settings):
     """Name pattern -> factor (> 0) on the learning rate, e.g. `{"objectives.*": 5.0}`. The last
     pattern that matches a parameter wins. A pattern that matches nothing is an error."""
 
+    multipliers_need_layer_decay: bool = False
+    """Whether `lr_multipliers` hold only for parameters of encoders that are in `layer_decay`, as
+    in InternImage's official code: its recipes without layer-wise decay ask for slower offsets,
+    and do not get them. With false every multiplier holds."""
+
     layer_decay: dict[str, float] = Field(default_factory=dict)
     """Encoder -> factor d in (0, 1] on the learning rate from each of its layers to the one before
     it, e.g. `{"encoders.image": 0.9}`: its last norm has 1, its last block d, its embedding
@@ -132,12 +137,14 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             )
         if not parameter.requires_grad:
             continue
+        own_factors = [depth_factors[name] for name in names if name in depth_factors]
         multiplier = 1.0
-        for pattern, factor in settings.lr_multipliers.items():
-            if _matches(names, pattern):
-                multiplier = factor
+        if own_factors or not settings.multipliers_need_layer_decay:
+            for pattern, factor in settings.lr_multipliers.items():
+                if _matches(names, pattern):
+                    multiplier = factor
         # A parameter that several layers share learns like the last of them.
-        multiplier *= max((depth_factors[n] for n in names if n in depth_factors), default=1.0)
+        multiplier *= max(own_factors, default=1.0)
         exempt = len(shape) < 2 or any(_matches(names, pattern) for pattern in settings.no_decay)
         decay = 0.0 if exempt else settings.weight_decay
         members.setdefault((multiplier, decay), []).append(parameter)

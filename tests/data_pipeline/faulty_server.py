@@ -45,6 +45,15 @@ def whole(request: Any) -> None:
     request.send_file()
 
 
+def garbled(request: Any) -> None:
+    """The right headers, and zeros in place of the bytes."""
+    request._send_body = lambda file, begin, end: request.wfile.write(bytes(end - begin))
+    try:
+        request.send_file()
+    finally:
+        del request._send_body  # the connection stays open
+
+
 def slow(seconds: float) -> Fault:
     """Silence, then the right answer (to nobody, if the client has left)."""
 

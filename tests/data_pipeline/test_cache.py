@@ -28,7 +28,7 @@ from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.shards import Shard, ShardSet
-from tests.data_pipeline.faulty_server import FaultyServer, slow, status
+from tests.data_pipeline.faulty_server import FaultyServer, garbled, slow, status
 from tests.data_pipeline.samples import sample, write_shards
 from tests.data_pipeline.test_cache_folder import other_files
 
@@ -293,6 +293,16 @@ def test_a_cap_that_leaves_no_room_is_kept(server, settings):
     none = settings.model_copy(update={"max_gib": 10 * GIB, "folder": settings.folder + "-none"})
     check(reader(shards, none))
     assert not blocks_in(none)
+
+
+def test_wrong_bytes_that_were_sent_once_are_no_damage(server, settings):
+    shards = ShardSet.open(server.url + "/set", QUICK)
+    no_room = {"max_gib": 10 * GIB, "folder": settings.folder + "-none"}
+    for number, update in enumerate(({}, no_room)):
+        reads = reader(shards, settings.model_copy(update=update))
+        server.faults.append(garbled)
+        check(reads, [70 + number])
+        assert not server.faults
 
 
 def test_whole_shards(server, settings):

@@ -202,6 +202,31 @@ def test_only_one_downloads(folder):
     assert downloads.value == 1
 
 
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    """What lies in a cache may be removed, so nothing else may lie there."""
+    words, note = tmp_path / "en" / "english.txt", tmp_path / "en" / "note.tmp"
+    words.parent.mkdir()
+    words.write_bytes(b"x" * 50)
+    note.write_bytes(b"")
+    folder = CacheFolder(tmp_path, 1000)
+    for action in (
+        folder.scan, folder.used, lambda: folder.reserve("aa1", 10),
+        lambda: folder.reading_ahead().__enter__(), lambda: folder.remove("english.txt"),
+    ):
+        with pytest.raises(CacheError, match=r"holds 'en', which is not of a cache; name an empty"):
+            action()
+    assert words.stat().st_size == 50 and note.exists()
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == [words, note]
+
+
+def test_files_that_are_laid_into_a_cache_stay(folder):
+    put(folder, "aa1", b"x" * 400)
+    other = folder.path("aa1").with_name("thesis.tmp")
+    other.write_bytes(b"")
+    assert list(folder.scan()) == ["aa1"] and folder.used() == 400
+    assert other.exists()
+
+
 def test_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     folder = CacheFolder(tmp_path / "file" / "cache", 1000)

@@ -270,3 +270,22 @@ def test_no_text_ends_in_another_error(text):
         return
     values = {name: np.arange(3.0) for name in found.columns} | {"key": np.array(["a", "b", "c"])}
     assert found(values.__getitem__, 3).shape == (3,)
+
+
+@pytest.mark.parametrize("name", ["class", "exif.from", "bytes:class", "yield", "as.global"])
+def test_words_of_python_are_names_of_columns(name):
+    expression = Expression(f"{name} > 1 or not missing({name}) and {name} / 2 > 3")
+    assert list(expression.columns) == [name]
+    found = expression(lambda column: {name: np.array([0.0, 2.0, NAN, 9.0])}[column], 4)
+    assert found.tolist() == [False, True, False, True]
+
+
+def test_folders_of_classes_can_be_asked_for():
+    expression = Expression("class in ['owl', 'emu'] and class != 'emu' and 'class' != class")
+    texts = np.array(["owl", "emu", "cat", MISSING_TEXT])
+    found = expression(lambda name: {"class": texts}[name], 4)
+    assert found.tolist() == [True, False, False, False]
+    with pytest.raises(ExpressionError, match="`Class \\+ 1` is no condition"):
+        Expression("class + 1")
+    with pytest.raises(ExpressionError, match="unknown column 'class'"):
+        Expression("class > 1").check_columns(["width"])

@@ -74,6 +74,60 @@ def test_bad_labels_are_bad_samples(source, members, message):
         label(members, label_source=source)
 
 
+SOFT = {"label_source": "json:p", "label_form": "probabilities", "classes": 4}
+
+
+def soft(value, **options):
+    """The target of a sample with this under p."""
+    members = {"json": json.dumps({"p": value}).encode()}
+    return fields(**{**SOFT, **options}).sample(sample(**members), rng_for)
+
+
+@pytest.mark.parametrize(("value", "target", "largest"), [
+    ([0.1, 0.2, 0.7, 0], [0.1, 0.2, 0.7, 0], 2),
+    ({"3": 0.75, "1": 0.25}, [0, 0.25, 0, 0.75], 3),
+    ([0.333, 0.333, 0.333, 0], [1 / 3, 1 / 3, 1 / 3, 0], 0),  # rounded numbers
+    (2, [0, 0, 1, 0], 2),
+])  # fmt: skip
+def test_probabilities(value, target, largest):
+    item = soft(value)
+    assert item["target"].dtype == np.float32 and item["target"].tolist() == pytest.approx(target)
+    assert item["label"] == largest
+
+
+@pytest.mark.parametrize(("value", "message"), [
+    ([0.5, 0.5], "json:p: 2 probabilities for 4 classes"),
+    ([0.5, 0.5, 0.5, 0.5], "probabilities add up to 2, not 1"),
+    ({"0": 0.5}, r"probabilities add up to 0\.5, not 1"),
+    ([1.5, -0.5, 0, 0], r"not a probability: '1\.5'"),
+    ([float("nan"), 1, 0, 0], "not a probability: 'nan'"),
+    ([True, 0, 0, 0], "not a probability: 'True'"),
+    (["1", 0, 0, 0], "not a probability: '1'"),
+    ({"4": 1.0}, r"label 4 is not in 0\.\.3"),
+    ({"cat": 1.0}, "not a whole number: 'cat'"),
+    (0.5, "not a whole number"),
+    ([[1]] * 4, r"not a probability: '\[1\]'"),
+])  # fmt: skip
+def test_bad_probabilities_are_bad_samples(value, message):
+    with pytest.raises(BadSample, match=message):
+        soft(value)
+
+
+def test_batches_of_probabilities():
+    maker = fields(**SOFT)
+    one = maker.sample(sample(json=b'{"p": {"1": 0.25, "2": 0.75}}'), rng_for)
+    without = maker.sample(sample(json=b'{"p": null}'), rng_for)
+    batch = maker.collate([one, None, without], [True, False, True])
+    assert batch["labels"].tolist() == [2, -1, -1]
+    assert batch["targets"].tolist() == [[0, 0.25, 0.75, 0], [0] * 4, [0] * 4]
+    assert batch["targets"].dtype == torch.float32
+    with pytest.raises(BadSample, match="json:p is null"):
+        soft(None, unlabelled="fault")
+    assert "targets" not in fields().collate([None], [False])
+    with pytest.raises(ValidationError, match="label_form=probabilities needs label_source json"):
+        fields(label_form="probabilities")
+
+
 def test_batch():
     maker = fields()
     items = [maker.sample(sample(cls=b"4"), rng_for), None, maker.sample(sample(), rng_for)]

@@ -224,3 +224,32 @@ def test_killed_and_started_again(tmp_path, processes):
     assert 1 <= result.reused_shards < 5
     pack(job(tmp_path / "whole", build=Build(wait_s=0.02)))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("to_workers", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_by_the_user_or_by_the_system(tmp_path, to_workers):
+    """Two interrupts in a row, or a worker that is killed, end the packing soon, and it goes on."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_PACKING)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script), str(tmp_path / "out"), "2"]
+    with subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    ) as running:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out" / "train-000001.tar").exists():
+            assert time.monotonic() < deadline and running.poll() is None
+            time.sleep(0.01)
+        if to_workers == signal.SIGKILL:
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+            for child in children:
+                os.kill(int(child), to_workers)
+        else:
+            os.killpg(running.pid, to_workers)
+            os.kill(running.pid, to_workers)
+        errors = running.communicate(timeout=60)[1]
+    assert running.returncode != 0
+    named = "ChildProcessError: a packing process was killed"
+    assert (named if to_workers == signal.SIGKILL else "KeyboardInterrupt") in errors
+    result = pack(job(tmp_path / "out", build=Build(wait_s=0.02)), processes=2)
+    assert 1 <= result.reused_shards < 5

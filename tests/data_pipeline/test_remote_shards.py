@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from data_pipeline.tar_headers import ShardError
 from tests.data_pipeline.faulty_server import (
     FaultyServer,
     dropped,
+    garbled,
     shifted,
     short,
     slow,
@@ -197,6 +199,21 @@ def test_names_that_lead_nowhere(server):
         ShardSet.open([server.url + "/set", server.url + "/set"], QUICK)
 
 
+def test_wrong_bytes_that_were_sent_once_are_no_damage(server, www):
+    shards = ShardSet.open(server.url + "/set", QUICK)
+    reader = SampleReader(shards)
+    server.faults.extend([garbled] * 2)
+    reader.expect([3, 30])
+    assert [reader.read(row).members for row in (3, 30)] == [sample(n)[1] for n in (3, 30)]
+    assert not server.faults
+    server.always = garbled  # a server that goes on like this has a damaged file
+    with pytest.raises(BadSample, match="'000070'"):
+        reader.read(70)
+    server.always = None
+    assert reader.read(70).members == sample(70)[1]
+    assert is_whole(shards)
+
+
 def test_a_file_that_changes_in_mid_run_is_named(server, www):
     opened = ShardSet.open(server.url + "/set", QUICK)
     small = QUICK.model_copy(update={"block_kib": 16})
@@ -331,10 +348,11 @@ def test_a_server_that_stays_away_ends_the_loader_in_time(tmp_path, workers, cap
         windows = iter(loader(ShardSet.open(server.url, settings), workers=workers))
         server.always = status(503)
         started = time.monotonic()
-        with pytest.raises(
-            TransientReadError, match=r"rank 0, step 0: task a, .*\.tar: HTTP 503 .*deadline 1 s"
-        ):
+        message = r"^rank 0, step 0: task a, .*\.tar: HTTP 503 .*deadline 1 s\)$"
+        with pytest.raises(TransientReadError, match=message) as found:
             next(windows)
+        stack = "".join(traceback.format_exception(found.value))
+        assert "in _read_once" in stack  # also where a worker met it
         assert time.monotonic() - started < 15
     assert not multiprocessing.active_children()
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.activity import ActivityBoard, retrying, working_on
+from data_pipeline.evaluation import EvaluationLoader
 from data_pipeline.loader import LoaderSettings, StepLoader
 from data_pipeline.local_files import LocalFiles
 from tests.data_pipeline.photos import pack, stream
@@ -62,6 +63,19 @@ def test_a_stall_names_everything(tmp_path, caplog, workers, method):
     assert re.search(r"waiting: step 0 micro 1 task a positions \[4, 5, 6, 7\] in .*\.tar", text)
     if workers == 2:  # the other one has done what it may do ahead
         assert re.search(r"worker 0 \(process \d+\): idle for", text)
+
+
+def test_an_evaluation_that_stalls_says_so_too(tmp_path, caplog):
+    shards = pack(tmp_path, 20)
+    task = stream(shards, 4, 4, train=False)
+    task.reader.source = Failing(shards, 6, 2, 0.3)
+    task.reader.first_wait_s = 0.3
+    with caplog.at_level(logging.WARNING, "omnipretrain.data"):
+        batches = list(EvaluationLoader(task, 0, 1, workers=1, stall_seconds=0.6))
+    assert sum(int(batch["valid"].sum()) for batch in batches) == 20
+    text = next(r.getMessage() for r in caplog.records if "no batch for" in r.getMessage())
+    assert re.search(r"worker 0 \(process \d+\): read for .* row 6, bytes .* attempts failed", text)
+    assert re.search(r"waiting: step 1 micro 0 task \S+ positions \[4, 5, 6, 7\] in .*\.tar", text)
 
 
 def test_outside_of_a_loader_notes_do_nothing():

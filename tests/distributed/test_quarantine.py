@@ -125,6 +125,35 @@ def test_stopped_between_planned_checkpoints_and_resumed_in_another_world(
 
 
 @pytest.mark.slow
+def test_killed_and_resumed_in_another_world_with_repeats(data, tmp_path):
+    """Four images of two views a step: an epoch is 15 steps."""
+    runs = {}
+    for name in ("one", "other"):
+        runs[name] = tmp_path / name / "run"
+        runs[name].parent.mkdir()
+        changes = recipe(data, runs[name], steps=28, tasks__caption__data__repeats=2)
+        path = write_recipe(runs[name].parent / "r.yaml", changes)
+        if name == "one":
+            finish(path, tmp_path / "first", world=1)
+            continue
+        processes = start_ranks("pretrain.train", [path], 2, tmp_path / "second")
+        assert kill_when(lambda: steps_logged(runs["other"]) >= 10, processes)
+        finish(Path("--resume"), tmp_path / "last", str(runs["other"]), world=3)
+    entries = ledger(runs["one"])
+    assert {entry["from_position"] for entry in entries} == {60}
+    assert sorted(r for e in entries for a, b in e["excluded"] for r in range(a, b)) == [*BAD]
+    assert ledger(runs["other"]) == entries
+    assert training(runs["other"]) == training(runs["one"])
+    met = [(position % 8 % 4, row, position // 8) for _, position, _, row, _ in
+           training(runs["one"])]
+    assert all(step <= 15 for *_, step in met)
+    assert len(met) == 2 * len(set(met))  # each of the copies meets the same
+    lines = [json.loads(line) for line in (runs["one"] / "metrics.jsonl").read_text().splitlines()]
+    epochs = [line["epoch"] for line in lines if line["kind"] == "train"]
+    assert epochs[14] == 1.0 and epochs[-1] == pytest.approx(1 + 13 * 4 / 55)
+
+
+@pytest.mark.slow
 def test_switched_off(data, straight, tmp_path):
     run = tmp_path / "run"
     path = write_recipe(tmp_path / "r.yaml", recipe(data, run, loader__quarantine=False))

@@ -152,6 +152,27 @@ def test_check_reports_what_a_run_would_do(recipe_file, capsys):
     assert "evaluation on 10 of 10 samples" in text
 
 
+def test_check_counts_images_however_often_they_are_repeated(data, recipe_file, capsys):
+    """Of 8 views 4 are images: 12 steps are 48 of 60."""
+    repeats = ["tasks.caption.data.repeats=2"]
+    assert main(["check", str(recipe_file), *repeats, "--world", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "15.0 steps an epoch, 12 steps = 0.80 epochs; every image 2 times in a step" in text
+    sources = [
+        "tasks.caption.data.shards=null",
+        f"tasks.caption.data.sources={{a: {{shards: ['{data}/train'], weight: 3}}, "
+        f"b: {{shards: ['{data}/heldout']}}}}",
+    ]
+    assert main(["check", str(recipe_file), *repeats, *sources]) == 0
+    text = capsys.readouterr().out
+    assert "sources in a cycle of 4 pairs of samples: a 3/4, b 1/4" in text
+    assert "tasks.caption: source a: 60 samples, read 0.60 times" in text
+    recipe = load_recipe(recipe_file, repeats)
+    stream = build_streams(recipe, build_tokenizer(recipe))["caption"]
+    rows = stream.order.rows(np.arange(8)).reshape(2, 4)
+    assert (rows[0] == rows[1]).all() and stream.epochs(96) == {"epoch": 0.8}
+
+
 def test_check_tells_what_a_cache_will_do(recipe_file, tmp_path, capsys):
     cache = ["loader.cache.folder=" + str(tmp_path / "cache"), "loader.cache.max_gib=1"]
     assert main(["check", str(recipe_file), *cache, "--world", "2"]) == 0

@@ -4,10 +4,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch import nn
 
 from pretrain.check import _check_initial_weights
-from pretrain.models.init import load_weights
+from pretrain.models.init import classes_hint, load_weights
 from pretrain.models.multitask import MultiTaskModel
+from pretrain.objectives.classification import ClassificationSettings
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import RecipeError, load_recipe, load_resolved
 from tests.pretrain.models.internimage_models import PUBLISHED, small_encoder
@@ -84,6 +86,22 @@ def test_initial_weights_may_hold_statistics(tmp_path):
     assert (encoder.conv_head[1][0].running_mean == 3).all()
 
 
+def test_a_linear_layer_for_other_classes_is_no_silent_matter(tmp_path):
+    """The file of 10 classes for a model of 7: refused when checked and when read, with a way."""
+    encoder = small_encoder(head={"type": "conv"})
+    settings = ClassificationSettings(pool="head")
+    models = {
+        classes: MultiTaskModel({"image": encoder}, {
+            "classify": settings.build({"image": encoder}, None, (0,) * 3, (1,) * 3, classes)
+        }) for classes in (7, 10)
+    }  # fmt: skip
+    save_file(models[10].state_dict(), tmp_path / "a.safetensors")
+    for read in (_check_initial_weights, load_weights):
+        with pytest.raises(ValueError, match=r"classify\.head\..*--head-rows FILE .*--leave-out"):
+            read(models[7], str(tmp_path / "a.safetensors"))
+    assert classes_hint("encoders.image.head.weight") == ""
+
+
 IN1K, IN22K = 1_281_167, 14_197_122
 
 
@@ -125,6 +143,17 @@ def test_published_settings(name, size, pixels, drop_path, epochs, micro_batch):
     assert encoder.gradient_checkpointing != from_scratch
 
 
+def test_the_configuration_of_the_papers_numbers():
+    """What the header of the recipe says: without layer-wise decay nothing is slowed."""
+    recipe = load_recipe("internimage_l_in1k_384", [
+        "optimizer.layer_decay={encoders.image: null}",
+        "optimizer.multipliers_need_layer_decay=true",
+    ])  # fmt: skip
+    assert recipe.optimizer.lr_multipliers == {"*.dcn.offset.*": 0.1}
+    model = nn.ModuleDict({"encoders": nn.ModuleDict({"image": small_encoder()})})
+    assert {g["lr_multiplier"] for g in parameter_groups(model, recipe.optimizer)} == {1.0}
+
+
 @pytest.mark.parametrize("name, size, pixels, epochs", [
     ("internimage_l_in22k_192", "L", 192, 90), ("internimage_xl_in22k_192", "XL", 192, 90),
     ("internimage_l_in22k_384", "L", 384, 10), ("internimage_xl_in22k_384", "XL", 384, 10),
@@ -138,7 +167,10 @@ def test_stages_on_imagenet_22k(name, size, pixels, epochs):
     assert recipe.steps == pytest.approx(epochs * IN22K / task.global_batch, abs=1)
 
 
-@pytest.mark.parametrize("name", ["internimage_t_in1k", "internimage_h_in1k_640"])
+@pytest.mark.parametrize("name", [
+    "internimage_t_in1k", "internimage_s_in1k", "internimage_b_in1k", "internimage_l_in1k_384",
+    "internimage_xl_in1k_384", "internimage_h_in1k_640", "internimage_g_in1k_512",
+])  # fmt: skip
 def test_optimizer_groups_of_the_recipes(name):
     """Every pattern matches, and the DCN multiplier and the decay by depth multiply."""
     recipe = load_recipe(name)
@@ -150,7 +182,7 @@ def test_optimizer_groups_of_the_recipes(name):
     count = sum(p.numel() for group in groups for p in group["params"])
     assert count == PUBLISHED[recipe.model.encoders["image"].size][0]
     rates = {group["lr_multiplier"] for group in groups}
-    if name == "internimage_t_in1k":
+    if not recipe.optimizer.layer_decay:
         assert rates == {1.0}
     else:
         assert min(rates) == pytest.approx(0.1 * 0.9 ** (sum(encoder.depths) - 1))

@@ -188,6 +188,11 @@ def test_every_fault_is_reported_at_once():
             "tasks.caption: global_batch=65 must be even: use 66 or 64",
         ),
         (
+            ["tasks.caption.data.repeats=3"],
+            "tasks.caption: global_batch=64 is not a multiple of 6, as data.repeats=3 needs (pairs "
+            "of neighbours, 3 times): use 60 or 66",
+        ),
+        (
             ["tasks.caption.data.image.mode=keep_aspect"],
             "tasks.caption: data.image.mode=keep_aspect gives images of different sizes, so "
             "micro_batch must be 1, not 32",
@@ -493,6 +498,11 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
         (
             ["tasks.classify.data.mixing={}", "tasks.classify.micro_batch=1"],
             "tasks.classify: data.mixing mixes neighbours: micro_batch must be even, not 1",
+        ),
+        (
+            ["tasks.contrast.data.repeats=2"],
+            "tasks.contrast.data.repeats=2 must be 1 for a contrastive objective, which would have "
+            "to tell an image from its own copies",
         ),
         (
             ["tasks.contrast.objective.temperature=0.001"],

@@ -100,6 +100,9 @@ def test_rows_of_the_head_and_what_is_left_out(tmp_path, capsys):
     (tmp_path / "rows.txt").write_text("10\n")
     assert main([*command, "--head-rows", str(tmp_path / "rows.txt")]) == 1
     assert "names row 10 of a linear layer with 10" in capsys.readouterr().err
+    (tmp_path / "rows.txt").write_text("\n")
+    assert main([*command, "--head-rows", str(tmp_path / "rows.txt")]) == 1
+    assert "names no row" in capsys.readouterr().err
 
 
 def test_a_model_of_unknown_shape_must_be_described(tmp_path, capsys):

@@ -204,6 +204,15 @@ def test_what_cannot_be_served_is_refused(folder, options, capsys):
     assert "none: is not a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("header", ["bytes=0-3,8-9", "lines=1-2", "bytes=-"])
+def test_ranges_that_are_not_served_give_the_whole_file(folder, url, header):
+    request = urllib.request.Request(url + "/manifest.json", headers={"Range": header})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request) as answer:
+        assert answer.status == 200 and "Content-Range" not in answer.headers
+        assert answer.read() == (folder / "manifest.json").read_bytes()
+
+
 def test_bundles(tmp_path, capsys):
     write_shards(tmp_path / "set", 10, 4, bundle=3)
     assert run("inspect", tmp_path / "set") == 0

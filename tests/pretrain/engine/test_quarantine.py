@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.order import Order
+from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.revisions import plain_orders
 from data_pipeline.sources import MixedOrder
 from data_pipeline.stream import Fault
@@ -68,6 +69,33 @@ def test_every_data_set_gets_an_entry_of_its_own(tmp_path):
         (task, row, f"k{row}", "torn")
         for task, row in (("mixed", 3), ("mixed", 30), ("mixed", 41), ("plain", 7), ("plain", 8))
     ]
+
+
+def test_positions_of_the_ledger_count_images_however_often_they_are_repeated(tmp_path):
+    """40 views of three for each image: those of the order behind them are a third as many."""
+    state, repeated = TrainerState(step=4), streams()
+    for name, order in [(name, task.order) for name, task in repeated.items()]:
+        repeated[name].order = RepeatedOrder(order, 12, 3)
+    quarantine = Quarantine(tmp_path, RANKS, state, repeated)
+    quarantine.gather([fault("plain", 7), *(fault("mixed", row) for row in (3, 41))])
+    assert quarantine.revise({"plain": 84, "mixed": 84})
+    wanted = Quarantine(tmp_path / "other", RANKS, TrainerState(step=4), streams())
+    wanted.gather([fault("plain", 7), *(fault("mixed", row) for row in (3, 41))])
+    wanted.revise({"plain": 28, "mixed": 28})
+    assert state.ledger == wanted.state.ledger
+    (plain,) = [entry for entry in state.ledger if entry["task"] == "plain"]
+    assert plain["from_position"] == 40
+    rows = repeated["plain"].order.rows(np.arange(3 * 40, 3000))
+    assert 7 not in rows and len(set(rows.tolist())) == 19
+    assert [quarantine.metrics(t)["quarantined_samples"] for t in ("plain", "mixed")] == [1, 2]
+    quarantine.write_list()
+    assert [(e.task, e.row) for e in read_list(tmp_path)] == [
+        ("mixed", 3), ("mixed", 41), ("plain", 7)
+    ]
+    again = streams()
+    again["plain"].order = RepeatedOrder(again["plain"].order, 12, 3)
+    Quarantine(tmp_path, RANKS, TrainerState(ledger=list(state.ledger)), again)
+    assert np.array_equal(again["plain"].order.rows(np.arange(120, 3000)), rows)
 
 
 def test_without_news_nothing_changes(tmp_path):

@@ -233,26 +233,61 @@ def test_batch_norm_equals_torch_and_leaves_padding_out():
 # ---- learning rates ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["t", "postnorm_ls"])
-def test_layer_decay_is_the_official_grouping(case):
-    golden = json.loads((GOLDENS / "optim_groups.json").read_text())["groups"]
-    changes = {"post_norm": True, "layer_scale": 1e-5, "stage_norm": False}
-    encoder = small_encoder(head={"type": "conv"}, **(changes if case == "postnorm_ls" else {}))
+GROUPED = {
+    "t": {"head": {"type": "conv"}},
+    "postnorm_ls": {
+        "head": {"type": "conv"}, "post_norm": True, "layer_scale": 1e-5, "stage_norm": False,
+    },
+    "h": {
+        "head": SMALL_PROJECTOR, "res_post_norm": True, "post_norm_layers": [0],
+        "mixer": {"center_feature_scale": True, "dw_kernel_size": 5},
+    },
+}  # fmt: skip
+
+
+def grouped(case: str, **settings) -> dict[str, tuple[float, float]]:
+    """Official name -> learning rate and weight decay, at a peak of 1."""
+    encoder = small_encoder(**GROUPED[case])
     model = nn.ModuleDict({"encoders": nn.ModuleDict({"image": encoder}),
                            "head": nn.Linear(encoder.pooled_width, 10)})  # fmt: skip
-    settings = OptimizerSettings(
-        lr=1.0, layer_decay={"encoders.image": 0.9}, lr_multipliers={"*.dcn.offset.*": 0.1}
-    )
+    multipliers = {"*.dcn.offset.*": 0.1}
+    if case == "h":
+        multipliers["*.dcn.center_feature_scale_proj_*"] = 0.1
+    settings = OptimizerSettings(lr=1.0, lr_multipliers=multipliers, **settings)
     names = {id(p): n.removeprefix("encoders.image.") for n, p in model.named_parameters()}
-    found = {
+    return {
         names[id(p)]: (group["lr"], group["weight_decay"])
         for group in parameter_groups(model, settings)
         for p in group["params"]
     }
-    wanted = golden[f"{case}/layer_decay_0.9_dcn_mul_0.1"]
+
+
+@pytest.mark.parametrize("case", sorted(GROUPED))
+@pytest.mark.parametrize(("kind", "layer_decay"), [
+    ("layer_decay_0.9", {"encoders.image": 0.9}), ("no_layer_decay", {}),
+])  # fmt: skip
+def test_the_official_grouping(case, kind, layer_decay):
+    golden = json.loads((GOLDENS / "optim_groups.json").read_text())["groups"]
+    wanted = golden[f"{case}/{kind}_dcn_mul_0.1"]
+    found = grouped(case, layer_decay=layer_decay, multipliers_need_layer_decay=True)
     assert found.keys() == wanted.keys()
     for name, values in wanted.items():
         assert found[name] == pytest.approx(values), name
+    if layer_decay:  # then there is nothing to correct
+        assert grouped(case, layer_decay=layer_decay) == found
+
+
+@pytest.mark.parametrize("case", sorted(GROUPED))
+def test_without_layer_decay_offsets_learn_slower_all_the_same(case):
+    official = grouped(case, multipliers_need_layer_decay=True)
+    for name, (rate, decay) in grouped(case).items():
+        slow = ".dcn.offset." in name or ".dcn.center_feature_scale_proj_" in name
+        assert rate == (0.1 if slow else 1.0), name
+        assert decay == official[name][1]
+        assert (decay == 0.0) == (
+            name.endswith("bias") or "norm" in name or "gamma" in name or ".dw_conv.1." in name
+            or "conv_head.1" in name
+        ), name
 
 
 @pytest.mark.parametrize("size", ["B", "H", "G"])

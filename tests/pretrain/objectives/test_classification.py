@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pretrain.models.init import initialise
 from pretrain.objectives.classification import ClassificationSettings
 from tests.pretrain.models.git_models import MEAN, STD
 from tests.pretrain.objectives.pair_models import (
@@ -85,6 +86,65 @@ def test_fewer_classes_than_five():
     logits, labels = torch.tensor([[3.0, 2, 1], [1, 2, 3]]), torch.tensor([1, -1])
     loss, cross_entropy, top1, top5 = objective.label_sums(logits, labels)
     assert loss == cross_entropy and (top1, top5) == (0, 1)
+
+
+def soft_batch(count: int) -> dict:
+    """Probabilities of classes; every fifth image has none."""
+    batch = pair_batch(count)
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.rand(count, CLASSES, generator=generator).pow(4)
+    targets /= targets.sum(1, keepdim=True)
+    labels = targets.argmax(1)
+    labels[::5], targets[::5] = -1, 0
+    return batch | {"labels": labels, "targets": targets}
+
+
+def test_soft_targets_equal_torch_on_the_labelled_images():
+    model, batch = pair_model(), soft_batch(12)
+    known = batch["labels"] >= 0
+    out, found = loss_and_gradients(model, batch)
+    pixels = (batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1))
+    tokens = model.encoders["image"](pixels / torch.tensor(STD).view(3, 1, 1))
+    logits = model.objectives["classify"].head(tokens.mean(1))[known]
+    targets = batch["targets"][known]
+    torch.testing.assert_close(
+        out["cross_entropy"], -(targets * logits.log_softmax(1)).sum(1).mean())
+    smooth = 0.9 * targets + 0.1 / CLASSES
+    torch.testing.assert_close(out["loss"], -(smooth * logits.log_softmax(1)).sum(1).mean())
+    hits = (logits.argmax(1) == targets.argmax(1)).float().mean()
+    torch.testing.assert_close(out["top1"], hits)
+    assert found["objectives.classify.head.weight"].abs().max() > 1e-3
+
+
+def test_certain_soft_targets_are_labels():
+    model, batch = pair_model(), pair_batch(12)
+    known = (batch["labels"] >= 0)[:, None]
+    hard, wanted = loss_and_gradients(model, batch)
+    targets = F.one_hot(batch["labels"].clamp(min=0), CLASSES) * known
+    soft, found = loss_and_gradients(model, batch | {"targets": targets.float()})
+    for name in hard:
+        torch.testing.assert_close(soft[name], hard[name])
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name])
+
+
+def test_evaluation_with_soft_targets():
+    model, batch = pair_model(), soft_batch(11)
+    objective = model.objectives["classify"]
+    whole, _ = loss_and_gradients(model, batch)
+    found, _ = objective.evaluate(model.encoders, [batch], None, torch.device("cpu"))
+    for name in ("loss", "cross_entropy", "top1", "top5", "labelled"):
+        assert found[name] == pytest.approx(whole[name].item(), rel=1e-5)
+
+
+def test_the_first_weights_of_the_head_have_the_deviation_that_the_recipe_says():
+    for std in (0.0, 2e-5, 0.02):
+        model = pair_model()
+        encoders = dict(model.encoders)
+        objective = ClassificationSettings(head_std=std).build(encoders, None, MEAN, STD, 1000)
+        initialise(objective, 0)
+        assert objective.head.weight.std().item() == pytest.approx(std, rel=0.05)
+        assert not objective.head.bias.any()
 
 
 def test_an_encoder_must_be_there():

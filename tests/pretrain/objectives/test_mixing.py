@@ -57,14 +57,19 @@ def test_pixels_and_weights():
     assert torch.equal(mix_pairs(pixels.bfloat16(), batch)[0][4:], pixels.bfloat16()[4:])
 
 
-def test_loss_is_that_of_soft_targets():
+@pytest.mark.parametrize("form", ["labels", "probabilities"])
+def test_loss_is_that_of_soft_targets(form):
     model, batch = pair_model(), mixed_batch()
+    own = F.one_hot(batch["labels"].clamp(min=0), CLASSES).float()
+    if form == "probabilities":
+        noise = torch.rand(8, CLASSES, generator=torch.Generator().manual_seed(3))
+        own = 0.7 * own + 0.3 * noise.softmax(1)
+        batch["targets"] = own * (batch["labels"] >= 0)[:, None]
     objective = model.objectives["classify"]
     totals = objective.count(batch)
     pixels = (batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1))
     mixed, weights = by_loops(pixels / torch.tensor(STD).view(3, 1, 1), batch)
     logits = objective.head(model.encoders["image"](mixed).mean(1))
-    own = F.one_hot(batch["labels"].clamp(min=0), CLASSES).float()
     swapped = own.view(4, 2, CLASSES).flip(1).view(8, CLASSES)
     weight = torch.tensor(weights)[:, None]
     smoothing = objective.label_smoothing
@@ -76,3 +81,6 @@ def test_loss_is_that_of_soft_targets():
     best = torch.where(weight[:, 0] > 0.5, swapped.argmax(1), own.argmax(1))
     hits = (logits.argmax(1) == best)[:7].float().mean()
     torch.testing.assert_close(out["top1"], hits)
+    larger = torch.where(weight > 0.5, swapped, own)
+    entropies = F.cross_entropy(logits, larger, reduction="none")
+    torch.testing.assert_close(out["cross_entropy"], entropies[:7].mean())

@@ -1,0 +1,94 @@
+"""Repeated augmentation: every image several times in a batch, with different draws.
+
+A global batch of B positions, or views, has B / R images, R times each. Its first B / R positions
+show each of them once, in the order of the images, and so does every further B / R. Copies of an
+image thus stand B / R apart, and partners, the positions P and P xor 1, are different images, as
+long as B / R is even. Draws are keyed by position, so that every copy has its own.
+"""
+
+import copy
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from data_pipeline.revisions import PlainOrder
+    from data_pipeline.sources import MixedOrder
+
+
+class RepeatedOrder:
+    """Position of a view -> row; answers what an `Order` answers.
+
+    Args:
+        images: order of the images, each once; quarantine and ledger speak of its positions.
+        global_batch: views per step, B.
+        repeats: views of each image in a batch, R.
+
+    Attributes:
+        n_rows, stored_rows: as of `images`.
+    """
+
+    def __init__(
+        self, images: "PlainOrder | MixedOrder", global_batch: int, repeats: int
+    ) -> None:
+        if problem := repeats_problem(global_batch, repeats):
+            raise ValueError(problem)
+        self.images, self.global_batch, self.repeats = images, global_batch, repeats
+        self.n_rows, self.stored_rows = images.n_rows, images.stored_rows
+
+    def rows(self, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
+        """As `Order.rows`; copies of an image also have the same substitutes."""
+        return self.images.rows(self.places(positions), attempt)
+
+    def places(self, positions: np.ndarray) -> np.ndarray:
+        """Positions in the order of the images, (n,) int64, at positions of views, (n,) int64."""
+        positions = np.asarray(positions, dtype=np.int64)
+        if positions.size and positions.min() < 0:
+            raise ValueError(f"positions start at 0, got {positions.min()}")
+        own = self.global_batch // self.repeats
+        batches, offsets = np.divmod(positions, self.global_batch)
+        return batches * own + offsets % own
+
+    def taken(self, samples: int) -> int:
+        """Images of which the first `samples` views are."""
+        own = self.global_batch // self.repeats
+        batches, begun = divmod(samples, self.global_batch)
+        return batches * own + min(begun, own)
+
+    def can_avoid(self, batch: np.ndarray, position: int) -> bool:
+        """As `Order.can_avoid`."""
+        (place,) = self.places(np.array([position])).tolist()
+        return self.images.can_avoid(np.unique(self.places(batch)), place)
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """As `Order.epochs`, over images."""
+        return self.images.epochs(self.taken(samples))
+
+    def passes(self, samples: int) -> float:
+        """Epochs over images that `samples` views are."""
+        return self.images.passes(self.taken(samples))
+
+    @property
+    def taking_part(self) -> str:
+        """As `Order.taking_part`, and how often: a run cannot go on with another number, since a
+        step would then stand for other images."""
+        return f"{self.images.taking_part}, {self.repeats} times"
+
+    def with_images(self, images: "PlainOrder | MixedOrder") -> "RepeatedOrder":
+        """The same views of images whose order became another."""
+        changed = copy.copy(self)
+        changed.images = images
+        return changed
+
+
+def repeats_problem(global_batch: int, repeats: int) -> str | None:
+    """Why so many views of each image do not go with a batch, as one line; None if they do."""
+    step = 2 * repeats
+    if repeats == 1 or not global_batch % step:
+        return None
+    below = global_batch // step * step
+    return (
+        f"global_batch={global_batch} is not a multiple of {step}, as data.repeats={repeats} needs "
+        f"(pairs of neighbours, {repeats} times): use {f'{below} or ' if below else ''}"
+        f"{below + step}"
+    )
