@@ -130,13 +130,18 @@ def test_published_settings(name, size, pixels, drop_path, epochs, micro_batch):
     lowest = recipe.schedule.final_ratio * recipe.optimizer.lr
     assert lowest == pytest.approx(5e-6 * batch / 512 if from_scratch else 0.0)
     assert (recipe.optimizer.weight_decay, recipe.optimizer.clip_norm) == (0.05, 5.0)
-    assert (recipe.optimizer.betas, recipe.ema.decay) == ((0.9, 0.999), 0.9999)
+    assert (recipe.optimizer.betas, recipe.optimizer.eps) == ((0.9, 0.999), 1e-8)
+    assert (recipe.ema.decay, recipe.schedule.kind) == (0.9999, "cosine")
     assert task.objective.label_smoothing == (0.1 if from_scratch else 0.3)
     assert (task.data.mixing is not None, task.data.image.erase is not None) == (from_scratch,) * 2
     if from_scratch:
         assert (task.data.mixing.mixup_alpha, task.data.mixing.cutmix_alpha) == (0.8, 1.0)
         assert task.data.image.erase.probability == 0.25
-    augment = task.data.image.rand_augment
+    image = task.data.image
+    assert (image.mode, image.scale) == ("random_resized_crop", (0.08, 1.0))
+    assert (image.flip_probability, image.mean) == (0.5, (0.485, 0.456, 0.406))
+    assert image.std == (0.229, 0.224, 0.225)
+    augment = image.rand_augment
     assert (augment.operations, augment.magnitude, augment.magnitude_std) == (2, 9.0, 0.5)
     decay = {} if from_scratch else {"encoders.image": 0.9}
     assert recipe.optimizer.layer_decay == decay
@@ -187,3 +192,10 @@ def test_optimizer_groups_of_the_recipes(name):
     else:
         assert min(rates) == pytest.approx(0.1 * 0.9 ** (sum(encoder.depths) - 1))
         assert max(rates) == 1.0
+        # Of the last layer, which does not decay: offsets and the gate, and nothing else.
+        rate_of = {id(p): group["lr_multiplier"] for group in groups for p in group["params"]}
+        last = encoder.levels[3].blocks[-1].named_parameters()
+        slow = {name for name, p in last if rate_of[id(p)] == pytest.approx(0.1)}
+        gate = [n for n, _ in encoder.named_parameters() if "center_feature_scale" in n]
+        assert len(slow) == (4 if gate else 2)
+        assert all("offset" in name or "center_feature_scale" in name for name in slow)

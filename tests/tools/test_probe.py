@@ -1,13 +1,15 @@
 """`tools.probe` on a finished run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
-from data_pipeline.transforms import ImageTransform
+from data_pipeline.transforms import ImageSettings, ImageTransform
+from tests.pretrain.models.internimage_models import small_encoder
 from tools import probe
 from tools.trained import open_run
 
@@ -44,6 +46,24 @@ def test_features_are_those_of_the_encoder(run_dir, scenes):
     tokens = run.model.encoders[name]((pixels - mean) / std)
     torch.testing.assert_close(found[0], tokens.mean(1)[0], rtol=1e-4, atol=1e-5)
     assert labels.tolist() == [int(reader.read(row).members["cls"]) for row in rows]
+
+
+@pytest.mark.parametrize("pool", ["mean", "head"])
+def test_features_of_an_internimage(scenes, pool):
+    encoder = small_encoder(head={"type": "conv"}).eval()
+    run = SimpleNamespace(model=SimpleNamespace(encoders={"image": encoder}))
+    image = ImageSettings(size=48)
+    args = probe._parser().parse_args(["x", "--train", "x", "--test", "x", "--classes", "10",
+                                       "--workers", "0", "--pool", pool])  # fmt: skip
+    found, labels = probe.features(run, "image", image, [str(scenes / "heldout")], args)
+    reader = SampleReader(ShardSet.open(str(scenes / "heldout")))
+    row = next(row for row in range(10) if "cls" in reader.read(row).members)
+    pixels = torch.from_numpy(ImageTransform(image)(reader.read(row).members["jpg"], None))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (image.mean, image.std))
+    pixels = (pixels.permute(2, 0, 1)[None] / 255 - mean) / std
+    expected = encoder(pixels, pooled=True) if pool == "head" else encoder(pixels).mean(1)
+    assert len(found) == len(labels)
+    torch.testing.assert_close(found[0], expected[0].detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

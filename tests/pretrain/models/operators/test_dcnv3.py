@@ -75,6 +75,31 @@ def test_shapes_on_the_meta_device():
     assert offset.grad.shape == offset.shape and offset.grad.dtype == torch.float32
 
 
+def _last_pixel(height, width, channels, backend):
+    """What a kernel of one point, on the corners of a large image, reads at the last pixel.
+
+    The image takes no memory: nobody writes most of its pages."""
+    value = torch.empty(1, height, width, channels, dtype=torch.bfloat16)
+    assert value.numel() > 2**31
+    value[0, -1, -1] = torch.arange(1, channels + 1)
+    offset, mask = torch.zeros(1, 2, 2, 2), torch.ones(1, 2, 2, 1)
+    corners = {"kernel_size": 1, "pad": 0, "stride": (height - 1, width - 1)}
+    return dcnv3(value, offset, mask, groups=1, **corners, backend=backend)[0, 1, 1].tolist()
+
+
+def test_more_elements_than_32_bits_count(backend):
+    assert _last_pixel(2**14, 2**13, 17, backend) == list(range(1, 18))
+
+
+def test_more_pixels_than_32_bits_count(backend):
+    """The C++ kernel numbers the pixels of one image by 32 bits, and says so."""
+    if backend == "torch":
+        assert _last_pixel(2**16, 2**15 + 1, 1, backend) == [1]
+        return
+    with pytest.raises(RuntimeError, match="dcnv3: an image of 65536 x 32769"):
+        _last_pixel(2**16, 2**15 + 1, 1, backend)
+
+
 def test_checkpointed_and_compiled_give_the_same():
     case = random_case((2, 5, 4, 8), groups=2, seed=1)
     expected = results(case)
