@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.recipe import load_recipe
+from pretrain.recipe import RecipeError, load_recipe
 from tests.tools.finished_run import write_run
 from tools import compare_mixers
 from tools.compare_mixers import RECIPE, WAYS, changes, hits, losses, size_of
@@ -43,6 +43,15 @@ def test_a_setting_that_does_not_fit_is_found_before_anything_runs(tmp_path, cap
     arguments = ["--scenes", "10", "--out", str(tmp_path), "--set", "optimizer.rl=1"]
     assert compare_mixers.main(arguments) == 2
     assert "optimizer.rl: unknown key" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_comparison_is_refused(tmp_path):
+    first = next(iter(plan(tmp_path).items()))
+    first[0].mkdir()
+    load_recipe(RECIPE, first[1].overrides).dump(first[0] / "recipe.yaml")
+    assert first[0] in plan(tmp_path)
+    with pytest.raises(RecipeError, match="holds a run of other settings: give another --out"):
+        plan(tmp_path, "--steps", "50")
 
 
 def test_pictures_that_cannot_be_packed_end_it_with_the_reason(tmp_path, capsys):
@@ -100,4 +109,3 @@ def test_a_small_one_from_a_folder_to_the_curves(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
     assert compare_mixers.main(arguments) == 0  # nothing is repeated
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
-    assert compare_mixers.main([*arguments, "optimizer.lr=5e-4"]) == 2  # another comparison
