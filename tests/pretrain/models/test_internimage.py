@@ -164,6 +164,17 @@ def test_recomputation_changes_nothing():
         assert torch.equal(one, other)
 
 
+def test_compiled_without_a_graph_break():
+    encoder = small_encoder(head={"type": "conv"}).eval()
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    found = []
+    for model in (encoder, compiled):
+        output = model(images(), pooled=True)
+        inputs = list(encoder.parameters())
+        found.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    torch.testing.assert_close(found[1], found[0], atol=0, rtol=1e-5)
+
+
 def test_torch_exports_it_for_any_batch():
     encoder = small_encoder(head={"type": "conv"}).eval()
     exported = torch.export.export(
