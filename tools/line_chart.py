@@ -11,7 +11,7 @@ _WIDTH, _HEIGHT = 430, 280  # of the area of one panel that holds curves
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 20, 42, 52
 _HEAD, _LEGEND = 40, 26
 _TEXT, _TITLE = 13, 18
-_TICKS = 6
+_TICKS = 7
 
 _PAPER, _FRAME, _GRID = "#ffffff", "#9aa4b0", "#e6eaef"
 _INK, _FAINT = "#16202c", "#6b7785"
