@@ -8,6 +8,7 @@ from torch import Tensor
 from pretrain.models.operators.sampling_triton import (
     Scatter,
     add_sample,
+    block,
     configurations,
     constants,
     grid,
@@ -93,11 +94,9 @@ def _forward_kernel(
     KERNEL_ROWS: tl.constexpr, POINTS: tl.constexpr, REMOVED: tl.constexpr, SCALE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(1).to(tl.int64)
-    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = position < positions
-    channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
-    used = channel < CHANNELS
+    group, position, valid, channel, used = block(
+        positions, CHANNELS, BLOCK_CHANNELS, BLOCK
+    )
     origin_y = (position // columns % rows * STRIDE_Y + ORIGIN_Y).to(SUM)
     origin_x = (position % columns * STRIDE_X + ORIGIN_X).to(SUM)
     image = value + (position // (rows * columns) * height * width * channels + group * CHANNELS)
@@ -129,11 +128,9 @@ def _backward_kernel(
     KERNEL_ROWS: tl.constexpr, POINTS: tl.constexpr, REMOVED: tl.constexpr, SCALE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(1).to(tl.int64)
-    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = position < positions
-    channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
-    used = channel < CHANNELS
+    group, position, valid, channel, used = block(
+        positions, CHANNELS, BLOCK_CHANNELS, BLOCK
+    )
     origin_y = (position // columns % rows * STRIDE_Y + ORIGIN_Y).to(SUM)
     origin_x = (position % columns * STRIDE_X + ORIGIN_X).to(SUM)
     image = position // (rows * columns) * height * width * channels + group * CHANNELS

@@ -10,6 +10,7 @@ from torch import Tensor
 from pretrain.models.operators.sampling_triton import (
     Scatter,
     add_sample,
+    block,
     configurations,
     constants,
     grid,
@@ -73,11 +74,9 @@ def _forward_kernel(
     MAPS: tl.constexpr, POINTS: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = position < positions
-    channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
-    used = channel < CHANNELS
+    head, position, valid, channel, used = block(
+        positions, CHANNELS, BLOCK_CHANNELS, BLOCK
+    )
     step = heads * CHANNELS
     image = value + (position // queries * pixels * step + head * CHANNELS)
     first = (position * heads + head) * (MAPS * POINTS)
@@ -110,11 +109,9 @@ def _backward_kernel(
     FIXED: tl.constexpr, MAPS: tl.constexpr, POINTS: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = position < positions
-    channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
-    used = channel < CHANNELS
+    head, position, valid, channel, used = block(
+        positions, CHANNELS, BLOCK_CHANNELS, BLOCK
+    )
     step = heads * CHANNELS
     image = position // queries * pixels * step + head * CHANNELS
     first = (position * heads + head) * (MAPS * POINTS)

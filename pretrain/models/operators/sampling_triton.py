@@ -80,6 +80,18 @@ class Scatter:
 
 
 @triton.jit
+def block(
+    positions, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What a program computes: its group, positions (BLOCK,) and which of them there are, channels
+    (1, BLOCK_CHANNELS) and which of them there are."""
+    group = tl.program_id(1).to(tl.int64)
+    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
+    return group, position, position < positions, channel, channel < CHANNELS
+
+
+@triton.jit
 def _axis(coordinate, near, size):
     """Lower neighbour of a coordinate, the weight of the upper one, and which of them are inside.
 
