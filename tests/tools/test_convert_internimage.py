@@ -105,6 +105,30 @@ def test_rows_of_the_head_and_what_is_left_out(tmp_path, capsys):
     assert "names no row" in capsys.readouterr().err
 
 
+def test_the_middle_point_can_be_left_out(tmp_path, capsys):
+    """Into a model without it, but not back."""
+    state, settings, _ = golden_state("t")
+    save_file(state, tmp_path / "a.safetensors")
+    mixer = settings.mixer.model_copy(update={"remove_center": True})
+    command = ["import-internimage", str(tmp_path / "a.safetensors"), "--out",
+               str(tmp_path / "ours.safetensors"), "--settings",
+               describe(tmp_path, settings.model_copy(update={"mixer": mixer}))]  # fmt: skip
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "taken: " in said.err and "without the rows of the middle point" in said.err
+    printed = yaml.safe_load(said.out)["model"]["encoders"]["image"]
+    assert printed["mixer"]["remove_center"] is True
+    ours = load_file(tmp_path / "ours.safetensors")
+    mask = ours["encoders.image.levels.0.blocks.0.dcn.mask.bias"]
+    assert len(mask) == 8 * settings.groups[0]
+    state, settings, _ = golden_state("rc")
+    save_file(state, tmp_path / "a.safetensors")
+    mixer = settings.mixer.model_copy(update={"remove_center": False})
+    describe(tmp_path, settings.model_copy(update={"mixer": mixer}))
+    assert main(command) == 1
+    assert "were trained without the middle point" in capsys.readouterr().err
+
+
 def test_a_model_of_unknown_shape_must_be_described(tmp_path, capsys):
     state, _, _ = golden_state("t")
     save_file(state, tmp_path / "a.safetensors")
