@@ -17,8 +17,6 @@ from tests.pretrain.models.internimage_models import (
     settings_of,
     small_settings,
 )
-from tests.tiny_run import tiny_recipe, write_recipe
-from tests.tools.conftest import train
 from tools.convert import main
 from tools.internimage_config import config_of_settings, settings_of_config
 
@@ -157,39 +155,17 @@ def test_what_the_official_code_cannot_be(changes, message):
         config_of_settings(small_settings(**changes), 0)
 
 
-@pytest.fixture(scope="module")
-def run(scenes, tmp_path_factory):
-    """Four steps of classification on a small InternImage with layer scale and batch norm."""
-    folder = tmp_path_factory.mktemp("internimage")
-    recipe = tiny_recipe(scenes, folder / "run", steps=4, ema={"decay": 0.5})
-    caption = recipe["tasks"].pop("caption")
-    recipe["model"]["encoders"]["image"] = {
-        "type": "internimage", "channels": 16, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8],
-        "post_norm": True, "layer_scale": 0.1, "stage_norm": False, "head": {"type": "conv"},
-        "drop_path": 0.2,
-    }  # fmt: skip
-    recipe["tasks"]["classify"] = {
-        "global_batch": 8, "micro_batch": 8,
-        "objective": {"type": "classification", "pool": "head"},
-        "data": {"shards": caption["data"]["shards"], "image": caption["data"]["image"],
-                 "classes": 10},
-        "evaluation": caption["evaluation"],
-    }  # fmt: skip
-    train(write_recipe(folder / "recipe.yaml", recipe), folder / "logs")
-    return folder / "run"
-
-
 @pytest.mark.parametrize("weights", ["master", "ema"])
 @pytest.mark.parametrize("kind", ["official", "transformers", "detection"])
-def test_a_run_goes_out_and_comes_back(run, tmp_path, kind, weights, capsys):
+def test_a_run_goes_out_and_comes_back(internimage_run, tmp_path, kind, weights, capsys):
     from tools.trained import open_run
 
     out = tmp_path / ("folder" if kind == "transformers" else "a.pth")
     task = [] if kind == "detection" else ["--task", "classify"]
-    assert main(["export-internimage", "--run", str(run), "--out", str(out), "--format", kind,
-                 "--weights", weights, *task]) == 0  # fmt: skip
+    assert main(["export-internimage", "--run", str(internimage_run), "--out", str(out),
+                 "--format", kind, "--weights", weights, *task]) == 0  # fmt: skip
     assert "read back bit for bit" in capsys.readouterr().err
-    trained = open_run(run, weights)
+    trained = open_run(internimage_run, weights)
     ours = trained.model.state_dict()
     if kind != "transformers":
         content = torch.load(out, weights_only=True)
@@ -213,14 +189,14 @@ def test_a_run_goes_out_and_comes_back(run, tmp_path, kind, weights, capsys):
     assert all(torch.equal(found[name], ours[name]) for name in found)
 
 
-def test_places_that_are_taken(run, tmp_path, capsys):
+def test_places_that_are_taken(internimage_run, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     for out, kind, message in (
         ("there", "transformers", "is there already"), ("a.pt", "official", "must end in .pth"),
     ):  # fmt: skip
-        assert main(["export-internimage", "--run", str(run), "--out", str(tmp_path / out),
-                     "--format", kind]) == 1  # fmt: skip
+        assert main(["export-internimage", "--run", str(internimage_run), "--out",
+                     str(tmp_path / out), "--format", kind]) == 1  # fmt: skip
         assert message in capsys.readouterr().err
-    assert main(["export-internimage", "--run", str(run), "--out", str(tmp_path / "a.pth"),
-                 "--encoder", "eye"]) == 1  # fmt: skip
+    assert main(["export-internimage", "--run", str(internimage_run), "--out",
+                 str(tmp_path / "a.pth"), "--encoder", "eye"]) == 1  # fmt: skip
     assert "InternImages are: image" in capsys.readouterr().err
