@@ -117,9 +117,9 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     Each is {"name", "params": list[Parameter], "lr": peak, "lr_multiplier", "weight_decay"}. Frozen
     parameters are left out; a shared one appears once and follows a pattern that matches any of its
     names. Under ZeRO-3 the full shape is read from DeepSpeed's `ds_shape`.
-    Raises ValueError for a pattern that matches no trained parameter, for a 0-dim parameter (ZeRO cannot
-    partition one), for a model without trainable parameters, and for a module in `layer_decay` that
-    does not tell its layers.
+    Raises ValueError for a pattern that matches no trained parameter, for a 0-dim parameter (ZeRO
+    cannot partition one), for a model without trainable parameters, and for a module in
+    `layer_decay` that does not tell its layers or is not trained.
     """
     named = _aliases(model)
     every_name = [name for names, parameter in named if parameter.requires_grad for name in names]
@@ -203,4 +203,6 @@ def _check_patterns(setting: str, patterns: Sequence[str], names: Sequence[str])
             continue
         near = get_close_matches(pattern.replace("*", ""), names, n=1, cutoff=0.0)
         example = f"; the nearest name is {near[0]}" if near else ""
-        raise ValueError(f"optimizer.{setting}: pattern {pattern!r} matches no trained parameter{example}")
+        raise ValueError(
+            f"optimizer.{setting}: pattern {pattern!r} matches no trained parameter{example}"
+        )
