@@ -7,9 +7,9 @@ In bf16 an average of the module's own weights would stand still: a step of (1 -
 difference is lost in 8 bits.
 
 What the forward pass sees follows by a cast. ZeRO-1 and 2 keep whole weights on every rank, so the
-pieces are gathered, in buckets; of one target they are never more than what DeepSpeed gathers of the
-trained weights in the same step. ZeRO-3 divides target and online parameters alike, so every rank writes
-into its own part, and nothing but small parameters, which stay whole, is sent.
+pieces are gathered, in buckets; of one target they are never more than what DeepSpeed gathers of
+the trained weights in the same step. ZeRO-3 divides target and online parameters alike, so every
+rank writes into its own part, and nothing but small parameters, which stay whole, is sent.
 """
 
 from collections.abc import Iterable, Mapping
