@@ -95,6 +95,9 @@ class SampleReader:
                 return self._read_once(number, local, row, extensions)
             except OSError as error:
                 self.close()  # a stale handle heals only if the file is opened again
+                if isinstance(error, PermissionError) and is_url(self.shards.shards[number].path):
+                    # A server refuses the index: access is no property of a sample.
+                    raise TransientReadError(str(error)) from error
                 if self._is_lost(number, error, attempt):
                     self._lose(number, error)
                     continue

@@ -238,6 +238,19 @@ def test_refused_access_ends_the_run(server):
         SampleReader(opened).read(5)
 
 
+def test_a_server_that_refuses_an_index_ends_the_run(server):
+    """Access is no property of a sample: nothing may take its place."""
+    opened = ShardSet.open(server.url + "/set", QUICK)
+    server.of, server.always = "train-000001.tar.idx", status(403)
+    reader = SampleReader(opened)
+    assert reader.read(5).members == sample(5)[1]
+    server.of = ""
+    with pytest.raises(TransientReadError, match=r"train-000001\.tar.*HTTP 403 .*refuses access"):
+        reader.read(45)
+    with pytest.raises(PermissionError, match=r"/set/manifest\.json: HTTP 403"):
+        ShardSet.open(server.url + "/set", QUICK)
+
+
 def read_in_another_process(reader, queue):
     queue.put([reader.read(row).members == sample(row)[1] for row in range(100)])
 
