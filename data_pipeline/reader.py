@@ -154,6 +154,7 @@ class SampleReader:
                 except ShardError:
                     if not self._renew(number, begin, end):
                         raise
+                    self.source.counters["retries"] += 1
                     self._read_run(number, begin, end, run, index, members)
         except ShardError as error:
             raise BadSample(str(error), shard.label, key, row) from error

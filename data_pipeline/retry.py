@@ -43,7 +43,7 @@ class Interrupted(Exception):
         Args:
             reason: for the message.
             retry_after_s: the server asked not to be asked again before.
-            attempts: most attempts that are worth making; None: as the deadline allows.
+            attempts: most attempts that are worth making in a row; None: as the deadline allows.
             otherwise: raised after so many attempts, in place of TransientReadError.
         """
         super().__init__(reason)
@@ -56,12 +56,12 @@ class Patience:
     def __init__(self, url: str, policy: RetryPolicy, on_retry: Callable[[], None]) -> None:
         """`on_retry` is called before each new attempt."""
         self._url, self._policy, self._on_retry = url, policy, on_retry
-        self._failures, self._reasons = 0, []
+        self._failures, self._limited, self._reasons = 0, 0, []
         self._since = time.monotonic()
 
     def progress(self) -> None:
         """Bytes arrived: the deadline starts anew."""
-        self._failures, self._reasons = 0, []
+        self._failures, self._limited, self._reasons = 0, 0, []
         self._since = time.monotonic()
 
     @property
@@ -83,7 +83,9 @@ class Patience:
         self._failures += 1
         self._reasons = [*self._reasons[-1:], str(fault)]
         spent = time.monotonic() - self._since
-        if fault.attempts is not None and self._failures >= fault.attempts:
+        # In a row: a refusal after a while of 503 is the first one.
+        self._limited = self._limited + 1 if fault.attempts is not None else 0
+        if fault.attempts is not None and self._limited >= fault.attempts:
             raise fault.otherwise or self._given_up(fault, spent)
         longest = min(
             self._policy.first_wait_s * 2 ** min(self._failures - 1, 30),
