@@ -205,7 +205,8 @@ def test_wrong_bytes_that_were_sent_once_are_no_damage(server, www):
     server.faults.extend([garbled] * 2)
     reader.expect([3, 30])
     assert [reader.read(row).members for row in (3, 30)] == [sample(n)[1] for n in (3, 30)]
-    assert not server.faults
+    # One of them met the question for size and version, which has no use for the bytes.
+    assert not server.faults and reader.source.counters["retries"] == 1
     server.always = garbled  # a server that goes on like this has a damaged file
     with pytest.raises(BadSample, match="'000070'"):
         reader.read(70)
@@ -236,6 +237,19 @@ def test_refused_access_ends_the_run(server):
     server.always = status(403)
     with pytest.raises(TransientReadError, match=r"HTTP 403 .*refuses access"):
         SampleReader(opened).read(5)
+
+
+def test_a_server_that_refuses_an_index_ends_the_run(server):
+    """Access is no property of a sample: nothing may take its place."""
+    opened = ShardSet.open(server.url + "/set", QUICK)
+    server.of, server.always = "train-000001.tar.idx", status(403)
+    reader = SampleReader(opened)
+    assert reader.read(5).members == sample(5)[1]
+    server.of = ""
+    with pytest.raises(TransientReadError, match=r"train-000001\.tar.*HTTP 403 .*refuses access"):
+        reader.read(45)
+    with pytest.raises(PermissionError, match=r"/set/manifest\.json: HTTP 403"):
+        ShardSet.open(server.url + "/set", QUICK)
 
 
 def read_in_another_process(reader, queue):

@@ -1,5 +1,7 @@
 """Runs on data behind a web server, and on streams: equal losses, clear ends, honest resumes."""
 
+import contextlib
+import importlib.util
 import json
 import shutil
 import time
@@ -7,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.data_pipeline.bucket_server import BucketServer
 from tests.data_pipeline.faulty_server import FaultyServer, dropped, short, status
+from tests.data_pipeline.test_tls import FILES as TLS_FILES
+from tests.data_pipeline.test_tls import TlsServer
 from tests.distributed.launch import run_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
@@ -45,19 +50,34 @@ def train(data: Path, folder: Path, shards: dict, world: int = 2, **changes) -> 
     )
 
 
-def test_losses_over_http_equal_the_local_ones(data, tmp_path):
-    for name in ("local", "http"):
-        (tmp_path / name).mkdir()
-    assert train(data, tmp_path / "local", {}) == [0, 0], tails(tmp_path / "local/out")
-    with FaultyServer(data) as server:
-        server.faults.extend([dropped, short, status(503), status(429, Retry_After="0"), short])
-        codes = train(
-            data, tmp_path / "http", {"shards": [server.url + "/train"]},
-            loader={"workers": 1, "remote": REMOTE},
-        )  # fmt: skip
-        assert not server.faults
-    assert codes == [0, 0], tails(tmp_path / "http/out")
-    assert losses(tmp_path / "http/run") == losses(tmp_path / "local/run")
+def test_losses_over_any_network_equal_the_local_ones(data, tmp_path, monkeypatch):
+    """http, https and, where its driver is installed, s3."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(TLS_FILES / "test_authority.pem"))
+    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"),
+                        ("DEFAULT_REGION", "us-east-1")):  # fmt: skip
+        monkeypatch.setenv(f"AWS_{name}", value)
+    servers = {"local": None, "http": FaultyServer, "https": TlsServer}
+    if importlib.util.find_spec("s3fs"):
+        servers["s3"] = BucketServer
+    found = {}
+    for name, kind in servers.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        shards = {}
+        with contextlib.ExitStack() as stack:
+            if kind is not None:
+                server = stack.enter_context(kind(data.parent if name == "s3" else data))
+                server.faults.extend([dropped, short, status(503), status(429), short])
+                monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+                place = f"s3://{data.name}" if name == "s3" else server.url
+                shards = {"shards": [place + "/train"]}
+            loader = {"workers": 1, "remote": REMOTE}
+            codes = train(data, folder, shards, loader=loader)
+            assert kind is None or not server.faults
+        assert codes == [0, 0], tails(folder / "out")
+        found[name] = losses(folder / "run")
+    assert len(found["local"]) > 10
+    assert all(each == found["local"] for each in found.values())
 
 
 def test_a_server_that_goes_away_ends_all_ranks(data, tmp_path):
