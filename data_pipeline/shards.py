@@ -126,6 +126,17 @@ class ShardSet:
         lines = (f"{s.name}\0{s.samples}\0{s.index_digest}\n" for s in self.shards)
         return sha256("".join(lines).encode()).hexdigest()
 
+    @property
+    def fingerprint_by_headers(self) -> str:
+        """`fingerprint` as it was when remote shards without a manifest had no index but one of
+        their headers: the same samples, of which less was known. Reads the indices of these."""
+        lines = (
+            f"{s.name}\0{s.samples}\0"
+            f"{self.read_index(number).headers_digest if s.version else s.index_digest}\n"
+            for number, s in enumerate(self.shards)
+        )
+        return sha256("".join(lines).encode()).hexdigest()
+
     def index(self, number: int) -> ShardIndex:
         """Return the index of a shard; built if it does not exist yet.
 
@@ -217,7 +228,11 @@ class ShardSet:
             index = remote_index(shard.path, state, self.storage, digest=digest, full=full)
         else:
             index = load_or_build_index(shard.path)
-        if (index.digest, len(index)) != (shard.index_digest, shard.samples):
+        same = index.digest == shard.index_digest
+        if not same and shard.version:
+            # Opened with an index of headers; another run has found a full one since.
+            same = index.headers_digest == shard.index_digest
+        if not same or len(index) != shard.samples:
             raise ShardError(
                 f"{shard.label}: its index does not belong to the shard that was opened (another "
                 f"digest; {len(index)} samples, not {shard.samples}): files were swapped or "

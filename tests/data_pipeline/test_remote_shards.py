@@ -7,6 +7,7 @@ import shutil
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,69 @@ def test_a_tar_without_index_is_indexed_by_its_headers(server, www):
             assert (weak.arrays[name] == strong.arrays[name]).all()
     full = ShardSet.open(specs, QUICK.model_copy(update={"foreign_index": "full"}))
     assert full.fingerprint == local.fingerprint != opened.fingerprint
+
+
+def companions(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tar"}
+
+
+def grown_old(cache: Path) -> None:
+    for path in (cache / "indices").iterdir():
+        os.utime(path, (1, 1))
+
+
+def test_a_full_index_that_comes_later_takes_the_place_of_one_of_headers(server, www, cache):
+    local, taken = ShardSet.open(www / "set"), companions(www / "set")
+    digests = [local.index(number).headers_digest for number in range(3)]
+    without_companions(www / "set")
+    specs = server.url + "/set/train-00000{0..2}.tar"
+    weak = ShardSet.open(specs, QUICK)
+    assert digests == [weak.index(number).digest for number in range(3)]
+    assert digests == [weak.index(number).headers_digest for number in range(3)]
+    # Processes that start together ask once whether there are better ones.
+    for much_later in (False, True, False):
+        if much_later:
+            grown_old(cache)
+        server.asked.clear()
+        assert not ShardSet.open(specs, QUICK).index(0).payloads_hashed
+        asked = Counter(name for name, _ in server.asked if name.endswith(".idx"))
+        assert list(asked.values()) == [1, 1, 1] * much_later
+    for path, content in taken.items():
+        if path.suffix == ".idx":
+            path.write_bytes(content)
+    assert not ShardSet.open(specs, QUICK).index(0).payloads_hashed  # asked a moment ago
+    grown_old(cache)
+    full = ShardSet.open(specs, QUICK)
+    assert full.fingerprint == local.fingerprint != weak.fingerprint
+    assert full.fingerprint_by_headers == weak.fingerprint == weak.fingerprint_by_headers
+    # A run that began before goes on: the samples are the same, and more is known of them.
+    for shards in (weak, ShardSet(weak.shards, storage=weak.storage)):
+        assert is_whole(shards)
+    shutil.rmtree(cache)
+    assert is_whole(going_on := ShardSet(weak.shards, storage=weak.storage))
+    assert going_on.index(0).payloads_hashed
+    # Another shard under its name is still none of its samples.
+    other = ShardSet([weak.shards[0], replace(weak.shards[1], index_digest="0")])
+    with pytest.raises(ShardError, match="its index does not belong to the shard"):
+        other.index(1)
+
+
+def test_where_a_full_index_is_wanted_one_of_headers_will_not_do(server, www, cache):
+    local = ShardSet.open(www / "set")
+    without_companions(www / "set")
+    specs = server.url + "/set/train-00000{0..2}.tar"
+    for number, shard in enumerate(ShardSet.open(specs, QUICK).shards):
+        weak = ShardSet.open(specs, QUICK).index(number)
+        weak.save(www / "set" / f"{shard.name}.idx")
+    settings = QUICK.model_copy(update={"foreign_index": "full"})
+    full = ShardSet.open(specs, settings)
+    assert full.fingerprint == local.fingerprint
+    # What one run has built is at hand for all others.
+    server.asked.clear()
+    assert ShardSet.open(specs, QUICK).fingerprint == local.fingerprint
+    assert not [name for name, _ in server.asked if name.endswith(".idx")]
+    shutil.rmtree(cache)
+    assert not ShardSet.open(specs, QUICK).index(0).payloads_hashed
 
 
 def test_header_only_indexing_loads_little(tmp_path):
