@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.cache import CachedShards, CacheSettings
 from data_pipeline.index import ShardIndex
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
 from data_pipeline.remote import RemoteSettings
@@ -20,6 +21,7 @@ from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError
 from tests.data_pipeline.faulty_server import (
     FaultyServer,
+    anonymous,
     dropped,
     garbled,
     shifted,
@@ -236,6 +238,19 @@ def test_what_an_index_of_headers_does_and_does_not_see(server, www):
     assert reader.read(2).members != sample(2)[1]  # its documented weakness
     with pytest.raises(BadSample, match=r"'000003'.*this is not a tar header"):
         reader.read(3)
+
+
+@pytest.mark.parametrize("kind", ["headers", "full"])
+def test_a_server_that_tells_no_versions(server, www, tmp_path, kind):
+    without_companions(www / "set")
+    server.of, server.always = "", anonymous
+    settings = QUICK.model_copy(update={"foreign_index": kind})
+    opened = ShardSet.open(server.url + "/set/train-00000{0..2}.tar", settings)
+    assert [shard.version for shard in opened.shards] == [""] * 3
+    assert is_whole(opened)
+    assert is_whole(ShardSet(opened.shards, storage=opened.storage))
+    cache = CachedShards(opened, CacheSettings(folder=str(tmp_path / "blocks"), max_gib=0.1))
+    assert SampleReader(opened, cache).read(50).members == sample(50)[1]
 
 
 def test_a_damaged_remote_tar_is_named(server, www):
