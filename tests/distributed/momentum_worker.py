@@ -181,10 +181,9 @@ def main() -> None:
     ranks = init_distributed(threads_per_rank=1)
     cells = CELLS if mode == "write" else WHOLE_STAGES
     results: dict = {cell: straight_cell(ranks, folder, cell) for cell in cells}
-    if mode == "write":
+    if mode == "read":
         for cell in ("zero2-bf16", "zero3-bf16"):
             still_cell(ranks, folder, cell)
-    else:
         results |= {f"{source}-to-{cell}": read_cell(ranks, folder, source, cell)
                     for source in WHOLE_STAGES for cell in WHOLE_STAGES}
     if ranks.leads:
