@@ -139,6 +139,11 @@ class Catalogue:
                 f"{shown}: is no .tar and holds no manifest.json, and web servers cannot be "
                 "listed: name the shards, for example with {00000..00099}.tar"
             )
+        if self.storage.glob(inside(url, manifests.PLAN_NAME)):
+            raise ShardError(
+                f"{shown}: its packing was not finished when it was uploaded: finish it, and "
+                "upload it again"
+            )
         return self._list(inside(url, "*.tar"))
 
     def _list(self, pattern: str) -> list[str]:

@@ -3,12 +3,14 @@
 import contextlib
 import importlib.util
 import json
+import os
 import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from pretrain.engine.checkpoint_files import read_manifest
 from tests.data_pipeline.bucket_server import BucketServer
 from tests.data_pipeline.faulty_server import FaultyServer, dropped, short, status
 from tests.data_pipeline.test_tls import FILES as TLS_FILES
@@ -114,3 +116,27 @@ def test_a_run_on_a_stream_and_its_resume(data, tmp_path):
     assert "goes on at step 4 with another part of its stream" in out
     steps = [line["step"] for line in metrics(tmp_path / "run") if line["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_goes_on_where_full_indices_were_put_beside_its_shards(data, tmp_path):
+    shutil.copytree(data, tmp_path / "www")
+    www = tmp_path / "www" / "train"
+    indices = {path: path.read_bytes() for path in www.glob("*.idx")}
+    for path in (*indices, www / "manifest.json"):
+        path.unlink()
+    with FaultyServer(tmp_path / "www") as server:
+        shards = {"shards": [server.url + "/train/train-00000{0..2}.tar"]}
+        loader = {"workers": 1, "remote": REMOTE}
+        assert train(data, tmp_path, shards, 1, loader=loader) == [0], tails(tmp_path / "out")
+        expected = losses(tmp_path / "run")
+        for path, content in indices.items():
+            path.write_bytes(content)
+        for path in (tmp_path / "cache" / "indices").iterdir():
+            os.utime(path, (1, 1))  # long ago
+        shutil.rmtree(tmp_path / "run/checkpoints/step_000000012")  # as if it had ended before
+        (tmp_path / "run/metrics.jsonl").unlink()
+        codes = run_ranks("pretrain.train", ["--resume", tmp_path / "run"], 1, tmp_path / "out2")
+    assert codes == [0], tails(tmp_path / "out2")
+    assert losses(tmp_path / "run") == expected[8:]
+    ledger = read_manifest(tmp_path / "run/checkpoints/step_000000012")["trainer"]["ledger"]
+    assert [entry["step"] for entry in ledger if entry["kind"] == "data"] == [0, 8]
