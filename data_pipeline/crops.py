@@ -53,8 +53,9 @@ def fitting_box(
 
     Ten tries, of 22 draws in all, whether needed or not; None if no box fits into the image.
     """
-    shares, aspects, (place_x, place_y) = np.split(rng.random(22), [10, 20])
-    for share, aspect in zip(shares.tolist(), aspects.tolist(), strict=True):
+    draws = rng.random(22).tolist()
+    place_x, place_y = draws[20:]
+    for share, aspect in zip(draws[:10], draws[10:20], strict=True):
         area = width * height * (scale[0] + share * (scale[1] - scale[0]))
         shape = math.exp(math.log(ratio[0]) + aspect * math.log(ratio[1] / ratio[0]))
         w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
