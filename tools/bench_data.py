@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=Path, help="folder of JPEGs, or of shards; default: made-up photographs"
     )
-    parser.add_argument("--samples", type=int, default=4800, help="images per repetition")
+    parser.add_argument("--samples", type=int, default=9600, help="images per repetition")
     parser.add_argument("--tiny-samples", type=int, default=20_000, help="images of 32 pixels")
     parser.add_argument("--size", type=int, default=224, help="output pixels")
 
