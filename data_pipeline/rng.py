@@ -8,6 +8,7 @@ import hashlib
 from math import isqrt
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 ROUNDS = 6  # each half of the Feistel network is updated three times
 
@@ -31,7 +32,22 @@ def keyed_u64(*parts: int | str) -> int:
 def sample_rng(seed: int, task: str, position: int, purpose: str) -> np.random.Generator:
     """Counter-based generator (Philox) of one purpose of one sample of one task."""
     key = np.frombuffer(_digest((seed, task, position, purpose), 16), dtype="<u8")
-    return np.random.Generator(np.random.Philox(key=key.astype(np.uint64)))
+    return np.random.Generator(np.random.Philox(_Key(key.astype(np.uint64))))
+
+
+class _Key(ISeedSequence):
+    """A key as a source of seeds. `Philox(key=...)` gives the same numbers, but first asks the
+    system for a random seed that it then throws away, which takes twice the time of all the rest.
+    """
+
+    def __init__(self, words: np.ndarray) -> None:
+        self.words = words
+
+    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
+        """The (2,) uint64 words that Philox asks for."""
+        if n_words != len(self.words) or np.dtype(dtype) != self.words.dtype:
+            raise ValueError(f"a key of 2 uint64 words, not of {n_words} {np.dtype(dtype)}")
+        return self.words
 
 
 def substream(rng: np.random.Generator, number: int) -> np.random.Generator:

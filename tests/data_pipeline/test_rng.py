@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.rng import keyed_u64, permute, sample_rng, substream
+from data_pipeline.rng import keyed_bytes, keyed_u64, permute, sample_rng, substream
 
 
 def test_values_are_pinned():
@@ -17,6 +17,15 @@ def test_values_are_pinned():
     ]
     keys = np.array([keyed_u64(0)], dtype=np.uint64)
     assert permute(np.arange(10), 10, keys).tolist() == [1, 7, 9, 3, 0, 8, 4, 2, 5, 6]
+
+
+def test_the_generator_is_philox_with_the_hash_as_its_key():
+    key = np.frombuffer(keyed_bytes(16, 1, "caption", 9, "image"), dtype="<u8")
+    plain = np.random.Philox(key=key)
+    rng = sample_rng(1, "caption", 9, "image")
+    jumped = substream(rng, 3).integers(0, 1000, 50)
+    assert np.array_equal(jumped, np.random.Generator(plain.jumped(3)).integers(0, 1000, 50))
+    assert np.array_equal(rng.random(50), np.random.Generator(plain).random(50))
 
 
 def test_parts_do_not_run_together():
