@@ -5,12 +5,14 @@ after any resume. `mix64` and `permute` are the vectorised side: a hash and a ke
 """
 
 import hashlib
+from functools import lru_cache
 from math import isqrt
 
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
 ROUNDS = 6  # each half of the Feistel network is updated three times
+TABLE_SIZE = 1 << 15  # permutations up to this size are kept as tables, of at most 256 KiB
 
 
 def _digest(parts: tuple[int | str, ...], size: int) -> bytes:
@@ -83,6 +85,18 @@ def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     Returns:
         (n,) int64.
     """
+    if keys.size == 1 and size <= TABLE_SIZE:
+        return _table(size, int(keys[0]))[values]
+    return _permute(values, size, keys)
+
+
+@lru_cache(maxsize=16)
+def _table(size: int, key: int) -> np.ndarray:
+    """All of a small permutation: looked up at a hundredth of the cost of a few of its values."""
+    return _permute(np.arange(size), size, np.array([key], dtype=np.uint64))
+
+
+def _permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     a = isqrt(size - 1) + 1 if size > 1 else 1
     b = -(-size // a)
     out = _network(values.astype(np.uint64), a, b, keys)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline import rng
 from data_pipeline.rng import keyed_bytes, keyed_u64, permute, sample_rng, substream
 
 
@@ -59,6 +60,13 @@ def test_substreams_are_their_own():
 def test_permute_is_a_bijection(size, key):
     image = permute(np.arange(size), size, np.array([key], dtype=np.uint64))
     assert np.array_equal(np.sort(image), np.arange(size))
+
+
+def test_tables_change_nothing(monkeypatch):
+    key, values = np.array([keyed_u64(7)], dtype=np.uint64), np.array([5, 0, 999, 5, 321])
+    by_table = permute(values, 1000, key)
+    monkeypatch.setattr(rng, "TABLE_SIZE", 999)
+    assert permute(values, 1000, key).tolist() == by_table.tolist()
 
 
 def test_each_element_follows_its_own_key():
