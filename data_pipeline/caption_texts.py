@@ -103,8 +103,9 @@ class CaptionSource(MemberSource):
         found = self.value(sample)
         if found is None:
             raise bad(sample, f"{self.source} is null", AbsentValue)
-        found = [found] if isinstance(found, str) else found
-        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        if isinstance(found, str):
+            found = [found]
+        elif not isinstance(found, list) or not all(isinstance(text, str) for text in found):
             raise bad(sample, f"{self.source} is neither a string nor a list of strings")
         if not all(_is_unicode(text) for text in found):
             raise bad(sample, f"{self.source} holds half a surrogate pair")

@@ -17,7 +17,7 @@ TABLE_SIZE = 1 << 15  # permutations up to this size are kept as tables, of at m
 
 def _digest(parts: tuple[int | str, ...], size: int) -> bytes:
     # The type tag and the length keep ("1", 2), (1, "2") and ("12",) apart.
-    text = "".join(f"{type(part).__name__[0]}{len(str(part))}:{part}" for part in parts)
+    text = "".join([f"{type(part).__name__[0]}{len(str(part))}:{part}" for part in parts])
     return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
