@@ -102,6 +102,12 @@ def import_weights(
         ours, f"objectives.{task}.decoder", config, found,
         decoder_heads or config.get("num_attention_heads"), notes,
     )  # fmt: skip
+    named = config.get("num_image_with_embedding") or 0
+    if config and named != decoder.frames:
+        raise ValueError(
+            f"{source.path.parent / 'config.json'}: num_image_with_embedding is {named}, but the "
+            f"weights have temporal embeddings of {decoder.frames} frames"
+        )
     words = ours[f"objectives.{task}.decoder.embedding.words.weight"]
     return Imported(found, ours, vit, decoder, len(words), notes)
 
