@@ -114,6 +114,8 @@ def build_objective(
         known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
     if isinstance(task.data, LabelDataSettings | BoxDataSettings):
         known["classes"] = task.data.classes
+    if isinstance(task.data, LabelDataSettings):
+        known["smaller_views"] = task.data.smaller_views
     return task.objective.build(encoders, tokenizer, **known)
 
 

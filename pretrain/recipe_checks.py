@@ -186,11 +186,21 @@ def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str
     trained, least = "size", task.data.image.size
     if task.data.image.sizes:
         trained, least = "sizes", min(task.data.image.sizes)
-    for size in getattr(task.objective, "smaller_sizes", ()):
+    needs = f"model.encoders.{name} ({encoder.type}) needs"
+    smaller = getattr(task.objective, "smaller_sizes", ())
+    views = getattr(task.data, "smaller_views", ())
+    for size in smaller:
         key = f"{where}.objective.smaller_sizes"
         if size >= least:
             found.append(f"{key}: {size} is not below {where}.data.image.{trained}={least}")
-        found += _check_multiple(key, size, step, f"model.encoders.{name} ({encoder.type}) needs")
+        found += _check_multiple(key, size, step, needs)
+    for size in views:
+        found += _check_multiple(f"{where}.data.smaller_views", size, step, needs)
+    if smaller and views:
+        found.append(
+            f"{where}.objective.smaller_sizes and {where}.data.smaller_views are two ways to show "
+            "smaller images: remove one"
+        )
     return found
 
 

@@ -496,6 +496,17 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
             "tasks.classify.data.image.sizes=48",
         ),
         (
+            ["tasks.classify.data.smaller_views=[40]"],
+            "tasks.classify.data.smaller_views=40 is not a multiple of 16, as "
+            "model.encoders.image (vit) needs: use 32 or 48",
+        ),
+        (
+            ["tasks.classify.data.smaller_views=[48]",
+             "tasks.classify.objective.smaller_sizes=[32]"],
+            "tasks.classify.objective.smaller_sizes and tasks.classify.data.smaller_views are two "
+            "ways to show smaller images: remove one",
+        ),
+        (
             ["tasks.classify.data.mixing={}", "tasks.classify.micro_batch=1"],
             "tasks.classify: data.mixing mixes neighbours: micro_batch must be even, not 1",
         ),
