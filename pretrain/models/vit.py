@@ -170,7 +170,8 @@ class PatchEmbedding(nn.Module):
         patches = self.patches(images)
         positions = self._positions_for(patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)
-        class_token = self.class_token.expand(len(images), 1, -1)
+        # Not len(images), which is a constant in an exported graph.
+        class_token = self.class_token.expand(images.shape[0], 1, -1)
         return torch.cat([class_token, patches], dim=1) + positions
 
     def _positions_for(self, rows: int, columns: int) -> Tensor:
