@@ -64,6 +64,17 @@ class Scratch:
         return self._bytes
 
 
+def has_windows() -> bool:
+    """Whether the decoder of windows was compiled at installation, and is in use."""
+    return _jpeg_window is not None
+
+
+def without_windows() -> None:
+    """Decode whole images from now on in this process: what an installation without it does."""
+    global _jpeg_window
+    _jpeg_window = None
+
+
 def read_header(data: bytes, max_pixels: int) -> ImageHeader:
     """Size and orientation, without decoding pixels.
 
