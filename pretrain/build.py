@@ -8,6 +8,7 @@ from torch import nn
 from data_pipeline.boxes import BoxDataSettings, BoxFields
 from data_pipeline.cache import source_of
 from data_pipeline.captions import CaptionFields
+from data_pipeline.clips import ClipFields
 from data_pipeline.faults import FaultFile
 from data_pipeline.images import ImageDataSettings
 from data_pipeline.labels import LabelDataSettings, LabelFields
@@ -130,6 +131,8 @@ def build_fields(
         return PictureFields(data, train)
     if isinstance(data, TextDataSettings):
         return TextFields(data, tokenizer)
+    if data.frames is not None:
+        return ClipFields(data, tokenizer, train)
     return CaptionFields(data, tokenizer, train)
 
 

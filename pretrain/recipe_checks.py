@@ -116,7 +116,21 @@ def _captioning_texts(where: str, task: "TaskSettings") -> list[str]:
             f"{where}.objective.max_new_tokens={objective.max_new_tokens} exceeds "
             f"{where}.objective.decoder.max_positions={positions}: lower max_new_tokens"
         )
-    return found
+    return found + _clips(where, task)
+
+
+def _clips(where: str, task: "TaskSettings") -> list[str]:
+    """Clips meet a decoder that tells their frames apart, and it meets nothing else."""
+    frames, most = task.data.frames, task.objective.decoder.frames
+    key = f"{where}.objective.decoder.frames"
+    if (frames or 0) > most:
+        return [f"{where}.data.frames={frames} exceeds {key}={most}: set that to {frames} or more"]
+    if most and not frames:
+        return [f"{key}={most} is for clips, but {where}.data.frames is not set: set both, or none"]
+    image = task.evaluation and task.evaluation.image
+    if frames and image and not image.fixed_size:
+        return [f"{where}.evaluation.image.mode={image.mode!r}: clips need one size"]
+    return []
 
 
 def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> list[str]:
@@ -125,6 +139,11 @@ def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> li
         found.append(
             f"{where}.data.captions_per_image={task.data.captions_per_image} must be 1 for a "
             "contrastive objective, whose images have one text each in a step"
+        )
+    if task.data.frames is not None:
+        found.append(
+            f"{where}.data.frames={task.data.frames}: a contrastive objective reads images: remove "
+            "frames"
         )
     if task.data.repeats > 1:
         found.append(

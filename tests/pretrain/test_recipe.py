@@ -511,6 +511,25 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
             "tasks.classify: data.mixing mixes neighbours: micro_batch must be even, not 1",
         ),
         (
+            ["tasks.contrast.data.frames=2"],
+            "tasks.contrast.data.frames=2: a contrastive objective reads images: remove frames",
+        ),
+        (
+            ["tasks.caption.data.frames=2"],
+            "tasks.caption.data.frames=2 exceeds tasks.caption.objective.decoder.frames=0: set "
+            "that to 2 or more",
+        ),
+        (
+            ["tasks.caption.objective.decoder.frames=6"],
+            "tasks.caption.objective.decoder.frames=6 is for clips, but tasks.caption.data.frames "
+            "is not set: set both, or none",
+        ),
+        (
+            ["tasks.caption.objective.decoder.frames=6", "tasks.caption.data.frames=6",
+             "tasks.caption.data.second_view={size: 64}"],
+            "tasks.caption.data: frames=6: clips have no second_view; remove one",
+        ),
+        (
             ["tasks.contrast.data.repeats=2"],
             "tasks.contrast.data.repeats=2 must be 1 for a contrastive objective, which would have "
             "to tell an image from its own copies",
