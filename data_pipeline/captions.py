@@ -88,11 +88,7 @@ class CaptionFields(ImageFields):
             BadSample: no usable image or caption.
         """
         count, length = self.settings.captions_per_image, self.settings.text_length
-        # First: a sample without a caption is not decoded.
-        if self.train:
-            captions = self.texts.draw(sample, count, rng_for)
-        else:
-            captions = self.texts.references(sample)
+        captions = self.captions(sample, rng_for)  # first: a sample without one is not decoded
         image = self.load_image(sample, rng_for, out, clock)
         tokens = np.full((count, length), self.tokenizer.pad_id, dtype=np.int64)
         tokens[:, 0], tokens[:, 1] = self.tokenizer.bos_id, self.tokenizer.eos_id
@@ -107,6 +103,17 @@ class CaptionFields(ImageFields):
         if clock is not None:
             clock.lap("transform")
         return {**image, "tokens": tokens, "lengths": lengths, "captions": captions}
+
+    def captions(
+        self, sample: Sample, rng_for: Callable[[str], np.random.Generator]
+    ) -> list[str]:
+        """The texts of a sample: in training those drawn, in evaluation all of its first source.
+
+        Raises BadSample: there is none, or it is not text.
+        """
+        if self.train:
+            return self.texts.draw(sample, self.settings.captions_per_image, rng_for)
+        return self.texts.references(sample)
 
     def collate(
         self,

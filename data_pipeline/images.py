@@ -51,8 +51,11 @@ class ImageFields:
 
     Args:
         settings: which members hold images, and their transforms.
-        train: draw augmentations; otherwise nothing is drawn at random.
+        train: draw augmentations; otherwise nothing is drawn at random, but for a second view if
+            `draws_second_view` says so (by seed and position: the same in every evaluation).
     """
+
+    draws_second_view = False
 
     def __init__(self, settings: ImageDataSettings, train: bool) -> None:
         self.settings, self.train = settings, train
@@ -120,7 +123,11 @@ class ImageFields:
         clock: StageClock | None,
     ) -> list[View]:
         """As `load_image`, with all that is known of each view."""
-        rngs = [rng_for(purpose) if self.train else None for purpose, _ in self._views.values()]
+        drawn = {"images": self.train, "second_images": self.train or self.draws_second_view}
+        rngs = [
+            rng_for(purpose) if drawn[name] else None
+            for name, (purpose, _) in self._views.items()
+        ]
         places = [None if out is None else out[name] for name in self._views]
         try:
             data = self._image_bytes(sample)
