@@ -140,6 +140,8 @@ class FsspecStorage:
                 found = getattr(filesystem, method)(path, **options)
                 if method == "glob":
                     found = [filesystem.unstrip_protocol(name) for name in found]
+                if method == "cat_file":
+                    self._limits.received(host, len(found))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise FileNotFoundError(f"{shown}: there is no such file") from error
         except PermissionError as error:
@@ -153,8 +155,6 @@ class FsspecStorage:
             raise Interrupted(
                 f"{type(error).__name__}: {error}", attempts=_ATTEMPTS_IF_UNCLEAR
             ) from error
-        if isinstance(found, bytes):
-            self._limits.received(host, len(found))
         return found
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from data_pipeline.fsspec_storage import FsspecStorage
 from data_pipeline.http_storage import HttpStorage
-from data_pipeline.limits import HostLimits
+from data_pipeline.limits import HostLimits, node_folder
 from data_pipeline.locations import scheme
 from data_pipeline.retry import RetryPolicy
 from data_pipeline.settings import Settings
@@ -28,9 +28,9 @@ class RemoteSettings(Settings):
     timeout_s: float = Field(default=30.0, gt=0.0)
     """Seconds of silence after which an attempt counts as failed."""
     requests_per_host: int = Field(default=16, ge=1)
-    """Requests at a time to one host, from each process (trainer or worker)."""
+    """Requests at a time to one host, from all processes of a user on a node."""
     mib_per_s_per_host: float | None = Field(default=None, gt=0.0)
-    """Limit of what each process loads from one host; null: none."""
+    """Limit of what all processes of a user on a node load from one host; null: none."""
     read_ahead_mib: int = Field(default=256, ge=1)
     """Memory for read-ahead in each process that reads without a cache."""
     block_kib: int = Field(default=1024, ge=16)
@@ -104,7 +104,7 @@ class UrlStorage:
         self._lock = threading.Lock()
         self._by_scheme: dict[str, HttpStorage | FsspecStorage] = {}
         self._limits = HostLimits(
-            self.settings.requests_per_host, None if rate is None else rate * 2**20
+            self.settings.requests_per_host, None if rate is None else rate * 2**20, node_folder()
         )
 
     def __getstate__(self) -> dict:

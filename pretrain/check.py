@@ -22,6 +22,7 @@ from pretrain.build import (
 )
 from pretrain.check_cache import cache_lines
 from pretrain.engine.ds_config import engine_config, find_engine_file
+from pretrain.engine.momentum_pairs import moving_targets, require_weights_in_memory
 from pretrain.models.init import classes_hint
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import Recipe, TaskSettings
@@ -198,8 +199,14 @@ def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
 def _model(recipe: Recipe, tokenizer: "Tokenizer", zero: dict, world: int) -> Iterator[str]:
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
-    total = _count(model)
+    total, trained = _count(model), _count(model, trained=True)
     yield f"model: {_millions(total)} parameters ({_parts(model)})"
+    require_weights_in_memory(model, zero)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    following = sum(sizes[name] for name in moving_targets(model))
+    if trained < total:
+        targets = f", of them {_millions(following)} in momentum targets" if following else ""
+        yield f"model: {_millions(total - trained)} parameters are not trained{targets}"
     if recipe.initial_weights is not None:
         yield _check_initial_weights(model, recipe.initial_weights)
     groups = parameter_groups(model, recipe.optimizer)
@@ -208,8 +215,9 @@ def _model(recipe: Recipe, tokenizer: "Tokenizer", zero: dict, world: int) -> It
     )
     momenta = _momenta(recipe)
     size = state_bytes(
-        total, zero["stage"], world, recipe.precision, momenta, zero.get("sub_group_size")
-    )
+        trained, zero["stage"], world, recipe.precision, momenta, zero.get("sub_group_size"),
+        frozen=total - trained, following=following,
+    )  # fmt: skip
     yield (
         f"memory per rank: about {size / 2**30:.2f} GiB for weights, gradients and optimizer "
         "(ds_configs/README.md); activations, buckets and the framework come on top"
@@ -223,6 +231,8 @@ def state_bytes(
     precision: str,
     momenta: int,
     sub_group_size: int | None = None,
+    frozen: int = 0,
+    following: int = 0,
 ) -> float:
     """Bytes a rank keeps for weights, gradients and optimizer under ZeRO (ds_configs/README.md).
 
@@ -233,6 +243,8 @@ def state_bytes(
         precision: bf16, fp16 or fp32.
         momenta: float32 values that are kept beside each master weight: 2 for AdamW, 1 for `ema`.
         sub_group_size: elements of a rank that stage 3 steps at a time; None = all.
+        frozen: parameters beside the trainable ones, of which there are only weights.
+        following: those of them that are momentum targets, with a float32 value each.
     """
     width = 4 if precision == "fp32" else 2
     weights = width / world if stage == 3 else width
@@ -240,7 +252,8 @@ def state_bytes(
     # The partition of this rank: float32 master weights, momenta, and gradients during the step.
     partition = parameters / world
     stepped = min(partition, sub_group_size) if stage == 3 and sub_group_size else partition
-    return parameters * (weights + gradients) + (4 + 4 * momenta) * partition + 4 * stepped
+    beside = frozen * weights + 4 * following / world
+    return parameters * (weights + gradients) + (4 + 4 * momenta) * partition + 4 * stepped + beside
 
 
 def _momenta(recipe: Recipe) -> int:
@@ -251,8 +264,9 @@ def _momenta(recipe: Recipe) -> int:
     return averages + (1 if recipe.optimizer.momentum else 0)
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(module: torch.nn.Module, trained: bool = False) -> int:
+    """Parameters of a module, or those of them that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def _parts(model: "MultiTaskModel") -> str:

@@ -26,6 +26,7 @@ from pretrain.engine.checkpoint_files import (
     EMA,
     FORMAT,
     MANIFEST,
+    MASTER,
     MODULE,
     CheckpointError,
     FragmentReader,
@@ -41,6 +42,7 @@ from pretrain.engine.checkpoint_files import (
     verify_file,
     write_durable,
 )
+from pretrain.engine.momentum import TargetNetworks
 from pretrain.engine.partitions import (
     Partition,
     gathered,
@@ -104,7 +106,12 @@ class Checkpoints:
     # ---- writing -----------------------------------------------------------------------------
 
     def save(
-        self, engine, step: int, trainer: dict, averages: list[torch.Tensor] | None = None
+        self,
+        engine,
+        step: int,
+        trainer: dict,
+        averages: list[torch.Tensor] | None = None,
+        targets: TargetNetworks | None = None,
     ) -> Path:
         """Write the checkpoint after `step` steps. A collective; returns once it is durable.
 
@@ -113,18 +120,21 @@ class Checkpoints:
             step: optimizer steps taken.
             trainer: JSON-serialisable state of the loop (ledger, counters).
             averages: moving average of each partition (engine.ema.Ema.tensors).
+            targets: momentum targets, if objectives have some.
 
         Raises:
             CheckpointError: on every rank, if any rank could not write; nothing is left behind.
         """
         final = self.root / checkpoint_name(step)
         temporary = self._agree_on(lambda: self._open_temporary(final))
-        module = _module_tensors(engine)  # a collective under ZeRO-3
+        module = _module_tensors(engine, _sources(targets))  # a collective under ZeRO-3
         entries = self._agree(
-            lambda: self._write_rank_files(engine, temporary, module, averages), temporary
+            lambda: self._write_rank_files(engine, temporary, module, averages, targets),
+            temporary,
         )
         files = {name: entry for rank in entries for name, entry in rank.items()}
-        self._agree_on(lambda: self._commit(engine, step, trainer, files, temporary, final),
+        about = _describe_parameters(engine, _sources(targets))
+        self._agree_on(lambda: self._commit(engine, step, trainer, files, about, temporary, final),
                        temporary)
         return final
 
@@ -137,12 +147,18 @@ class Checkpoints:
         return temporary
 
     def _write_rank_files(
-        self, engine, folder: Path, module: dict, averages: list[torch.Tensor] | None
+        self,
+        engine,
+        folder: Path,
+        module: dict,
+        averages: list[torch.Tensor] | None,
+        targets: TargetNetworks | None,
     ) -> dict[str, dict]:
         tensors, maps = {}, []
-        for index, partition in enumerate(list_partitions(engine)):
+        own = list_partitions(engine)
+        for index, partition in enumerate([*own, *([targets.partition] if targets else [])]):
             states, scalars = _states(engine, partition)
-            if averages is not None:
+            if averages is not None and index < len(own):
                 states[EMA] = averages[index]
             for name, tensor in states.items():
                 tensors[f"{index}.{name}"] = tensor.detach()
@@ -167,11 +183,13 @@ class Checkpoints:
             sync_file(path)
         return {str(path.relative_to(folder)): file_entry(path) for path in written}
 
-    def _commit(self, engine, step, trainer, files, temporary: Path, final: Path) -> None:
+    def _commit(
+        self, engine, step, trainer, files, about: dict, temporary: Path, final: Path
+    ) -> None:
         manifest = {
             "format": FORMAT, "step": step, "world": self._world,
             "zero_stage": engine.zero_optimization_stage(), "files": files, "trainer": trainer,
-            **_describe_parameters(engine),
+            **about,
         }
         (temporary / MANIFEST).write_bytes(seal_manifest(manifest))
         sync_file(temporary / MANIFEST)
@@ -227,7 +245,11 @@ class Checkpoints:
         return [problem for rank in self._agree(mine) for problem in rank]
 
     def restore(
-        self, engine, folder: Path, averages: list[torch.Tensor] | None = None
+        self,
+        engine,
+        folder: Path,
+        averages: list[torch.Tensor] | None = None,
+        targets: TargetNetworks | None = None,
     ) -> Restored:
         """Fill the engine's weights and optimizer states from a checkpoint. A collective.
 
@@ -236,22 +258,36 @@ class Checkpoints:
 
         Args:
             averages: filled with the moving average, as `save` had it; None = not wanted.
+            targets: momentum targets to fill, as `save` had them.
 
         Raises:
             CheckpointError: on every rank, if names or shapes differ from the model's (all named).
         """
         opened: list[FragmentReader] = []  # stays here: only plain results travel between ranks
-        self._agree(lambda: opened.append(self._fill_partitions(engine, folder, averages)))
+        self._agree(
+            lambda: opened.append(self._fill_partitions(engine, folder, averages, targets))
+        )
         (reader,) = opened
         _load_module_tensors(engine, reader)
         push_masters_to_module(engine)
+        if targets is not None:
+            targets.push()
         return Restored(folder, reader.manifest["step"], reader.manifest["trainer"])
 
     def _fill_partitions(
-        self, engine, folder: Path, averages: list[torch.Tensor] | None
+        self,
+        engine,
+        folder: Path,
+        averages: list[torch.Tensor] | None,
+        targets: TargetNetworks | None,
     ) -> FragmentReader:
         reader = FragmentReader(folder)
-        _check_parameters(engine, reader)
+        _check_parameters(engine, reader, _sources(targets))
+        if targets is not None:
+            out = targets.partition.master
+            for f in targets.partition.fragments:
+                place = out[f.offset : f.offset + f.numel]
+                reader.read(f.parameter, MASTER, f.start, place)
         for index, partition in enumerate(list_partitions(engine)):
             if not partition.fragments:
                 continue
@@ -353,7 +389,12 @@ def _set_scalar(engine, partition: Partition, name: str, value: float) -> None:
     )
 
 
-def _describe_parameters(engine) -> dict:
+def _sources(targets: TargetNetworks | None) -> dict[str, str]:
+    return targets.sources if targets is not None else {}
+
+
+def _describe_parameters(engine, sources: dict[str, str]) -> dict:
+    """sources: momentum target -> the parameter that it follows."""
     model = engine.module
     names = parameter_names(model)
     parameters, tied = {}, {}
@@ -364,6 +405,8 @@ def _describe_parameters(engine) -> dict:
         else:
             shape = getattr(parameter, "ds_shape", parameter.shape)
             parameters[name] = {"shape": list(shape), "trained": parameter.requires_grad}
+            if name in sources:
+                parameters[name]["follows"] = sources[name]
     groups = [
         {k: v for k, v in group.items() if isinstance(v, (int, float, str, bool))}
         for group in engine.optimizer.param_groups
@@ -371,8 +414,8 @@ def _describe_parameters(engine) -> dict:
     return {"parameters": parameters, "tied": tied, "groups": groups}
 
 
-def _check_parameters(engine, reader: FragmentReader) -> None:
-    mine = _describe_parameters(engine)["parameters"]
+def _check_parameters(engine, reader: FragmentReader, sources: dict[str, str]) -> None:
+    mine = _describe_parameters(engine, sources)["parameters"]
     theirs = reader.manifest["parameters"]
     problems = [f"the checkpoint lacks {n}" for n in sorted(set(mine) - set(theirs))]
     problems += [f"the model lacks {n}" for n in sorted(set(theirs) - set(mine))]
@@ -396,10 +439,13 @@ def _tensors_by_name(engine) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _module_tensors(engine) -> dict[str, torch.Tensor]:
+def _module_tensors(engine, sources: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Copies in the host's memory of what has no fp32 partition; momentum targets have one."""
     tensors = _tensors_by_name(engine)
     kept = {}
     for name in _untrained(engine):
+        if name in sources:
+            continue
         with gathered([tensors[name]]):
             kept[name] = tensors[name].detach().to("cpu", copy=True).contiguous()
     return kept

@@ -6,9 +6,10 @@
             manifest.json            what is here: sizes and SHA-256 of every other file, parameter
                                      shapes, groups, trainer state; it carries its own digest
             rank_00000.safetensors   fp32 partitions of rank 0: "<i>.master", "<i>.exp_avg", ...,
-                                     and "<i>.ema" if the run averages its weights
+                                     and "<i>.ema" if the run averages its weights; the last
+                                     one holds its part of momentum targets: "<i>.master" alone
             rank_00000.json          which parameter each element of them belongs to
-            module.safetensors       frozen parameters and buffers
+            module.safetensors       other frozen parameters, and buffers
             tokenizer/               the tokenizer that the text heads were trained with
 
 Tensors and JSON only: nothing here can run code when it is read. A folder without a valid manifest
@@ -28,6 +29,7 @@ from safetensors import safe_open
 FORMAT = 1
 MANIFEST = "manifest.json"
 MODULE = "module.safetensors"
+MASTER = "master"  # name of the fp32 weights among the states of a partition
 EMA = "ema"  # name of the moving average among the states of a partition
 READ_AT_ONCE = 2**22  # elements: bounds what a reader holds beside the tensor that it fills
 _NAME = re.compile(r"step_(\d{9,})$")
@@ -208,21 +210,22 @@ class FragmentReader:
             self._files[rank] = safe_open(self.folder / rank_files(rank)[0], framework="pt")
         return self._files[rank]
 
-    def whole(self, parameter: str, state: str = "master") -> torch.Tensor:
-        """A trained parameter (or one of its optimizer states) in its own shape, float32."""
+    def whole(self, parameter: str, state: str = MASTER) -> torch.Tensor:
+        """A trained parameter (or one of its optimizer states) or a momentum target in its own
+        shape, float32."""
         shape = self.manifest["parameters"][parameter]["shape"]
         out = torch.empty(shape, dtype=torch.float32)
         self.read(parameter, state, 0, out.view(-1))
         return out
 
     def module_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Frozen parameters and buffers, in the type that they have in the model."""
+        """Frozen parameters that follow no other and buffers, in their type in the model."""
         with safe_open(self.folder / MODULE, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 yield name, file.get_tensor(name)
 
 
-def read_full_state(folder: Path, state: str = "master") -> dict[str, torch.Tensor]:
+def read_full_state(folder: Path, state: str = MASTER) -> dict[str, torch.Tensor]:
     """All weights of a checkpoint under the model's own names, for export and evaluation.
 
     Args:
@@ -230,8 +233,9 @@ def read_full_state(folder: Path, state: str = "master") -> dict[str, torch.Tens
         state: "master" for the fp32 weights, "ema" for their moving average.
 
     Returns:
-        name -> tensor: trained parameters float32, frozen ones and buffers as in the model; a tied
-        parameter appears under each of its names, sharing memory.
+        name -> tensor: trained parameters and momentum targets (which have no average of their
+        own) float32, frozen ones and buffers as in the model; a tied parameter appears under each
+        of its names, sharing memory.
 
     Raises:
         CheckpointError: the folder is not a whole checkpoint, a file of it is damaged, or it does
@@ -247,8 +251,9 @@ def read_full_state(folder: Path, state: str = "master") -> dict[str, torch.Tens
     kept = reader.kept()
     if state not in kept:
         raise CheckpointError(f"{folder} holds no {state!r} weights, but {', '.join(kept)}")
-    tensors = {name: reader.whole(name, state)
-               for name, about in manifest["parameters"].items() if about["trained"]}
+    tensors = {name: reader.whole(name, state if about["trained"] else MASTER)
+               for name, about in manifest["parameters"].items()
+               if about["trained"] or "follows" in about}
     tensors.update(reader.module_tensors())
     for alias, name in manifest["tied"].items():
         tensors[alias] = tensors[name]

@@ -63,22 +63,38 @@ def list_partitions(engine) -> list[Partition]:
     )
 
 
+def fragments_of_all_ranks(engine) -> list[list[Fragment]]:
+    """Fragments of every rank under ZeRO-1 or 2, in the order of its `list_partitions`."""
+    zero = engine.optimizer
+    names = parameter_names(engine.module)
+    groups = [_cut(zero, group, names) for group in range(len(zero.partition_size))]
+    return [[f for group in groups for f in group[rank]] for rank in range(len(groups[0]))]
+
+
 def _stage12(zero, names: dict[int, str]) -> Iterator[Partition]:
     for group, master in enumerate(zero.single_partition_of_fp32_groups):
-        size = zero.partition_size[group]
         rank = torch.distributed.get_rank(group=zero.real_dp_process_group[group])
-        low, high = rank * size, (rank + 1) * size
-        partition = Partition(group, master)
-        tensors = zero.round_robin_bit16_groups[group]
-        offsets = zero.round_robin_bit16_offsets[group]
-        for parameter, flat_start in zip(tensors, offsets, strict=True):
-            first = max(low, flat_start)
-            last = min(high, flat_start + parameter.numel())
-            if first < last:
-                partition.fragments.append(
-                    Fragment(names[id(parameter)], first - flat_start, first - low, last - first)
-                )
-        yield partition
+        yield Partition(group, master, _cut(zero, group, names)[rank])
+
+
+def _cut(zero, group: int, names: dict[int, str]) -> list[list[Fragment]]:
+    """A group's parameters, one behind the other, cut into equal parts: fragments of each rank."""
+    size = zero.partition_size[group]
+    world = torch.distributed.get_world_size(group=zero.real_dp_process_group[group])
+    ranks: list[list[Fragment]] = [[] for _ in range(world)]
+    tensors = zero.round_robin_bit16_groups[group]
+    offsets = zero.round_robin_bit16_offsets[group]
+    for parameter, flat_start in zip(tensors, offsets, strict=True):
+        position, end = flat_start, flat_start + parameter.numel()
+        while position < end:
+            rank = position // size
+            stop = min(end, (rank + 1) * size)
+            ranks[rank].append(Fragment(
+                names[id(parameter)], position - flat_start, position - rank * size,
+                stop - position,
+            ))  # fmt: skip
+            position = stop
+    return ranks
 
 
 def _stage3(zero, names: dict[int, str]) -> Iterator[Partition]:

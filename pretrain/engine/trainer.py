@@ -29,6 +29,8 @@ from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.loop import Loop, StepReport, TrainerState
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.metrics_log import MetricsLog
+from pretrain.engine.momentum import TargetNetworks
+from pretrain.engine.momentum_pairs import declared_targets, require_weights_in_memory
 from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.run_dir import RunDirError, open_fault_file, record_start
 from pretrain.engine.stale_gradients import require_verified
@@ -153,6 +155,12 @@ class Trainer:
         if newest is None and recipe.initial_weights:
             fill_masters(self.engine, Path(recipe.initial_weights))
         self.ema = Ema(self.engine, recipe.ema) if recipe.ema else None
+        self.targets = None
+        if declared_targets(self.engine.module):
+            require_weights_in_memory(self.engine.module, self.config["zero_optimization"])
+            self.targets = TargetNetworks(self.engine, recipe.steps)
+            if newest is None:
+                self.targets.start()
         if newest is not None:
             self._restore(newest)
         step = self.state.step
@@ -190,7 +198,7 @@ class Trainer:
             self.control, self.signals, lambda step: build.loss_weights(recipe, schedule, step),
             self.agreement,
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
-            after_update=self.ema.update if self.ema else lambda update: None,
+            after_update=self._after_update,
         )
         stopped, self.loader = None, None
         if state.step < recipe.steps:
@@ -254,6 +262,12 @@ class Trainer:
         self.log.log(state.step, report.task, metrics)
         self.status_line = f"{report.task} loss {metrics['loss']:.4f}"
 
+    def _after_update(self, update: int) -> None:
+        if self.ema is not None:
+            self.ema.update(update)
+        if self.targets is not None:
+            self.targets.update(update)
+
     def _after_step(self, state: TrainerState, save_asked: bool) -> None:
         recipe = self.recipe
         self.log.progress(state.step, getattr(self, "status_line", ""))
@@ -291,13 +305,17 @@ class Trainer:
             **vars(self.state), "tokenizer": self.tokenizer.digest, "seed": self.recipe.seed,
             "loss_scale": loss_scale_state(self.engine),
         }
-        self.checkpoints.save(self.engine, self.state.step, trainer, self._averages())
+        self.checkpoints.save(
+            self.engine, self.state.step, trainer, self._averages(), self.targets
+        )
         self.saved_step = self.state.step
         if self.ranks.leads:
             self.control.status("running", self.state.step)
 
     def _restore(self, folder: Path) -> None:
-        restored = self.checkpoints.restore(self.engine, folder, self._averages())
+        restored = self.checkpoints.restore(
+            self.engine, folder, self._averages(), self.targets
+        )
         trainer = dict(restored.trainer)
         digest, seed = trainer.pop("tokenizer"), trainer.pop("seed")
         restore_loss_scale(self.engine, trainer.pop("loss_scale"))
@@ -322,11 +340,13 @@ class Trainer:
             log.warning("checkpoint %s", problem)
         for warning in recipe_checks.warnings(self.recipe):
             log.warning("%s", warning)
-        names = self.engine.module.named_parameters()
-        count = sum(getattr(p, "ds_numel", p.numel()) for _, p in names)
+        parameters = list(self.engine.module.parameters())
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
         log.info(
-            "%s: %.1f M parameters, ZeRO-%d, %s, %d process(es) on %s; %s", self.recipe.name,
-            count / 1e6, self.engine.zero_optimization_stage(), self.recipe.precision,
+            "%s: %.1f M parameters%s, ZeRO-%d, %s, %d process(es) on %s; %s", self.recipe.name,
+            count / 1e6, f" ({trained / 1e6:.1f} M trained)" if trained < count else "",
+            self.engine.zero_optimization_stage(), self.recipe.precision,
             self.ranks.world, self.ranks.device.type,
             f"resumed from {restored.name}" if restored else "from the start",
         )

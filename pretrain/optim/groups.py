@@ -117,12 +117,12 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     Each is {"name", "params": list[Parameter], "lr": peak, "lr_multiplier", "weight_decay"}. Frozen
     parameters are left out; a shared one appears once and follows a pattern that matches any of its
     names. Under ZeRO-3 the full shape is read from DeepSpeed's `ds_shape`.
-    Raises ValueError for a pattern that matches no parameter, for a 0-dim parameter (ZeRO cannot
-    partition one), for a model without trainable parameters, and for a module in `layer_decay` that
-    does not tell its layers.
+    Raises ValueError for a pattern that matches no trained parameter, for a 0-dim parameter (ZeRO
+    cannot partition one), for a model without trainable parameters, and for a module in
+    `layer_decay` that does not tell its layers or is not trained.
     """
     named = _aliases(model)
-    every_name = [name for names, _ in named for name in names]
+    every_name = [name for names, parameter in named if parameter.requires_grad for name in names]
     _check_patterns("no_decay", settings.no_decay, every_name)
     _check_patterns("lr_multipliers", tuple(settings.lr_multipliers), every_name)
     depth_factors = _layer_factors(model, settings.layer_decay)
@@ -177,11 +177,14 @@ def _layer_factors(model: nn.Module, layer_decay: dict[str, float]) -> dict[str,
     for path, decay in layer_decay.items():
         module = modules.get(path)
         if not hasattr(module, "layer_names"):
-            able = [name for name, m in modules.items() if hasattr(m, "layer_names")]
+            able = [name for name, m in modules.items() if hasattr(m, "layer_names")
+                    and any(parameter.requires_grad for parameter in m.parameters())]
             raise ValueError(
                 f"optimizer.layer_decay: {path!r} is not a module that tells its layers (it has no "
                 f"layer_names()); there are: {', '.join(able) or 'none'}"
             )
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise ValueError(f"optimizer.layer_decay: {path!r} is not trained: remove it")
         layers = module.layer_names()
         for depth, prefixes in enumerate(layers):
             for name, _ in module.named_parameters(remove_duplicate=False):
@@ -200,4 +203,6 @@ def _check_patterns(setting: str, patterns: Sequence[str], names: Sequence[str])
             continue
         near = get_close_matches(pattern.replace("*", ""), names, n=1, cutoff=0.0)
         example = f"; the nearest name is {near[0]}" if near else ""
-        raise ValueError(f"optimizer.{setting}: pattern {pattern!r} matches no parameter{example}")
+        raise ValueError(
+            f"optimizer.{setting}: pattern {pattern!r} matches no trained parameter{example}"
+        )

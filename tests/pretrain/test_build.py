@@ -330,6 +330,22 @@ def test_memory_formula(stage, precision, world, bytes_per_parameter):
     )
 
 
+@pytest.mark.parametrize(
+    ("stage", "precision", "world", "more"),
+    [
+        (1, "bf16", 8, 2 * 300 + 4 * 200 / 8),
+        (2, "fp32", 2, 4 * 300 + 4 * 200 / 2),
+        (3, "bf16", 8, (2 * 300 + 4 * 200) / 8),
+    ],
+)
+def test_frozen_parameters_have_weights_and_momentum_targets_a_master(
+    stage, precision, world, more
+):
+    trained = state_bytes(1000, stage, world, precision, 2)
+    beside = state_bytes(1000, stage, world, precision, 2, frozen=300, following=200)
+    assert beside - trained == pytest.approx(more)
+
+
 def test_sub_groups_bound_the_gradients_of_a_step_at_stage_3():
     whole = state_bytes(1000, 3, 2, "bf16", 2)
     assert state_bytes(1000, 3, 2, "bf16", 2, sub_group_size=100) == whole - 4 * (500 - 100)

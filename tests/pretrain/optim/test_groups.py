@@ -100,7 +100,8 @@ def test_shapes_of_zero3_partitions_are_the_full_ones():
     [{"no_decay": ("positons",)}, {"lr_multipliers": {"encodr.*": 2.0}}],
 )
 def test_a_pattern_without_match_is_an_error(settings):
-    with pytest.raises(ValueError, match=r"matches no parameter; the nearest name is (pos|enc)"):
+    message = r"matches no trained parameter; the nearest name is (pos|enc)"
+    with pytest.raises(ValueError, match=message):
         parameter_groups(Toy(), OptimizerSettings(**settings))
 
 
