@@ -125,10 +125,10 @@ def build_objective(
     new_encoder: makes another encoder of a name, for objectives with a target of their own.
     """
     known: dict[str, Any] = {}
-    if task.objective.type == "m3i":
-        known["new_encoder"] = new_encoder
     if isinstance(task.data, ImageDataSettings):
         known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
+    if task.objective.type == "m3i":
+        known["new_encoder"] = new_encoder
     if isinstance(task.data, LabelDataSettings | BoxDataSettings | M3IDataSettings):
         known["classes"] = task.data.classes
     return task.objective.build(encoders, tokenizer, **known)
