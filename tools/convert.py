@@ -4,13 +4,17 @@
     python -m tools.convert import-git git-base/ --out git_base.safetensors > settings.yaml
     python -m tools.convert import-internimage internimage_t_1k_224.pth --out t.safetensors
     python -m tools.convert export-internimage --run runs/t --out t.pth
+    python -m tools.convert export-graph --run runs/t --out t.onnx
+    python -m tools.convert export-graph --source internimage_t_1k_224.pth --image-size 224 \\
+        --out t.pt2
 
 `export-git` writes a folder for transformers' GitForCausalLM and AutoProcessor, reads it back with
 them, and compares their scores with ours. `import-git` writes GIT weights of transformers or of the
 original repository under our names, for the recipe's `initial_weights`, and prints the settings
-that a recipe needs for them. The other two do the same for InternImage, from and to the official
-code, its detectors, and transformers. Exit codes: 0 done (and verified); 1 an error, or an export
-whose scores differ; 2 wrong usage.
+that a recipe needs for them. The next two do the same for InternImage, from and to the official
+code, its detectors, and transformers. `export-graph` writes a model that runs without this project,
+as ONNX or for torch.export.load, and compares its outputs with ours. Exit codes: 0 done (and
+verified); 1 an error, or an export whose scores differ; 2 wrong usage.
 """
 
 import argparse
@@ -27,6 +31,7 @@ from rich.console import Console
 from data_pipeline.tar_headers import ShardError
 from pretrain.engine.checkpoint_files import CheckpointError, sync_file
 from pretrain.overlay import to_yaml
+from tools.convert_graph import add_command
 from tools.convert_internimage import add_commands
 from tools.export_record import RECORD, ExportRecord, Verification
 from tools.import_git import Imported, import_weights, read_source
@@ -224,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         take.add_argument(f"--{tower}-heads", type=int, metavar="N",
                           help=f"attention heads of the {tower}, which weights alone do not show")
     add_commands(commands, console)
+    add_command(commands, console)
     return parser
 
 

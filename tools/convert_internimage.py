@@ -16,6 +16,8 @@ from torch import Tensor
 from pretrain.engine.checkpoint_files import sync_file
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.internimage_weights import (
+    Unwrapped,
+    cut_centers,
     export_internimage,
     import_internimage,
     official_shapes,
@@ -28,7 +30,7 @@ from tools.internimage_config import config_of_settings, settings_of_config
 from tools.weight_files import read_tensors, save_tensors, weight_file
 
 # Where checkpoints keep weights, and the moving average of the official trainers.
-_WRAPPINGS = {"trained": ("model", "state_dict", "module"), "ema": ("model_ema",)}
+WRAPPINGS = {"trained": ("model", "state_dict", "module"), "ema": ("model_ema",)}
 
 
 def add_commands(commands: Any, console: Console) -> None:
@@ -45,7 +47,7 @@ def add_commands(commands: Any, console: Console) -> None:
     take.add_argument("--task", default="classify", metavar="NAME",
                       help="name in tasks of the classification that has the linear layer "
                            "(default %(default)s)")
-    take.add_argument("--weights", choices=tuple(_WRAPPINGS), default="trained",
+    take.add_argument("--weights", choices=tuple(WRAPPINGS), default="trained",
                       help="ema: the moving average that the file has too (default %(default)s)")
     take.add_argument("--settings", type=Path, metavar="FILE.yaml",
                       help="settings of the encoder as in a recipe, for a model that is neither "
@@ -79,11 +81,8 @@ def add_commands(commands: Any, console: Console) -> None:
 def _import(options: argparse.Namespace, console: Console) -> int:
     file = weight_file(options.source)
     try:
-        found = unwrap(read_tensors(file, _WRAPPINGS[options.weights], skip_objects=True))
-        settings = _settings(options, file, found.tensors)
+        found, settings = read_internimage(file, options.weights, options.settings)
         tensors = found.tensors
-        if not any("." in name for name in tensors):
-            tensors = restore_dots(tensors, list(official_shapes(settings, 1)))
         if options.head_rows:
             tensors = _pick_rows(tensors, options.head_rows)
         settings, ours = _to_ours(tensors, settings, options)
@@ -99,17 +98,37 @@ def _import(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def read_internimage(
+    file: Path, weights: str, described: Path | None
+) -> tuple[Unwrapped, InternImageSettings]:
+    """Weights of others under the official names, and the model that they are of.
+
+    file: as `read_tensors`; weights: "trained" or "ema"; described: YAML file with settings of the
+    encoder, none: those of a config.json beside `file`, or of the published size.
+
+    Raises:
+        ValueError: no InternImage, or one that must be described.
+    """
+    found = unwrap(read_tensors(file, WRAPPINGS[weights], skip_objects=True))
+    settings = _settings(described, file, found.tensors)
+    tensors = found.tensors
+    if not any("." in name for name in tensors):
+        tensors = restore_dots(tensors, list(official_shapes(settings, 1)))
+    tensors, note = cut_centers(tensors, settings)
+    return Unwrapped(tensors, found.notes + ([note] if note else [])), settings
+
+
 def _settings(
-    options: argparse.Namespace, file: Path, tensors: Mapping[str, Tensor]
+    described: Path | None, file: Path, tensors: Mapping[str, Tensor]
 ) -> InternImageSettings:
-    if options.settings:
-        text = options.settings.read_text(encoding="utf-8")
-        return InternImageSettings.model_validate(parse_yaml(text, str(options.settings)).data)
+    if described is not None:
+        text = described.read_text(encoding="utf-8")
+        return InternImageSettings.model_validate(parse_yaml(text, str(described)).data)
     config = file.parent / "config.json"
     if config.is_file():
-        described = json.loads(config.read_text(encoding="utf-8"))
-        if described.get("model_type") == "internimage":
-            return settings_of_config(described)
+        content = json.loads(config.read_text(encoding="utf-8"))
+        if content.get("model_type") == "internimage":
+            return settings_of_config(content)
     size = recognise_size(tensors)
     if size is None:
         names = ", ".join(sorted(tensors)[:4])

@@ -7,9 +7,9 @@ In bf16 an average of the module's own weights would stand still: a step of (1 -
 difference is lost in 8 bits.
 
 What the forward pass sees follows by a cast. ZeRO-1 and 2 keep whole weights on every rank, so the
-pieces are gathered, in buckets; they are never more than what DeepSpeed gathers of the online
-weights in the same step. ZeRO-3 divides target and online parameters alike, so every rank writes
-into its own part, and nothing but small parameters, which stay whole, is sent.
+pieces are gathered, in buckets; of one target they are never more than what DeepSpeed gathers of
+the trained weights in the same step. ZeRO-3 divides target and online parameters alike, so every
+rank writes into its own part, and nothing but small parameters, which stay whole, is sent.
 """
 
 from collections.abc import Iterable, Mapping
@@ -160,15 +160,16 @@ class TargetNetworks:
             device = max(targets, key=lambda p: p.ds_numel).ds_tensor.device
         flat, world = self.partition.master, dist.get_world_size()
         for begin in range(0, self._longest, self._bucket):
-            piece = torch.zeros(self._bucket, dtype=dtype, device=device)
-            part = flat[begin : begin + self._bucket]
+            size = min(self._bucket, self._longest - begin)
+            piece = torch.zeros(size, dtype=dtype, device=device)
+            part = flat[begin : begin + size]
             piece[: part.numel()].copy_(part)
             if self._divided or world == 1:
                 self._write(dist.get_rank(), begin, piece)
                 continue
-            pieces = torch.empty(world * self._bucket, dtype=dtype, device=device)
+            pieces = torch.empty(world * size, dtype=dtype, device=device)
             dist.all_gather_into_tensor(pieces, piece)
-            for rank, received in enumerate(pieces.split(self._bucket)):
+            for rank, received in enumerate(pieces.split(size)):
                 self._write(rank, begin, received)
         self._reopen(shut)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.internimage_sizes import SIZES
+from pretrain.models.mixer_settings import DCNv3Settings
 
 Target = Literal["official", "detection", "transformers"]
 
@@ -21,6 +22,7 @@ _LAYER_SCALE, _GAMMA = re.compile(r"\.layer_scale([12])$"), re.compile(r"\.gamma
 # The official loader of M3I weights writes this name, its model has `fc_norm.0`: a loader that is
 # not strict then loses the norm.
 _BARE_NORM = re.compile(r"^fc_norm\.(weight|bias)$")
+_OFFSET_OR_MASK = re.compile(r"levels\.([0-3])\.blocks\.\d+\.dcn\.(offset|mask)\.")
 _M3I_NAMES = {"clip.classifier_ln.": "fc_norm.0.", "clip.classifier.": "head."}
 
 
@@ -108,6 +110,50 @@ def recognise_size(tensors: Mapping[str, Tensor]) -> str | None:
         if (known["channels"], known["depths"]) == (len(stem), depths):
             return size
     return None
+
+
+def cut_centers(
+    tensors: Mapping[str, Tensor], settings: InternImageSettings
+) -> tuple[dict[str, Tensor], str | None]:
+    """For a model with `remove_center`: weights of one that has the middle point, without it.
+
+    The middle point's rows of the linear layers for offsets and masks are cut out, as the official
+    loader does; the softmax over the other points then gives them larger weights, so that the model
+    has to be trained further.
+
+    Returns the tensors, under the official names, and a note if rows were cut. Weights that have no
+    middle point already, and models that want it, are left as they are.
+
+    Raises:
+        ValueError: the model wants a middle point that the weights do not have.
+    """
+    mixer = settings.mixer
+    if not isinstance(mixer, DCNv3Settings):
+        return dict(tensors), None
+    points = mixer.kernel_size**2
+    kept = [point for point in range(points) if point != points // 2]
+    found, cut, without = dict(tensors), 0, []
+    for name, tensor in tensors.items():
+        if not (match := _OFFSET_OR_MASK.match(name)):
+            continue
+        groups, each = settings.groups[int(match[1])], {"offset": 2, "mask": 1}[match[2]]
+        if len(tensor) == groups * len(kept) * each:
+            without.append(name)
+        elif mixer.remove_center and len(tensor) == groups * points * each:
+            found[name] = tensor.unflatten(0, (groups, points, each))[:, kept].flatten(0, 2)
+            cut += 1
+    if without and not mixer.remove_center:
+        raise ValueError(
+            f"these weights were trained without the middle point of the kernel ({without[0]} has "
+            f"{len(tensors[without[0]])} rows), and what it would have learned cannot be made up: "
+            "set mixer.remove_center: true"
+        )
+    if not cut:
+        return found, None
+    return found, (
+        f"{cut} tensors for offsets and masks without the rows of the middle point, which the "
+        "model (remove_center) does not have; it computes something else until it is trained on"
+    )
 
 
 def official_shapes(settings: InternImageSettings, classes: int | None) -> dict[str, tuple]:

@@ -219,7 +219,8 @@ class PatchEmbedding(nn.Module):
         patches = patches.flatten(2).transpose(1, 2)
         if added is not None:
             patches = patches + added.flatten(1, 2)
-        class_token = self.class_token.expand(len(images), 1, -1)
+        # Not len(images), which is a constant in an exported graph.
+        class_token = self.class_token.expand(images.shape[0], 1, -1)
         return torch.cat([class_token, patches], dim=1) + positions
 
     def _positions_for(self, rows: int, columns: int) -> Tensor:

@@ -61,3 +61,25 @@ def export(run_dir, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exports") / "caption"
     assert main(["export-git", "--run", str(run_dir), "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def internimage_run(scenes, tmp_path_factory) -> Path:
+    """Four steps of classification on a small InternImage with layer scale and batch norm."""
+    folder = tmp_path_factory.mktemp("internimage")
+    recipe = tiny_recipe(scenes, folder / "run", steps=4, ema={"decay": 0.5})
+    caption = recipe["tasks"].pop("caption")
+    recipe["model"]["encoders"]["image"] = {
+        "type": "internimage", "channels": 16, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8],
+        "post_norm": True, "layer_scale": 0.1, "stage_norm": False, "head": {"type": "conv"},
+        "drop_path": 0.2,
+    }  # fmt: skip
+    recipe["tasks"]["classify"] = {
+        "global_batch": 8, "micro_batch": 8,
+        "objective": {"type": "classification", "pool": "head"},
+        "data": {"shards": caption["data"]["shards"], "image": caption["data"]["image"],
+                 "classes": 10},
+        "evaluation": caption["evaluation"],
+    }  # fmt: skip
+    train(write_recipe(folder / "recipe.yaml", recipe), folder / "logs")
+    return folder / "run"

@@ -17,8 +17,6 @@ from tests.pretrain.models.internimage_models import (
     settings_of,
     small_settings,
 )
-from tests.tiny_run import tiny_recipe, write_recipe
-from tests.tools.conftest import train
 from tools.convert import main
 from tools.internimage_config import config_of_settings, settings_of_config
 
@@ -105,6 +103,30 @@ def test_rows_of_the_head_and_what_is_left_out(tmp_path, capsys):
     assert "names no row" in capsys.readouterr().err
 
 
+def test_the_middle_point_can_be_left_out(tmp_path, capsys):
+    """Into a model without it, but not back."""
+    state, settings, _ = golden_state("t")
+    save_file(state, tmp_path / "a.safetensors")
+    mixer = settings.mixer.model_copy(update={"remove_center": True})
+    command = ["import-internimage", str(tmp_path / "a.safetensors"), "--out",
+               str(tmp_path / "ours.safetensors"), "--settings",
+               describe(tmp_path, settings.model_copy(update={"mixer": mixer}))]  # fmt: skip
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "taken: " in said.err and "without the rows of the middle point" in said.err
+    printed = yaml.safe_load(said.out)["model"]["encoders"]["image"]
+    assert printed["mixer"]["remove_center"] is True
+    ours = load_file(tmp_path / "ours.safetensors")
+    mask = ours["encoders.image.levels.0.blocks.0.dcn.mask.bias"]
+    assert len(mask) == 8 * settings.groups[0]
+    state, settings, _ = golden_state("rc")
+    save_file(state, tmp_path / "a.safetensors")
+    mixer = settings.mixer.model_copy(update={"remove_center": False})
+    describe(tmp_path, settings.model_copy(update={"mixer": mixer}))
+    assert main(command) == 1
+    assert "were trained without the middle point" in capsys.readouterr().err
+
+
 def test_a_model_of_unknown_shape_must_be_described(tmp_path, capsys):
     state, _, _ = golden_state("t")
     save_file(state, tmp_path / "a.safetensors")
@@ -133,39 +155,17 @@ def test_what_the_official_code_cannot_be(changes, message):
         config_of_settings(small_settings(**changes), 0)
 
 
-@pytest.fixture(scope="module")
-def run(scenes, tmp_path_factory):
-    """Four steps of classification on a small InternImage with layer scale and batch norm."""
-    folder = tmp_path_factory.mktemp("internimage")
-    recipe = tiny_recipe(scenes, folder / "run", steps=4, ema={"decay": 0.5})
-    caption = recipe["tasks"].pop("caption")
-    recipe["model"]["encoders"]["image"] = {
-        "type": "internimage", "channels": 16, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8],
-        "post_norm": True, "layer_scale": 0.1, "stage_norm": False, "head": {"type": "conv"},
-        "drop_path": 0.2,
-    }  # fmt: skip
-    recipe["tasks"]["classify"] = {
-        "global_batch": 8, "micro_batch": 8,
-        "objective": {"type": "classification", "pool": "head"},
-        "data": {"shards": caption["data"]["shards"], "image": caption["data"]["image"],
-                 "classes": 10},
-        "evaluation": caption["evaluation"],
-    }  # fmt: skip
-    train(write_recipe(folder / "recipe.yaml", recipe), folder / "logs")
-    return folder / "run"
-
-
 @pytest.mark.parametrize("weights", ["master", "ema"])
 @pytest.mark.parametrize("kind", ["official", "transformers", "detection"])
-def test_a_run_goes_out_and_comes_back(run, tmp_path, kind, weights, capsys):
+def test_a_run_goes_out_and_comes_back(internimage_run, tmp_path, kind, weights, capsys):
     from tools.trained import open_run
 
     out = tmp_path / ("folder" if kind == "transformers" else "a.pth")
     task = [] if kind == "detection" else ["--task", "classify"]
-    assert main(["export-internimage", "--run", str(run), "--out", str(out), "--format", kind,
-                 "--weights", weights, *task]) == 0  # fmt: skip
+    assert main(["export-internimage", "--run", str(internimage_run), "--out", str(out),
+                 "--format", kind, "--weights", weights, *task]) == 0  # fmt: skip
     assert "read back bit for bit" in capsys.readouterr().err
-    trained = open_run(run, weights)
+    trained = open_run(internimage_run, weights)
     ours = trained.model.state_dict()
     if kind != "transformers":
         content = torch.load(out, weights_only=True)
@@ -189,14 +189,14 @@ def test_a_run_goes_out_and_comes_back(run, tmp_path, kind, weights, capsys):
     assert all(torch.equal(found[name], ours[name]) for name in found)
 
 
-def test_places_that_are_taken(run, tmp_path, capsys):
+def test_places_that_are_taken(internimage_run, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     for out, kind, message in (
         ("there", "transformers", "is there already"), ("a.pt", "official", "must end in .pth"),
     ):  # fmt: skip
-        assert main(["export-internimage", "--run", str(run), "--out", str(tmp_path / out),
-                     "--format", kind]) == 1  # fmt: skip
+        assert main(["export-internimage", "--run", str(internimage_run), "--out",
+                     str(tmp_path / out), "--format", kind]) == 1  # fmt: skip
         assert message in capsys.readouterr().err
-    assert main(["export-internimage", "--run", str(run), "--out", str(tmp_path / "a.pth"),
-                 "--encoder", "eye"]) == 1  # fmt: skip
+    assert main(["export-internimage", "--run", str(internimage_run), "--out",
+                 str(tmp_path / "a.pth"), "--encoder", "eye"]) == 1  # fmt: skip
     assert "InternImages are: image" in capsys.readouterr().err

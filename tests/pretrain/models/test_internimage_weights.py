@@ -7,6 +7,7 @@ import torch
 
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.internimage_weights import (
+    cut_centers,
     export_internimage,
     import_internimage,
     official_shapes,
@@ -143,6 +144,51 @@ def test_nothing_is_missing_unknown_or_resized_unless_it_is_named():
     assert not any(name.startswith("objectives.") for name in ours)
     with pytest.raises(ValueError, match="'neck' matches no tensor"):
         import_internimage(state, settings, leave_out=("neck",))
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_the_middle_point_is_cut_out(kernel_size):
+    """A model whose middle points have no weight is the model without them, once these are cut."""
+    mixer = {"kernel_size": kernel_size}
+    whole = small_settings(mixer=mixer)
+    encoder = whole.build()
+    generator = torch.Generator().manual_seed(0)
+    points = kernel_size**2
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.normal_(0.0, 0.2, generator=generator)
+        for level in encoder.levels:
+            for block in level.blocks:
+                bias = block.dcn.mask.bias.view(-1, points)
+                weight = block.dcn.mask.weight.view(len(bias), points, -1)
+                bias[:, points // 2], weight[:, points // 2] = -1e4, 0.0
+    settings = small_settings(mixer={**mixer, "remove_center": True})
+    state, note = cut_centers(encoder.state_dict(), settings)
+    assert note.startswith("20 tensors for offsets and masks without the rows of the middle point")
+    smaller = settings.build()
+    smaller.load_state_dict(state)
+    images = torch.randn(2, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(images), encoder(images), atol=1e-5, rtol=1e-5)
+    assert cut_centers(state, settings) == (state, None)  # nothing is left to cut
+    assert cut_centers(encoder.state_dict(), whole)[1] is None
+    with pytest.raises(ValueError, match=r"trained without the middle point.*remove_center: true"):
+        cut_centers(state, whole)
+    window = small_settings(mixer={"type": "shifted_window"})
+    assert cut_centers(state, window) == (state, None)  # its own names are for the import to check
+
+
+def test_the_middle_rows_are_those_of_the_official_loader():
+    """Of 9 points rows 4 mod 9 of masks and 8, 9 mod 18 of offsets."""
+    state = {}
+    for stage, groups in enumerate((1, 2, 4, 8)):
+        for part, rows in (("mask", 9 * groups), ("offset", 18 * groups)):
+            state[f"levels.{stage}.blocks.0.dcn.{part}.bias"] = torch.arange(rows)
+    found, _ = cut_centers(state, small_settings(mixer={"remove_center": True}))
+    for name, rows in state.items():
+        gone = {4} if "mask" in name else {8, 9}
+        wanted = [row for row in rows.tolist() if row % (9 * len(gone)) not in gone]
+        assert found[name].tolist() == wanted
 
 
 def test_half_precision_becomes_float32_and_counters_stay():

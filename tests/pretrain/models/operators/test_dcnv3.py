@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.models.operators.dcnv3 import dcnv3
+from pretrain.models.operators.dcnv3_standard import standard_operators
 from tests.pretrain.models.operators.dcnv3_cases import GOLDENS, golden, random_case, results
 
 
@@ -136,6 +137,32 @@ def test_exported():
     assert torch.ops.omnipretrain.dcnv3.default in targets
     found = program.module()(*case.tensors.values())
     assert torch.equal(found, results(case)["output"])
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem.removeprefix("dcnv3_op_"))
+def test_in_standard_operators(path):
+    """For graphs that leave the project: the same values, and no operator of ours is left."""
+    case, expected = golden(path)
+
+    class Module(torch.nn.Module):
+        def forward(self, value, offset, mask):
+            return dcnv3(value, offset, mask, **case.geometry)
+
+    def batch(count: int) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.cat([tensor] * count) for tensor in case.tensors.values())
+
+    any_batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(Module(), batch(2), dynamic_shapes=(any_batch,) * 3)
+    program = program.run_decompositions(standard_operators())
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "aten.grid_sampler.default" in targets
+    assert not any("omnipretrain" in target for target in targets)
+    for count in (1, 3):
+        found = program.module()(*batch(count))
+        assert found.dtype == expected["output"].dtype and found.is_contiguous()
+        torch.testing.assert_close(
+            found, torch.cat([expected["output"]] * count), atol=1e-11, rtol=1e-11
+        )
 
 
 def test_backward_keeps_only_the_inputs():

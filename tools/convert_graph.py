@@ -1,0 +1,169 @@
+"""`export-graph` of `tools.convert`: a model as ONNX or as torch's ExportedProgram."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from pretrain.models.internimage import STAGES, InternImage, InternImageSettings
+from pretrain.models.internimage_weights import import_internimage
+from tools.convert_internimage import read_internimage
+from tools.export_graph import Logits, Maps, write_graph
+from tools.weight_files import weight_file
+
+# What the published models were trained on, in units of the full range.
+_IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+
+
+class Chosen(NamedTuple):
+    """A model to be written, and what is known of it."""
+
+    model: nn.Module
+    about: dict[str, Any]
+    size: int | None
+    """Side of the images that it was evaluated on, if that is known."""
+
+
+def add_command(commands: Any, console: Console) -> None:
+    """Add export-graph to the parsers of `tools.convert`."""
+    text = "a classifier, or the maps of an InternImage, as ONNX or torch.export graph"
+    give = commands.add_parser("export-graph", help=text, description=text)
+    give.set_defaults(run=lambda options: _export(options, console))
+    source = give.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", dest="run_dir", type=Path, metavar="RUN",
+                        help="run directory (its newest checkpoint) or a checkpoint folder")
+    source.add_argument("--source", type=Path,
+                        help="InternImage weights that import-internimage reads, such as an "
+                             "official .pth")
+    give.add_argument("--out", type=Path, required=True, metavar="FILE",
+                      help="FILE.onnx (ONNX; weights above 2 GB beside it, in FILE.onnx.data) or "
+                           "FILE.pt2 (for torch.export.load)")
+    give.add_argument("--outputs", choices=("logits", "maps"), default="logits",
+                      help="logits (B, classes), or the maps (B, C, H, W) of the four stages of an "
+                           "InternImage (default %(default)s)")
+    give.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS",
+                      help="height and width, or one number for both; default for the logits of a "
+                           "run: as its recipe evaluates")
+    give.add_argument("--weights", choices=("trained", "ema"), default="trained",
+                      help="trained weights, or their moving average (default %(default)s)")
+    give.add_argument("--task", metavar="NAME",
+                      help="with --run: classification task, if there are several")
+    give.add_argument("--encoder", metavar="NAME", default="image",
+                      help="with --run and maps: its name in model.encoders (default %(default)s)")
+    give.add_argument("--settings", type=Path, metavar="FILE.yaml",
+                      help="with --source: as in import-internimage")
+
+
+def _export(options: argparse.Namespace, console: Console) -> int:
+    with console.status("reading the weights"):
+        chosen = _of_run(options) if options.run_dir else _of_source(options)
+    size = _size(options, chosen)
+    names = ["logits"]
+    if options.outputs == "maps":
+        names = [f"stage_{stage + 1}" for stage in range(STAGES)]
+    with console.status("tracing the model, and running what comes out"):
+        difference = write_graph(chosen.model, names, size, chosen.about, options.out)
+    console.print(
+        f"{options.out}: images (batch, 3, {size[0]}, {size[1]}) to {', '.join(names)}; read back "
+        f"and run: largest difference {difference:.1e}",
+        markup=False, highlight=False, soft_wrap=True,
+    )
+    return 0
+
+
+def _size(options: argparse.Namespace, chosen: Chosen) -> tuple[int, int]:
+    given = options.image_size or ([chosen.size] if chosen.size else [])
+    if not 1 <= len(given) <= 2 or min(given) < 1:
+        raise ValueError("--image-size: give height and width of images, or one number for both")
+    return given[0], given[-1]
+
+
+def _of_run(options: argparse.Namespace) -> Chosen:
+    from pretrain.build import evaluation_image
+    from tools.trained import open_run
+
+    if options.settings:
+        raise ValueError("--settings is for --source: the recipe of a run describes its model")
+    run = open_run(options.run_dir, "master" if options.weights == "trained" else "ema")
+    tasks = run.recipe.tasks
+    if options.outputs == "maps":
+        encoder = _internimage(run.model.encoders, options.encoder)
+        readers = [t for t in tasks.values() if options.encoder in _encoders(t.objective)]
+        image, size, model = readers[0].data.image, None, Maps(encoder)
+    else:
+        task = _choose_task(tasks, options.task)
+        objective = run.model.objectives[task]
+        model = Logits(run.model.encoders[objective.encoder], objective.pool, objective.head)
+        image = evaluation_image(tasks[task])
+        size = image.size if image.fixed_size else None
+    about = {"image_mean": image.mean, "image_std": image.std, "recipe": run.recipe.name,
+             "step": run.manifest["step"], "weights": options.weights}  # fmt: skip
+    return Chosen(model, about, size)
+
+
+def _encoders(objective: Any) -> list[str]:
+    return [getattr(objective, field) for field in objective.encoder_fields]
+
+
+def _internimage(encoders: nn.ModuleDict, name: str) -> InternImage:
+    names = [n for n, encoder in encoders.items() if isinstance(encoder, InternImage)]
+    if name not in names:
+        raise ValueError(f"--encoder {name}: the run's InternImages are: "
+                         f"{', '.join(names) or 'none'}; only these have maps of stages")
+    return encoders[name]
+
+
+def _choose_task(tasks: Any, wanted: str | None) -> str:
+    names = [n for n, task in tasks.items() if task.objective.type == "classification"]
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted in names:
+        return wanted
+    raise ValueError(
+        f"choose one of the run's classification tasks with --task: {', '.join(names) or 'none'}; "
+        "without one there are the maps of its InternImages (--outputs maps)"
+    )
+
+
+def _of_source(options: argparse.Namespace) -> Chosen:
+    if options.task or options.encoder != "image":
+        raise ValueError("--task and --encoder are for --run: --source has one model")
+    file = weight_file(options.source)
+    try:
+        found, settings = read_internimage(file, options.weights, options.settings)
+        # Maps need no head, of which a detector's backbone has none.
+        maps = options.outputs == "maps"
+        if maps:
+            settings = settings.model_copy(update={"head": None})
+        elif "head.weight" not in found.tensors:
+            raise ValueError("there is no linear layer (head.weight): use --outputs maps")
+        model = _build(found.tensors, settings, maps)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return Chosen(model, {**_IMAGENET, "weights": options.weights}, None)
+
+
+def _build(
+    tensors: dict[str, torch.Tensor], settings: InternImageSettings, maps: bool
+) -> Logits | Maps:
+    """The model that weights under official names describe."""
+    heads = ("head.", "conv_head.", "dcnv3_head_", "clip_projector.", "fc_norm.")
+    if maps:
+        tensors = {n: t for n, t in tensors.items() if not n.startswith(heads)}
+    ours = import_internimage(tensors, settings, encoder="image", task="classify")
+    with torch.device("meta"):
+        encoder = settings.build()
+    start = "encoders.image."
+    own = {n.removeprefix(start): t for n, t in ours.items() if n.startswith(start)}
+    encoder.load_state_dict(own, assign=True)
+    encoder.requires_grad_(False).eval()
+    if maps:
+        return Maps(encoder)
+    weight, bias = (ours[f"objectives.classify.head.{part}"] for part in ("weight", "bias"))
+    head = nn.Linear(weight.shape[1], len(weight), device="meta")
+    head.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    pool = "mean" if settings.head is None else "head"
+    return Logits(encoder, pool, head.requires_grad_(False))
