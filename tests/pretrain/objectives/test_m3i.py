@@ -305,6 +305,6 @@ def test_impossible_settings():
         M3ISettings(temperature=0.001)
     with pytest.raises(ValueError, match="an InternImage has its own"):
         m3i_model("internimage", pooled_width=8)
-    with pytest.raises(ValueError, match="balance measures.*raise micro_batch"):
+    with pytest.raises(ValueError, match=r"balance measures.*raise micro_batch"):
         model = m3i_model(balance={})
         model("m3i", m3i_batch(4), dict.fromkeys(TOTALS, 4.0), part="features")

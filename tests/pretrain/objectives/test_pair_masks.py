@@ -40,7 +40,7 @@ def test_masks_belong_to_pairs():
 
 
 def test_an_odd_batch_is_refused():
-    with pytest.raises(ValueError, match="3 images cannot be mixed in pairs.*even micro-batch"):
+    with pytest.raises(ValueError, match=r"3 images cannot be mixed in pairs.*even micro-batch"):
         pair_masks(draws(range(3)), (4, 4))
     with pytest.raises(ValueError, match="even micro-batch"):
         mix_pixels(torch.zeros(3, 3, 8, 8), torch.zeros(1, 2, 2).bool())
