@@ -51,7 +51,7 @@ def block_rows(shard: Shard, block_bytes: float) -> int:
 
 def block_key(shard: Shard) -> str:
     """First part of the names of a shard's blocks; another content or version has another one."""
-    return sha256(f"{shard.index_digest}\0{shard.version}".encode()).hexdigest()[:32]
+    return sha256(f"{shard.index_digest}\0{shard.version or ''}".encode()).hexdigest()[:32]
 
 
 def extent_of_row(shards: ShardSet, number: int, row: int, block_bytes: float) -> Extent:

@@ -36,6 +36,7 @@ class Catalogue:
     def __init__(self, storage: UrlStorage) -> None:
         self.storage = storage
         self._manifests: dict[str, manifests.Manifest | None] = {}
+        self._refusals: dict[str, PermissionError] = {}
         self._records: dict[str, dict[str, manifests.ShardRecord]] = {}
 
     def expand(self, specs: Specs) -> list[str]:
@@ -85,8 +86,9 @@ class Catalogue:
             return manifests.Manifest.parse(text, without_secrets(url))
         except FileNotFoundError:
             return None
-        except PermissionError:
+        except PermissionError as error:
             if is_url(folder):  # some stores refuse what is not there
+                self._refusals[folder] = error
                 return None
             raise
 
@@ -131,9 +133,16 @@ class Catalogue:
         if manifest is not None:
             return [inside(url, record.name) for record in manifest.shards]
         if scheme(url) in ("http", "https"):
+            if url in self._refusals:
+                raise self._refusals[url]
             raise FileNotFoundError(
                 f"{shown}: is no .tar and holds no manifest.json, and web servers cannot be "
                 "listed: name the shards, for example with {00000..00099}.tar"
+            )
+        if self.storage.glob(inside(url, manifests.PLAN_NAME)):
+            raise ShardError(
+                f"{shown}: its packing was not finished when it was uploaded: finish it, and "
+                "upload it again"
             )
         return self._list(inside(url, "*.tar"))
 

@@ -1,6 +1,7 @@
 """Every sample of a data set once, over all ranks, in equal batch counts."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -61,6 +62,7 @@ class EvaluationLoader:
         self._stall_seconds = stall_seconds
         self._limits, self._fault_file = limits or FaultLimits(), fault_file
         self._policy = FaultPolicy(self._limits, rank, fault_file)
+        self._counters: Counter[str] = Counter()
         self.samples = min(stream.n_rows, max_samples or stream.n_rows)
 
     def __len__(self) -> int:
@@ -71,8 +73,13 @@ class EvaluationLoader:
         """Bad samples of the last iteration, by task."""
         return self._policy.counts
 
+    def counters(self) -> Mapping[str, int]:
+        """What storage did for the last iteration, on this rank; as `StepLoader.counters`."""
+        return self._counters
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._policy = FaultPolicy(self._limits, self.rank, self._fault_file)
+        self._counters = Counter()
         streams, requests = {self.stream.name: self.stream}, Requests(self.requests())
         board = ActivityBoard(self._options["workers"], self._options["start_method"])
         batches = load_batches(
@@ -87,7 +94,8 @@ class EvaluationLoader:
                 with watch.waiting():
                     batch = next(batches)
                 requests.waiting.popleft()
-                del batch["seconds"], batch["counters"]
+                del batch["seconds"]
+                self._counters.update(batch.pop("counters"))
                 self._policy.record(self.stream.name, batch)
                 yield batch
 

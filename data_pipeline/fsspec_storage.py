@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.exceptions import FSTimeoutError
 
 from data_pipeline.limits import HostLimits
 from data_pipeline.locations import without_secrets
@@ -40,8 +42,9 @@ _ATTEMPTS_IF_UNCLEAR = 5
 class FsspecStorage:
     """A Storage for the URLs of one fsspec driver, which finds credentials by itself.
 
-    A driver has its own time-outs; the deadline holds between its attempts. For any number of
-    threads, but not across a fork.
+    A driver has time-outs and attempts of its own, which `retries` does not count. Those that are
+    asynchronous, as the ones of object stores are, are ended at the deadline; with others it holds
+    between attempts. For any number of threads, but not across a fork.
     """
 
     def __init__(self, protocol: str, retry: RetryPolicy, limits: HostLimits) -> None:
@@ -57,7 +60,8 @@ class FsspecStorage:
 
     def state(self, url: str) -> FileState:
         """Size and version; FileNotFoundError, PermissionError, ShardError, TransientReadError."""
-        return repeated(lambda _: self._state(url), self._patience(url))
+        patience = self._patience(url)
+        return repeated(lambda _: self._state(url, patience.left_s), patience)
 
     def read(self, url: str, begin: int, end: int, expected: FileState | None = None) -> bytes:
         """Exactly the bytes [begin, end); errors as `state`, and ShardError if the file changed."""
@@ -78,8 +82,9 @@ class FsspecStorage:
                 f"{without_secrets(url)}: has {expected.size} bytes, the bytes {begin}-{end - 1} "
                 "are not there: truncated or replaced"
             )
-        yield from resumed(lambda first, last, _: self._range(url, first, last), begin, end,
-                           patience)  # fmt: skip
+        yield from resumed(
+            lambda first, last, _: self._range(url, first, last, patience), begin, end, patience
+        )
         if end - begin > _REQUEST:
             self._same(url, expected)
 
@@ -108,17 +113,17 @@ class FsspecStorage:
             )
         return found
 
-    def _state(self, url: str) -> FileState:
-        info = self._call(url, "info")
+    def _state(self, url: str, timeout_s: float) -> FileState:
+        info = self._call(url, "info", timeout_s)
         if info.get("type") == "directory" or info.get("size") is None:
             raise FileNotFoundError(f"{without_secrets(url)}: is not a file")
         version = next((info[name] for name in _VERSIONS if info.get(name)), "")
         return FileState(int(info["size"]), str(version))
 
-    def _range(self, url: str, begin: int, end: int) -> Iterator[bytes]:
+    def _range(self, url: str, begin: int, end: int, patience: Patience) -> Iterator[bytes]:
         while begin < end:
             stop = min(begin + _REQUEST, end)
-            data = self._call(url, "cat_file", start=begin, end=stop)
+            data = self._call(url, "cat_file", patience.left_s, start=begin, end=stop)
             if len(data) > stop - begin:
                 raise Interrupted(f"asked for {stop - begin} bytes, the driver gave {len(data)}")
             for at in range(0, len(data), _PIECE):
@@ -127,7 +132,9 @@ class FsspecStorage:
             if begin < stop:
                 return  # `resumed` asks again from here
 
-    def _call(self, url: str, method: str, **options: int) -> Any:
+    def _call(
+        self, url: str, method: str, timeout_s: float | None = None, **options: int
+    ) -> Any:
         """Ask the driver; sort its errors into what may heal and what will not."""
         shown = without_secrets(url)
         host = shown.split("://", 1)[1].split("/", 1)[0]
@@ -137,7 +144,11 @@ class FsspecStorage:
                 filesystem, path = fsspec.core.url_to_fs(url)
                 if method in ("info", "glob"):
                     filesystem.invalidate_cache()  # listings may be old
-                found = getattr(filesystem, method)(path, **options)
+                if timeout_s is not None and isinstance(filesystem, AsyncFileSystem):
+                    call = getattr(filesystem, f"_{method}")
+                    found = sync(filesystem.loop, call, path, timeout=timeout_s, **options)
+                else:
+                    found = getattr(filesystem, method)(path, **options)
                 if method == "glob":
                     found = [filesystem.unstrip_protocol(name) for name in found]
                 if method == "cat_file":
@@ -149,7 +160,9 @@ class FsspecStorage:
             raise Interrupted(
                 str(error), attempts=_ATTEMPTS_IF_UNCLEAR, otherwise=refused
             ) from error
-        except OSError as error:  # time-outs too
+        except FSTimeoutError as error:  # ours, at the deadline
+            raise Interrupted(f"the driver came to no end in {timeout_s:.1f} s") from error
+        except OSError as error:  # time-outs of the driver's own, too
             raise Interrupted(f"{type(error).__name__}: {error}") from error
         except Exception as error:
             raise Interrupted(

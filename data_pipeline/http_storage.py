@@ -31,13 +31,15 @@ _ATTEMPTS_IF_REFUSED = 4
 # What is left of an answer is read up to here, so that the connection can be used again.
 _LARGEST_REST = 64 * 1024
 _NETWORK_FAULTS = (OSError, http.client.HTTPException, ssl.SSLError)
+_CUT_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 
 
 class HttpStorage:
     """A Storage for http and https.
 
     Redirects are followed; proxies are those of the environment, credentials those of ~/.netrc
-    (or $NETRC). For any number of threads, but not across a fork.
+    (or $NETRC), authorities those of the system (or $SSL_CERT_FILE, $SSL_CERT_DIR). For any number
+    of threads, but not across a fork.
     """
 
     def __init__(self, retry: RetryPolicy, limits: HostLimits) -> None:
@@ -163,7 +165,20 @@ class _Exchange:
             if isinstance(error, http.client.InvalidURL):  # its text has the query in it
                 raise ShardError(f"{without_secrets(url)}: is no valid URL") from None
             if isinstance(error, ssl.SSLCertVerificationError):
-                raise PermissionError(f"{without_secrets(url)}: {error}") from error
+                raise PermissionError(
+                    f"{without_secrets(url)}: the certificate of {self._key[1]} is not accepted "
+                    f"({error.verify_message}). If it is to be trusted, name a file with the "
+                    "certificates of its authority: SSL_CERT_FILE=FILE"
+                ) from error
+            if isinstance(error, ssl.SSLError) and not isinstance(error, _CUT_OFF):
+                refused = PermissionError(
+                    f"{without_secrets(url)}: no https with {self._key[1]}: {error}"
+                )
+                raise Interrupted(
+                    f"{type(error).__name__}: {error}",
+                    attempts=_ATTEMPTS_IF_REFUSED,
+                    otherwise=refused,
+                ) from error
             if isinstance(error, _NETWORK_FAULTS):
                 raise Interrupted(f"{type(error).__name__}: {error}") from error
             raise

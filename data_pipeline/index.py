@@ -23,6 +23,7 @@ In a bundled shard, a sample begins with its line and has no padding; such an in
 What columns there are: columns.py. A float column has NaN where a sample lacks the number.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -161,6 +162,15 @@ class ShardIndex:
             return [(m[1] - BLOCK, m[1], *m) for m in self.members(row)]
         return [(*self.header_span(row, m[1]), *m) for m in self.members(row)]
 
+    @cached_property
+    def headers_digest(self) -> str:
+        """Digest of the index of headers alone of the same shard; its own if it is one."""
+        if not self.payloads_hashed or self.bundled:
+            return self.digest
+        unknown = {"member_crc32": np.zeros_like(self.arrays["member_crc32"])}
+        arrays = self.arrays | unknown
+        return _digest(dataclasses.replace(self, arrays=arrays, payloads_hashed=False))
+
     # One number of a memoryview costs a third of one of an array, and reading asks for many.
 
     @cached_property
@@ -174,7 +184,7 @@ class ShardIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without those views, which are made again when they are needed."""
-        views = "_key_views", "_member_views"
+        views = "_key_views", "_member_views", "headers_digest"
         return {name: value for name, value in self.__dict__.items() if name not in views}
 
     def header_span(self, row: int, offset: int) -> tuple[int, int]:

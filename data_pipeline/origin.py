@@ -38,7 +38,7 @@ class Origin:
         shard, storage = self._shards.shards[number], self._shards.storage
         try:
             if number not in self._states:
-                known = FileState(shard.bytes, shard.version)
+                known = FileState(shard.bytes, shard.version or "")
                 self._states[number] = known if known.version else storage.state(shard.path)
             found = self._states[number]
             _check_size(shard.label, found.size, shard.bytes)

@@ -95,6 +95,9 @@ class SampleReader:
                 return self._read_once(number, local, row, extensions)
             except OSError as error:
                 self.close()  # a stale handle heals only if the file is opened again
+                if isinstance(error, PermissionError) and is_url(self.shards.shards[number].path):
+                    # A server refuses the index: access is no property of a sample.
+                    raise TransientReadError(str(error)) from error
                 if self._is_lost(number, error, attempt):
                     self._lose(number, error)
                     continue
@@ -151,6 +154,7 @@ class SampleReader:
                 except ShardError:
                     if not self._renew(number, begin, end):
                         raise
+                    self.source.counters["retries"] += 1
                     self._read_run(number, begin, end, run, index, members)
         except ShardError as error:
             raise BadSample(str(error), shard.label, key, row) from error

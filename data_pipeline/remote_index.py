@@ -1,11 +1,15 @@
 """Indices of shards that are read by URL: fetched from beside the shard, or built from afar.
 
 They are kept in the cache folder ($OMNIPRETRAIN_CACHE), under a name made of the URL, size and
-version of the file: another content is another entry, and what is stored is never out of date.
+version of the file: another content is another entry, and what is stored is never out of date. Only
+an index of headers alone may be outdone, by one that somebody has put beside the shard since: it is
+looked for whenever a set of shards is opened, once for all processes that are opened together.
 """
 
+import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +24,9 @@ from data_pipeline.storage import FileState
 from data_pipeline.tar_headers import ShardError
 
 _log = logging.getLogger(__name__)
+
+# Processes of a node that open the same shards within this time ask once for better indices.
+_LOOK_AGAIN_S = 60.0
 
 
 def foreign_index(
@@ -38,7 +45,9 @@ def foreign_index(
     state = storage.state(url)
     if full is None:
         full = storage.settings.foreign_index == "full"
-    index = remote_index(url, state, storage, full=full, force=force, progress=progress)
+    index = remote_index(
+        url, state, storage, full=full, force=force, look_again=True, progress=progress
+    )
     return index, state.version
 
 
@@ -50,6 +59,7 @@ def remote_index(
     digest: str = "",
     full: bool = False,
     force: bool = False,
+    look_again: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ShardIndex:
     """Return the index of a remote shard: as stored, as it lies beside the shard, or a new one.
@@ -59,9 +69,10 @@ def remote_index(
     Args:
         state: of the shard; what is read must belong to it.
         digest: of the index that is wanted, if a manifest tells it.
-        full: a new index takes one pass over all bytes, not over the headers alone. An index that
-            a manifest wants is always built so.
+        full: an index of headers alone will not do; a new one takes one pass over all bytes. An
+            index that a manifest wants is always built so.
         force: build it in any case.
+        look_again: in place of a stored index of headers, see whether there is a full one by now.
         progress: called with the number of bytes passed since its last call.
 
     Raises:
@@ -69,24 +80,42 @@ def remote_index(
         OSError: the cache folder cannot be written.
         FileNotFoundError, PermissionError, TransientReadError: the shard cannot be read.
     """
-    full = full or bool(digest)
-    place = _place(url, state, digest or ("full" if full else "headers"))
-    if not force and (index := _stored(place)) is not None:
+    place = _place(url, state, digest or "full")
+    weak = None if full or digest else _place(url, state, "headers")
+    if not force and (index := _at_hand(place, weak, look_again)) is not None:
         return index
     place.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(place) as locked:
-        if not force and (index := _stored(place)) is not None:
+        if not force and (index := _at_hand(place, weak, look_again)) is not None:
             return index  # another process got it while this one waited
         if locked:
-            for leftover in leftovers(place):
+            for leftover in (*leftovers(place), *(leftovers(weak) if weak else ())):
                 leftover.unlink(missing_ok=True)
-        if not force and (index := _fetched(url, state, storage, place)) is not None:
+        if not force and (index := _fetched(url, state, storage, place, weak)) is not None:
             return index
-        _log.info("indexing %s%s", without_secrets(url), "" if full else " by its headers")
+        if not force and weak is not None and (index := _stored(weak)) is not None:
+            with contextlib.suppress(OSError):
+                os.utime(weak)  # for `_at_hand`: looked for, and not found
+            return index
+        _log.info("indexing %s%s", without_secrets(url), " by its headers" if weak else "")
         file = RemoteFile(storage, url, state)
-        index = index_file(file, without_secrets(url), state.size, progress, headers_only=not full)
-        index.save(place)
+        index = index_file(
+            file, without_secrets(url), state.size, progress, headers_only=weak is not None
+        )
+        index.save(place if index.payloads_hashed else weak)
         return index
+
+
+def _at_hand(place: Path, weak: Path | None, look_again: bool) -> ShardIndex | None:
+    """The index that is stored: in `place` or, where one of headers will do, in `weak`."""
+    index = _stored(place)
+    if index is not None or weak is None:
+        return index
+    if look_again:
+        with contextlib.suppress(FileNotFoundError):
+            if abs(time.time() - weak.stat().st_mtime) > _LOOK_AGAIN_S:
+                return None
+    return _stored(weak)
 
 
 def _place(url: str, state: FileState, kind: str) -> Path:
@@ -105,8 +134,11 @@ def _stored(place: Path) -> ShardIndex | None:
         return None
 
 
-def _fetched(url: str, state: FileState, storage: UrlStorage, place: Path) -> ShardIndex | None:
-    """The index that lies beside the shard, now in `place`; None if there is none."""
+def _fetched(
+    url: str, state: FileState, storage: UrlStorage, place: Path, weak: Path | None
+) -> ShardIndex | None:
+    """The index that lies beside the shard, now in `place` or, if it is one of headers, in `weak`;
+    None if there is none that will do."""
     source = beside(url, SUFFIX)
     try:
         found = storage.state(source)
@@ -123,7 +155,10 @@ def _fetched(url: str, state: FileState, storage: UrlStorage, place: Path) -> Sh
         except ShardError as error:
             fault = str(error).replace(str(temporary), without_secrets(source))
             raise ShardError(fault) from None
-        os.replace(temporary, place)
+        target = place if index.payloads_hashed else weak
+        if target is None:
+            return None
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     return index

@@ -73,6 +73,9 @@ class RemoteLanes:
         except BaseException:
             self._drop(lane)
             raise
+        finally:
+            before, self._retries = self._retries, self._shards.storage.retries
+            self.counters["retries"] += self._retries - before
         data = lane.data[begin - lane.begin : end - lane.begin]
         lane.used = max(lane.used, end)
         self._go_on(lane)
@@ -116,7 +119,7 @@ class RemoteLanes:
         self.__init__(state["shards"])
 
     def _start(self) -> None:
-        self._process = os.getpid()
+        self._process, self._retries = os.getpid(), self._shards.storage.retries
         self._pool = FetchPool(self._shards.storage.settings.requests_per_host)
         self._lanes: OrderedDict[_Lane, None] = OrderedDict()
         self._by_shard: dict[int, list[_Lane]] = {}
@@ -163,7 +166,6 @@ class RemoteLanes:
         coming, lane.coming = lane.coming, None
         data = coming.result()
         self.counters["bytes_read"] += len(data)
-        self.counters["retries"] = self._shards.storage.retries
         passed = min(max(begin - lane.begin, 0), len(lane.data))
         lane.data = lane.data[passed:] + data
         lane.begin += passed

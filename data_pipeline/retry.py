@@ -43,7 +43,7 @@ class Interrupted(Exception):
         Args:
             reason: for the message.
             retry_after_s: the server asked not to be asked again before.
-            attempts: most attempts that are worth making; None: as the deadline allows.
+            attempts: most attempts that are worth making in a row; None: as the deadline allows.
             otherwise: raised after so many attempts, in place of TransientReadError.
         """
         super().__init__(reason)
@@ -56,19 +56,23 @@ class Patience:
     def __init__(self, url: str, policy: RetryPolicy, on_retry: Callable[[], None]) -> None:
         """`on_retry` is called before each new attempt."""
         self._url, self._policy, self._on_retry = url, policy, on_retry
-        self._failures = 0
+        self._failures, self._limited, self._reasons = 0, 0, []
         self._since = time.monotonic()
 
     def progress(self) -> None:
         """Bytes arrived: the deadline starts anew."""
-        self._failures = 0
+        self._failures, self._limited, self._reasons = 0, 0, []
         self._since = time.monotonic()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return max(self._policy.deadline_s - (time.monotonic() - self._since), 0.001)
 
     @property
     def timeout_s(self) -> float:
         """Seconds that the next attempt may wait for the server."""
-        left = self._policy.deadline_s - (time.monotonic() - self._since)
-        return max(min(self._policy.timeout_s, left), 0.001)
+        return min(self._policy.timeout_s, self.left_s)
 
     def wait(self, fault: Interrupted) -> None:
         """Sleep before the next attempt.
@@ -77,8 +81,11 @@ class Patience:
             TransientReadError, or what the fault names: there is no use in another attempt.
         """
         self._failures += 1
+        self._reasons = [*self._reasons[-1:], str(fault)]
         spent = time.monotonic() - self._since
-        if fault.attempts is not None and self._failures >= fault.attempts:
+        # In a row: a refusal after a while of 503 is the first one.
+        self._limited = self._limited + 1 if fault.attempts is not None else 0
+        if fault.attempts is not None and self._limited >= fault.attempts:
             raise fault.otherwise or self._given_up(fault, spent)
         longest = min(
             self._policy.first_wait_s * 2 ** min(self._failures - 1, 30),
@@ -94,9 +101,11 @@ class Patience:
 
     def _given_up(self, fault: Interrupted, spent: float) -> TransientReadError:
         asked = f", which asked for {fault.retry_after_s:.0f} s" if fault.retry_after_s else ""
+        # The last attempt may have been cut short by the deadline, and know no reason.
+        before = "".join(f", before: {text}" for text in self._reasons[:-1] if text != str(fault))
         return TransientReadError(
-            f"{without_secrets(self._url)}: {fault}{asked} (tried {self._failures} times in "
-            f"{spent:.1f} s without a new byte; deadline {self._policy.deadline_s:g} s)"
+            f"{without_secrets(self._url)}: {fault}{asked}{before} (tried {self._failures} times "
+            f"in {spent:.1f} s without a new byte; deadline {self._policy.deadline_s:g} s)"
         )
 
 

@@ -48,8 +48,8 @@ class Shard:
     samples: int
     bytes: int
     index_digest: str
-    version: str = ""
-    """Of a remote file, as FileState has it; "" where it was not asked for."""
+    version: str | None = None
+    """Of a remote file without a manifest, as FileState has it; None where it was not asked for."""
 
     @property
     def name(self) -> str:
@@ -124,6 +124,17 @@ class ShardSet:
     def fingerprint(self) -> str:
         """sha256 of shard names, counts and index digests, in order; folders do not count."""
         lines = (f"{s.name}\0{s.samples}\0{s.index_digest}\n" for s in self.shards)
+        return sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def fingerprint_by_headers(self) -> str:
+        """`fingerprint` as it was when remote shards without a manifest had no index but one of
+        their headers: the same samples, of which less was known. Reads the indices of these."""
+        lines = (
+            f"{s.name}\0{s.samples}\0"
+            f"{s.index_digest if s.version is None else self.read_index(number).headers_digest}\n"
+            for number, s in enumerate(self.shards)
+        )
         return sha256("".join(lines).encode()).hexdigest()
 
     def index(self, number: int) -> ShardIndex:
@@ -211,13 +222,17 @@ class ShardSet:
     def _checked_index(self, shard: Shard) -> ShardIndex:
         if is_url(shard.path):
             # Of a shard whose manifest told the digest, the version is not known: it is not asked.
-            digest = "" if shard.version else shard.index_digest
-            state = FileState(shard.bytes, shard.version)
+            digest = shard.index_digest if shard.version is None else ""
+            state = FileState(shard.bytes, shard.version or "")
             full = self.storage.settings.foreign_index == "full"
             index = remote_index(shard.path, state, self.storage, digest=digest, full=full)
         else:
             index = load_or_build_index(shard.path)
-        if (index.digest, len(index)) != (shard.index_digest, shard.samples):
+        same = index.digest == shard.index_digest
+        if not same and shard.version is not None:
+            # Opened with an index of headers; another run has found a full one since.
+            same = index.headers_digest == shard.index_digest
+        if not same or len(index) != shard.samples:
             raise ShardError(
                 f"{shard.label}: its index does not belong to the shard that was opened (another "
                 f"digest; {len(index)} samples, not {shard.samples}): files were swapped or "
@@ -305,7 +320,7 @@ def _open_shards(paths: list[str], catalogue: Catalogue) -> list[Shard]:
         if record is not None:
             return Shard(path, record.samples, record.bytes, record.index_digest)
         if not is_url(path):
-            index, version = load_or_build_index(path), ""
+            index, version = load_or_build_index(path), None
         else:
             index, version = foreign_index(path, catalogue.storage)
         return Shard(path, len(index), index.shard_bytes, index.digest, version)

@@ -52,7 +52,8 @@ class ByteSource(Protocol):
     """
 
     counters: dict[str, int]
-    """What was done since the start, by name: bytes_read, retries, cache_hits, cache_misses."""
+    """What was done since the start, by name: bytes_read, retries (of the storage, and of readers
+    that asked again for bytes that were wrong), cache_hits, cache_misses."""
 
     def pread(self, number: int, begin: int, end: int) -> bytes:
         """Exactly the bytes [begin, end) of a shard.

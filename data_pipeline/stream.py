@@ -132,8 +132,15 @@ class TaskStream:
     @property
     def fingerprint(self) -> str:
         """Tells training data apart: shards (without their folders), and samples that take part."""
-        parts = self.reader.shards.fingerprint, self.order.taking_part
-        return sha256("\n".join(parts).encode()).hexdigest()
+        return self._fingerprint(self.reader.shards.fingerprint)
+
+    @property
+    def fingerprint_by_headers(self) -> str:
+        """`fingerprint` before shards got full indices; see `ShardSet.fingerprint_by_headers`."""
+        return self._fingerprint(self.reader.shards.fingerprint_by_headers)
+
+    def _fingerprint(self, of_shards: str) -> str:
+        return sha256(f"{of_shards}\n{self.order.taking_part}".encode()).hexdigest()
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Metrics after `samples` samples of this task: `epoch` is samples per sample that there

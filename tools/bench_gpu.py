@@ -17,6 +17,7 @@ from torch import Tensor
 from pretrain.models.init import initialise
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.operators.dcnv3 import dcnv3
+from tools import bench_dcnv4
 from tools.bench_dcnv3 import grid_sample_dcnv3
 
 POINTS = 9
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for row in _kernel_rows(clock, args.batch, *stage, dtype, copy)
     ]
     models = [_model_row(clock, *spec.split(":"), args.image, peak) for spec in args.models]
+    _, said = bench_dcnv4.find()
     columns = dict.fromkeys(name for row in (*rows, *models) for name in row)
     rows = [columns | row for row in (*rows, *models)]
     bars = [
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{peak / 1e12:.1f} TFLOP/s, which MFU is a share of",
             "share of the floor: time of touching each tensor once at the speed of the copy, by "
             "the time taken; gradients of values count once, in their own type",
+            said,
         ],
     }
 
@@ -125,6 +128,7 @@ def _kernel_rows(
     upstream = torch.randn_like(output)
     size = sum(tensor.nbytes for tensor in (*inputs, output))
     bytes_of = {FORWARD: size, BACKWARD: size + sum(tensor.nbytes for tensor in inputs)}
+    function, _ = bench_dcnv4.find()
     rows = []
     for what in (FORWARD, BACKWARD):
         ours, peer, plain = (
@@ -140,7 +144,29 @@ def _kernel_rows(
             "ms": 1e3 * ours, "share of the floor": bytes_of[what] / copy / ours,
             "grid_sample / ours": peer / ours, "plain PyTorch / ours": plain / ours,
         })  # fmt: skip
+        if function is not None:
+            rows[-1]["DCNv4 / ours"] = _dcnv4(clock, function, inputs, groups, output, what) / ours
     return rows
+
+
+def _dcnv4(
+    clock: _Clock, function: Callable, inputs: list[Tensor], groups: int, output: Tensor, what: str
+) -> float:
+    """Seconds of the package's kernel; not a number where it refuses the type, or fails."""
+    value, offset, mask = (tensor.detach() for tensor in inputs)
+    own = [value.requires_grad_(), bench_dcnv4.join(offset, mask, groups).requires_grad_()]
+
+    def call(*tensors: Tensor) -> Tensor:
+        return bench_dcnv4.call(function, *tensors, groups)
+
+    try:
+        gap = (call(*own) - output).detach().abs().max() / output.detach().abs().max()
+        if not gap < 0.05:
+            raise SystemExit(f"DCNv4 computes something else than DCNv3 (by {gap:.2g}): its layout "
+                             "is not the one that tools/bench_dcnv4.py knows")
+        return clock.seconds(_pass(call, own, torch.randn_like(output), what))
+    except RuntimeError:  # its backward pass has no bfloat16 in some releases
+        return float("nan")
 
 
 def _inputs(

@@ -45,6 +45,7 @@ class Evaluator:
                 model.encoders, loader, self.tokenizer, self.ranks.device, reduce=self._share,
                 keep_images=self.recipe.logging.images, agree=self._all_agree,
             )
+            values["read_retries"] = sum(self._share(loader.counters()["retries"]))
             self.metrics.log(step, name, values, kind="evaluation")
             self._show(step, name, [e for e in examples if e.image is not None])
             log.info("step %d, %s on %d held-out samples: %s", step, name, values["images"],

@@ -182,7 +182,10 @@ class Trainer:
         recipe, state = self.recipe, self.state
         streams = build.build_streams(recipe, self.tokenizer)
         fingerprints = {name: stream.fingerprint for name, stream in streams.items()}
-        state.ledger += data_entries(fingerprints, state.ledger, state.step)
+        state.ledger += data_entries(
+            fingerprints, state.ledger, state.step,
+            lambda task: getattr(streams[task], "fingerprint_by_headers", ""),
+        )
         self.schedule = schedule = self._schedule(
             {name: stream.n_rows for name, stream in streams.items() if stream.n_rows is not None}
         )

@@ -54,6 +54,18 @@ def garbled(request: Any) -> None:
         del request._send_body  # the connection stays open
 
 
+def anonymous(request: Any) -> None:
+    """The right answer, with nothing that tells this version of the file from another."""
+    request.send_header = lambda name, value: (
+        None if name in ("ETag", "Last-Modified") else type(request).send_header(
+            request, name, value)
+    )  # fmt: skip
+    try:
+        request.send_file()
+    finally:
+        del request.send_header
+
+
 def slow(seconds: float) -> Fault:
     """Silence, then the right answer (to nobody, if the client has left)."""
 

@@ -244,6 +244,7 @@ def test_a_damaged_copy_is_fetched_again(server, settings, caplog):
         check(again := reader(shards, settings))
     assert "does not match its checksums; fetching it again" in caplog.text
     assert 1 <= again.source.counters["cache_misses"] <= 13
+    assert again.source.counters["retries"] == caplog.text.count("fetching it again")
     check(third := reader(shards, settings))
     assert third.source.counters["cache_misses"] == 0
     os.truncate(blocks_in(settings)[0], 100)

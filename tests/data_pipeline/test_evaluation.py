@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from data_pipeline.faults import FaultLimits
 from data_pipeline.loader import DataError, EvaluationLoader
+from data_pipeline.remote import RemoteSettings
 from data_pipeline.shards import ShardSet
+from tests.data_pipeline.faulty_server import FaultyServer, status
 from tests.data_pipeline.photos import caption, damage, pack, stream
 
 
@@ -130,3 +132,23 @@ def test_bad_samples_are_left_out(tmp_path):
 def test_a_training_stream_is_refused(shards):
     with pytest.raises(ValueError, match="needs a stream without an order"):
         EvaluationLoader(stream(shards), 0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_storage_did_is_counted(tmp_path, monkeypatch, workers):
+    monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    pack(tmp_path / "www", 53)
+    with FaultyServer(tmp_path / "www") as server:
+        quick = RemoteSettings(retry_first_wait_s=0.01)
+        remote = stream(ShardSet.open(server.url, quick), 4, 4, train=False)
+        loader = EvaluationLoader(remote, 0, 1, workers)
+        server.faults.extend([status(503), status(429), status(500), status(403)])
+        batches = list(loader)
+        assert sum(int(b["valid"].sum()) for b in batches) == 53
+        assert loader.faults()["caption"].replaced == 0
+        assert loader.counters()["retries"] == 4
+        assert loader.counters()["bytes_read"] > 0
+        list(loader)
+        assert loader.counters()["retries"] == 0  # of the last iteration

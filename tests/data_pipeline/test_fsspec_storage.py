@@ -142,6 +142,9 @@ def test_shards_of_any_driver(tmp_path, monkeypatch):
         opened = ShardSet.open("memory://shelf")
         assert opened.fingerprint == local.fingerprint
         assert SampleReader(opened).read(7).members == sample(7)[1]
+        memory.pipe("/shelf/packing.json", b"{}")
+        with pytest.raises(ShardError, match="memory://shelf: its packing was not finished"):
+            ShardSet.open("memory://shelf")
         with pytest.raises(FileNotFoundError, match=r"memory://shelf/y-\*\.tar: no file matches"):
             ShardSet.open("memory://shelf/y-*.tar")
     finally:

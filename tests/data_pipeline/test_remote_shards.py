@@ -7,10 +7,12 @@ import shutil
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.cache import CachedShards, CacheSettings
 from data_pipeline.index import ShardIndex
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
 from data_pipeline.remote import RemoteSettings
@@ -19,6 +21,7 @@ from data_pipeline.shards import ShardSet
 from data_pipeline.tar_headers import ShardError
 from tests.data_pipeline.faulty_server import (
     FaultyServer,
+    anonymous,
     dropped,
     garbled,
     shifted,
@@ -138,6 +141,69 @@ def test_a_tar_without_index_is_indexed_by_its_headers(server, www):
     assert full.fingerprint == local.fingerprint != opened.fingerprint
 
 
+def companions(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tar"}
+
+
+def grown_old(cache: Path) -> None:
+    for path in (cache / "indices").iterdir():
+        os.utime(path, (1, 1))
+
+
+def test_a_full_index_that_comes_later_takes_the_place_of_one_of_headers(server, www, cache):
+    local, taken = ShardSet.open(www / "set"), companions(www / "set")
+    digests = [local.index(number).headers_digest for number in range(3)]
+    without_companions(www / "set")
+    specs = server.url + "/set/train-00000{0..2}.tar"
+    weak = ShardSet.open(specs, QUICK)
+    assert digests == [weak.index(number).digest for number in range(3)]
+    assert digests == [weak.index(number).headers_digest for number in range(3)]
+    # Processes that start together ask once whether there are better ones.
+    for much_later in (False, True, False):
+        if much_later:
+            grown_old(cache)
+        server.asked.clear()
+        assert not ShardSet.open(specs, QUICK).index(0).payloads_hashed
+        asked = Counter(name for name, _ in server.asked if name.endswith(".idx"))
+        assert list(asked.values()) == [1, 1, 1] * much_later
+    for path, content in taken.items():
+        if path.suffix == ".idx":
+            path.write_bytes(content)
+    assert not ShardSet.open(specs, QUICK).index(0).payloads_hashed  # asked a moment ago
+    grown_old(cache)
+    full = ShardSet.open(specs, QUICK)
+    assert full.fingerprint == local.fingerprint != weak.fingerprint
+    assert full.fingerprint_by_headers == weak.fingerprint == weak.fingerprint_by_headers
+    # A run that began before goes on: the samples are the same, and more is known of them.
+    for shards in (weak, ShardSet(weak.shards, storage=weak.storage)):
+        assert is_whole(shards)
+    shutil.rmtree(cache)
+    assert is_whole(going_on := ShardSet(weak.shards, storage=weak.storage))
+    assert going_on.index(0).payloads_hashed
+    # Another shard under its name is still none of its samples.
+    other = ShardSet([weak.shards[0], replace(weak.shards[1], index_digest="0")])
+    with pytest.raises(ShardError, match="its index does not belong to the shard"):
+        other.index(1)
+
+
+def test_where_a_full_index_is_wanted_one_of_headers_will_not_do(server, www, cache):
+    local = ShardSet.open(www / "set")
+    without_companions(www / "set")
+    specs = server.url + "/set/train-00000{0..2}.tar"
+    for number, shard in enumerate(ShardSet.open(specs, QUICK).shards):
+        weak = ShardSet.open(specs, QUICK).index(number)
+        weak.save(www / "set" / f"{shard.name}.idx")
+    settings = QUICK.model_copy(update={"foreign_index": "full"})
+    full = ShardSet.open(specs, settings)
+    assert full.fingerprint == local.fingerprint
+    # What one run has built is at hand for all others.
+    server.asked.clear()
+    assert ShardSet.open(specs, QUICK).fingerprint == local.fingerprint
+    assert not [name for name, _ in server.asked if name.endswith(".idx")]
+    shutil.rmtree(cache)
+    assert not ShardSet.open(specs, QUICK).index(0).payloads_hashed
+
+
 def test_header_only_indexing_loads_little(tmp_path):
     from data_pipeline.packer import ShardWriter
 
@@ -174,6 +240,19 @@ def test_what_an_index_of_headers_does_and_does_not_see(server, www):
         reader.read(3)
 
 
+@pytest.mark.parametrize("kind", ["headers", "full"])
+def test_a_server_that_tells_no_versions(server, www, tmp_path, kind):
+    without_companions(www / "set")
+    server.of, server.always = "", anonymous
+    settings = QUICK.model_copy(update={"foreign_index": kind})
+    opened = ShardSet.open(server.url + "/set/train-00000{0..2}.tar", settings)
+    assert [shard.version for shard in opened.shards] == [""] * 3
+    assert is_whole(opened)
+    assert is_whole(ShardSet(opened.shards, storage=opened.storage))
+    cache = CachedShards(opened, CacheSettings(folder=str(tmp_path / "blocks"), max_gib=0.1))
+    assert SampleReader(opened, cache).read(50).members == sample(50)[1]
+
+
 def test_a_damaged_remote_tar_is_named(server, www):
     without_companions(www / "set")
     path = www / "set" / "train-000001.tar"
@@ -205,7 +284,8 @@ def test_wrong_bytes_that_were_sent_once_are_no_damage(server, www):
     server.faults.extend([garbled] * 2)
     reader.expect([3, 30])
     assert [reader.read(row).members for row in (3, 30)] == [sample(n)[1] for n in (3, 30)]
-    assert not server.faults
+    # One of them met the question for size and version, which has no use for the bytes.
+    assert not server.faults and reader.source.counters["retries"] == 1
     server.always = garbled  # a server that goes on like this has a damaged file
     with pytest.raises(BadSample, match="'000070'"):
         reader.read(70)
@@ -236,6 +316,19 @@ def test_refused_access_ends_the_run(server):
     server.always = status(403)
     with pytest.raises(TransientReadError, match=r"HTTP 403 .*refuses access"):
         SampleReader(opened).read(5)
+
+
+def test_a_server_that_refuses_an_index_ends_the_run(server):
+    """Access is no property of a sample: nothing may take its place."""
+    opened = ShardSet.open(server.url + "/set", QUICK)
+    server.of, server.always = "train-000001.tar.idx", status(403)
+    reader = SampleReader(opened)
+    assert reader.read(5).members == sample(5)[1]
+    server.of = ""
+    with pytest.raises(TransientReadError, match=r"train-000001\.tar.*HTTP 403 .*refuses access"):
+        reader.read(45)
+    with pytest.raises(PermissionError, match=r"/set/manifest\.json: HTTP 403"):
+        ShardSet.open(server.url + "/set", QUICK)
 
 
 def read_in_another_process(reader, queue):

@@ -86,3 +86,17 @@ def test_other_errors_are_not_met_with_patience(clock):
     with pytest.raises(ZeroDivisionError):
         repeated(broken, Patience("u", RetryPolicy(), int))
     assert len(calls) == 1 and not clock.waits
+
+
+def test_refusals_are_counted_in_a_row_and_the_last_reason_is_told(clock):
+    refused = Interrupted("403", attempts=2, otherwise=PermissionError("no entry"))
+    patience = Patience("u", RetryPolicy(1000, 30, 0.5, 8), int)
+    for fault in [Interrupted("503")] * 5 + [refused, Interrupted("503"), refused]:
+        patience.wait(fault)
+    with pytest.raises(PermissionError, match="no entry"):
+        patience.wait(refused)
+    patience = Patience("u", RetryPolicy(5, 30, 0.5, 0.5), int)
+    patience.wait(Interrupted("503"))
+    clock.sleep(5)
+    with pytest.raises(TransientReadError, match=r"^u: no answer in time, before: 503 \(tried 2"):
+        patience.wait(Interrupted("no answer in time"))

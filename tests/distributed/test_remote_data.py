@@ -1,13 +1,20 @@
 """Runs on data behind a web server, and on streams: equal losses, clear ends, honest resumes."""
 
+import contextlib
+import importlib.util
 import json
+import os
 import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from pretrain.engine.checkpoint_files import read_manifest
+from tests.data_pipeline.bucket_server import BucketServer
 from tests.data_pipeline.faulty_server import FaultyServer, dropped, short, status
+from tests.data_pipeline.test_tls import FILES as TLS_FILES
+from tests.data_pipeline.test_tls import TlsServer
 from tests.distributed.launch import run_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
@@ -45,19 +52,34 @@ def train(data: Path, folder: Path, shards: dict, world: int = 2, **changes) -> 
     )
 
 
-def test_losses_over_http_equal_the_local_ones(data, tmp_path):
-    for name in ("local", "http"):
-        (tmp_path / name).mkdir()
-    assert train(data, tmp_path / "local", {}) == [0, 0], tails(tmp_path / "local/out")
-    with FaultyServer(data) as server:
-        server.faults.extend([dropped, short, status(503), status(429, Retry_After="0"), short])
-        codes = train(
-            data, tmp_path / "http", {"shards": [server.url + "/train"]},
-            loader={"workers": 1, "remote": REMOTE},
-        )  # fmt: skip
-        assert not server.faults
-    assert codes == [0, 0], tails(tmp_path / "http/out")
-    assert losses(tmp_path / "http/run") == losses(tmp_path / "local/run")
+def test_losses_over_any_network_equal_the_local_ones(data, tmp_path, monkeypatch):
+    """http, https and, where its driver is installed, s3."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(TLS_FILES / "test_authority.pem"))
+    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"),
+                        ("DEFAULT_REGION", "us-east-1")):  # fmt: skip
+        monkeypatch.setenv(f"AWS_{name}", value)
+    servers = {"local": None, "http": FaultyServer, "https": TlsServer}
+    if importlib.util.find_spec("s3fs"):
+        servers["s3"] = BucketServer
+    found = {}
+    for name, kind in servers.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        shards = {}
+        with contextlib.ExitStack() as stack:
+            if kind is not None:
+                server = stack.enter_context(kind(data.parent if name == "s3" else data))
+                server.faults.extend([dropped, short, status(503), status(429), short])
+                monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+                place = f"s3://{data.name}" if name == "s3" else server.url
+                shards = {"shards": [place + "/train"]}
+            loader = {"workers": 1, "remote": REMOTE}
+            codes = train(data, folder, shards, loader=loader)
+            assert kind is None or not server.faults
+        assert codes == [0, 0], tails(folder / "out")
+        found[name] = losses(folder / "run")
+    assert len(found["local"]) > 10
+    assert all(each == found["local"] for each in found.values())
 
 
 def test_a_server_that_goes_away_ends_all_ranks(data, tmp_path):
@@ -94,3 +116,27 @@ def test_a_run_on_a_stream_and_its_resume(data, tmp_path):
     assert "goes on at step 4 with another part of its stream" in out
     steps = [line["step"] for line in metrics(tmp_path / "run") if line["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_goes_on_where_full_indices_were_put_beside_its_shards(data, tmp_path):
+    shutil.copytree(data, tmp_path / "www")
+    www = tmp_path / "www" / "train"
+    indices = {path: path.read_bytes() for path in www.glob("*.idx")}
+    for path in (*indices, www / "manifest.json"):
+        path.unlink()
+    with FaultyServer(tmp_path / "www") as server:
+        shards = {"shards": [server.url + "/train/train-00000{0..2}.tar"]}
+        loader = {"workers": 1, "remote": REMOTE}
+        assert train(data, tmp_path, shards, 1, loader=loader) == [0], tails(tmp_path / "out")
+        expected = losses(tmp_path / "run")
+        for path, content in indices.items():
+            path.write_bytes(content)
+        for path in (tmp_path / "cache" / "indices").iterdir():
+            os.utime(path, (1, 1))  # long ago
+        shutil.rmtree(tmp_path / "run/checkpoints/step_000000012")  # as if it had ended before
+        (tmp_path / "run/metrics.jsonl").unlink()
+        codes = run_ranks("pretrain.train", ["--resume", tmp_path / "run"], 1, tmp_path / "out2")
+    assert codes == [0], tails(tmp_path / "out2")
+    assert losses(tmp_path / "run") == expected[8:]
+    ledger = read_manifest(tmp_path / "run/checkpoints/step_000000012")["trainer"]["ledger"]
+    assert [entry["step"] for entry in ledger if entry["kind"] == "data"] == [0, 8]

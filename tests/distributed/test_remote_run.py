@@ -62,8 +62,12 @@ def test_a_server_that_goes_away_ends_all_ranks_and_a_resume_goes_on(tmp_path, m
         assert f"{server.url}/train/train-00000" in gone["reason"] and "503" in gone["reason"]
         assert "_read_once" in gone["stack"]  # where the worker was
 
-        server.always = None
+        server.always, server.of = None, "heldout-000000.tar"
+        server.faults.extend([status(503), status(429)])
         more = ["--resume", str(run)]
         assert run_ranks("pretrain.train", more, 1, tmp_path / "3") == [0], tails(tmp_path / "3")
+        assert not server.faults
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["kind"], last["read_retries"]) == ("evaluation", 2)
     assert not [line for p in (run / "faults").iterdir() for line in p.read_text().splitlines()]
     assert losses(run) == pytest.approx(losses(local), abs=1e-5)

@@ -27,26 +27,33 @@ COMPILE = """
 import json, re, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pretrain.models.operators import dcnv3_triton
+from pretrain.models.operators import dcnv3_triton, ms_deform_attn_triton
+from pretrain.models.operators.sampling_triton import constants
 from pretrain.models.operators.window import Window
 
-window = Window((3, 3), (1, 1), (1, 1), (1, 1), 4, 1.0, False)
 value = torch.empty(2, 56, 56, 64, dtype=torch.bfloat16, device="meta")
+window = Window((3, 3), (1, 1), (1, 1), (1, 1), 4, 1.0, False)
+module, settings = {
+    "dcnv3": (dcnv3_triton, dcnv3_triton._constants(value, window)),
+    "ms_deform_attn": (ms_deform_attn_triton, constants(value, 32) | {"MAPS": 4, "POINTS": 4}),
+}[sys.argv[2]]
 found = []
 for kernel, fixed in (("_forward_kernel", None), ("_backward_kernel", False),
                       ("_backward_kernel", True)):
-    function = getattr(dcnv3_triton, kernel).fn
-    constants = dcnv3_triton._constants(value, window) | {"BLOCK": 64}
-    constants |= {} if fixed is None else {"FIXED": fixed}
-    pointers = dict.fromkeys(("value", "offset", "mask", "out", "gradient", "offset_gradient",
-                              "mask_gradient"), "*bf16")
-    pointers |= {"value_gradient": "*i64" if fixed else "*fp32", "scale": "*fp64"}
+    function = getattr(module, kernel).fn
+    fixed_values = settings | {"BLOCK": 64} | ({} if fixed is None else {"FIXED": fixed})
+    pointers = dict.fromkeys((
+        "value", "offset", "mask", "locations", "weights", "out", "gradient", "offset_gradient",
+        "mask_gradient", "location_gradient", "weight_gradient",
+    ), "*bf16")
+    pointers |= {"value_gradient": "*i64" if fixed else "*fp32", "scale": "*fp64", "table": "*i64"}
     names = function.arg_names
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    signature = {n: "constexpr" if n in fixed_values else pointers.get(n, "i32") for n in names}
+    # What Triton finds to be multiples of 16 when it is called.
     aligned = [i for i, n in enumerate(names) if n in pointers or n == "channels"]
     source = ASTSource(
         fn=function, signature=signature,
-        constexprs={(names.index(name),): constant for name, constant in constants.items()},
+        constexprs={(names.index(name),): value for name, value in fixed_values.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     assembly = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32)).asm["ptx"]
@@ -56,13 +63,14 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.parametrize("operator", ["dcnv3", "ms_deform_attn"])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_compiles_for_gpus_with_wide_accesses(capability, tmp_path):
+def test_compiles_for_gpus_with_wide_accesses(capability, operator, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability)], env=environment, capture_output=True,
-        text=True, timeout=300,
+        [sys.executable, "-c", COMPILE, str(capability), operator], env=environment,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     forward, backward, fixed = json.loads(done.stdout.splitlines()[-1])
