@@ -1,11 +1,11 @@
 """Caption data: from one sample of a shard to image, token and mask arrays, and to a batch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.caption_texts import (
     CaptionSources,
@@ -40,6 +40,10 @@ class CaptionDataSettings(ImageDataSettings):
     loss."""
     text_length: int = Field(default=40, ge=3)
     """Longest caption in tokens, BOS and EOS included; longer ones lose their end."""
+    frames: int | None = Field(default=None, ge=1)
+    """Samples are clips: so many of their frames (members f000.jpg, f001.jpg, ...) take the place
+    of the image, one of each of as many equal parts of the clip: drawn by seed, in evaluation its
+    middle. All have the same crop, flip and colours. null: images."""
 
     @field_validator("caption_source")
     @classmethod
@@ -49,6 +53,17 @@ class CaptionDataSettings(ImageDataSettings):
             if names.count(name) > 1:
                 raise ValueError(f"caption_source: {name!r} is named twice")
         return value
+
+    @model_validator(mode="after")
+    def _clips_fit(self) -> Self:
+        if self.frames is not None and not self.image.fixed_size:
+            raise ValueError(
+                f"frames={self.frames}: clips need one size: image.mode {self.image.mode!r} gives "
+                "several, choose another mode"
+            )
+        if self.frames is not None and self.second_view is not None:
+            raise ValueError(f"frames={self.frames}: clips have no second_view; remove one")
+        return self
 
 
 class CaptionFields(ImageFields):

@@ -15,7 +15,7 @@ from data_pipeline.rng import sample_rng
 from data_pipeline.sources import ShardedData
 from data_pipeline.timing import StageClock
 from data_pipeline.transforms import ImageSettings, ImageTransform, View, make_views
-from data_pipeline.views import check_views, collate_views, describe_views
+from data_pipeline.views import VIEWS, check_views, collate_views, describe_views
 
 
 class ImageDataSettings(ShardedData):
@@ -33,6 +33,14 @@ class ImageDataSettings(ShardedData):
     repeats: int = Field(default=1, ge=1)
     """Repeated augmentation: each image stands so many times in a global batch, with draws of its
     own each time. `global_batch` counts all of them; `epoch` counts images."""
+
+    def views(self, train: bool) -> dict[str, tuple[str, ImageSettings]]:
+        """Name in the batch -> purpose of the draws and settings, of each image that is made of
+        one; kinds of data may add some."""
+        views = {"images": ("image", self.image)}
+        if self.second_view is not None:
+            views["second_images"] = ("second view", self.second_view)
+        return views
 
     @model_validator(mode="after")
     def _views_fit(self) -> Self:
@@ -59,10 +67,7 @@ class ImageFields:
 
     def __init__(self, settings: ImageDataSettings, train: bool) -> None:
         self.settings, self.train = settings, train
-        # Name in the batch and purpose of the draws -> settings.
-        self._views = {"images": ("image", settings.image)}
-        if settings.second_view is not None:
-            self._views["second_images"] = ("second view", settings.second_view)
+        self._views = settings.views(train)
         self._of_sizes: dict[tuple[int, ...], Self] = {}
         self._set_sizes([s.largest_size if train else s.size for _, s in self._views.values()])
 
@@ -105,15 +110,15 @@ class ImageFields:
             clock: books "decode" and "transform".
 
         Returns:
-            images (H, W, 3) uint8, the row of `out` if it was given; with `second_view` also
-            second_images and what `describe_views` returns.
+            images (H, W, 3) uint8, the row of `out` if it was given, and other `views`; with
+            `second_view` also what `describe_views` returns.
 
         Raises:
             BadSample: no usable image.
         """
         views = self.load_views(sample, rng_for, out, clock)
         item = {name: view.image for name, view in zip(self._views, views, strict=True)}
-        return item if len(views) == 1 else item | describe_views(views)
+        return item if self.settings.second_view is None else item | describe_views(views[:VIEWS])
 
     def load_views(
         self,
@@ -123,9 +128,9 @@ class ImageFields:
         clock: StageClock | None,
     ) -> list[View]:
         """As `load_image`, with all that is known of each view."""
-        drawn = {"images": self.train, "second_images": self.train or self.draws_second_view}
+        drawn = {"second_images"} if self.draws_second_view else set()
         rngs = [
-            rng_for(purpose) if drawn[name] else None
+            rng_for(purpose) if self.train or name in drawn else None
             for name, (purpose, _) in self._views.items()
         ]
         places = [None if out is None else out[name] for name in self._views]
@@ -143,8 +148,8 @@ class ImageFields:
         """The images of a batch, from what `load_image` returned; None stands for a padding row.
 
         Returns:
-            images (B, 3, H, W) uint8, channels_last in memory, zeros in padding rows; with
-            `second_view` also second_images, and what `collate_views` returns.
+            images (B, 3, H, W) uint8, channels_last in memory, zeros in padding rows, and other
+            `views` likewise; with `second_view` also what `collate_views` returns.
 
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
@@ -152,7 +157,7 @@ class ImageFields:
         batch = {
             name: self._rows(name, items, buffers).permute(0, 3, 1, 2) for name in self._views
         }
-        return batch if len(batch) == 1 else batch | collate_views(items)
+        return batch if self.settings.second_view is None else batch | collate_views(items)
 
     def _set_sizes(self, sizes: Sequence[int]) -> None:
         self._transforms = {

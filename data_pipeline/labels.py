@@ -13,6 +13,7 @@ from data_pipeline.members import AbsentValue, MemberSource, bad, check_source
 from data_pipeline.mixing import MixingSettings, collate_mixes, draw_mix
 from data_pipeline.reader import Sample
 from data_pipeline.timing import StageClock
+from data_pipeline.transforms import ImageSettings
 
 NO_LABEL = -1
 """Stands where a sample, or a padding row, has no label."""
@@ -41,6 +42,19 @@ class LabelDataSettings(ImageDataSettings):
     """Samples that have no label: `without_loss` keeps them in the batch, where they count for
     nothing; `fault` treats them as bad samples, which are replaced, counted and limited."""
 
+    smaller_views: tuple[int, ...] = ()
+    """Further sizes of each image in training, in pixels, descending and below `image.size`: each
+    is cut and augmented with draws of its own, else as `image` says (ResFormer; its own: 160 and
+    128 beside 224)."""
+
+    def views(self, train: bool) -> dict[str, tuple[str, ImageSettings]]:
+        """As in `ImageDataSettings`; `smaller_view_name` of each of `smaller_views` in training."""
+        views = super().views(train)
+        for size in self.smaller_views if train else ():
+            settings = self.image.model_copy(update={"size": size, "sizes": None})
+            views[smaller_view_name(size)] = (f"view of {size} pixels", settings)
+        return views
+
     @field_validator("label_source")
     @classmethod
     def _source(cls, value: str) -> str:
@@ -53,6 +67,28 @@ class LabelDataSettings(ImageDataSettings):
                 f"label_form=probabilities needs label_source json:KEY, not {self.label_source!r}"
             )
         return self
+
+
+    @model_validator(mode="after")
+    def _smaller_views_descend(self) -> Self:
+        sizes = self.smaller_views
+        if not sizes:
+            return self
+        if list(sizes) != sorted(set(sizes), reverse=True) or sizes[-1] < 1:
+            raise ValueError(f"smaller_views: must descend, like [160, 128], not {list(sizes)}")
+        if not self.image.fixed_size:
+            raise ValueError("smaller_views is not for image.mode keep_aspect, whose images have "
+                             "no size in common: remove it")
+        name = "sizes" if self.image.sizes else "size"
+        least = min(self.image.sizes or [self.image.size])
+        if sizes[0] >= least:
+            raise ValueError(f"smaller_views: {sizes[0]} is not below image.{name}={least}")
+        return self
+
+
+def smaller_view_name(size: int) -> str:
+    """Name in a batch of the images of `size` pixels that `smaller_views` asks for."""
+    return f"images_{size}"
 
 
 class LabelSource(MemberSource):

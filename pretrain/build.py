@@ -8,6 +8,7 @@ from torch import nn
 from data_pipeline.boxes import BoxDataSettings, BoxFields
 from data_pipeline.cache import source_of
 from data_pipeline.captions import CaptionFields
+from data_pipeline.clips import ClipFields
 from data_pipeline.faults import FaultFile
 from data_pipeline.images import ImageDataSettings
 from data_pipeline.labels import LabelDataSettings, LabelFields
@@ -131,6 +132,8 @@ def build_objective(
         known["new_encoder"] = new_encoder
     if isinstance(task.data, LabelDataSettings | BoxDataSettings | M3IDataSettings):
         known["classes"] = task.data.classes
+    if isinstance(task.data, LabelDataSettings):
+        known["smaller_views"] = task.data.smaller_views
     return task.objective.build(encoders, tokenizer, **known)
 
 
@@ -148,6 +151,8 @@ def build_fields(
         return TextFields(data, tokenizer)
     if isinstance(data, M3IDataSettings):
         return M3IFields(data, tokenizer, train)
+    if data.frames is not None:
+        return ClipFields(data, tokenizer, train)
     return CaptionFields(data, tokenizer, train)
 
 

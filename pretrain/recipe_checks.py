@@ -118,7 +118,21 @@ def _captioning_texts(where: str, task: "TaskSettings") -> list[str]:
             f"{where}.objective.max_new_tokens={objective.max_new_tokens} exceeds "
             f"{where}.objective.decoder.max_positions={positions}: lower max_new_tokens"
         )
-    return found
+    return found + _clips(where, task)
+
+
+def _clips(where: str, task: "TaskSettings") -> list[str]:
+    """Clips meet a decoder that tells their frames apart, and it meets nothing else."""
+    frames, most = task.data.frames, task.objective.decoder.frames
+    key = f"{where}.objective.decoder.frames"
+    if (frames or 0) > most:
+        return [f"{where}.data.frames={frames} exceeds {key}={most}: set that to {frames} or more"]
+    if most and not frames:
+        return [f"{key}={most} is for clips, but {where}.data.frames is not set: set both, or none"]
+    image = task.evaluation and task.evaluation.image
+    if frames and image and not image.fixed_size:
+        return [f"{where}.evaluation.image.mode={image.mode!r}: clips need one size"]
+    return []
 
 
 def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> list[str]:
@@ -127,6 +141,11 @@ def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> li
         found.append(
             f"{where}.data.captions_per_image={task.data.captions_per_image} must be 1 for a "
             f"{task.objective.type} objective, whose images have one text each in a step"
+        )
+    if task.data.frames is not None:
+        found.append(
+            f"{where}.data.frames={task.data.frames}: a contrastive objective reads images: remove "
+            "frames"
         )
     if task.data.repeats > 1:
         found.append(
@@ -218,11 +237,21 @@ def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str
     trained, least = "size", task.data.image.size
     if task.data.image.sizes:
         trained, least = "sizes", min(task.data.image.sizes)
-    for size in getattr(task.objective, "smaller_sizes", ()):
+    needs = f"model.encoders.{name} ({encoder.type}) needs"
+    smaller = getattr(task.objective, "smaller_sizes", ())
+    views = getattr(task.data, "smaller_views", ())
+    for size in smaller:
         key = f"{where}.objective.smaller_sizes"
         if size >= least:
             found.append(f"{key}: {size} is not below {where}.data.image.{trained}={least}")
-        found += _check_multiple(key, size, step, f"model.encoders.{name} ({encoder.type}) needs")
+        found += _check_multiple(key, size, step, needs)
+    for size in views:
+        found += _check_multiple(f"{where}.data.smaller_views", size, step, needs)
+    if smaller and views:
+        found.append(
+            f"{where}.objective.smaller_sizes and {where}.data.smaller_views are two ways to show "
+            "smaller images: remove one"
+        )
     return found
 
 

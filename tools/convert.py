@@ -166,11 +166,14 @@ def _settings(options: argparse.Namespace, folder: Path, imported: Imported) -> 
     """The part of a recipe that describes this model."""
     vit = imported.vit.model_dump(include=set(_ENCODER_SHAPE))
     shape = imported.decoder.model_dump(include=set(_DECODER_SHAPE))
-    objective = {"type": "captioning", "encoder": options.encoder, "decoder": shape}
+    task = {"objective": {"type": "captioning", "encoder": options.encoder, "decoder": shape}}
+    if frames := imported.decoder.frames:
+        shape["frames"] = frames
+        task["data"] = {"frames": frames}
     recipe = {
         "initial_weights": str(options.out),
         "model": {"encoders": {options.encoder: vit}},
-        "tasks": {options.task: {"objective": objective}},
+        "tasks": {options.task: task},
     }
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         recipe["tokenizer"] = {"path": str(folder)}

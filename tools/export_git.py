@@ -41,6 +41,12 @@ def write_git(captioner: TrainedCaptioner, folder: Path, image_size: int | None)
             f"model.encoders.{captioner.encoder_name} is of type {captioner.vit.type}; "
             "transformers' GIT has a vision transformer (vit) and nothing else"
         )
+    if captioner.decoder.frames:
+        raise ValueError(
+            f"tasks.{captioner.task_name}.objective.decoder.frames={captioner.decoder.frames}: "
+            "captioners of clips are not exported as a folder; "
+            "`pretrain.models.git_weights.export_git` renames their tensors"
+        )
     image, notes = _image_settings(captioner, image_size)
     tokenizer = captioner.tokenizer
     vit, weights = _at_size(captioner.vit, captioner.weights(), captioner.encoder_name, image.size)

@@ -23,7 +23,6 @@ _FIXED = {
     "layer_norm_eps": 1e-12,
     "vision_config.layer_norm_eps": 1e-5,
     "vision_config.num_channels": 3,
-    "num_image_with_embedding": None,
 }
 
 
@@ -103,6 +102,12 @@ def import_weights(
         ours, f"objectives.{task}.decoder", config, found,
         decoder_heads or config.get("num_attention_heads"), notes,
     )  # fmt: skip
+    named = config.get("num_image_with_embedding") or 0
+    if config and named != decoder.frames:
+        raise ValueError(
+            f"{source.path.parent / 'config.json'}: num_image_with_embedding is {named}, but the "
+            f"weights have temporal embeddings of {decoder.frames} frames"
+        )
     words = ours[f"objectives.{task}.decoder.embedding.words.weight"]
     return Imported(found, ours, vit, decoder, len(words), notes)
 
@@ -166,6 +171,7 @@ def _decoder(
         heads=heads or _heads(width, "decoder", notes),
         mlp_width=len(tensors[f"{prefix}.layers.0.expand.weight"]),
         max_positions=len(positions),
+        frames=len(tensors.get(f"{prefix}.temporal.vectors", ())),
         dropout=config.get("hidden_dropout_prob", 0.1),
         tied_output=f"{prefix}.output.weight" not in tensors,
         # transformers uses one epsilon everywhere, the original another one for the embedding.

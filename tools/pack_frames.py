@@ -6,10 +6,11 @@ two members of the sample `clip`, and decode both by what stands behind the last
 """
 
 import argparse
+import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +71,10 @@ def add_sources(sources: Any) -> None:
     parser.add_argument("--every", type=positive, default=1, help="keep each N-th frame")
     parser.add_argument("--max-frames", type=positive, help="spread evenly over the clip")
     parser.add_argument("--fps", type=float, help="frames per second of the folders, for the json")
+    parser.add_argument(
+        "--captions", type=Path, metavar="FILE",
+        help='JSON: {"folder of a clip, below --images": ["caption", ...]}, for all clips',
+    )
     add_classes(parser)
 
 
@@ -81,14 +86,17 @@ def frames_source(
     every: int = 1,
     max_frames: int | None = None,
     fps: float | None = None,
+    captions: Mapping[str, list[str]] | None = None,
 ) -> Source:
     """List the folders that hold images, at any depth; each is a clip.
 
     Frames are ordered by the numbers in their names (9 before 10), then by name.
 
     Args: class_folders: the first folder below `root` names the class; classes: in label order
-    (default: sorted); every, max_frames: which frames are kept; fps: of the folder, before that.
-    Errors: ValueError if there is no clip, or one whose class `classes` lacks.
+    (default: sorted); every, max_frames: which frames are kept; fps: of the folder, before that;
+    captions: folder of a clip, below `root` -> its captions.
+    Errors: ValueError if there is no clip, or one whose class `classes` lacks, or which `captions`
+    lacks; or if there is no clip of some captions.
     """
     clips = sorted(_clips(root))
     if not clips:
@@ -96,6 +104,8 @@ def frames_source(
     names = classes
     if class_folders and names is None:
         names = sorted({path.parts[0] for path, _ in clips})
+    if captions is not None:
+        _check_captions(captions, [path.as_posix() for path, _ in clips], root)
     items = []
     for path, files in clips:
         if class_folders and (len(path.parts) < 2 or path.parts[0] not in names):
@@ -113,6 +123,8 @@ def frames_source(
         record: dict[str, Any] = {"file": origin, "frames_before": len(files)}
         if fps is not None:
             record["fps"] = fps * len(chosen) / len(files)
+        if captions is not None:
+            record["captions"] = captions[origin]
         if class_folders:
             record["class"] = path.parts[0]
         label = names.index(path.parts[0]) if class_folders else None
@@ -129,8 +141,33 @@ def _job(options: argparse.Namespace) -> PackJob:
         every=options.every,
         max_frames=options.max_frames,
         fps=options.fps,
+        captions=options.captions and read_captions(options.captions),
     )
     return image_job(options, source, BuildClip(options.short_side), _clip_bytes)
+
+
+def read_captions(path: Path) -> dict[str, list[str]]:
+    """Captions by clip, from a JSON file. Errors: OSError; ValueError names what is wrong in it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: is no JSON object of clips and their captions")
+    for clip, texts in found.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path}: {clip!r} has no list of captions, but {str(texts)[:80]}")
+    return found
+
+
+def _check_captions(captions: Mapping[str, Any], clips: list[str], root: Path) -> None:
+    for what, names in (
+        ("have no captions", sorted(set(clips) - captions.keys())),
+        ("have captions, but no folder with images", sorted(captions.keys() - set(clips))),
+    ):
+        if names:
+            few = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise ValueError(f"{root}: {len(names)} clips {what}: {few}")
 
 
 def _clip_bytes(item: ClipItem, bundle: int) -> int:

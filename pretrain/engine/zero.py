@@ -135,18 +135,27 @@ def accumulate_shares(
 ) -> dict[str, torch.Tensor]:
     """Forward and backward of micro-batches whose losses add up; the optimizer is not stepped.
 
+    An objective may divide the loss of a micro-batch into passes, whose shares add up too: each has
+    a backward pass of its own, and hands the next one no more than a tensor without gradient.
+
     Arguments and result as in `cached_features.accumulate_coupled`.
     """
     world = dist.get_world_size()
+    passes = getattr(engine.module.objectives[task], "passes", lambda batch: 1)
     sums: dict[str, torch.Tensor] = {}
     last = len(micro_batches) - 1
     for index, batch in enumerate(micro_batches):
-        engine.set_gradient_accumulation_boundary(ends_step and index == last)
-        shares = engine(task, batch, totals)
-        engine.backward(shares["loss"] * (world * weight), scale_wrt_gas=False)
-        for name, value in shares.items():
-            value = value.detach()
-            sums[name] = sums[name] + value if name in sums else value
+        count, carried = passes(batch), None
+        for number in range(count):
+            ends = ends_step and index == last and number == count - 1
+            engine.set_gradient_accumulation_boundary(ends)
+            options = {"number": number, "carried": carried} if count > 1 else {}
+            shares = dict(engine(task, batch, totals, **options))
+            carried = shares.pop("carried", None)
+            engine.backward(shares["loss"] * (world * weight), scale_wrt_gas=False)
+            for name, value in shares.items():
+                value = value.detach()
+                sums[name] = sums[name] + value if name in sums else value
     return sums
 
 

@@ -28,6 +28,9 @@ class GitDecoderSettings(Settings):
     """Hidden channels of the feed-forward part."""
     max_positions: int = Field(1024, gt=1)
     """Rows of the position table: the longest caption in tokens, BOS and EOS counted."""
+    frames: int = Field(0, ge=0)
+    """Frames of a clip that the decoder can tell apart, by a learned vector for each; 6 in GIT.
+    0: it reads single images."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout on embeddings, attention weights and layer outputs in training."""
     tied_output: bool = True
@@ -66,6 +69,7 @@ class GitDecoder(nn.Module):
         heads: int = 12,
         mlp_width: int = 3072,
         max_positions: int = 1024,
+        frames: int = 0,
         dropout: float = 0.1,
         tied_output: bool = True,
         embedding_norm_eps: float = 1e-8,
@@ -77,6 +81,7 @@ class GitDecoder(nn.Module):
         self.width = width
         self.max_positions = max_positions
         self.gradient_checkpointing = gradient_checkpointing
+        self.temporal = TemporalEmbedding(frames, visual_width) if frames else None
         self.projection = VisualProjection(visual_width, width)
         self.embedding = TextEmbedding(
             vocab_size, width, max_positions, embedding_norm_eps, dropout
@@ -158,6 +163,26 @@ class GitDecoder(nn.Module):
         total -= image * (per_token - 4 * width * width) + 4 * width * image * image
         total += 2 * image * visual_width * width
         return round(total + 2 * scored * width * self.vocab_size)
+
+
+class TemporalEmbedding(nn.Module):
+    """A learned vector for each place in a clip, added to the encoder's tokens of that frame."""
+
+    def __init__(self, frames: int, visual_width: int) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.zeros(frames, 1, visual_width))
+        self.initial_std = {"vectors": 0.0}
+
+    def forward(self, frame_tokens: Tensor) -> Tensor:
+        """frame_tokens: (B, F, N, visual_width). Returns (B, F * N, visual_width), frame by frame.
+
+        Raises:
+            ValueError: more frames than there are vectors.
+        """
+        frames, most = frame_tokens.shape[1], len(self.vectors)
+        if frames > most:
+            raise ValueError(f"a clip of {frames} frames, but decoder.frames is {most}")
+        return (frame_tokens + self.vectors[:frames]).flatten(1, 2)
 
 
 class VisualProjection(nn.Module):

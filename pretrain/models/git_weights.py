@@ -94,8 +94,13 @@ _SHORT = {
 
 # Held by some files, but no part of what the model computes.
 _IGNORED = re.compile(r"(.*\.)?position_ids|image_encoder\.proj")
-# Both spellings occur; video checkpoints hold one vector per frame.
-_TEMPORAL = re.compile(r"(git\.)?img_temp[eo]ral_embedding\.\d+")
+# A vector per frame in models of clips, which have one tensor for all of them here: <D>.temporal.
+# transformers spelled it as the original does, up to 4.48.
+_TEMPORAL = re.compile(r"(git\.)?img_temp[eo]ral_embedding\.(\d+)")
+_TEMPORAL_NAMES = {
+    "original": "img_temperal_embedding.{}",
+    "transformers": "git.img_temporal_embedding.{}",
+}
 
 
 def detect_format(names: Iterable[str]) -> Format:
@@ -128,15 +133,12 @@ def import_git(
     is, or equals, the word embeddings (`tied_output: true`).
 
     Raises:
-        ValueError: tensors are missing, unknown, or belong to a video model.
+        ValueError: tensors are missing or unknown.
     """
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     source = detect_format(state)
-    if frames := sorted(name for name in state if _TEMPORAL.fullmatch(name)):
-        raise ValueError(
-            f"these are weights of a video model ({len(frames)} temporal embeddings, "
-            f"{frames[0]} ...), which is not supported yet; use weights of an image model"
-        )
+    frames = _frames(state)
+    state = {name: tensor for name, tensor in state.items() if not _TEMPORAL.fullmatch(name)}
     state = {name: tensor for name, tensor in state.items() if not _IGNORED.fullmatch(name)}
     words, output = _names_of(source, "<D>.embedding.words.weight", "<D>.output.weight")
     if words in state:
@@ -148,6 +150,8 @@ def import_git(
         for name, theirs in table.items()
     }
     decoder = _prefixes(encoder, task)["<D>"]
+    if frames:
+        ours[f"{decoder}.temporal.vectors"] = torch.cat(frames)
     if torch.equal(ours[f"{decoder}.output.weight"], ours[f"{decoder}.embedding.words.weight"]):
         del ours[f"{decoder}.output.weight"]
     return ours
@@ -179,13 +183,31 @@ def export_git(
     words, output = f"{decoder}.embedding.words.weight", f"{decoder}.output.weight"
     if words in ours:
         ours.setdefault(output, ours[words])
+    frames = ours.pop(f"{decoder}.temporal.vectors", None)
     table = _expand(target, ours, encoder, task)
     _check_complete(ours, set(table), "omnipretrain")
     foreign: dict[str, Tensor] = {}
     for name, theirs in table.items():
         parts = ours[name].chunk(len(theirs)) if len(theirs) > 1 else (ours[name],)
         foreign.update(zip(theirs, parts, strict=True))
+    if frames is not None:
+        name = _TEMPORAL_NAMES[target]
+        foreign |= {name.format(i): part for i, part in enumerate(frames.split(1))}
     return foreign
+
+
+def _frames(state: Mapping[str, Tensor]) -> list[Tensor]:
+    """The vectors of frames, in their order, each (1, 1, visual_width); none in an image model."""
+    found = {
+        int(match[2]): tensor
+        for name, tensor in state.items()
+        if (match := _TEMPORAL.fullmatch(name))
+    }
+    if set(found) != set(range(len(found))):
+        raise ValueError(
+            f"not a complete GIT model: there are temporal embeddings of frames {sorted(found)}"
+        )
+    return [found[number] for number in range(len(found))]
 
 
 def _prefixes(encoder: str, task: str) -> dict[str, str]:

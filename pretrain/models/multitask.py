@@ -1,6 +1,7 @@
 """One module with every encoder and objective of a run, so that one engine trains them all."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ class MultiTaskModel(nn.Module):
         self.objectives = nn.ModuleDict(objectives)
 
     def forward(
-        self, task: str, batch: Mapping, totals: Mapping[str, torch.Tensor], **options: str
+        self, task: str, batch: Mapping, totals: Mapping[str, torch.Tensor], **options: Any
     ) -> dict[str, torch.Tensor]:
         """Loss and metrics of one micro-batch of `task`, each as its share of the global batch.
 
@@ -40,7 +41,8 @@ class MultiTaskModel(nn.Module):
                 random numbers of its samples under "draws".
             totals: the objective's counts, summed over the global batch.
             options: for the objective; `part="features"` asks one that couples samples for its
-                features (`pretrain.engine.cached_features`).
+                features (`pretrain.engine.cached_features`), `number` and `carried` one with
+                several passes for one of them (`pretrain.engine.zero`).
 
         Returns:
             name -> 0-dim float32 tensor, "loss" with a graph; summed over all micro-steps and ranks

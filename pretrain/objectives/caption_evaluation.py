@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from pretrain.objectives.caption_metrics import caption_scores
@@ -31,7 +32,8 @@ class CaptionExample:
     caption: str
     references: list[str]
     image: Tensor | None = None
-    """(3, H, W) uint8 as the model saw it; only the first few of this rank keep theirs."""
+    """(3, H, W) uint8 as the model saw it, the frames of a clip side by side; only the first few of
+    this rank keep theirs."""
 
 
 def evaluate_captions(
@@ -66,7 +68,7 @@ def evaluate_captions(
             record = {"row": row, "key": batch["key"][i], "references": list(batch["captions"][i])}
             records.append(record | {"caption": vocabulary.decode(ids[i])})
             if len(kept) < keep_images:
-                kept[row] = batch["images"][i].clone()
+                kept[row] = _picture(batch["images"][i])
     parts = reduce({"sums": sums, "tokens": tokens, "records": records})
     total = max(1, sum(part["tokens"] for part in parts))
     metrics = {
@@ -79,3 +81,8 @@ def evaluate_captions(
         captions = [r["caption"] for r in judged]
         metrics |= caption_scores(captions, [r["references"] for r in judged]).means
     return metrics, [CaptionExample(**r, image=kept.get(r["row"])) for r in merged]
+
+
+def _picture(image: Tensor) -> Tensor:
+    """(3, H, W) of an image, or (3, H, F * W) of a clip (F, 3, H, W)."""
+    return image.clone() if image.dim() == 3 else torch.cat(list(image), dim=2)

@@ -1,6 +1,7 @@
 """Captioning: predict each word of a caption from the image and the words before it (GIT)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -125,9 +126,9 @@ class Captioning(nn.Module):
     ) -> dict[str, Tensor]:
         """This micro-batch's share of the global batch's loss and metrics.
 
-        batch: images (B, 3, H, W) uint8; tokens (B, K, T) int64, K captions per image, padded on
-            the right; loss_mask (B, K, T) bool, True at tokens to be predicted; draws of the
-            images, if the encoder needs some.
+        batch: images (B, 3, H, W) uint8, or clips (B, F, 3, H, W); tokens (B, K, T) int64, K
+            captions per image, padded on the right; loss_mask (B, K, T) bool, True at tokens to be
+            predicted; draws of the images, if the encoder needs some.
         totals: "tokens", the supervised tokens of the global batch.
 
         Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
@@ -173,7 +174,9 @@ class Captioning(nn.Module):
         images = counts["images"]
         if images == 0:
             return 0
+        frames = batch["images"].shape[1] if batch["images"].dim() == 5 else 1
         tokens, encoder_flops = self.encoder_cost(*batch["images"].shape[-2:])
+        tokens, encoder_flops = frames * tokens, frames * encoder_flops
         _, captions, length = batch["tokens"].shape
         scored = counts["tokens"] / images
         decoder_flops = self.decoder.flops(tokens, self.visual_width, captions, length - 1, scored)
@@ -186,7 +189,8 @@ class Captioning(nn.Module):
         max_new_tokens: int | None = None,
         agree: Callable[[bool], bool] = alone,
     ) -> Tensor:
-        """Greedy captions of images (B, 3, H, W) uint8: ids (B, 1 + n) int64, from BOS on.
+        """Greedy captions of images (B, 3, H, W) uint8, or of clips (B, F, 3, H, W): ids (B, 1 + n)
+        int64, from BOS on.
 
         `agree` is explained at `generate_greedy`.
         """
@@ -224,9 +228,17 @@ class Captioning(nn.Module):
     def _encode(
         self, encoders: Mapping[str, nn.Module], images: Tensor, draws: SampleDraws | None = None
     ) -> Tensor:
-        return encode_images(
-            encoders[self.encoder], images, self.image_mean, self.image_std, draws
-        )
+        encoder, statistics = encoders[self.encoder], (self.image_mean, self.image_std)
+        if images.dim() == 4:
+            return encode_images(encoder, images, *statistics, draws)
+        if self.decoder.temporal is None:
+            raise ValueError("clips need a decoder of clips: set decoder.frames")
+        batch, frames = images.shape[:2]
+        if draws is not None:  # the frames of a clip are one sample
+            positions = draws.positions.repeat_interleave(frames)
+            draws = replace(draws, positions=positions)
+        tokens = encode_images(encoder, images.flatten(0, 1), *statistics, draws)
+        return self.decoder.temporal(tokens.unflatten(0, (batch, frames)))
 
     def _generate(
         self, image_tokens: Tensor, max_new_tokens: int | None, agree: Callable[[bool], bool]

@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from data_pipeline.labels import NO_LABEL
+from data_pipeline.labels import NO_LABEL, smaller_view_name
 from data_pipeline.settings import Settings
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
@@ -20,8 +19,9 @@ from pretrain.objectives.image_tokens import (
     vector_flops,
     vector_width,
 )
-from pretrain.objectives.mixing import mix_pairs, partners
-from pretrain.objectives.resolutions import at_sizes, scale_consistency, scaled_shapes
+from pretrain.objectives.label_loss import label_losses, mixed_label_loss, of_larger_part
+from pretrain.objectives.mixing import mix_pairs
+from pretrain.objectives.resolutions import resized, scale_consistency, scaled_shapes
 
 _TOP = 5
 
@@ -47,7 +47,8 @@ class ClassificationSettings(Settings):
     smaller_sizes: tuple[int, ...] = ()
     """Further sizes of each image in the same step, in pixels of the shorter side, descending and
     below `image.size`: the loss is the mean over all sizes (ResFormer; its own: 160 and 128 beside
-    224). Evaluation sees the full size."""
+    224). They are resized from the augmented image; `smaller_views` of the data, in place of this,
+    are augmented each on its own. Evaluation sees the full size."""
     scale_consistency: float = Field(1.0, ge=0)
     """Weight of the loss that pulls the vector of each smaller size to that of the next larger."""
 
@@ -65,11 +66,13 @@ class ClassificationSettings(Settings):
         image_mean: Sequence[float],
         image_std: Sequence[float],
         classes: int,
+        smaller_views: Sequence[int] = (),
     ) -> "Classification":
-        """The objective for these encoders and the pixel statistics and classes of the data.
+        """The objective for these encoders and the pixel statistics, classes and further views of
+        the data.
 
-        `vocabulary` is for objectives with text. Raises ValueError: no encoder of that name, or
-        one that cannot pool that way.
+        `vocabulary` is for objectives with text. Raises ValueError: no encoder of that name, one
+        that cannot pool that way, or smaller sizes in two ways.
         """
         encoder = find_encoder(encoders, self.encoder)
         return Classification(
@@ -83,6 +86,7 @@ class ClassificationSettings(Settings):
             label_smoothing=self.label_smoothing,
             head_std=self.head_std,
             smaller_sizes=self.smaller_sizes,
+            smaller_views=smaller_views,
             consistency=self.scale_consistency,
         )
 
@@ -97,6 +101,10 @@ class Classification(nn.Module):
         encoder_flops: (height, width) -> FLOPs of a forward pass for one image.
         image_mean, image_std: per channel, in units of the full range.
         pool, label_smoothing, head_std, smaller_sizes, consistency: as in `ClassificationSettings`.
+        smaller_views: sizes of the further views that batches bring, in place of `smaller_sizes`.
+
+    Sizes are passes: each has a forward and a backward pass of its own, so that a step takes the
+    memory of the largest. Only vectors of the next larger size go on to a smaller one.
     """
 
     def __init__(
@@ -112,9 +120,13 @@ class Classification(nn.Module):
         label_smoothing: float = 0.1,
         head_std: float = 0.02,
         smaller_sizes: Sequence[int] = (),
+        smaller_views: Sequence[int] = (),
         consistency: float = 1.0,
     ) -> None:
         super().__init__()
+        if smaller_sizes and smaller_views:
+            raise ValueError("smaller_sizes and the data's smaller_views are two ways to the same: "
+                             "remove one")
         self.head = nn.Linear(encoder_width, classes)
         self.head.initial_std = {"weight": head_std, "bias": 0.0}  # for `models.init`
         self.encoder = encoder
@@ -124,6 +136,7 @@ class Classification(nn.Module):
         self.pool: Pool = pool
         self.label_smoothing = label_smoothing
         self.smaller_sizes = tuple(smaller_sizes)
+        self.smaller_views = tuple(smaller_views)
         self.consistency = consistency
 
     def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
@@ -133,11 +146,17 @@ class Classification(nn.Module):
             "labels": int((batch["labels"] != NO_LABEL).sum()),
         }
 
+    def passes(self, batch: Mapping[str, Any]) -> int:
+        """How many passes `forward` has for this micro-batch: one for each size of its images."""
+        return len(self._shapes(batch))
+
     def forward(
         self,
         encoders: Mapping[str, nn.Module],
         batch: Mapping[str, Any],
         totals: Mapping[str, float | Tensor],
+        number: int | None = None,
+        carried: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """This micro-batch's share of the global batch's loss and metrics.
 
@@ -147,20 +166,54 @@ class Classification(nn.Module):
         and mix_box neighbours are mixed (`mix_pairs`): the loss is that of both labels by their
         shares, the other metrics judge an image by the label of its larger part.
         totals: "images" and "labels" of the global batch.
+        number: of one of the `passes`, whose shares add up; none: all of them in one graph.
+        carried: what the pass before returned under that name.
 
         Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
         the labelled images of the global batch, `labelled` their part of all its images. Only
-        "loss" carries a gradient: of zero, but through the head, where nothing is labelled.
+        "loss" carries a gradient: of zero, but through the head, where nothing is labelled. A pass
+        that is followed by another also returns `carried`.
         """
-        loss, *sums = self._sums(encoders, batch)
+        if number is not None:
+            return self._pass(encoders, batch, totals, number, carried)
+        sums: dict[str, Tensor] = {}
+        for number in range(self.passes(batch)):
+            shares = self._pass(encoders, batch, totals, number, carried)
+            carried = shares.pop("carried", None)
+            sums |= {name: sums.get(name, 0.0) + value for name, value in shares.items()}
+        return sums
+
+    def _pass(
+        self,
+        encoders: Mapping[str, nn.Module],
+        batch: Mapping[str, Any],
+        totals: Mapping[str, float | Tensor],
+        number: int,
+        teacher: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """See `forward`; metrics are those of the first size, the largest."""
+        pixels, weights = self._images(encoders, batch, number)
+        vectors = image_vectors(encoders[self.encoder], pixels, self.pool, batch.get("draws"))
+        logits = self.head(vectors).float()
+        answers = {name: batch[name] for name in ("labels", "targets") if name in batch}
+        loss = mixed_label_loss(logits, answers, weights, self.label_smoothing)
+        known = batch["labels"] != NO_LABEL
+        if teacher is not None:
+            loss = loss + self.consistency * scale_consistency(vectors, teacher, known)
         labels, images = (
             torch.as_tensor(totals[name], dtype=torch.float32, device=loss.device).clamp(min=1.0)
             for name in ("labels", "images")
         )
-        names = ("cross_entropy", "top1", "top5")
-        labelled = (batch["labels"] != NO_LABEL).sum() / images
-        means = {name: value / labels for name, value in zip(names, sums, strict=True)}
-        return {"loss": loss / labels, **means, "labelled": labelled}
+        passes = self.passes(batch)
+        shares = {"loss": loss / labels / passes}
+        if number == 0:
+            _, *sums = self.label_sums(logits, **of_larger_part(answers, weights))
+            names = ("cross_entropy", "top1", "top5")
+            shares |= {name: value / labels for name, value in zip(names, sums, strict=True)}
+            shares["labelled"] = known.sum() / images
+        if number + 1 < passes and self.consistency:
+            shares["carried"] = vectors.detach()
+        return shares
 
     def label_sums(
         self, logits: Tensor, labels: Tensor, targets: Tensor | None = None
@@ -182,8 +235,7 @@ class Classification(nn.Module):
         """Model FLOPs, forward and backward, that this micro-batch asks for; padding is free."""
         images = int(batch["valid"].sum())
         head = 2 * self.head.in_features * self.head.out_features
-        shapes = scaled_shapes(*batch["images"].shape[-2:], self.smaller_sizes)
-        return 3 * images * sum(self.encoder_flops(*shape) + head for shape in shapes)
+        return 3 * images * sum(self.encoder_flops(*s) + head for s in self._shapes(batch))
 
     def evaluate(
         self,
@@ -220,48 +272,26 @@ class Classification(nn.Module):
         }
         return metrics | {"images": float(images), "labelled": labels / max(1, images)}, []
 
-    def _sums(
-        self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any]
-    ) -> Sequence[Tensor]:
-        """`label_sums` of a training batch, mixed if it says so."""
-        pixels, weights = self._pixels(encoders, batch["images"]), None
-        answers = {name: batch[name] for name in ("labels", "targets") if name in batch}
-        others = answers
+    def _shapes(self, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """(height, width) of the images of each pass."""
+        first = tuple(batch["images"].shape[-2:])
+        if self.smaller_views:
+            return [first, *((size, size) for size in self.smaller_views)]
+        return scaled_shapes(*first, self.smaller_sizes)
+
+    def _images(
+        self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any], number: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Normalised images of a pass, and the partners' part in each, (B,), if they are mixed."""
+        name = "images"
+        if number and self.smaller_views:
+            name = smaller_view_name(self.smaller_views[number - 1])
+        pixels, weights = self._pixels(encoders, batch[name]), None
         if "mix_share" in batch:
             pixels, weights = mix_pairs(pixels, batch)
-            others = {name: partners(rows) for name, rows in answers.items()}
-        vectors = [
-            image_vectors(encoders[self.encoder], copy, self.pool, batch.get("draws"))
-            for copy in at_sizes(pixels, self.smaller_sizes)
-        ]
-        logits = [self.head(own).float() for own in vectors]
-        losses = [self._smoothed(own, answers, others, weights) for own in logits]
-        if len(vectors) > 1 and self.consistency:
-            losses[0] = losses[0] + self.consistency * scale_consistency(
-                vectors, batch["labels"] != NO_LABEL
-            )
-        if weights is not None:
-            larger = weights > 0.5
-            answers = {
-                name: torch.where(larger.view(-1, *[1] * (rows.dim() - 1)), others[name], rows)
-                for name, rows in answers.items()
-            }
-        return [sum(losses) / len(losses), *self.label_sums(logits[0], **answers)[1:]]
-
-    def _smoothed(
-        self,
-        logits: Tensor,
-        answers: Mapping[str, Tensor],
-        others: Mapping[str, Tensor],
-        weights: Tensor | None,
-    ) -> Tensor:
-        """Smoothed loss summed over labelled images, of their own and their partners' answers
-        (arguments of `label_losses`) by the weights of these."""
-        own = label_losses(logits, **answers, smoothing=self.label_smoothing)
-        if weights is None:
-            return own.sum()
-        other = label_losses(logits, **others, smoothing=self.label_smoothing)
-        return ((1 - weights) * own + weights * other).sum()
+        if number and not self.smaller_views:
+            pixels = resized(pixels, self._shapes(batch)[number])
+        return pixels, weights
 
     def _pixels(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         dtype = encoders[self.encoder].dtype
@@ -273,17 +303,3 @@ class Classification(nn.Module):
         """(B, classes) float32."""
         vectors = image_vectors(encoders[self.encoder], pixels, self.pool, draws)
         return self.head(vectors).float()
-
-
-def label_losses(
-    logits: Tensor, labels: Tensor, targets: Tensor | None = None, smoothing: float = 0.0
-) -> Tensor:
-    """Cross-entropy of each image, (B,) float32; 0 where there is no label.
-
-    logits: (B, classes) float32; labels: (B,) int64; targets: (B, classes) float32, None: all of
-    the labels; smoothing: share of the target spread evenly over all classes.
-    """
-    options = {"reduction": "none", "label_smoothing": smoothing}
-    if targets is None:
-        return F.cross_entropy(logits, labels, ignore_index=NO_LABEL, **options)
-    return F.cross_entropy(logits, targets, **options) * (labels != NO_LABEL)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.labels import NO_LABEL
-from pretrain.objectives.classification import label_losses
+from pretrain.objectives.label_loss import label_losses
 from pretrain.objectives.contrastive_loss import contrastive_sums
 from pretrain.objectives.decorrelation import Moments, decorrelated_squares, target_moments
 

@@ -180,3 +180,64 @@ def test_impossible_settings_are_refused():
         LabelDataSettings(shards=["x"], classes=2, label_source="json:")
     with pytest.raises(ValidationError, match="greater than or equal to 2"):
         LabelDataSettings(shards=["x"], classes=1)
+
+
+# ---- smaller views -------------------------------------------------------------------------------
+
+
+def test_smaller_views_are_augmented_on_their_own():
+    image = ImageSettings(size=24, flip_probability=0.5, rand_augment={})
+    maker = fields(image=image, smaller_views=(16, 8))
+    names = {"images": 24, "images_16": 16, "images_8": 8}
+    assert maker.buffers(2) == {name: (2, side, side, 3) for name, side in names.items()}
+    # Of a JPEG all views together decide at which scale it is decoded.
+    here = Sample(3, "a.tar", "key", {"png": encoded(picture(1), "PNG"), "cls": b"3"})
+    item = maker.sample(here, rng_for)
+    assert {name: item[name].shape for name in names} == {n: (s, s, 3) for n, s in names.items()}
+    # Each is what a data set of that size alone would give, for draws of its own purpose.
+    for name, side in names.items():
+        purpose = "image" if name == "images" else f"view of {side} pixels"
+        alone = fields(image=image.model_copy(update={"size": side}))
+        assert np.array_equal(
+            item[name], alone.sample(here, lambda _, purpose=purpose: rng_for(purpose))["images"]
+        )
+    # The largest is what it is without the others.
+    assert np.array_equal(item["images"], fields(image=image).sample(here, rng_for)["images"])
+    batch = maker.collate([item, None], [True, False])
+    for name, side in names.items():
+        assert batch[name].shape == (2, 3, side, side) and not batch[name][1].any()
+        assert np.array_equal(batch[name][0].permute(1, 2, 0), item[name])
+    assert "crops" not in batch
+    evaluated = fields(train=False, image=image, smaller_views=(16, 8))
+    assert evaluated.buffers(1) == {"images": (1, 24, 24, 3)}
+
+
+def test_smaller_views_draw_other_boxes():
+    """Over positions the boxes of two views are independent: the middle of one says nothing."""
+    image = ImageSettings(size=16, scale=(0.1, 0.3))
+    maker = fields(image=image, smaller_views=(15,))
+    ramp = np.broadcast_to(np.arange(128, dtype=np.uint8)[:, None], (128, 128))
+    data = encoded(np.stack([ramp] * 3, axis=-1), "PNG")
+    means = []
+    for position in range(80):
+        item = maker.sample(
+            Sample(0, "a.tar", "key", {"png": data, "cls": b"0"}),
+            lambda purpose, position=position: sample_rng(0, "classify", position, purpose),
+        )
+        means.append([item[name].mean() for name in ("images", "images_15")])
+    means = np.array(means)
+    assert means.std(axis=0).min() > 10
+    assert abs(np.corrcoef(means.T)[0, 1]) < 0.35
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"smaller_views": (8, 12)}, "must descend"),
+    ({"smaller_views": (8, 0)}, "must descend"),
+    ({"smaller_views": (16,)}, r"16 is not below image\.size=16"),
+    ({"image": ImageSettings(size=16, sizes=[12, 16]), "smaller_views": (12,)},
+     r"12 is not below image\.sizes=12"),
+    ({"image": ImageSettings(size=16, mode="keep_aspect"), "smaller_views": (8,)}, "keep_aspect"),
+])  # fmt: skip
+def test_views_that_are_no_smaller_ones(options, message):
+    with pytest.raises(ValidationError, match=message):
+        fields(**options)

@@ -1,4 +1,4 @@
-"""One rank of the cells of InternImage: stages of ZeRO and both heads in one launch.
+"""One rank of the cells of InternImage: stages of ZeRO, both heads, several sizes, in one launch.
 
 Usage: python -m tests.distributed.internimage_worker OUT_DIR   (under the ranks' environment)
 Writes losses.json, and the gradients of each cell's first step on rank 0.
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from data_pipeline.labels import smaller_view_name
 from data_pipeline.step_sampler import deal
 from pretrain.engine.distributed import init_distributed, leave, shutdown
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
@@ -28,22 +29,27 @@ from tools.parity_cells import gathered_partitions
 
 BATCH, CLASSES, SEED, STEPS = 6, 5, 5, 2
 SGD = OptimizerSettings(kind="sgd", lr=0.2, weight_decay=0.0, clip_norm=None)
-# Batch norm couples a micro-step, so with `conv` there is one; the projector takes several.
-HEADS = {"conv": BATCH, "projector": 2}
-STAGES = (1, 3)
+# Micro-batches. Batch norm couples a micro-step, so with `conv` there is one; the projector takes
+# several. `conv` sees further sizes of its images, `views` also further views: passes of their own.
+FORMS = {"conv": BATCH, "projector": 2, "views": 2}
+CELLS = [(s, f) for s in (1, 3) for f in FORMS] + [(2, "views")]
+SMALLER_VIEW = 32
 
 
-def build_model(head: str) -> MultiTaskModel:
+def build_model(form: str) -> MultiTaskModel:
     """Task `classify` on an InternImage with everything that parameters stand in; no values yet."""
-    form = (
+    fields = (
         {"head": {"type": "conv"}, "layer_scale": 0.5, "post_norm": True, "stage_norm": False}
-        if head == "conv"
+        if form == "conv"
         else {"head": SMALL_PROJECTOR, "res_post_norm": True, "post_norm_layers": (0,),
               "mixer": {"center_feature_scale": True, "dw_kernel_size": 5}}
     )
-    encoder = small_settings(drop_path=0.4, gradient_checkpointing=True, **form).build()
-    objective = ClassificationSettings(pool="head", label_smoothing=0.0).build(
-        {"image": encoder}, None, MEAN, STD, classes=CLASSES
+    encoder = small_settings(drop_path=0.4, gradient_checkpointing=True, **fields).build()
+    objective = ClassificationSettings(
+        pool="head", label_smoothing=0.0, smaller_sizes=(48, 33) if form == "conv" else (),
+    ).build(
+        {"image": encoder}, None, MEAN, STD, classes=CLASSES,
+        smaller_views=(SMALLER_VIEW,) if form == "views" else (),
     )
     return MultiTaskModel({"image": encoder}, {"classify": objective}, seed=SEED)
 
@@ -59,8 +65,11 @@ def batch_of(step: int) -> dict:
     generator = torch.Generator().manual_seed(step)
     positions = torch.arange(BATCH) + step * BATCH
     return {
-        "images": torch.randint(0, 256, (BATCH, 3, 64, 64), generator=generator,
-                                dtype=torch.uint8),
+        **{
+            name: torch.randint(0, 256, (BATCH, 3, side, side), generator=generator,
+                                dtype=torch.uint8)
+            for name, side in (("images", 64), (smaller_view_name(SMALLER_VIEW), SMALLER_VIEW))
+        },
         "labels": torch.randint(0, CLASSES, (BATCH,), generator=generator),
         "valid": torch.ones(BATCH, dtype=torch.bool), "position": positions,
     }
@@ -75,12 +84,12 @@ def rows(batch: dict, places) -> dict:
     return part
 
 
-def run_cell(ranks, stage: int, head: str, out: Path) -> list[float]:
-    dealt = deal(BATCH, HEADS[head], ranks.rank, ranks.world)
+def run_cell(ranks, stage: int, form: str, out: Path) -> list[float]:
+    dealt = deal(BATCH, FORMS[form], ranks.rank, ranks.world)
     config = deepspeed_config(stage, "fp32", SGD, len(dealt))
     # Nothing stays gathered: whatever reads a parameter outside of forward would find it empty.
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    engine = start_engine(lambda: build_model(head), SGD, config, SEED, ranks.device)
+    engine = start_engine(lambda: build_model(form), SGD, config, SEED, ranks.device)
     flat: dict[int, torch.Tensor] = {}
 
     def note_gradients(inner, *_):
@@ -103,7 +112,7 @@ def run_cell(ranks, stage: int, head: str, out: Path) -> list[float]:
     saved = gathered_partitions(engine, lambda p: flat[id(p.master)])
     saved |= {n: b.float().clone() for n, b in engine.module.named_buffers()}
     if ranks.leads:
-        save_file(saved, out / f"zero{stage}_{head}.safetensors")
+        save_file(saved, out / f"zero{stage}_{form}.safetensors")
     engine.destroy()
     gc.collect()
     return losses
@@ -112,7 +121,7 @@ def run_cell(ranks, stage: int, head: str, out: Path) -> list[float]:
 def main() -> None:
     out = Path(sys.argv[1])
     ranks = init_distributed(threads_per_rank=1)
-    found = {f"zero{s}_{h}": run_cell(ranks, s, h, out) for s in STAGES for h in HEADS}
+    found = {f"zero{s}_{f}": run_cell(ranks, s, f, out) for s, f in CELLS}
     if ranks.leads:
         (out / "losses.json").write_text(json.dumps(found))
     shutdown()

@@ -1,4 +1,5 @@
-"""InternImage on two ranks, with drop path, recomputation and both heads, against one process."""
+"""InternImage on two ranks, with drop path, recomputation, both heads, and a pass for each size of
+the images, against one process with one graph."""
 
 import json
 import shutil
@@ -10,9 +11,9 @@ from safetensors.torch import load_file
 from pretrain.engine.checkpoint_files import read_full_state
 from tests.distributed.internimage_worker import (
     BATCH,
-    HEADS,
+    CELLS,
+    FORMS,
     SGD,
-    STAGES,
     STEPS,
     batch_of,
     build_model,
@@ -32,7 +33,7 @@ def launched(tmp_path_factory):
     return out, json.loads((out / "losses.json").read_text())
 
 
-@pytest.fixture(scope="module", params=HEADS)
+@pytest.fixture(scope="module", params=FORMS)
 def plain(request):
     """One process with the undivided batch: losses, first gradients, and buffers at the end."""
     torch.set_num_threads(1)
@@ -49,25 +50,27 @@ def plain(request):
     return request.param, losses, gradients, dict(model.named_buffers())
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_losses_gradients_and_statistics(launched, plain, stage):
+def test_losses_gradients_and_statistics(launched, plain):
     out, found_losses = launched
-    head, losses, gradients, buffers = plain
-    assert found_losses[f"zero{stage}_{head}"] == pytest.approx(losses, rel=1e-5)
-    found = load_file(out / f"zero{stage}_{head}.safetensors")
-    assert found.keys() == gradients.keys() | buffers.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(
-            found[name].view_as(gradient), gradient, atol=1e-6, rtol=1e-4, msg=name
-        )
-    for name, buffer in buffers.items():
-        torch.testing.assert_close(found[name], buffer.float(), atol=1e-6, rtol=1e-5, msg=name)
-    assert bool(buffers) == (head == "conv")
+    form, losses, gradients, buffers = plain
+    for stage in (stage for stage, other in CELLS if other == form):
+        assert found_losses[f"zero{stage}_{form}"] == pytest.approx(losses, rel=1e-5)
+        found = load_file(out / f"zero{stage}_{form}.safetensors")
+        assert found.keys() == gradients.keys() | buffers.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(
+                found[name].view_as(gradient), gradient, atol=1e-6, rtol=1e-4, msg=name
+            )
+        for name, buffer in buffers.items():
+            torch.testing.assert_close(
+                found[name], buffer.float(), atol=1e-6, rtol=1e-5, msg=name
+            )
+    assert bool(buffers) == (form == "conv")
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_resume_repeats_drop_path_and_statistics(stage, tmp_path):
-    """bfloat16, on both ranks: bit for bit what the run without a break has."""
+    """bfloat16, on both ranks, views of two sizes: bit for bit what the run without a break has."""
     pack_scenes(tmp_path)
     recipe = tiny_recipe(
         tmp_path, tmp_path / "run", steps=6, precision="bf16", deepspeed=f"zero{stage}",
@@ -81,7 +84,8 @@ def test_a_resume_repeats_drop_path_and_statistics(stage, tmp_path):
     recipe["tasks"]["classify"] = {
         "global_batch": 8, "micro_batch": 2,
         "objective": {"type": "classification", "pool": "head"},
-        "data": {"shards": data["shards"], "image": data["image"], "classes": 10},
+        "data": {"shards": data["shards"], "image": data["image"], "classes": 10,
+                 "smaller_views": [24]},
     }  # fmt: skip
     path = write_recipe(tmp_path / "recipe.yaml", recipe)
     assert run_ranks("pretrain.train", [path], WORLD, tmp_path / "a") == [0] * WORLD, tails(

@@ -496,8 +496,38 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
             "tasks.classify.data.image.sizes=48",
         ),
         (
+            ["tasks.classify.data.smaller_views=[40]"],
+            "tasks.classify.data.smaller_views=40 is not a multiple of 16, as "
+            "model.encoders.image (vit) needs: use 32 or 48",
+        ),
+        (
+            ["tasks.classify.data.smaller_views=[48]",
+             "tasks.classify.objective.smaller_sizes=[32]"],
+            "tasks.classify.objective.smaller_sizes and tasks.classify.data.smaller_views are two "
+            "ways to show smaller images: remove one",
+        ),
+        (
             ["tasks.classify.data.mixing={}", "tasks.classify.micro_batch=1"],
             "tasks.classify: data.mixing mixes neighbours: micro_batch must be even, not 1",
+        ),
+        (
+            ["tasks.contrast.data.frames=2"],
+            "tasks.contrast.data.frames=2: a contrastive objective reads images: remove frames",
+        ),
+        (
+            ["tasks.caption.data.frames=2"],
+            "tasks.caption.data.frames=2 exceeds tasks.caption.objective.decoder.frames=0: set "
+            "that to 2 or more",
+        ),
+        (
+            ["tasks.caption.objective.decoder.frames=6"],
+            "tasks.caption.objective.decoder.frames=6 is for clips, but tasks.caption.data.frames "
+            "is not set: set both, or none",
+        ),
+        (
+            ["tasks.caption.objective.decoder.frames=6", "tasks.caption.data.frames=6",
+             "tasks.caption.data.second_view={size: 64}"],
+            "tasks.caption.data: frames=6: clips have no second_view; remove one",
         ),
         (
             ["tasks.contrast.data.repeats=2"],

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -320,6 +321,28 @@ def test_other_activations_are_refused(tmp_path, capsys) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert run("import-git", tmp_path, "--out", tmp_path / "o.safetensors") == 1
         assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["git_video3", "git_orig_video3"])
+def test_models_of_clips_are_read(name, tmp_path, capsys) -> None:
+    golden = Golden.load(name)
+    save_file(golden.part("w"), tmp_path / "model.safetensors")
+    heads = ("--encoder-heads", 4, "--decoder-heads", 4)
+    out = tmp_path / "o.safetensors"
+    assert run("import-git", tmp_path, "--out", out, *heads) == 0
+    task = yaml.safe_load(capsys.readouterr().out)["tasks"]["caption"]
+    assert task["objective"]["decoder"]["frames"] == task["data"]["frames"] == 3
+    assert load_file(out)["objectives.caption.decoder.temporal.vectors"].shape[0] == 3
+
+
+def test_models_of_clips_are_not_written_as_a_folder(tmp_path) -> None:
+    captioner = SimpleNamespace(
+        vit=VitSettings(image_size=16, patch_size=8, width=32, layers=1, heads=4),
+        decoder=GitDecoderSettings(frames=6), task_name="caption",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"tasks\.caption\.objective\.decoder\.frames=6: "):
+        tools.export_git.write_git(captioner, tmp_path, None)
+    assert not list(tmp_path.iterdir())
 
 
 class Bomb:

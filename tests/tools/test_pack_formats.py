@@ -10,6 +10,7 @@ import pytest
 import webdataset
 
 from data_pipeline.manifest import Manifest
+from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
 from tests.tools.test_make_shards import photo, read_all, run
 from tools.pack_frames import frames_source
@@ -254,6 +255,28 @@ def test_webdataset_groups_and_decodes_the_frames(tmp_path, clips):
     samples = {sample["__key__"]: sample for sample in theirs}
     assert set(samples) == {"dog/v_1", "cat/v2"}
     assert samples["dog/v_1"]["f001.jpg"].size == (16, 12) and "f001.jpg" not in samples["cat/v2"]
+
+
+def test_captions_of_clips(tmp_path, clips, capsys):
+    names = [item.record["file"] for item in frames_source(clips).items]
+    captions = {name: [f"a {name}", "something moves"] for name in names}
+    file = tmp_path / "captions.json"
+    arguments = ["frames", "--out", tmp_path / "out", "--images", clips, "--captions", file]
+    for content, message in (
+        (captions | {"cat/v9": ["a"]}, "1 clips have captions, but no folder with images: cat/v9"),
+        ({names[0]: ["a"]}, f"clips have no captions: {names[1]}"),
+        (captions | {names[0]: "a"}, f"captions.json: {names[0]!r} has no list of captions"),
+        ([1], "captions.json: is no JSON object of clips"),
+    ):
+        file.write_text(json.dumps(content))
+        assert run(*arguments) == 1
+        assert message in " ".join(capsys.readouterr().err.split())
+    file.write_text(json.dumps(captions))
+    assert run(*arguments) == 0
+    shards = ShardSet.open(tmp_path / "out" / "train")
+    reader = SampleReader(shards)
+    records = [json.loads(reader.read(row).members["json"]) for row in range(len(shards))]
+    assert {record["file"]: record["captions"] for record in records} == captions
 
 
 def test_frames_of_another_size_and_misplaced_clips_are_named(tmp_path, clips, capsys):

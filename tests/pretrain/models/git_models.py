@@ -69,6 +69,14 @@ class Golden:
         inputs = self.part("in")
         return inputs["pixel_values"] if "pixel_values" in inputs else inputs["image"]
 
+    def encode(self, model: MultiTaskModel) -> Tensor:
+        """What the decoder reads of the case's images or clips."""
+        pixels, encoder = self.pixels, model.encoders["image"]
+        if pixels.dim() == 4:
+            return encoder(pixels)
+        tokens = encoder(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        return model.objectives["caption"].decoder.temporal(tokens)
+
     def model(self, label_smoothing: float) -> MultiTaskModel:
         """Our model with the golden weights."""
         read = _transformers_settings if "vision_config" in self.info["config"] else _original
@@ -101,6 +109,7 @@ def _transformers_settings(config: dict) -> tuple[VitSettings, GitDecoderSetting
         mlp_width=config["intermediate_size"],
         max_positions=config["max_position_embeddings"],
         dropout=0.0,
+        frames=config["num_image_with_embedding"] or 0,
         tied_output=config["tie_word_embeddings"],
         embedding_norm_eps=config["layer_norm_eps"],
     )
@@ -125,6 +134,7 @@ def _original(config: dict) -> tuple[VitSettings, GitDecoderSettings, Words]:
         mlp_width=text["ffn"],
         max_positions=text["max_positions"],
         dropout=0.0,
+        frames=config.get("num_image_with_embedding") or 0,
         tied_output=config["tied_output"],
         embedding_norm_eps=text["ln_eps_embedding"],
     )

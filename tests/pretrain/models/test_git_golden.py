@@ -15,14 +15,19 @@ TRANSFORMERS = (
     "git_multiscale_24x24",
     "git_multiscale_24x40",
     "git_multiscale_48x48",
+    "git_video3",
+    "git_video3_two_frames",
 )
+COMPLETE = (
+    "git_caption", "git_caption_untied", "git_orig_caption", "git_video3", "git_orig_video3"
+)  # fmt: skip
 close = dict(atol=1e-5, rtol=1e-4)
 
 
 def mean_loss(golden: Golden, smoothing: float):
     """Mean loss and mean plain cross-entropy of a case, and the gradients of the former."""
     model = golden.model(smoothing)
-    image_tokens = model.encoders["image"](golden.pixels)
+    image_tokens = golden.encode(model)
     loss, cross_entropy, _ = model.objectives["caption"].token_sums(image_tokens, golden.text)
     count = int(golden.text["loss_mask"][..., 1:].sum())
     (loss / count).backward()
@@ -30,17 +35,21 @@ def mean_loss(golden: Golden, smoothing: float):
     return loss.item() / count, cross_entropy.item() / count, gradients
 
 
-@pytest.mark.parametrize("name", [*TRANSFORMERS, "git_orig_caption"])
+@pytest.mark.parametrize("name", [*TRANSFORMERS, "git_orig_caption", "git_orig_video3"])
 def test_logits(name: str) -> None:
     golden = Golden.load(name)
     model, expected = golden.model(0.1), golden.part("out")
     tokens = golden.text["tokens"]
     with torch.no_grad():
-        image_tokens = model.encoders["image"](golden.pixels)
+        image_tokens = golden.encode(model)
         decoder = model.objectives["caption"].decoder
         logits = decoder(image_tokens, tokens, torch.arange(tokens.numel()))
     if "vision_last_hidden_state" in expected:
-        torch.testing.assert_close(image_tokens, expected["vision_last_hidden_state"], **close)
+        hidden = expected["vision_last_hidden_state"]
+        if hidden.dim() == 4:  # of a clip, before the vectors of frames
+            vectors = decoder.temporal.vectors.detach()[: hidden.shape[1]]
+            hidden = (hidden + vectors).flatten(1, 2)
+        torch.testing.assert_close(image_tokens, hidden, **close)
         projected = decoder.projection(image_tokens).detach()
         torch.testing.assert_close(projected, expected["projected_visual_features"], **close)
     wanted = expected["logits_text"] if "logits_text" in expected else expected["logits"]
@@ -66,10 +75,10 @@ def test_losses_and_gradient_norms(name: str, kind: str) -> None:
         assert total == pytest.approx(expected["grad_norm_total_ce"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["git_caption", "git_caption_untied", "git_orig_caption"])
+@pytest.mark.parametrize("name", COMPLETE)
 def test_gradients(name: str) -> None:
     golden = Golden.load(name)
-    original = name == "git_orig_caption"
+    original = name.startswith("git_orig")
     loss, _, gradients = mean_loss(golden, 0.1 if original else 0.0)
     if original:
         assert loss == pytest.approx(golden.info["loss"], abs=1e-5)
@@ -79,15 +88,15 @@ def test_gradients(name: str) -> None:
         torch.testing.assert_close(gradient, expected[parameter], atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["git_caption", "git_caption_untied", "git_orig_caption"])
+@pytest.mark.parametrize("name", COMPLETE)
 def test_greedy_ids(name: str) -> None:
     golden = Golden.load(name)
     model = golden.model(0.1)
-    if name == "git_orig_caption":
+    if name.startswith("git_orig"):
         expected = golden.info["hf_greedy_same_weights"]
     else:
         expected = golden.info["generate"]["greedy"]["sequences"]
-    image_tokens = model.encoders["image"](golden.pixels)
+    image_tokens = golden.encode(model)
     objective = model.objectives["caption"]
     ids = generate_greedy(
         objective.decoder,

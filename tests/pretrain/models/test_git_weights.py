@@ -13,6 +13,8 @@ from tests.pretrain.models.git_models import Golden, small_model
         ("git_caption", "transformers"),
         ("git_caption_untied", "transformers"),
         ("git_orig_caption", "original"),
+        ("git_video3", "transformers"),
+        ("git_orig_video3", "original"),
     ],
 )
 def test_there_and_back(name: str, kind: str) -> None:
@@ -27,8 +29,9 @@ def test_there_and_back(name: str, kind: str) -> None:
     assert all(torch.equal(back[key], foreign[key]) for key in back)
 
 
-def test_table_agrees_with_the_reference_key_map() -> None:
-    golden = Golden.load("git_orig_caption")
+@pytest.mark.parametrize("name", ["git_orig_caption", "git_orig_video3"])
+def test_table_agrees_with_the_reference_key_map(name: str) -> None:
+    golden = Golden.load(name)
     original = golden.part("w")
     transformers = export_git(import_git(original), "transformers")
     for source, targets in golden.info["key_map_to_transformers"].items():
@@ -53,14 +56,20 @@ def test_released_files_are_read() -> None:
     assert import_git(old).keys() == expected.keys()
 
 
-@pytest.mark.parametrize("frame", ["git.img_temporal_embedding.0", "git.img_temperal_embedding.5"])
-def test_video_weights_are_refused(frame: str) -> None:
-    state = Golden.load("git_caption").part("w") | {frame: torch.zeros(1, 1, 32)}
-    with pytest.raises(ValueError, match="video model"):
-        import_git(state)
-    original = Golden.load("git_orig_caption").part("w")
-    with pytest.raises(ValueError, match="video model"):
-        import_git(original | {"img_temperal_embedding.2": torch.zeros(1, 1, 64)})
+def test_vectors_of_frames_under_both_spellings_and_in_their_order() -> None:
+    golden = Golden.load("git_video3").part("w")
+    expected = import_git(golden)["objectives.caption.decoder.temporal.vectors"]
+    assert expected.shape == (3, 1, 32)
+    old = {name.replace("temporal", "temperal"): tensor for name, tensor in golden.items()}
+    assert torch.equal(
+        import_git(old)["objectives.caption.decoder.temporal.vectors"], expected
+    )
+    many = {f"git.img_temporal_embedding.{i}": torch.full((1, 1, 32), i) for i in range(12)}
+    found = import_git(golden | many)["objectives.caption.decoder.temporal.vectors"]
+    assert found[:, 0, 0].tolist() == list(range(12))
+    del golden["git.img_temporal_embedding.1"]
+    with pytest.raises(ValueError, match=r"temporal embeddings of frames \[0, 2\]"):
+        import_git(golden)
 
 
 @pytest.mark.parametrize("name", ["git_caption", "git_orig_caption"])

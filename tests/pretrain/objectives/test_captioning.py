@@ -193,6 +193,69 @@ def evaluate(model, batches, reduce=lambda value: [value], **options):
     return objective.evaluate(model.encoders, batches, Words(), device, reduce, **options)
 
 
+def clips_of(batch: dict, frames: int) -> dict:
+    """Clips whose frames are images of the batch, in other orders."""
+    images = batch["images"]
+    clips = torch.stack([images.roll(frame, 0) for frame in range(frames)], dim=1)
+    return batch | {"images": clips}
+
+
+def test_clips_are_images_whose_tokens_stand_side_by_side() -> None:
+    model, batch = small_model(frames=4), small_batch()
+    objective, clips = model.objectives["caption"], clips_of(batch, 3)
+    vectors = objective.decoder.temporal.vectors
+    assert not vectors.any()  # from there on it learns what the places are
+    with torch.no_grad():
+        vectors.normal_(generator=torch.Generator().manual_seed(1))
+    out, gradients = loss_and_gradients(model, clips)
+    pixels = normalise_pixels(clips["images"].flatten(0, 1), MEAN, STD, torch.float32)
+    tokens = model.encoders["image"](pixels).unflatten(0, (3, 3))
+    tokens = torch.cat([tokens[:, frame] + vectors[frame] for frame in range(3)], dim=1)
+    loss, _, _ = objective.token_sums(tokens, batch)
+    assert out["loss"].item() == pytest.approx(loss.item() / objective.count(batch)["tokens"])
+    of_vectors = gradients["objectives.caption.decoder.temporal.vectors"]
+    assert of_vectors[:3].abs().amin(dim=(1, 2)).gt(0).all() and not of_vectors[3].any()
+    # Their order counts, and single images are still read, without the vectors.
+    turned = clips | {"images": clips["images"].flip(1)}
+    assert loss_and_gradients(model, turned)[0]["loss"] != out["loss"]
+    plain = small_model()
+    plain.load_state_dict({
+        name: tensor for name, tensor in model.state_dict().items() if "temporal" not in name
+    })  # fmt: skip
+    assert torch.equal(
+        objective.generate(model.encoders, batch["images"]),
+        plain.objectives["caption"].generate(plain.encoders, batch["images"]),
+    )
+    with pytest.raises(ValueError, match=r"a clip of 5 frames, but decoder\.frames is 4"):
+        objective.generate(model.encoders, clips_of(batch, 5)["images"])
+    with pytest.raises(ValueError, match=r"set decoder\.frames"):
+        plain.objectives["caption"].generate(plain.encoders, clips["images"])
+
+
+def test_the_work_of_a_clip_is_that_of_its_frames() -> None:
+    model, batch = small_model(frames=4), small_batch()
+    objective = model.objectives["caption"]
+    encoder, decoder = model.encoders["image"], objective.decoder
+    scored = objective.count(batch)["tokens"] / 3
+    expected = 4 * encoder.flops(16, 16) + decoder.flops(4 * 5, 32, 2, 7, scored)
+    assert objective.flops(clips_of(batch, 4)) == 3 * 3 * expected
+
+
+def test_evaluation_of_clips() -> None:
+    model, batch = small_model(frames=2), clips_of(small_batch(), 2)
+    batch["captions"] = [["w5 w6"], ["w7"], ["w8 w9"]]
+    objective = model.objectives["caption"]
+    values, examples = objective.evaluate(
+        model.encoders, [batch], Words(), torch.device("cpu"), keep_images=2
+    )
+    assert values["images"] == 3 and values["loss"] == pytest.approx(
+        loss_and_gradients(model, batch)[0]["loss"].item(), rel=1e-5
+    )
+    first, second, third = (example.image for example in examples)
+    assert torch.equal(first, torch.cat([batch["images"][0, 0], batch["images"][0, 1]], dim=2))
+    assert second.shape == (3, 16, 32) and third is None
+
+
 def test_evaluation_reports_every_valid_image_once() -> None:
     model, batches = talking_model(dropout=0.2), evaluation_batches(7, 4)
     metrics, examples = evaluate(model, batches, keep_images=2)
