@@ -76,6 +76,14 @@ def slow(seconds: float) -> Fault:
     return fault
 
 
+def login_page(request: Any) -> None:
+    """What a proxy sends in place of a file when it wants to know who asks."""
+    request.send_response(200)
+    request.send_header("Content-Length", "5000")
+    request.end_headers()
+    request.wfile.write(b"<html>Who are you?</html>".ljust(5000))
+
+
 def compressed(request: Any) -> None:
     """A body that a proxy has compressed."""
     request.refuse(206, {"Content-Encoding": "gzip", "Content-Range": "bytes 0-0/1"})
