@@ -13,6 +13,7 @@ from data_pipeline import limits
 from data_pipeline.limits import HostLimits, node_folder
 from data_pipeline.remote import RemoteSettings, UrlStorage
 from tests.data_pipeline.faulty_server import FaultyServer
+from tests.data_pipeline.samples import write_shards
 
 PIECE = 1 << 18  # bytes that arrive before they are paid for, for each request at a time
 
@@ -99,9 +100,13 @@ def test_hosts_do_not_wait_for_each_other_and_a_user_cannot_be_led_elsewhere(tmp
     shutil.rmtree(folder)
     (tmp_path / "elsewhere").mkdir()
     folder.symlink_to(tmp_path / "elsewhere")
-    assert node_folder() is None and "is not a folder of this user" in caplog.text
-    storage = UrlStorage(RemoteSettings(requests_per_host=1))
-    assert storage._limits._folder is None and not list((tmp_path / "elsewhere").iterdir())
+    write_shards(tmp_path / "set", 4, 2)
+    assert not caplog.text  # which is nobody's business where all shards lie here
+    with FaultyServer(tmp_path / "set") as server:
+        url = server.url + "/manifest.json"
+        assert UrlStorage(RemoteSettings(requests_per_host=1)).read(url, 0, 1) == b"{"
+    assert "is not a folder of this user" in caplog.text
+    assert not list((tmp_path / "elsewhere").iterdir())
     folder.unlink()
     folder.write_text("a file")
     # A folder that cannot be written into: each process keeps to the limit by itself.
