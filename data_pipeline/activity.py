@@ -15,6 +15,7 @@ import time
 from typing import NamedTuple
 
 STAGES = ("idle", "order", "read", "decode", "collate")
+_NUMBERS = {stage: number for number, stage in enumerate(STAGES)}
 
 _REQUEST = struct.Struct("<qqq")  # process, step, micro-step
 _SAMPLE = struct.Struct("<dqqqq")  # since, stage, position, row, substitute
@@ -24,6 +25,8 @@ _REASON_BYTES = 160
 _SAMPLE_AT = _REQUEST.size
 _RANGE_AT = _SAMPLE_AT + _SAMPLE.size
 _RETRY_AT = _RANGE_AT + _RANGE.size
+# The three together: one call writes a sample and clears what belonged to the one before.
+_SAMPLE_ALONE = struct.Struct("<dqqqqqqqqH")
 _SLOT_BYTES = _RETRY_AT + _RETRY.size + _REASON_BYTES
 
 
@@ -133,7 +136,7 @@ def retrying(failures: int, reason: str) -> None:
 
 
 def _note(stage: str, position: int, row: int, substitute: int) -> None:
-    number = STAGES.index(stage)
-    _SAMPLE.pack_into(_slot, _SAMPLE_AT, time.monotonic(), number, position, row, substitute)
-    _RANGE.pack_into(_slot, _RANGE_AT, -1, 0, 0)
-    _RETRY.pack_into(_slot, _RETRY_AT, 0, 0)
+    now, number = time.monotonic(), _NUMBERS[stage]
+    _SAMPLE_ALONE.pack_into(
+        _slot, _SAMPLE_AT, now, number, position, row, substitute, -1, 0, 0, 0, 0
+    )

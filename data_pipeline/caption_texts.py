@@ -103,8 +103,9 @@ class CaptionSource(MemberSource):
         found = self.value(sample)
         if found is None:
             raise bad(sample, f"{self.source} is null", AbsentValue)
-        found = [found] if isinstance(found, str) else found
-        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        if isinstance(found, str):
+            found = [found]
+        elif not isinstance(found, list) or not all(isinstance(text, str) for text in found):
             raise bad(sample, f"{self.source} is neither a string nor a list of strings")
         if not all(_is_unicode(text) for text in found):
             raise bad(sample, f"{self.source} holds half a surrogate pair")
@@ -118,7 +119,7 @@ class ClassNameSource:
     """Finds the class number of a sample and gives the name of the class, as a `CaptionSource`."""
 
     def __init__(self, source: str, names: Sequence[str]) -> None:
-        self._labels, self._names = LabelSource(source, len(names)), names
+        self._labels, self._names = LabelSource(source, len(names)), [_fold(n) for n in names]
         self.extension = self._labels.extension
 
     def read(self, sample: Sample) -> list[str]:
@@ -176,13 +177,11 @@ class CaptionTexts:
         if len(texts) > 1:
             texts = [texts[i] for i in np.argsort(rng_for("caption").random(len(texts)))[:count]]
         templates = self._templates[number]
-        which = np.zeros(len(texts), np.int64)
-        if len(templates) > 1:
-            which = rng_for("template").integers(len(templates), size=len(texts))
-        return [
-            self.clean(text, templates[i] if templates else "{}")
-            for text, i in zip(texts, which, strict=True)
-        ]
+        if len(templates) < 2:
+            template = templates[0] if templates else "{}"
+            return [self.clean(text, template) for text in texts]
+        which = rng_for("template").integers(len(templates), size=len(texts)).tolist()
+        return [self.clean(text, templates[i]) for text, i in zip(texts, which, strict=True)]
 
     def references(self, sample: Sample) -> list[str]:
         """All texts of the first source that the sample has, whole, for evaluation.
@@ -206,10 +205,11 @@ class CaptionTexts:
         return found
 
     def clean(self, text: str, template: str = "{}") -> str:
-        """A text as the settings of cleaning want it, but for its length."""
+        """A folded text as the settings of cleaning want it, but for its length."""
         if self._replaced is not None:
             text = self._replaced.sub(lambda match: self.cleaning.replace[match[0]], text)
-        text = _fold(template.replace("{}", text))
+        if template != "{}" or self._replaced is not None:
+            text = _fold(template.replace("{}", text))
         return self._end(text.lower() if self.cleaning.lowercase else text)
 
     def cut(self, text: str) -> str:

@@ -92,36 +92,22 @@ class CaptionFields(ImageFields):
             sample: with the members of `extensions`.
             rng_for: purpose -> generator of this sample; not used in evaluation.
             out: this sample's rows of the arrays that `buffers` names.
-            clock: books "decode" and "transform" (which includes text).
+            clock: books "decode" and "transform".
 
         Returns:
-            what `load_image` does; tokens (K, text_length) int64; lengths (K,) int64, 0 where the
-            source has fewer than K captions; captions: list of str, those chosen, in evaluation
-            all of them.
+            what `load_image` does; captions: list of str, at most K, in evaluation all of them.
 
         Raises:
             BadSample: no usable image or caption.
         """
-        count, length = self.settings.captions_per_image, self.settings.text_length
         # First: a sample without a caption is not decoded.
         if self.train:
-            captions = self.texts.draw(sample, count, rng_for)
+            captions = self.texts.draw(sample, self.settings.captions_per_image, rng_for)
         else:
             captions = self.texts.references(sample)
-        image = self.load_image(sample, rng_for, out, clock)
-        tokens = np.full((count, length), self.tokenizer.pad_id, dtype=np.int64)
-        tokens[:, 0], tokens[:, 1] = self.tokenizer.bos_id, self.tokenizer.eos_id
-        lengths = np.zeros(count, dtype=np.int64)
-        for place, caption in enumerate(captions[:count]):
-            caption = self.texts.cut(caption)
-            # A whole book as a caption would take seconds to encode, for 40 tokens of it.
-            ids = self.tokenizer.encode(caption[: length * TOKEN_CHARACTERS])[: length - 2]
-            tokens[place, 1 : 1 + len(ids)] = ids
-            tokens[place, 1 + len(ids)] = self.tokenizer.eos_id
-            lengths[place] = len(ids) + 2
-        if clock is not None:
-            clock.lap("transform")
-        return {**image, "tokens": tokens, "lengths": lengths, "captions": captions}
+        item = self.load_image(sample, rng_for, out, clock)
+        item["captions"] = captions
+        return item
 
     def collate(
         self,
@@ -140,22 +126,38 @@ class CaptionFields(ImageFields):
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
         """
-        shape = (len(items), self.settings.captions_per_image, self.settings.text_length)
-        tokens = np.full(shape, self.tokenizer.pad_id, dtype=np.int64)
-        tokens[:, :, 0], tokens[:, :, 1] = self.tokenizer.bos_id, self.tokenizer.eos_id
-        lengths = np.zeros(shape[:2], dtype=np.int64)
-        for row, item in enumerate(items):
-            if item is not None:
-                tokens[row], lengths[row] = item["tokens"], item["lengths"]
-        longest = max(int(lengths.max()), 2)
-        width = min(-(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE, shape[2])
-        places = np.arange(width)
+        tokens, lengths = self._encode(items)
+        places = np.arange(tokens.shape[2])
         batch: dict[str, Any] = {
             **self.stack_images(items, buffers),
-            "tokens": torch.from_numpy(np.ascontiguousarray(tokens[:, :, :width])),
+            "tokens": torch.from_numpy(tokens),
             "loss_mask": torch.from_numpy((places > 0) & (places < lengths[:, :, None])),
             "valid": torch.tensor(list(valid), dtype=torch.bool),
         }
         if not self.train:
             batch["captions"] = [[] if item is None else item["captions"] for item in items]
         return batch
+
+    def _encode(self, items: Sequence[dict[str, Any] | None]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (B, K, T) int64 and lengths (B, K) int64, 0 where there is no caption.
+
+        All texts of a batch in one go: between two images the tokenizer's tables would leave the
+        processor's caches, and each text take more than twice as long.
+        """
+        tokenizer, longest = self.tokenizer, self.settings.text_length
+        shape = (len(items), self.settings.captions_per_image)
+        lengths = np.zeros(shape, dtype=np.int64)
+        rows: list[tuple[int, int, list[int]]] = []
+        for row, item in enumerate(items):
+            for place, caption in enumerate([] if item is None else item["captions"][: shape[1]]):
+                # A whole book as a caption would take seconds to encode, for 40 tokens of it.
+                text = self.texts.cut(caption)[: longest * TOKEN_CHARACTERS]
+                ids = tokenizer.encode(text)[: longest - 2]
+                rows.append((row, place, ids))
+                lengths[row, place] = len(ids) + 2
+        width = -(-max(int(lengths.max()), 2) // TEXT_MULTIPLE) * TEXT_MULTIPLE
+        tokens = np.full((*shape, min(width, longest)), tokenizer.pad_id, dtype=np.int64)
+        tokens[:, :, 0], tokens[:, :, 1] = tokenizer.bos_id, tokenizer.eos_id
+        for row, place, ids in rows:
+            tokens[row, place, 1 : len(ids) + 2] = [*ids, tokenizer.eos_id]
+        return tokens, lengths

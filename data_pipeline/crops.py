@@ -1,6 +1,7 @@
 """Which part of an image is taken, and how it is resized."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,8 +54,9 @@ def fitting_box(
 
     Ten tries, of 22 draws in all, whether needed or not; None if no box fits into the image.
     """
-    shares, aspects, (place_x, place_y) = np.split(rng.random(22), [10, 20])
-    for share, aspect in zip(shares.tolist(), aspects.tolist(), strict=True):
+    draws = rng.random(22).tolist()
+    place_x, place_y = draws[20:]
+    for share, aspect in zip(draws[:10], draws[10:20], strict=True):
         area = width * height * (scale[0] + share * (scale[1] - scale[0]))
         shape = math.exp(math.log(ratio[0]) + aspect * math.log(ratio[1] / ratio[0]))
         w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
@@ -105,6 +107,26 @@ def align(box: Box, width: int, height: int, factor: int, origin: tuple[int, int
     x0, x1 = _aligned(box.x, box.x + box.width, width, factor, origin[0])
     y0, y1 = _aligned(box.y, box.y + box.height, height, factor, origin[1])
     return Box(x0, y0, x1 - x0, y1 - y0)
+
+
+def at_scale(box: Box, factor: int, origin: tuple[int, int]) -> Box:
+    """Where an aligned `box` lies in the image decoded at 1 / factor.
+
+    Args:
+        origin: x and y of the first line of the grid. A first pixel that is cut by the edge of the
+            image stands before it.
+    """
+    x, y = ((at - start) // factor + (start > 0) for at, start in zip(box[:2], origin, strict=True))
+    return Box(x, y, box.width // factor, box.height // factor)
+
+
+def around(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of them."""
+    if len(boxes) == 1:
+        return boxes[0]
+    x, y = min(box.x for box in boxes), min(box.y for box in boxes)
+    right, bottom = max(b.x + b.width for b in boxes), max(b.y + b.height for b in boxes)
+    return Box(x, y, right - x, bottom - y)
 
 
 def _aligned(start: int, stop: int, length: int, factor: int, origin: int) -> tuple[int, int]:

@@ -4,6 +4,9 @@ Plain JPEGs go through libjpeg-turbo (simplejpeg), straight into a buffer that t
 everything else, and what simplejpeg finds suspicious, through Pillow. Both paths turn the picture
 upright by its EXIF orientation. Transparency is laid over white, 16 bits become 8 by dropping the
 low byte, animations yield their first frame.
+
+Of an upright JPEG only the window that is asked for is decoded, with the same pixels, where pip
+could compile jpeg_window.c; else all of it.
 """
 
 import io
@@ -14,7 +17,14 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-_JPEG_START = b"\xff\xd8\xff"
+from data_pipeline.crops import Box
+
+try:
+    from data_pipeline import _jpeg_window
+except ImportError:
+    _jpeg_window = None
+
+_JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PLAIN_COLORSPACES = ("YCbCr", "RGB", "Gray")
 _ORIENTATION_TAG = 0x0112
 _DCT_FACTORS = (8, 4, 2)
@@ -54,6 +64,17 @@ class Scratch:
         return self._bytes
 
 
+def has_windows() -> bool:
+    """Whether the decoder of windows was compiled at installation, and is in use."""
+    return _jpeg_window is not None
+
+
+def without_windows() -> None:
+    """Decode whole images from now on in this process: what an installation without it does."""
+    global _jpeg_window
+    _jpeg_window = None
+
+
 def read_header(data: bytes, max_pixels: int) -> ImageHeader:
     """Size and orientation, without decoding pixels.
 
@@ -72,7 +93,11 @@ def read_header(data: bytes, max_pixels: int) -> ImageHeader:
 
 
 def decode(
-    data: bytes, header: ImageHeader, factor: int = 1, scratch: Scratch | None = None
+    data: bytes,
+    header: ImageHeader,
+    factor: int = 1,
+    scratch: Scratch | None = None,
+    window: Box | None = None,
 ) -> np.ndarray:
     """Decode to upright RGB.
 
@@ -82,22 +107,25 @@ def decode(
             (`largest_factor` returns 1 for the others). Each pixel stands for factor x factor
             pixels of the grid that `grid_origin` begins; those at an edge may be cut.
         scratch: where a plain JPEG's pixels go; the result then lives until the next call with it.
+        window: the pixels, of those decoded at 1 / factor, that are wanted; none for all.
 
     Returns:
-        (H, W, 3) uint8; a view with negative or swapped strides if the orientation is not 1.
+        (H, W, 3) uint8, of the window if there is one; a view with negative or swapped strides if
+        the orientation is not 1.
 
     Raises:
         DecodeError: truncated or otherwise damaged.
     """
-    if header.picture is not None:
-        return _decode_pillow(header.picture, header.orientation)
-    try:
-        pixels = _decode_jpeg(data, header, factor, scratch)
-    except ValueError:
-        # Strict mode also stops at harmless warnings (bytes after the end, odd marker lengths).
-        # Pillow lives with those, and reports what is truly cut or damaged.
-        return _decode_pillow(_open(data), header.orientation, factor)
-    return _apply_orientation(pixels, header.orientation)
+    if window is None:
+        return _decode_all(data, header, factor, scratch)
+    x, y, width, height = window
+    if _jpeg_window is not None and header.picture is None and header.orientation == 1:
+        buffer = (Scratch() if scratch is None else scratch).take(height * width * 3)
+        # A file that is cut is caught here, also where the cut lies below the window.
+        if data.endswith(_JPEG_END) and _jpeg_window.decode(data, buffer, factor, *window):
+            return buffer[: height * width * 3].reshape(height, width, 3)
+    pixels = _decode_all(data, header, factor, scratch)
+    return pixels[y : y + height, x : x + width]
 
 
 def largest_factor(header: ImageHeader, limit: float) -> int:
@@ -164,6 +192,20 @@ def _upright(
 def _refuse_bomb(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise DecodeError(f"image of {width} x {height} pixels exceeds max_pixels {max_pixels}")
+
+
+def _decode_all(
+    data: bytes, header: ImageHeader, factor: int, scratch: Scratch | None
+) -> np.ndarray:
+    if header.picture is not None:
+        return _decode_pillow(header.picture, header.orientation)
+    try:
+        pixels = _decode_jpeg(data, header, factor, scratch)
+    except ValueError:
+        # Strict mode also stops at harmless warnings (bytes after the end, odd marker lengths).
+        # Pillow lives with those, and reports what is truly cut or damaged.
+        return _decode_pillow(_open(data), header.orientation, factor)
+    return _apply_orientation(pixels, header.orientation)
 
 
 def _decode_jpeg(

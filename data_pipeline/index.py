@@ -27,6 +27,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -156,11 +157,24 @@ class ShardIndex:
             for at in range(ends[row - 1] if row else 0, ends[row])
         ]
 
-    def placed(self, row: int) -> list[tuple[int, int, str, int, int, int, int]]:
-        """Return `members`, each behind its `header_span`."""
-        if not self.bundled:
-            return [(m[1] - BLOCK, m[1], *m) for m in self.members(row)]
-        return [(*self.header_span(row, m[1]), *m) for m in self.members(row)]
+    def placed(
+        self, row: int, extensions: Collection[str] | None = None
+    ) -> list[tuple[int, int, str, int, int, int, int]]:
+        """Return `members`, or those of `extensions`, each behind its `header_span`."""
+        if self.bundled:
+            found = [(*self.header_span(row, m[1]), *m) for m in self.members(row)]
+            return [m for m in found if extensions is None or m[2] in extensions]
+        # Written out: readers ask for every sample.
+        ends, numbers, offsets, sizes, crcs, header_crcs = self._member_views
+        found = []
+        for at in range(ends[row - 1] if row else 0, ends[row]):
+            extension = self.extensions[numbers[at]]
+            if extensions is None or extension in extensions:
+                offset = offsets[at]
+                found.append((
+                    offset - BLOCK, offset, extension, offset, sizes[at], crcs[at], header_crcs[at]
+                ))
+        return found
 
     @cached_property
     def headers_digest(self) -> str:

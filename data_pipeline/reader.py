@@ -1,6 +1,5 @@
 """Read single samples by row number: one range each, and no byte that was not checked."""
 
-import itertools
 import os
 import time
 from collections.abc import Collection
@@ -88,7 +87,9 @@ class SampleReader:
         data; TransientReadError if storage fails.
         """
         number, local = self.shards.locate(row)
-        for attempt in itertools.count():
+        attempt = -1
+        while True:
+            attempt += 1
             if number in self._lost:
                 raise self._lost_sample(number, local, row)
             try:
@@ -109,7 +110,6 @@ class SampleReader:
                 self.source.counters["retries"] += 1
                 activity.retrying(attempt + 1, str(error))
             time.sleep(self.first_wait_s * 2**attempt)
-        raise AssertionError("unreachable")
 
     def expect(self, rows: Collection[int], extensions: Collection[str] | None = None) -> None:
         """Announce what will be read next; a remote source fetches it with several requests.
@@ -172,14 +172,13 @@ class SampleReader:
         """Add the members of one run, which are checked, from the bytes [begin, end) of a shard."""
         activity.reading_bytes(number, begin, end)
         data = self.source.pread(number, begin, end)
-        view = memoryview(data)
+        hashed = index.payloads_hashed
         for first, behind, extension, offset, size, payload_crc32, header_crc32 in run:
-            at = offset - begin
-            if crc32(view[first - begin : behind - begin]) != header_crc32:
-                header = data[first - begin : behind - begin]
+            header = data[first - begin : behind - begin]
+            if crc32(header) != header_crc32:
                 raise ShardError(_header_fault(header, first, index.bundled))
-            members[extension] = payload = data[at : at + size]
-            if index.payloads_hashed and crc32(payload) != payload_crc32:
+            members[extension] = payload = data[offset - begin : offset - begin + size]
+            if hashed and crc32(payload) != payload_crc32:
                 raise ShardError(
                     f"member .{extension} ({size} bytes at byte {offset}) is damaged: its "
                     "crc32 is not that of the index"
@@ -193,13 +192,11 @@ class SampleReader:
         self, index: ShardIndex, row: int, extensions: Collection[str] | None
     ) -> list["_Placed"]:
         """Members of a sample that are to be read. Raises ShardError for one that is too large."""
-        placed = index.placed(row)
-        if extensions is not None:
-            placed = [member for member in placed if member[2] in extensions]
-        for _, _, extension, _, size, _, _ in placed:
-            if size > self.max_member_bytes:
+        placed = index.placed(row, extensions)
+        for member in placed:
+            if member[4] > self.max_member_bytes:
                 raise ShardError(
-                    f"member .{extension} has {size} bytes, more than max_member_bytes "
+                    f"member .{member[2]} has {member[4]} bytes, more than max_member_bytes "
                     f"({self.max_member_bytes})"
                 )
         return placed

@@ -5,16 +5,19 @@ after any resume. `mix64` and `permute` are the vectorised side: a hash and a ke
 """
 
 import hashlib
+from functools import lru_cache
 from math import isqrt
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 ROUNDS = 6  # each half of the Feistel network is updated three times
+TABLE_SIZE = 1 << 15  # permutations up to this size are kept as tables, of at most 256 KiB
 
 
 def _digest(parts: tuple[int | str, ...], size: int) -> bytes:
     # The type tag and the length keep ("1", 2), (1, "2") and ("12",) apart.
-    text = "".join(f"{type(part).__name__[0]}{len(str(part))}:{part}" for part in parts)
+    text = "".join([f"{type(part).__name__[0]}{len(str(part))}:{part}" for part in parts])
     return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
@@ -31,7 +34,22 @@ def keyed_u64(*parts: int | str) -> int:
 def sample_rng(seed: int, task: str, position: int, purpose: str) -> np.random.Generator:
     """Counter-based generator (Philox) of one purpose of one sample of one task."""
     key = np.frombuffer(_digest((seed, task, position, purpose), 16), dtype="<u8")
-    return np.random.Generator(np.random.Philox(key=key.astype(np.uint64)))
+    return np.random.Generator(np.random.Philox(_Key(key.astype(np.uint64))))
+
+
+class _Key(ISeedSequence):
+    """A key as a source of seeds. `Philox(key=...)` gives the same numbers, but first asks the
+    system for a random seed that it then throws away, which takes twice the time of all the rest.
+    """
+
+    def __init__(self, words: np.ndarray) -> None:
+        self.words = words
+
+    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
+        """The (2,) uint64 words that Philox asks for."""
+        if n_words != len(self.words) or np.dtype(dtype) != self.words.dtype:
+            raise ValueError(f"a key of 2 uint64 words, not of {n_words} {np.dtype(dtype)}")
+        return self.words
 
 
 def substream(rng: np.random.Generator, number: int) -> np.random.Generator:
@@ -67,6 +85,18 @@ def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     Returns:
         (n,) int64.
     """
+    if keys.size == 1 and size <= TABLE_SIZE:
+        return _table(size, int(keys[0]))[values]
+    return _permute(values, size, keys)
+
+
+@lru_cache(maxsize=16)
+def _table(size: int, key: int) -> np.ndarray:
+    """All of a small permutation: looked up at a hundredth of the cost of a few of its values."""
+    return _permute(np.arange(size), size, np.array([key], dtype=np.uint64))
+
+
+def _permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     a = isqrt(size - 1) + 1 if size > 1 else 1
     b = -(-size // a)
     out = _network(values.astype(np.uint64), a, b, keys)

@@ -111,6 +111,7 @@ class TaskStream:
         self.name, self.reader, self.order, self.fields = name, reader, order, fields
         self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
         self.selection = selection
+        self._extensions = fields.extensions
         self._counted: dict[str, int] = {}
         if order is not None and selection is not None:
             raise ValueError(f"task {name}: a selection belongs to its order, or to evaluation")
@@ -186,7 +187,7 @@ class TaskStream:
     def _expected_rows(self, positions: np.ndarray) -> np.ndarray:
         """Rows of a batch; remote ones begin to come while the first are still being decoded."""
         rows = self._rows(positions)
-        self.reader.expect(rows.tolist(), self.fields.extensions)
+        self.reader.expect(rows.tolist(), self._extensions)
         return rows
 
     def _rows(self, positions: np.ndarray) -> np.ndarray:
@@ -238,7 +239,7 @@ class TaskStream:
 
     def _read(self, row: int, position: int) -> Sample:
         try:
-            return self.reader.read(row, self.fields.extensions)
+            return self.reader.read(row, self._extensions)
         except TransientReadError as error:
             raise TransientReadError(
                 f"task {self.name}, position {position}, row {row}: {error}"

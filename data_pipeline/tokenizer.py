@@ -118,7 +118,7 @@ class Tokenizer:
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text, by several threads of the library."""
-        encoded = self._backend.encode_batch(texts, add_special_tokens=False)
+        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:

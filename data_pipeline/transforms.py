@@ -16,6 +16,8 @@ from data_pipeline.crops import (
     Box,
     Geometry,
     align,
+    around,
+    at_scale,
     jittered_box,
     keep_aspect_size,
     random_box,
@@ -195,28 +197,18 @@ class ImageTransform:
 
     def render(
         self,
-        pixels: np.ndarray,
-        corner: tuple[int, int],
-        factor: int,
+        region: np.ndarray,
         cut: Cut,
         rng: np.random.Generator | None,
         out: np.ndarray | None,
     ) -> View:
-        """Crop, resize and augment.
+        """Resize and augment.
 
         Args:
-            pixels: (H, W, 3) uint8, the image decoded at 1 / factor.
-            corner: x and y of its first whole pixel in the upright image, in full-size pixels, if
-                that is not 0.
+            region: (H, W, 3) uint8, the part of the image that `cut.box` is, at any scale.
             cut: from `plan`, drawn from the same generator.
             rng, out: as in `__call__`.
         """
-        box = cut.box
-        # A first pixel that is cut by the edge of the image stands before the grid's first line.
-        x, y = (
-            (at - start) // factor + (start > 0) for at, start in zip(box[:2], corner, strict=True)
-        )
-        region = pixels[y : y + box.height // factor, x : x + box.width // factor]
         image, top, left = self._resize(region, cut, out)
         draws = np.zeros(4) if rng is None else rng.random(4)
         flip = rng is not None and bool(draws[0] < self.settings.flip_probability)
@@ -308,14 +300,17 @@ def make_views(
     ]
     # Factors are powers of two: what lies on the grid of one lies on that of any smaller one.
     factor = min(cut.factor for cut in cuts)
-    pixels = decode(data, header, factor, transforms[0].scratch)
+    origin = grid_origin(header, factor)
+    places = [at_scale(cut.box, factor, origin) for cut in cuts]
+    window = around(places)
+    pixels = decode(data, header, factor, transforms[0].scratch, window)
     if clock is not None:
         clock.lap("decode")
-    corner = grid_origin(header, factor)
-    views = [
-        transform.render(pixels, corner, factor, cut, rng, out)
-        for transform, cut, rng, out in zip(transforms, cuts, rngs, outs, strict=True)
-    ]
+    views = []
+    for transform, cut, place, rng, out in zip(transforms, cuts, places, rngs, outs, strict=True):
+        x, y = place.x - window.x, place.y - window.y
+        region = pixels[y : y + place.height, x : x + place.width]
+        views.append(transform.render(region, cut, rng, out))
     if clock is not None:
         clock.lap("transform")
     return views

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from data_pipeline.crops import random_box
+from data_pipeline.crops import at_scale, random_box
 from data_pipeline.decode import decode, grid_origin, read_header
 from data_pipeline.rng import sample_rng
 from data_pipeline.transforms import ImageSettings, ImageTransform
@@ -157,10 +157,11 @@ class DecodeBench:
             cut = transform.plan(header, rng)
             if cut.factor == 1:
                 continue
-            corner = grid_origin(header, cut.factor)
-            pixels = decode(data, header, cut.factor)
-            scaled = transform.render(pixels, corner, cut.factor, cut, rng, None).image
-            whole = transform.render(decode(data, header), (0, 0), 1, cut, rng, None).image
+            place = at_scale(cut.box, cut.factor, grid_origin(header, cut.factor))
+            scaled, whole = (
+                transform.render(decode(data, header, *scale), cut, rng, None).image
+                for scale in ((cut.factor, None, place), (1, None, cut.box))
+            )
             found.append(psnr(scaled, whole))
         return {
             "scaled": len(found) / self.crops,

@@ -71,12 +71,10 @@ class Peers:
         return self._loader(pipeline)
 
     def decode_pillow(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Decode, crop and resize (bicubic) with Pillow; one caption as token ids."""
+        """Decode, crop and resize (bicubic) with Pillow; one caption."""
         with Image.open(io.BytesIO(sample["jpg"])) as opened:
             picture = self._cropped(opened.convert("RGB"), int(sample["__key__"]))
-        tokens = self._tokens(sample["txt"].decode())[None]
-        lengths = np.array([int((tokens > 0).sum()) + 2])
-        return {"images": np.asarray(picture), "tokens": tokens, "lengths": lengths}
+        return {"images": np.asarray(picture), "captions": [sample["txt"].decode()]}
 
     def _cropped(self, picture: Image.Image, key: int) -> Image.Image:
         rng = sample_rng(0, "bench", key, "image")

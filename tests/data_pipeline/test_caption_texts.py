@@ -159,9 +159,10 @@ def test_tokens_are_cut_and_references_are_not():
     )
     of = Sample(0, "a.tar", "k", {"jpg": jpeg(picture(1)), "txt": b"A red BIRD on a table"})
     for train in (True, False):
-        item = CaptionFields(settings, tokenizer(), train).sample(of, rng_for(0))
-        ids = item["tokens"][0, 1 : item["lengths"][0] - 1]
-        assert tokenizer().decode(ids.tolist()) == "a red"
+        fields = CaptionFields(settings, tokenizer(), train)
+        item = fields.sample(of, rng_for(0))
+        tokens = fields.collate([item], [True])["tokens"][0, 0]
+        assert tokenizer().decode(tokens.tolist()) == "a red"
         assert item["captions"] == ["a red bird on a table"]
 
 

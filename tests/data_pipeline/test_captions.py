@@ -31,30 +31,38 @@ def fields(train: bool = True, **options) -> CaptionFields:
     return CaptionFields(CaptionDataSettings(**options), TOKENIZER, train)
 
 
+def tokens_of(maker: CaptionFields, item: dict) -> list[list[int]]:
+    """Rows of the only sample of a batch."""
+    return maker.collate([item], [True])["tokens"][0].tolist()
+
+
 def many(*captions: str) -> bytes:
     return json.dumps({"captions": captions}).encode()
 
 
 def test_one_caption():
-    found = fields(text_length=12).sample(sample(txt=b"a  red\nbird "), rng_for)
-    ids = TOKENIZER.encode("a red bird")
-    tail = [PAD] * (12 - len(ids) - 2)
-    assert found["tokens"].tolist() == [[BOS, *ids, EOS, *tail]]
-    assert found["lengths"].tolist() == [len(ids) + 2]
+    maker = fields(text_length=12)
+    found = maker.sample(sample(txt=b"a  red\nbird "), rng_for)
     assert found["images"].shape == (16, 16, 3)
+    assert found["captions"] == ["a red bird"]
+    ids = TOKENIZER.encode("a red bird")
+    tail = [PAD] * (8 - len(ids) - 2)
+    assert tokens_of(maker, found) == [[BOS, *ids, EOS, *tail]]
 
 
 def test_long_captions_lose_their_end():
-    found = fields(text_length=5).sample(sample(txt=b"a red bird on a small table"), rng_for)
-    assert found["tokens"].tolist() == [[BOS, *TOKENIZER.encode("a red bird on")[:3], EOS]]
+    maker = fields(text_length=5)
+    found = maker.sample(sample(txt=b"a red bird on a small table"), rng_for)
+    assert tokens_of(maker, found) == [[BOS, *TOKENIZER.encode("a red bird on")[:3], EOS]]
 
 
 def test_a_book_as_a_caption_is_cut_before_it_is_encoded(monkeypatch):
     lengths = []
     encode = TOKENIZER.encode
     monkeypatch.setattr(TOKENIZER, "encode", lambda text: lengths.append(len(text)) or encode(text))
-    found = fields(text_length=8).sample(sample(txt=b"a red bird " * 100_000), rng_for)
-    assert found["tokens"].tolist() == [[BOS, *encode("a red bird a red bird")[:6], EOS]]
+    maker = fields(text_length=8)
+    found = maker.sample(sample(txt=b"a red bird " * 100_000), rng_for)
+    assert tokens_of(maker, found) == [[BOS, *encode("a red bird a red bird")[:6], EOS]]
     assert lengths == [8 * 256]
 
 
@@ -68,8 +76,8 @@ def test_half_characters_make_a_bad_sample():
 def test_missing_captions_carry_no_loss():
     several = fields(captions_per_image=3, caption_source="json:captions", text_length=16)
     item = several.sample(sample(json=many("a bird", "a boat")), rng_for)
-    assert (item["lengths"] > 0).tolist() == [True, True, False]
     batch = several.collate([item], [True])
+    assert batch["loss_mask"][0].any(1).tolist() == [True, True, False]
     assert batch["tokens"].shape == batch["loss_mask"].shape == (1, 3, 8)
     assert batch["tokens"][0, 2, :3].tolist() == [BOS, EOS, PAD]
     assert not batch["loss_mask"][0, 2].any()
@@ -80,10 +88,9 @@ def test_choice_of_captions_follows_the_seed_and_reaches_all():
     data = sample(json=many("a bird", "a boat", "a tree", "a table"))
 
     def chosen(position: int, train: bool = True) -> list[str]:
-        item = fields(train, **source).sample(
-            data, lambda purpose: sample_rng(0, "caption", position, purpose)
-        )
-        return [TOKENIZER.decode(row.tolist()) for row in item["tokens"]]
+        maker = fields(train, **source)
+        item = maker.sample(data, lambda purpose: sample_rng(0, "caption", position, purpose))
+        return [TOKENIZER.decode(row) for row in tokens_of(maker, item)]
 
     assert chosen(1) == chosen(1)
     draws = [tuple(chosen(position)) for position in range(100)]
@@ -107,11 +114,9 @@ def test_batch():
     assert not batch["images"][1].any()
     assert batch["valid"].tolist() == [True, False, True]
     assert batch["tokens"].dtype == torch.int64
-    longest = int(items[2]["lengths"][0])
-    assert batch["tokens"].shape[2] == -(-longest // 8) * 8
-    expected = [
-        [False] + [True] * (n - 1) for n in (int(i["lengths"][0]) for i in (items[0], items[2]))
-    ]
+    lengths = [len(TOKENIZER.encode(item["captions"][0])) + 2 for item in (items[0], items[2])]
+    assert batch["tokens"].shape[2] == -(-lengths[1] // 8) * 8
+    expected = [[False] + [True] * (length - 1) for length in lengths]
     for row, mask in zip((0, 2), expected, strict=True):
         assert batch["loss_mask"][row, 0].tolist()[: len(mask)] == mask
         assert not batch["loss_mask"][row, 0, len(mask) :].any()

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.rng import keyed_u64, permute, sample_rng, substream
+from data_pipeline import rng
+from data_pipeline.rng import keyed_bytes, keyed_u64, permute, sample_rng, substream
 
 
 def test_values_are_pinned():
@@ -17,6 +18,15 @@ def test_values_are_pinned():
     ]
     keys = np.array([keyed_u64(0)], dtype=np.uint64)
     assert permute(np.arange(10), 10, keys).tolist() == [1, 7, 9, 3, 0, 8, 4, 2, 5, 6]
+
+
+def test_the_generator_is_philox_with_the_hash_as_its_key():
+    key = np.frombuffer(keyed_bytes(16, 1, "caption", 9, "image"), dtype="<u8")
+    plain = np.random.Philox(key=key)
+    rng = sample_rng(1, "caption", 9, "image")
+    jumped = substream(rng, 3).integers(0, 1000, 50)
+    assert np.array_equal(jumped, np.random.Generator(plain.jumped(3)).integers(0, 1000, 50))
+    assert np.array_equal(rng.random(50), np.random.Generator(plain).random(50))
 
 
 def test_parts_do_not_run_together():
@@ -50,6 +60,13 @@ def test_substreams_are_their_own():
 def test_permute_is_a_bijection(size, key):
     image = permute(np.arange(size), size, np.array([key], dtype=np.uint64))
     assert np.array_equal(np.sort(image), np.arange(size))
+
+
+def test_tables_change_nothing(monkeypatch):
+    key, values = np.array([keyed_u64(7)], dtype=np.uint64), np.array([5, 0, 999, 5, 321])
+    by_table = permute(values, 1000, key)
+    monkeypatch.setattr(rng, "TABLE_SIZE", 999)
+    assert permute(values, 1000, key).tolist() == by_table.tolist()
 
 
 def test_each_element_follows_its_own_key():

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from data_pipeline.crops import at_scale
 from data_pipeline.decode import DecodeError, decode, grid_origin, read_header
 from data_pipeline.rng import sample_rng
 from data_pipeline.transforms import ImageSettings, ImageTransform, View
@@ -78,10 +79,11 @@ def scaled_and_whole(data: bytes, settings: ImageSettings, draws) -> tuple[View,
     cut = transform.plan(header, draws())
     views = []
     for factor in (cut.factor, 1):
-        corner, pixels = grid_origin(header, factor), decode(data, header, factor)
+        place = at_scale(cut.box, factor, grid_origin(header, factor))
+        region = decode(data, header, factor, window=place)
         after_plan = draws()
         transform.plan(header, after_plan)
-        views.append(transform.render(pixels, corner, factor, cut, after_plan, None))
+        views.append(transform.render(region, cut, after_plan, None))
     return *views, cut.factor
 
 
@@ -140,9 +142,9 @@ def test_scaled_decode_respects_its_margin(monkeypatch):
     factors = []
     original = transforms.decode
 
-    def spy(data, header, factor, scratch):
+    def spy(data, header, factor, scratch, window):
         factors.append(factor)
-        return original(data, header, factor, scratch)
+        return original(data, header, factor, scratch, window)
 
     monkeypatch.setattr(transforms, "decode", spy)
     data = jpeg(picture(7, 512, 512))
