@@ -100,14 +100,21 @@ class CaptionFields(ImageFields):
         Raises:
             BadSample: no usable image or caption.
         """
-        # First: a sample without a caption is not decoded.
-        if self.train:
-            captions = self.texts.draw(sample, self.settings.captions_per_image, rng_for)
-        else:
-            captions = self.texts.references(sample)
+        captions = self.captions(sample, rng_for)  # first: a sample without one is not decoded
         item = self.load_image(sample, rng_for, out, clock)
         item["captions"] = captions
         return item
+
+    def captions(
+        self, sample: Sample, rng_for: Callable[[str], np.random.Generator]
+    ) -> list[str]:
+        """The texts of a sample: in training those drawn, in evaluation all of its first source.
+
+        Raises BadSample: there is none, or it is not text.
+        """
+        if self.train:
+            return self.texts.draw(sample, self.settings.captions_per_image, rng_for)
+        return self.texts.references(sample)
 
     def collate(
         self,

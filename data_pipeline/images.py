@@ -59,8 +59,11 @@ class ImageFields:
 
     Args:
         settings: which members hold images, and their transforms.
-        train: draw augmentations; otherwise nothing is drawn at random.
+        train: draw augmentations; otherwise nothing is drawn at random, but for a second view if
+            `draws_second_view` says so (by seed and position: the same in every evaluation).
     """
+
+    draws_second_view = False
 
     def __init__(self, settings: ImageDataSettings, train: bool) -> None:
         self.settings, self.train = settings, train
@@ -125,7 +128,11 @@ class ImageFields:
         clock: StageClock | None,
     ) -> list[View]:
         """As `load_image`, with all that is known of each view."""
-        rngs = [rng_for(purpose) if self.train else None for purpose, _ in self._views.values()]
+        drawn = {"second_images"} if self.draws_second_view else set()
+        rngs = [
+            rng_for(purpose) if self.train or name in drawn else None
+            for name, (purpose, _) in self._views.items()
+        ]
         places = [None if out is None else out[name] for name in self._views]
         try:
             data = self._image_bytes(sample)

@@ -1,6 +1,6 @@
 """From a recipe to objects. The only place that knows both: components take plain arguments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from data_pipeline.faults import FaultFile
 from data_pipeline.images import ImageDataSettings
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
+from data_pipeline.m3i import M3IDataSettings, M3IFields
 from data_pipeline.order import Order
 from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import SampleReader
@@ -99,20 +100,37 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
         else settings.build()
         for name, settings in recipe.model.encoders.items()
     }
+
+    def new_encoder(name: str) -> nn.Module:
+        """One more encoder like that of images called `name`, for a target that is not trained."""
+        settings = recipe.model.encoders[name]
+        plain = {"drop_path": 0.0, "gradient_checkpointing": False}
+        fields = {field: value for field, value in plain.items() if hasattr(settings, field)}
+        return settings.model_copy(update=fields).build()
+
     objectives = {
-        name: build_objective(task, encoders, tokenizer) for name, task in recipe.tasks.items()
+        name: build_objective(task, encoders, tokenizer, new_encoder)
+        for name, task in recipe.tasks.items()
     }
     return MultiTaskModel(encoders, objectives, recipe.seed)
 
 
 def build_objective(
-    task: TaskSettings, encoders: dict[str, nn.Module], tokenizer: Tokenizer
+    task: TaskSettings,
+    encoders: dict[str, nn.Module],
+    tokenizer: Tokenizer,
+    new_encoder: Callable[[str], nn.Module],
 ) -> nn.Module:
-    """The objective of a task, told what its data knows."""
+    """The objective of a task, told what its data knows.
+
+    new_encoder: makes another encoder of a name, for objectives with a target of their own.
+    """
     known: dict[str, Any] = {}
     if isinstance(task.data, ImageDataSettings):
         known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
-    if isinstance(task.data, LabelDataSettings | BoxDataSettings):
+    if task.objective.type == "m3i":
+        known["new_encoder"] = new_encoder
+    if isinstance(task.data, LabelDataSettings | BoxDataSettings | M3IDataSettings):
         known["classes"] = task.data.classes
     if isinstance(task.data, LabelDataSettings):
         known["smaller_views"] = task.data.smaller_views
@@ -121,7 +139,7 @@ def build_objective(
 
 def build_fields(
     data: Data, tokenizer: Tokenizer, train: bool
-) -> CaptionFields | LabelFields | PictureFields | BoxFields | TextFields:
+) -> CaptionFields | LabelFields | PictureFields | BoxFields | TextFields | M3IFields:
     """What turns samples into batches of this kind of data."""
     if isinstance(data, LabelDataSettings):
         return LabelFields(data, train)
@@ -131,6 +149,8 @@ def build_fields(
         return PictureFields(data, train)
     if isinstance(data, TextDataSettings):
         return TextFields(data, tokenizer)
+    if isinstance(data, M3IDataSettings):
+        return M3IFields(data, tokenizer, train)
     if data.frames is not None:
         return ClipFields(data, tokenizer, train)
     return CaptionFields(data, tokenizer, train)
@@ -214,7 +234,7 @@ def build_evaluation_loader(
     }
     if isinstance(task.data, ImageDataSettings):
         changes["image"] = evaluation_image(task)
-    if task.objective.type == "contrastive":
+    if task.objective.type in ("contrastive", "m3i"):
         changes["captions_per_image"] = task.objective.evaluation_references
     data = task.data.model_copy(update=changes)
     micro_batch = task.evaluation.micro_batch or task.micro_batch

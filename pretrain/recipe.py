@@ -30,6 +30,7 @@ from data_pipeline.captions import CaptionDataSettings
 from data_pipeline.filters import Condition
 from data_pipeline.labels import LabelDataSettings
 from data_pipeline.loader import LoaderSettings
+from data_pipeline.m3i import M3IDataSettings
 from data_pipeline.pictures import PictureDataSettings
 from data_pipeline.repeats import repeats_problem
 from data_pipeline.settings import Settings
@@ -45,6 +46,7 @@ from pretrain.models.vit import VitSettings
 from pretrain.objectives.captioning import CaptioningSettings
 from pretrain.objectives.classification import ClassificationSettings
 from pretrain.objectives.contrastive import ContrastiveSettings
+from pretrain.objectives.m3i import M3ISettings
 from pretrain.optim.ema import EmaSettings
 from pretrain.optim.groups import OptimizerSettings
 from pretrain.optim.schedule import ScheduleSettings
@@ -93,20 +95,22 @@ Encoder = Annotated[
     VitSettings | InternImageSettings | TextEncoderSettings, Field(discriminator="type")
 ]
 Objective = Annotated[
-    CaptioningSettings | ClassificationSettings | ContrastiveSettings, Field(discriminator="type")
+    CaptioningSettings | ClassificationSettings | ContrastiveSettings | M3ISettings,
+    Field(discriminator="type"),
 ]
 Data = Annotated[
     CaptionDataSettings
     | LabelDataSettings
     | PictureDataSettings
     | BoxDataSettings
-    | TextDataSettings,
+    | TextDataSettings
+    | M3IDataSettings,
     Field(discriminator="type"),
 ]
 
 DATA_TYPES = {
     settings.model_fields["type"].default: settings.data_type
-    for settings in (CaptioningSettings, ClassificationSettings, ContrastiveSettings)
+    for settings in (CaptioningSettings, ClassificationSettings, ContrastiveSettings, M3ISettings)
 }
 """Type of objective -> the type of data that it reads."""
 
@@ -185,6 +189,8 @@ class TaskSettings(Settings):
                 "data.image.mode=keep_aspect gives images of different sizes, so micro_batch must "
                 f"be 1, not {self.micro_batch}"
             )
+        if self.objective.type == "m3i" and self.micro_batch == 1:
+            problems.append("objective m3i mixes neighbours: micro_batch must be even, not 1")
         if getattr(self.data, "mixing", None) is not None and self.micro_batch == 1:
             problems.append("data.mixing mixes neighbours: micro_batch must be even, not 1")
         if problems:

@@ -66,6 +66,8 @@ def _check_encoders(recipe: "Recipe") -> list[str]:
     for name, task in recipe.tasks.items():
         for field, reads in task.objective.encoder_fields.items():
             chosen = getattr(task.objective, field)
+            if chosen is None:
+                continue
             used.add(chosen)
             where = f"tasks.{name}.objective.{field}={chosen!r}"
             if chosen not in encoders:
@@ -96,7 +98,7 @@ def _check_texts(recipe: "Recipe") -> list[str]:
             continue  # _check_data says so
         if task.objective.type == "captioning":
             found += _captioning_texts(f"tasks.{name}", task)
-        elif task.objective.type == "contrastive":
+        elif task.objective.type in ("contrastive", "m3i"):
             found += _contrastive_texts(f"tasks.{name}", task, recipe)
     return found
 
@@ -138,7 +140,7 @@ def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> li
     if task.data.captions_per_image > 1:
         found.append(
             f"{where}.data.captions_per_image={task.data.captions_per_image} must be 1 for a "
-            "contrastive objective, whose images have one text each in a step"
+            f"{task.objective.type} objective, whose images have one text each in a step"
         )
     if task.data.frames is not None:
         found.append(
@@ -147,8 +149,8 @@ def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> li
         )
     if task.data.repeats > 1:
         found.append(
-            f"{where}.data.repeats={task.data.repeats} must be 1 for a contrastive objective, "
-            "which would have to tell an image from its own copies"
+            f"{where}.data.repeats={task.data.repeats} must be 1 for a {task.objective.type} "
+            "objective, which would have to tell an image from its own copies"
         )
     encoder = recipe.model.encoders.get(task.objective.text_encoder)
     positions = getattr(encoder, "max_positions", None)
@@ -161,17 +163,66 @@ def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> li
     return found
 
 
-def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str) -> list[str]:
-    step = encoder.size_multiple
-    if not isinstance(task.data, ImageDataSettings):
-        return []  # _check_data says that the objective reads other data
+def _check_m3i(recipe: "Recipe") -> list[str]:
+    """Images divide into cells, and cells into what the encoder cannot take apart."""
+    found = []
+    for name, task in recipe.tasks.items():
+        encoder = recipe.model.encoders.get(getattr(task.objective, "encoder", None))
+        if task.objective.type != "m3i" or task.data.type != "m3i" or encoder is None:
+            continue
+        where, cell = f"tasks.{name}.objective", task.objective.cell
+        step = encoder.patch_size if encoder.type == "vit" else 32
+        found += _check_multiple(
+            f"{where}.cell", cell, step, f"model.encoders.{task.objective.encoder} needs"
+        )
+        for key, image in _images_of(f"tasks.{name}", task).items():
+            for size in {image.size, *(image.sizes or ())}:
+                found += _check_multiple(f"{key}.size", size, cell, f"{where}.cell={cell} needs")
+        if task.evaluation is not None:
+            found += _m3i_evaluation(f"tasks.{name}", task)
+        if encoder.type == "vit":
+            continue
+        if "head" not in encoder.pools or encoder.head.type != "projector":
+            found.append(
+                f"{where} reads dense features of model.encoders.{task.objective.encoder}, which "
+                "an internimage has with `head: {type: projector}` alone: give it that"
+            )
+        for field, free in (("group_attention", False), ("pooled_width", None)):
+            if getattr(task.objective, field) != free:
+                found.append(
+                    f"{where}.{field} is for a vit, not for an internimage: remove it"
+                )
+    return found
+
+
+def _m3i_evaluation(where: str, task: "TaskSettings") -> list[str]:
+    found, image = [], task.evaluation.image
+    if (size := task.evaluation.micro_batch or task.micro_batch) % 2:
+        found.append(f"{where}.evaluation.micro_batch={size} must be even: m3i mixes neighbours")
+    if image is not None and (image.size, image.fixed_size) != (task.data.image.size, True):
+        found.append(
+            f"{where}.evaluation.image must give squares of {where}.data.image.size="
+            f"{task.data.image.size}, on whose grid the second view is predicted"
+        )
+    return found
+
+
+def _images_of(where: str, task: "TaskSettings") -> dict[str, Any]:
+    """Settings of all images that an encoder sees, by key path."""
     images = {f"{where}.data.image": task.data.image}
     if task.data.second_view is not None:
         images[f"{where}.data.second_view"] = task.data.second_view
     if task.evaluation is not None and task.evaluation.image is not None:
         images[f"{where}.evaluation.image"] = task.evaluation.image
+    return images
+
+
+def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str) -> list[str]:
+    step = encoder.size_multiple
+    if not isinstance(task.data, ImageDataSettings):
+        return []  # _check_data says that the objective reads other data
     found = []
-    for key, image in images.items():
+    for key, image in _images_of(where, task).items():
         needs = f"model.encoders.{name} ({encoder.type}) needs"
         if image.mode == "keep_aspect":
             if not encoder.any_sides:
@@ -230,7 +281,7 @@ def _check_heads(recipe: "Recipe") -> list[str]:
     pooled = {
         task.objective.encoder
         for task in recipe.tasks.values()
-        if getattr(task.objective, "pool", None) == "head"
+        if getattr(task.objective, "pool", None) == "head" or task.objective.type == "m3i"
     }
     return [
         f"model.encoders.{name}.head: no task has `pool: head`, so it would only decay: remove it "
@@ -310,6 +361,7 @@ _CHECKS = (
     _check_data,
     _check_encoders,
     _check_texts,
+    _check_m3i,
     _check_evaluation,
     _check_optimizer,
 )

@@ -65,14 +65,17 @@ def add_commands(commands: Any, console: Console) -> None:
                       help="run directory (its newest checkpoint) or a checkpoint folder")
     give.add_argument("--out", type=Path, required=True,
                       help="file that ends in .pth; for transformers a folder that is not there")
-    give.add_argument("--format", choices=("official", "detection", "transformers"),
-                      default="official", help="default %(default)s")
+    give.add_argument("--format", choices=("official", "detection", "transformers", "m3i"),
+                      default="official",
+                      help="m3i: raw M3I checkpoint, both branches (default %(default)s)")
     give.add_argument("--encoder", default="image", metavar="NAME",
                       help="its name in model.encoders (default %(default)s)")
     give.add_argument("--task", metavar="NAME",
-                      help="classification task whose linear layer goes along (default: none)")
-    give.add_argument("--weights", choices=("master", "ema"), default="master",
-                      help="trained weights, or their moving average (default %(default)s)")
+                      help="classification or m3i task whose linear layer goes along (default: "
+                           "none)")
+    give.add_argument("--weights", choices=("master", "ema", "target"), default="master",
+                      help="trained weights, their moving average, or those of the momentum target "
+                           "of the run's m3i task (default %(default)s)")
 
 
 # ---- import ------------------------------------------------------------------------------------
@@ -210,6 +213,9 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     from tools.trained import open_run
 
     _check_place(options)
+    if options.format == "m3i" and options.weights == "target":
+        raise ValueError("--format m3i holds the momentum target beside the trained weights: leave "
+                         "--weights target out")
     with console.status("reading the checkpoint"):
         run = open_run(options.run_dir, options.weights)
     settings = run.recipe.model.encoders.get(options.encoder)

@@ -73,8 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pool", choices=("mean", "class_token", "head"), default="mean",
                         help="what an image is: the mean of its tokens, the first one, or what "
                              "the encoder's own head makes of them")
-    parser.add_argument("--weights", choices=("master", "ema"), default="master",
-                        help="trained weights, or their moving average")
+    parser.add_argument("--weights", choices=("master", "ema", "target"), default="master",
+                        help="trained weights, their moving average, or those of the momentum "
+                             "target (m3i)")
     parser.add_argument("--neighbours", type=int, default=20, help="that vote (default: 20)")
     parser.add_argument("--batch", type=int, default=64, help="images at a time")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode")

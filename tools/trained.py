@@ -26,7 +26,7 @@ class TrainedRun:
     tokenizer: Tokenizer
     model: MultiTaskModel
     state: str = "master"
-    """Which weights it has: "master", or "ema" for their moving average."""
+    """Which weights it has: as in `open_run`."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,11 @@ def open_captioner(
 def open_run(path: str | Path, weights: str = "master") -> TrainedRun:
     """Read a checkpoint folder, or the newest whole checkpoint of a run directory.
 
-    weights: "master" for the trained weights, "ema" for their moving average.
+    weights: "master" for the trained weights, "ema" for their moving average; "target" puts those
+        of momentum targets into the encoders that these follow.
 
     Raises:
-        ValueError: `path` is neither.
+        ValueError: `path` is neither, or the run has no momentum target.
         CheckpointError: the checkpoint is not whole, or has no such weights.
     """
     checkpoint = _find(Path(path))
@@ -104,10 +105,30 @@ def open_run(path: str | Path, weights: str = "master") -> TrainedRun:
     # Nothing is computed before every parameter has its trained value.
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
-    model.load_state_dict(read_full_state(checkpoint, weights), assign=True)
+    state = read_full_state(checkpoint, "master" if weights == "target" else weights)
+    if weights == "target":
+        state |= _target_encoders(recipe, state)
+    model.load_state_dict(state, assign=True)
     # Assigning parted the tied matrices; a cast (here to what they are) joins them again.
     model = model.float().requires_grad_(False).eval()
     return TrainedRun(checkpoint, manifest, recipe, tokenizer, model, weights)
+
+
+def _target_encoders(
+    recipe: Recipe, state: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Weights of momentum targets under the names of the encoders that they follow."""
+    found = {}
+    for name, task in recipe.tasks.items():
+        start = f"objectives.{name}.target.encoder."
+        found |= {
+            f"encoders.{task.objective.encoder}.{own.removeprefix(start)}": tensor.clone()
+            for own, tensor in state.items()
+            if own.startswith(start)
+        }
+    if not found:
+        raise ValueError("weights target: the run has no task with a momentum target (m3i)")
+    return found
 
 
 def _find(path: Path) -> Path:

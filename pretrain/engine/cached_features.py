@@ -9,6 +9,8 @@ What an objective offers for this:
 
     couples_samples = True
     shared_features: names of features that belong to no sample (a temperature)
+    constant_features: names of features without gradient that the second pass need not compute
+        again (targets of a frozen network); it finds them in batch["constant_features"]
     forward(encoders, batch, totals, part="features") -> name -> tensor, a row per sample, or shared
     coupled_loss(features of all samples of this rank, totals) -> shares; reads no parameter
 
@@ -72,6 +74,7 @@ def accumulate_coupled(
     """
     objective = engine.module.objectives[task]
     shared = objective.shared_features
+    constant = getattr(objective, "constant_features", ())
     last = len(micro_batches) - 1
     engine.set_gradient_accumulation_boundary(False)
     states, parts = [], []
@@ -88,6 +91,9 @@ def accumulate_coupled(
     for index, batch in enumerate(micro_batches):
         engine.set_gradient_accumulation_boundary(ends_step and index == last)
         states[index].restore()
+        if constant:
+            known = {name: parts[index][name] for name in constant}
+            batch = {**batch, "constant_features": known}
         features = engine(task, batch, totals, part="features")
         # Shared features get their gradient once, and zero before: a parameter without a gradient
         # in some micro-step is where offloading has lost gradients.
@@ -107,10 +113,11 @@ def _loss_and_gradients(
         name: value if name in objective.shared_features else torch.cat([p[name] for p in parts])
         for name, value in parts[0].items()
     }
+    constant = getattr(objective, "constant_features", ())
     leaves = {
         name: value.detach().requires_grad_()
         for name, value in features.items()
-        if value.is_floating_point()
+        if value.is_floating_point() and name not in constant
     }
     with torch.enable_grad():
         shares = objective.coupled_loss({**features, **leaves}, totals)

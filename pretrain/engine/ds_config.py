@@ -76,7 +76,7 @@ def engine_config(recipe: "Recipe", world: int) -> dict[str, Any]:
     faults = _clashes(settings, path) + _unsupported(settings, path)
     faults += [f"{path}: {line}" for line in offload_clashes(recipe.sampling, settings)]
     faults += _stage_faults(settings, recipe.precision, path) or _ask_deepspeed(settings, path)
-    faults += _offload_faults(settings, path)
+    faults += _offload_faults(settings, path) + _balance_faults(recipe, settings, path, world)
     if recipe.precision != "fp16" and set(settings.get("fp16", ())) - {"enabled"}:
         faults.append(f"{path}: fp16: these settings have no effect with precision="
                       f"{recipe.precision}; set precision=fp16 or choose another file")
@@ -98,6 +98,27 @@ def engine_config(recipe: "Recipe", world: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,  # our own metrics say more
     }
+
+
+def _balance_faults(
+    recipe: "Recipe", settings: dict[str, Any], path: Path, world: int
+) -> list[str]:
+    """Where the gradient at an encoder's output, which `balance` measures, is not to be had."""
+    found = []
+    for name, task in recipe.tasks.items():
+        if getattr(task.objective, "balance", None) is None:
+            continue
+        where = f"tasks.{name}.objective.balance"
+        if settings.get("zero_optimization", {}).get("stage") == 3:
+            found.append(f"{path}: zero_optimization.stage=3 frees weights that {where} needs for "
+                         f"its own backward pass: take zero1 or zero2, or set {where}=null")
+        steps = accumulation_steps(task.global_batch, task.micro_batch, world)
+        if steps > 1:
+            found.append(f"{where} needs the batch of a rank in one micro-step, but "
+                         f"tasks.{name}.global_batch={task.global_batch} is {steps} of "
+                         f"tasks.{name}.micro_batch={task.micro_batch} on {world} rank(s): raise "
+                         f"micro_batch, or set {where}=null")
+    return found
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, world: int) -> int:

@@ -259,22 +259,78 @@ class InternImage(nn.Module):
                 f"images of {images.shape[-2]} x {images.shape[-1]} pixels do not fit the "
                 f"projector that makes {width} values of them: use multiples of 32"
             )
-        tokens = (self.dcnv3_head_x4(last) + self.dcnv3_head_x3(third)).flatten(1, 2)
-        return self.fc_norm(self.clip_projector(tokens))
+        return self.fc_norm(self.clip_projector(self._joined(third, last)))
+
+    def _joined(self, third: Tensor, last: Tensor) -> Tensor:
+        """The last two maps as one, on the grid of the third: (B, N, head.width)."""
+        return (self.dcnv3_head_x4(last) + self.dcnv3_head_x3(third)).flatten(1, 2)
+
+    @property
+    def dense_width(self) -> int:
+        """Channels of `dense`. Raises ValueError: the head is no projector."""
+        if not isinstance(self.head, ProjectorSettings):
+            raise ValueError(
+                "dense features of an InternImage are the joined maps of its projector: give it "
+                "one (`head: {type: projector}`)"
+            )
+        return self.head.width
+
+    @property
+    def stem_width(self) -> int:
+        """Channels of what `dense` lets join."""
+        return self.width // 2 ** (STAGES - 1)
+
+    def stem_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of what `dense` lets join."""
+        return _sizes(height, width)[1]
+
+    def dense_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of `dense`."""
+        return _sizes(height, width)[STAGES - 1]
+
+    def dense(
+        self,
+        images: Tensor,
+        draws: SampleDraws | None = None,
+        added: Tensor | None = None,
+        groups: Tensor | None = None,
+    ) -> Tensor:
+        """The joined maps of the projector, for dense tasks: (B, N, dense_width), row by row.
+
+        images: (B, 3, H, W) in `dtype`, sides multiples of 32; draws, added: as in `maps`.
+        groups: for encoders with attention; must be None.
+
+        Raises:
+            ValueError: groups, or a head that is no projector.
+        """
+        if groups is not None or self.dense_width < 1:
+            raise ValueError("convolutions cannot keep groups of tokens apart: set groups to None")
+        third, last = self.maps(images, draws, (STAGES - 2, STAGES - 1), added)
+        return self._joined(third, last)
+
+    def dense_flops(self, height: int, width: int) -> int:
+        """Floating-point operations of `dense` for one image."""
+        tokens = self.tokens(height, width)
+        joined = self.dcnv3_head_x4[0].flops(tokens) + self.dcnv3_head_x3.flops(4 * tokens)
+        return self.flops(height, width) + joined
 
     def maps(
         self,
         images: Tensor,
         draws: SampleDraws | None = None,
         out_indices: Sequence[int] = tuple(range(STAGES)),
+        added: Tensor | None = None,
     ) -> list[Tensor]:
         """The maps of some stages, for dense tasks: (B, H_i, W_i, channels * 2**i), channels-last.
 
         images, draws: as in `forward`. Sides are those of the image over 4 * 2**i, rounded up.
+        added: (B, H_0, W_0, channels), joins what the stem makes.
         """
         kept = self._kept(images, draws)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         x = self.patch_embed(images.permute(0, 2, 3, 1))
+        if added is not None:
+            x = x + added
         found: list[Tensor] = []
         first = 0
         for index, (stage, depth) in enumerate(zip(self.levels, self.depths, strict=True)):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.channels_last import BatchNorm, Conv, layer_norm
+from pretrain.models.pooling import masked_mean
 
 CONV_HEAD_RATIO = 1.5
 
@@ -60,8 +61,11 @@ class PoolingAttention(nn.Module):
         self.v = nn.Linear(width, width, bias=False)
         self.proj = nn.Linear(width, width_out)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query: (B, 1, width); key, value: (B, N, width). Returns (B, width_out)."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """query: (B, 1, width); key, value: (B, N, width); mask: (B, N) bool, True at keys that
+        count. Returns (B, width_out)."""
         query, key, value = (
             (linear(x) + bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for linear, x, bias in (
@@ -70,7 +74,9 @@ class PoolingAttention(nn.Module):
                 (self.v, value, self.v_bias),
             )
         )
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        if mask is not None:
+            mask = mask[:, None, None]
+        mixed = F.scaled_dot_product_attention(query, key, value, mask)
         return self.proj(mixed.transpose(1, 2).flatten(1))
 
 
@@ -85,10 +91,11 @@ class AttentionPool(nn.Module):
         self.norm1_v = layer_norm(width)
         self.cross_dcn = PoolingAttention(width, heads, width_out)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, N, width). Returns (B, width_out)."""
-        query = tokens.mean(dim=1, keepdim=True)
-        return self.cross_dcn(self.norm1_q(query), self.norm1_k(tokens), self.norm1_v(tokens))
+    def forward(self, tokens: Tensor, own: Tensor | None = None) -> Tensor:
+        """tokens: (B, N, width); own: (B, N) bool, the tokens that count, at least one in each row;
+        none: all. Returns (B, width_out)."""
+        query = masked_mean(tokens, own)[:, None]
+        return self.cross_dcn(self.norm1_q(query), self.norm1_k(tokens), self.norm1_v(tokens), own)
 
     def flops(self, tokens: int) -> int:
         """Multiplications and additions for an image of so many tokens."""

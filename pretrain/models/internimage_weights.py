@@ -16,7 +16,7 @@ from pretrain.models.internimage import InternImageSettings
 from pretrain.models.internimage_sizes import SIZES
 from pretrain.models.mixer_settings import DCNv3Settings
 
-Target = Literal["official", "detection", "transformers"]
+Target = Literal["official", "detection", "transformers", "m3i"]
 
 _LAYER_SCALE, _GAMMA = re.compile(r"\.layer_scale([12])$"), re.compile(r"\.gamma([12])$")
 # The official loader of M3I weights writes this name, its model has `fc_norm.0`: a loader that is
@@ -237,10 +237,11 @@ def export_internimage(
     """Our weights under foreign names: the inverse of `unwrap` and `import_internimage`.
 
     tensors: a model's state dict; other encoders and tasks are left out.
+    target: `m3i` is the layout of raw M3I checkpoints, of an M3I task.
     task: whose linear layer goes along; none: none does. `detection` never has heads.
 
     Raises:
-        ValueError: there is no such encoder or task.
+        ValueError: there is no such encoder or task, or with `m3i` no M3I task with classes.
     """
     start = f"encoders.{encoder}."
     official = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
@@ -261,6 +262,42 @@ def export_internimage(
             official[f"head.{part}"] = tensors[name]
     if target == "official":
         return official
+    if target == "m3i":
+        return _to_m3i(tensors, official, task)
     return {
         "model." + _GAMMA.sub(r".layer_scale\1", name): tensor for name, tensor in official.items()
     }
+
+
+def _to_m3i(
+    tensors: Mapping[str, Tensor], official: Mapping[str, Tensor], task: str | None
+) -> dict[str, Tensor]:
+    """The raw layout, whose loader looks at the first name and for the classifier.
+
+    Of the momentum copy the backbone and the maps of the projector go along; that loader would take
+    its `clip_projector` for the online one.
+    """
+    mask_token = tensors.get(f"objectives.{task}.predictor.mask_token")
+    if mask_token is None or "head.weight" not in official:
+        raise ValueError(
+            f"the raw layout of M3I wants mask token and classifier, which task {task!r} has not: "
+            "name an m3i task that learns classes (--task)"
+        )
+    found = {"mask_token": mask_token}
+    names = {new: old for old, new in _M3I_NAMES.items()}
+    for name, tensor in official.items():
+        renamed = next((new for new in names if name.startswith(new)), None)
+        if renamed is not None:
+            found[names[renamed] + name.removeprefix(renamed)] = tensor
+        elif name.startswith(("dcnv3_head_", "clip_projector.")):
+            found[name] = tensor
+        else:
+            found[f"dcnv3.{name}"] = tensor
+    start = f"objectives.{task}.target.encoder."
+    for name, tensor in tensors.items():
+        own = name.removeprefix(start)
+        if own != name and own.startswith("dcnv3_head_"):
+            found[f"mm_{own}"] = tensor
+        elif own != name and own.startswith(("patch_embed.", "levels.")):
+            found[f"mm_dcnv3.{own}"] = tensor
+    return found

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.settings import Settings
+from pretrain.models.pooling import masked_mean
 from pretrain.models.vit import Activation, Block
 
 
@@ -37,6 +38,8 @@ class TextEncoderSettings(Settings):
     """Each token sees those before it only, as in CLIP; otherwise all of its text."""
     position_std: float = Field(0.01, gt=0)
     """Standard deviation of the first position embeddings; words have 0.02."""
+    pool: Literal["end", "mean"] = "end"
+    """What stands for a text: the output at its EOS, as in CLIP, or the mean over its tokens."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on embeddings and on what each block adds, in training."""
     gradient_checkpointing: bool = False
@@ -54,7 +57,8 @@ class TextEncoderSettings(Settings):
 
 
 class TextEncoder(nn.Module):
-    """Pre-norm transformer over a text; the feature is the normalised output at the text's EOS.
+    """Pre-norm transformer over a text; the feature is the normalised output at the text's EOS, or
+    the mean over its tokens up to there.
 
     Arguments after `vocab_size` and `eos_id` are the fields of `TextEncoderSettings`.
     """
@@ -71,6 +75,7 @@ class TextEncoder(nn.Module):
         max_positions: int = 77,
         causal: bool = True,
         position_std: float = 0.01,
+        pool: Literal["end", "mean"] = "end",
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -79,6 +84,7 @@ class TextEncoder(nn.Module):
         self.eos_id = eos_id
         self.max_positions = max_positions
         self.causal = causal
+        self.pool = pool
         self.gradient_checkpointing = gradient_checkpointing
         hidden = round(width * mlp_ratio)
         self.embedding = WordEmbedding(vocab_size, width, max_positions, position_std, dropout)
@@ -107,6 +113,9 @@ class TextEncoder(nn.Module):
                 hidden = checkpoint(block, hidden, mask, use_reentrant=False)
             else:
                 hidden = block(hidden, mask)
+        if self.pool == "mean":
+            places = torch.arange(tokens.shape[1], device=tokens.device)
+            return masked_mean(self.norm(hidden), places <= end[:, None])
         at_end = hidden[torch.arange(len(tokens), device=tokens.device), end]
         return self.norm(at_end)
 

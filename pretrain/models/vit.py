@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.settings import Settings
+from pretrain.models.sample_draws import SampleDraws
 
 Activation = Literal["quick_gelu", "gelu"]
 
@@ -111,20 +112,63 @@ class VisionTransformer(nn.Module):
         """Floating-point type that `forward` expects of its images."""
         return self.norm_after.weight.dtype
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(
+        self, images: Tensor, added: Tensor | None = None, groups: Tensor | None = None
+    ) -> Tensor:
         """Encode normalised images.
 
         images: (B, 3, H, W) in `dtype`. Rows and columns beyond the last whole patch are ignored.
+        added: (B, H//p, W//p, width), joins the embedded patches.
+        groups: (B, H//p, W//p) bool or integer: patches look at those of their own group alone, and
+            at the class token, which then looks at itself and so belongs to none.
         Returns (B, 1 + H//p * W//p, width); the class token comes first.
         """
-        tokens = self.norm_before(self.embedding(images))
+        tokens = self.norm_before(self.embedding(images, added))
+        mask = None if groups is None else _group_mask(groups.flatten(1))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
-                tokens = checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)
+                tokens = checkpoint(
+                    block, tokens, mask, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                tokens = block(tokens)
+                tokens = block(tokens, mask)
         return self.norm_after(tokens)
+
+    @property
+    def dense_width(self) -> int:
+        """Channels of `dense`."""
+        return self.width
+
+    @property
+    def stem_width(self) -> int:
+        """Channels of what `dense` lets join."""
+        return self.width
+
+    def stem_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of what `dense` lets join."""
+        return height // self.patch_size, width // self.patch_size
+
+    def dense_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of `dense`."""
+        return height // self.patch_size, width // self.patch_size
+
+    def dense(
+        self,
+        images: Tensor,
+        draws: SampleDraws | None = None,
+        added: Tensor | None = None,
+        groups: Tensor | None = None,
+    ) -> Tensor:
+        """Patch tokens for dense tasks, (B, rows * columns of `dense_grid`, width).
+
+        Arguments as in `forward`; nothing is drawn.
+        """
+        return self(images, added, groups)[:, 1:]
+
+    def dense_flops(self, height: int, width: int) -> int:
+        """Floating-point operations of `dense` for one image."""
+        return self.flops(height, width)
 
     def layer_names(self) -> list[tuple[str, ...]]:
         """Names of the submodules of each layer, from the input on (as in BEiT)."""
@@ -159,8 +203,11 @@ class PatchEmbedding(nn.Module):
         self.positions = nn.Parameter(torch.zeros(1 + self.grid**2, width))
         self.initial_std = {"class_token": width**-0.5, "positions": position_std}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W). Returns (B, 1 + H//p * W//p, width)."""
+    def forward(self, images: Tensor, added: Tensor | None = None) -> Tensor:
+        """images: (B, 3, H, W); added: (B, H//p, W//p, width), or nothing.
+
+        Returns (B, 1 + H//p * W//p, width).
+        """
         height, width = images.shape[-2:]
         if height < self.patch_size or width < self.patch_size:
             raise ValueError(
@@ -170,6 +217,8 @@ class PatchEmbedding(nn.Module):
         patches = self.patches(images)
         positions = self._positions_for(patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)
+        if added is not None:
+            patches = patches + added.flatten(1, 2)
         # Not len(images), which is a constant in an exported graph.
         class_token = self.class_token.expand(images.shape[0], 1, -1)
         return torch.cat([class_token, patches], dim=1) + positions
@@ -199,9 +248,9 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = Mlp(width, hidden, activation, residual_std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, N, width). Returns the same shape."""
-        tokens = tokens + self.attention(self.norm_attention(tokens))
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """tokens: (B, N, width); mask as in `SelfAttention`. Returns the shape of tokens."""
+        tokens = tokens + self.attention(self.norm_attention(tokens), mask)
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 
@@ -224,6 +273,13 @@ class SelfAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, mask)
         return self.output(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+def _group_mask(groups: Tensor) -> Tensor:
+    """Where tokens behind a class token may look, (B, 1, 1 + N, 1 + N) bool; groups: (B, N)."""
+    mask = F.pad(groups[:, None, :, None] == groups[:, None, None, :], (1, 0, 1, 0))
+    mask[..., 0] = True
+    return mask
 
 
 class Mlp(nn.Module):

@@ -21,7 +21,7 @@ from pretrain.objectives.image_tokens import (
     vector_flops,
     vector_width,
 )
-from pretrain.objectives.retrieval import retrieval_recalls
+from pretrain.objectives.retrieval import gathered_recalls
 
 
 class ContrastiveSettings(Settings):
@@ -251,17 +251,10 @@ class Contrastive(nn.Module):
             scale = self.temperature().item()
             for batch in loader:
                 parts.append(self._evaluation_features(encoders, batch, device))
-        shares = reduce({name: torch.cat([p[name] for p in parts]) for name in parts[0]})
-        found = {name: torch.cat([share[name] for share in shares]) for name in shares[0]}
-        rows, order = found["row"].sort()
-        # Rows are numbers in the data set; texts must name places among the images at hand.
-        image_of = torch.searchsorted(rows, found["row_of"])
-        same = self.identical_captions_match
-        kind = found["caption_id"] if same else torch.arange(len(image_of))
-        metrics = retrieval_recalls(
-            *(value.to(device) for value in (found["image"][order], found["text"], image_of, kind))
+        metrics, images, texts = gathered_recalls(
+            parts, reduce, device, self.identical_captions_match
         )
-        counts = {"images": float(len(rows)), "texts": float(len(image_of))}
+        counts = {"images": float(images), "texts": float(texts)}
         return metrics | counts | {"temperature": 1 / scale}, []
 
     def _evaluation_features(

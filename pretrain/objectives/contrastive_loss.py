@@ -5,6 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
+from data_pipeline.labels import NO_LABEL
 from pretrain.objectives.gather import gather_rows
 
 # An odd number: its powers modulo 2**64 never vanish.
@@ -18,6 +19,7 @@ def contrastive_sums(
     caption_id: Tensor,
     valid: Tensor,
     identical_match: bool,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and hits of this rank's pairs among the pairs of all ranks. A collective.
 
@@ -29,16 +31,21 @@ def contrastive_sums(
     caption_id: (n,) int64, equal for identical captions.
     valid: (n,) bool; other rows neither count nor stand against any pair.
     identical_match: an image matches every text with its caption, and not only its own.
+    labels: (n,) int64, NO_LABEL where there is none: an image also matches every text of its class
+        (UniCL, arXiv 2204.03610).
 
     Returns three 0-dim float32 tensors, sums over this rank's valid pairs: loss (with gradient),
     images whose best text matches, texts whose best image matches.
     """
     all_image, all_text = gather_rows(torch.cat([image, text], dim=1)).chunk(2, dim=1)
-    all_ids, all_valid, all_places = gather_rows(_labels(caption_id, valid)).unbind(dim=1)
+    labels = torch.full_like(caption_id, NO_LABEL) if labels is None else labels
+    rows = gather_rows(_labels(caption_id, valid, labels))
+    all_ids, all_valid, all_places, all_labels = rows.unbind(dim=1)
     if identical_match:
         matches = caption_id[:, None] == all_ids
     else:
         matches = _places(len(image), image.device)[:, None] == all_places
+    matches = matches | ((labels[:, None] == all_labels) & (labels != NO_LABEL)[:, None])
     usable = all_valid.bool()
     matches = matches & usable
     targets = matches.float() / matches.sum(dim=1, keepdim=True).clamp(min=1)
@@ -62,10 +69,10 @@ def _row_sums(
     return (losses * valid).sum(), (hits & valid).sum().float()
 
 
-def _labels(caption_id: Tensor, valid: Tensor) -> Tensor:
-    """What others must know of each row beside its features: (n, 3) int64."""
+def _labels(caption_id: Tensor, valid: Tensor, labels: Tensor) -> Tensor:
+    """What others must know of each row beside its features: (n, 4) int64."""
     places = _places(len(valid), valid.device)
-    return torch.stack([caption_id, valid.long(), places], dim=1)
+    return torch.stack([caption_id, valid.long(), places, labels], dim=1)
 
 
 def _places(rows: int, device: torch.device) -> Tensor:

@@ -1,9 +1,11 @@
 """Retrieval between images and their texts: how often a match is among the best k."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from pretrain.objectives.evaluation_mode import Gather
 
 RANKS = (1, 5, 10)
 _CHUNK = 256
@@ -31,6 +33,29 @@ def retrieval_recalls(image: Tensor, text: Tensor, image_of: Tensor, kind: Tenso
         for name, found in ((name, torch.cat(list(parts))) for name, parts in places.items())
         for k in RANKS
     }
+
+
+def gathered_recalls(
+    parts: Sequence[dict[str, Tensor]], reduce: Gather, device: torch.device, identical_match: bool
+) -> tuple[dict, int, int]:
+    """Recalls among the images and texts of all ranks. A collective.
+
+    parts: at least one, each with image (N, D), text (M, D) float32 of unit length; row (N,) int64,
+        numbers of the images in the data set; row_of (M,) int64, each text's image; caption_id (M,)
+        int64, equal for identical texts.
+    identical_match: a text matches every image that has such a text, and not only its own.
+
+    Returns what `retrieval_recalls` does, and the numbers of images and texts.
+    """
+    shares = reduce({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    found = {name: torch.cat([share[name] for share in shares]) for name in shares[0]}
+    rows, order = found["row"].sort()
+    # Rows are numbers in the data set; texts must name places among the images at hand.
+    image_of = torch.searchsorted(rows, found["row_of"])
+    kind = found["caption_id"] if identical_match else torch.arange(len(image_of))
+    compared = (found["image"][order], found["text"], image_of, kind)
+    recalls = retrieval_recalls(*(value.to(device) for value in compared))
+    return recalls, len(rows), len(image_of)
 
 
 def _image_places(image: Tensor, text: Tensor, image_of: Tensor, kind: Tensor) -> Iterator[Tensor]:

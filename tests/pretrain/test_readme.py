@@ -29,5 +29,5 @@ def test_modules_and_recipes_are_there(readme):
     modules = set(re.findall(r"python -m ([a-z_]+(?:\.[a-z_]+)*)", text))
     assert modules
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
-    recipes = set(re.findall(r"\b(?:internimage|digits|git)_[a-z0-9_]+\b(?=`)", text))
+    recipes = set(re.findall(r"\b(?:internimage|digits|git|m3i)_[a-z0-9_]+\b(?=`)", text))
     assert recipes and all((SHIPPED / f"{name}.yaml").is_file() for name in recipes), recipes

@@ -165,7 +165,7 @@ def test_every_fault_is_reported_at_once():
         (
             ["tasks.caption.objective.type=captoning"],
             "tasks.caption.objective.type: 'captoning' is not one of captioning, classification, "
-            "contrastive; did you mean 'captioning'?",
+            "contrastive, m3i; did you mean 'captioning'?",
         ),
         (
             ["model.encoders.image.heds=4"],
@@ -413,8 +413,8 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
     labels = "tasks.classify.data.type=labels"
     assert load_recipe("digits_multitask", [labels]) == load_recipe("digits_multitask")
     assert multi("tasks.contrast.data.type=labls") == (
-        "tasks.contrast.data.type: 'labls' is not one of captions, labels, images, boxes, text; "
-        "did you mean 'labels'?"
+        "tasks.contrast.data.type: 'labls' is not one of captions, labels, images, boxes, text, "
+        "m3i; did you mean 'labels'?"
     )
     shards = "{type: labels, shards: [x], classes: 3, image: {size: 64}}"
     (fault,) = faults(

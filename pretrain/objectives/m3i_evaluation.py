@@ -1,0 +1,154 @@
+"""Held-out evaluation of M3I: its losses, and what whole images are good for."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.labels import NO_LABEL
+from pretrain.models.sample_draws import SampleDraws
+from pretrain.objectives.collapse import warn_of_collapse
+from pretrain.objectives.contrastive_loss import caption_ids
+from pretrain.objectives.decorrelation import Moments, effective_rank, target_deviation
+from pretrain.objectives.evaluation_mode import Gather, evaluating
+from pretrain.objectives.m3i_loss import count_targets, m3i_losses
+from pretrain.objectives.retrieval import gathered_recalls
+
+if TYPE_CHECKING:
+    from pretrain.objectives.m3i_module import M3I
+
+# What the mean of each loss counts.
+_COUNTED_BY = {"intra": "intra", "inter": "inter", "text": "texts", "category": "labels"}
+
+
+def evaluate_m3i(
+    objective: "M3I",
+    encoders: Mapping[str, nn.Module],
+    loader: Iterable[Mapping[str, Any]],
+    device: torch.device,
+    reduce: Gather,
+) -> dict[str, float]:
+    """Metrics of all images of `loader`, the same on every rank.
+
+    loader: batches as in `M3I.forward`, with K texts per image, the first view without
+        augmentation; position and row (B,) int64. Equally many, and at least one, on every rank.
+
+    Returns intra, inter, text, category: losses of mixed images as in training, masks keyed by
+    position (the text loss is among the texts of a batch of all ranks); effective_rank and
+    target_std of the dense targets; of whole images top1, and the recalls of `retrieval_recalls`
+    among those with texts; images, texts, labelled.
+    """
+    used = [encoders[name] for name in (objective.encoder, objective.text_encoder) if name]
+    tally, parts = _Tally(), []
+    with torch.no_grad(), evaluating(objective, *used):
+        for batch in loader:
+            on_device = {
+                name: value.to(device) if torch.is_tensor(value) else value
+                for name, value in batch.items()
+            }
+            counts = reduce(count_targets(batch))
+            totals = {name: sum(own[name] for own in counts) for name in counts[0]}
+            tally.add_losses(*_losses(objective, encoders, on_device, totals), totals)
+            vectors = objective.image_vectors(encoders, on_device["images"])
+            if objective.head is not None:
+                best = objective.class_logits(encoders, vectors).argmax(dim=1)
+                hits = (best == on_device["labels"]) & (on_device["labels"] != NO_LABEL)
+                tally.hits += int(hits.sum())
+            if objective.text_encoder is not None:
+                parts.append(_texts_and_images(objective, encoders, on_device, vectors))
+    metrics = tally.metrics(reduce, objective)
+    if parts:
+        recalls, _, texts = gathered_recalls(parts, reduce, device, identical_match=True)
+        metrics |= recalls | {"texts": float(texts)}
+    return metrics
+
+
+def _losses(
+    objective: "M3I",
+    encoders: Mapping[str, nn.Module],
+    batch: Mapping[str, Any],
+    totals: Mapping[str, int],
+) -> tuple[dict[str, Tensor], Moments]:
+    """This rank's shares for one batch of all ranks, and the moments of the targets."""
+    draws = SampleDraws(0, "m3i evaluation", batch["position"])
+    features, _ = objective.features(encoders, batch, draws)
+    known = {
+        name: torch.tensor(float(value), device=features["target"].device)
+        for name, value in totals.items()
+    }
+    settings = objective.settings
+    losses, _, moments = m3i_losses(
+        features, known, settings.decorrelation, settings.label_smoothing
+    )
+    return losses, moments
+
+
+def _texts_and_images(
+    objective: "M3I", encoders: Mapping[str, nn.Module], batch: Mapping[str, Any], vectors: Tensor
+) -> dict[str, Tensor]:
+    """What `gathered_recalls` reads, of the valid images that have texts, on the CPU."""
+    tokens, mask = batch["tokens"], batch["loss_mask"]
+    present = mask.any(dim=2) & batch["valid"][:, None]
+    has = present.any(dim=1)
+    text = objective.text_features(encoders, tokens.flatten(0, 1))
+    image = nn.functional.normalize(vectors.float(), dim=1)
+    row_of = batch["row"][:, None].expand(present.shape)
+    found = {
+        "image": image[has], "row": batch["row"][has], "text": text[present.flatten()],
+        "caption_id": caption_ids(tokens, mask)[present], "row_of": row_of[present],
+    }  # fmt: skip
+    return {name: value.cpu() for name, value in found.items()}
+
+
+class _Tally:
+    """Sums over batches."""
+
+    def __init__(self) -> None:
+        self.losses: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.hits = 0
+        self.moments: Moments | None = None
+
+    def add_losses(
+        self, losses: Mapping[str, Tensor], moments: Moments, totals: Mapping[str, int]
+    ) -> None:
+        """Take in a batch; each mean weighs by what it counts, and moments by images."""
+        for kind, value in losses.items():
+            weighed = float(value) * totals[_COUNTED_BY[kind]]
+            self.losses[kind] = self.losses.get(kind, 0.0) + weighed
+        for name, count in totals.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        images = moments.mean.new_tensor([totals["intra"], totals["inter"]])
+        weighed = [images[:, None] * moments.mean, images[:, None, None] * moments.correlation]
+        before = [0.0, 0.0] if self.moments is None else self.moments
+        self.moments = Moments(*(old + new for old, new in zip(before, weighed, strict=True)))
+
+    def metrics(self, reduce: Gather, objective: "M3I") -> dict[str, float]:
+        """Means over all ranks."""
+        parts = reduce({"losses": self.losses, "hits": self.hits})
+        found = {
+            kind: sum(part["losses"][kind] for part in parts)
+            / max(1, self.counts[_COUNTED_BY[kind]])
+            for kind in self.losses
+        }
+        found |= self._spread()
+        images, labels = self.counts["images"], self.counts["labels"]
+        found |= {"images": float(images)}
+        if objective.head is not None:
+            hits = sum(part["hits"] for part in parts)
+            found |= {"top1": hits / max(1, labels), "labelled": labels / max(1, images)}
+        return found
+
+    def _spread(self) -> dict[str, float]:
+        images = self.moments.mean.new_tensor([self.counts["intra"], self.counts["inter"]])
+        images = images.clamp(min=1.0)
+        means = Moments(
+            self.moments.mean / images[:, None], self.moments.correlation / images[:, None, None]
+        )
+        shares = images / images.sum()
+        rank = float(effective_rank(means, shares))
+        warn_of_collapse(rank, means.mean.shape[1])
+        return {
+            "effective_rank": rank, "target_std": float(target_deviation(means, shares)),
+        }

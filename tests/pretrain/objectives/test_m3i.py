@@ -1,0 +1,310 @@
+"""M3I: one image after the other as the oracle, and what each part may and may not see.
+
+Several ranks and micro-batches: tests/distributed/test_m3i.py.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+
+from pretrain.models.sample_draws import SampleDraws
+from pretrain.objectives.m3i import M3ISettings
+from pretrain.objectives.m3i_loss import KINDS
+from pretrain.objectives.pair_masks import pair_masks
+from pretrain.objectives.view_positions import grid_code, relative_positions, target_code
+from tests.pretrain.models.git_models import MEAN, STD
+from tests.pretrain.objectives.m3i_models import (
+    follow,
+    half_cosine,
+    m3i_batch,
+    m3i_model,
+    m3i_rows,
+)
+from tests.pretrain.objectives.pair_models import gradients
+
+TOTALS = ("images", "intra", "inter", "texts", "labels")
+
+
+def run(model, batch, totals=None):
+    """Metrics of a batch that is the whole global batch."""
+    return model("m3i", batch, totals or model.objectives["m3i"].count(batch))
+
+
+def pixels_of(images):
+    shape = (3, 1, 1)
+    return (images / 255 - torch.tensor(MEAN).view(shape)) / torch.tensor(STD).view(shape)
+
+
+def plain(model, batch, draws):
+    """Losses with every image by itself: no gathered tokens, no masks over padded ones."""
+    objective, encoder = model.objectives["m3i"], model.encoders["image"]
+    masks = pair_masks(draws, (4, 4))
+    grid, vectors, squares, targets = (4, 4), [], [[], []], [[], []]
+    pixels, others = pixels_of(batch["images"]), pixels_of(batch["second_images"])
+    predictions = [[], []]
+    for row in range(len(pixels)):
+        pair, second = row // 2, row % 2
+        fine = masks[pair].repeat_interleave(4, 0).repeat_interleave(4, 1)
+        mixed = torch.where(fine, pixels[2 * pair], pixels[2 * pair + 1])
+        sign = torch.where(masks[pair], 1.0, -1.0)[..., None]
+        tokens = encoder(mixed[None], (sign * objective.mark.mark)[None])[0, 1:]
+        own = masks[pair].flatten() if second == 0 else ~masks[pair].flatten()
+        seen = tokens[own][None]
+        vectors.append(objective.pool.vectors(encoder, seen, None)[0])
+        view = (others if second else pixels)[row]
+        target = objective.target.projector(objective.target.encoder(view[None])[:, 1:])
+        targets[second].append(F.layer_norm(target[0].detach(), (32,)))
+        crops = batch["crops"][row, [0, second]][None]
+        positions, scales = relative_positions(crops, batch["flips"][row, [0, second]][None], grid)
+        asked = objective.predictor.positions(target_code(positions, scales, 32))
+        code = grid_code(grid, 32, asked.device)[own]
+        joined = torch.cat([
+            objective.projector(seen) + code, objective.predictor.mask_token + asked
+        ], 1)  # fmt: skip
+        for block in objective.predictor.blocks:
+            joined = block(joined)
+        prediction = objective.predictor.output(joined[0, -16:])
+        counted = slice(None) if second else ~own
+        predictions[second].append((prediction[counted], targets[second][-1][counted]))
+    for kind in range(2):
+        every = torch.cat(targets[kind])
+        correlation = every.T @ every / len(every)
+        for prediction, target in predictions[kind]:
+            distance = (prediction - target).square().sum(1)
+            similar = torch.einsum("nc,cd,nd->n", prediction, correlation, prediction)
+            squares[kind].append((distance + 0.02 * similar) / 32)
+    losses = {k: torch.cat(s).mean() for k, s in zip(KINDS[:2], squares, strict=True)}
+    vectors = torch.stack(vectors)
+    has = batch["loss_mask"][:, 0].any(1)
+    image = F.normalize(vectors[has], dim=1)
+    tokens = batch["tokens"][has, 0]
+    ends = (tokens == 2).int().argmax(1)
+    text = torch.cat([
+        model.encoders["text"](row[None, : end + 1]) for row, end in zip(tokens, ends, strict=True)
+    ])  # fmt: skip
+    text = F.normalize(text @ objective.text_projection.weight.T, dim=1)
+    logits = image @ text.T * objective.temperature.log_scale.exp()
+    labels = batch["labels"]
+    names = [tuple(t.tolist()) for t in tokens]
+    target = torch.tensor([
+        [float(a == b or la == lb != -1) for b, lb in zip(names, labels[has], strict=True)]
+        for a, la in zip(names, labels[has], strict=True)
+    ])  # fmt: skip
+    target = target / target.sum(1, keepdim=True)
+    losses["text"] = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    scores = objective.head(objective.pool.norm(vectors))
+    losses["category"] = F.cross_entropy(scores[labels >= 0], labels[labels >= 0])
+    return losses, target
+
+
+def test_forward_is_the_plain_formula():
+    model, batch = m3i_model(), m3i_batch(12)
+    follow(model, 0.5)
+    wanted, target = plain(model, batch, SampleDraws(3, "m3i", batch["position"]))
+    assert (target > 0).sum() > len(target) + 4, "some texts must match several images"
+    assert model.objectives["m3i"].count(batch) == {
+        "images": 12, "intra": 6, "inter": 6, "texts": 9,
+        "labels": int((batch["labels"] >= 0).sum()),
+    }  # fmt: skip
+    out = run(model, batch)
+    for kind in KINDS:
+        torch.testing.assert_close(out[kind], wanted[kind].detach(), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(out["loss"], sum(wanted.values()))
+    out["loss"].backward()
+    found = gradients(model)
+    model.zero_grad()
+    sum(wanted.values()).backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    assert out["with_text"] == 0.75 and 0 < out["labelled"] < 1
+    assert out["temperature"].item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("kind, size", [("vit", (16, 16)), ("internimage", (32, 96))])
+def test_everything_but_the_target_branch_learns(kind, size):
+    model, batch = m3i_model(kind), m3i_batch(8, size=size)
+    run(model, batch)["loss"].backward()
+    found = gradients(model)
+    target = "objectives.m3i.target."
+    assert not any(name.startswith(target) for name in found)
+    # A softmax does not see biases of keys; DCNv3 begins with offsets that read nothing.
+    still = ("k_bias", ".dcn.dw_conv.")
+    for name, parameter in model.named_parameters():
+        if name.startswith(target):
+            assert not parameter.requires_grad
+        elif not any(part in name for part in still):
+            assert found[name].abs().max() > 0, name
+    assert not model.objectives["m3i"].train().target.training
+
+
+def test_targets_come_from_the_target_branch():
+    """Whatever its weights are, and not from the trained one."""
+    model, batch = m3i_model(), m3i_batch(4)
+    before = run(model, batch)["intra"]
+    with torch.no_grad():
+        model.objectives["m3i"].target.projector.linear.weight.mul_(-1)
+    assert abs(run(model, batch)["intra"] - before) > 1e-3
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_group_attention_keeps_images_apart(group, monkeypatch):
+    model, batch = m3i_model(group_attention=group), m3i_batch(4)
+    objective = model.objectives["m3i"]
+    pixels = pixels_of(batch["images"]).requires_grad_()
+    monkeypatch.setattr(type(objective), "_pixels", lambda *_: pixels)
+    features, _ = objective.features(
+        model.encoders, batch, SampleDraws(3, "m3i", batch["position"])
+    )
+    for own in range(4):
+        asked = sum(features[n][own].square().sum() for n in ("prediction", "image", "logits"))
+        asked = asked + features["prediction"][own].sum() + features["logits"][own].sum()
+        (found,) = torch.autograd.grad(asked, pixels, retain_graph=True)
+        partner = own ^ 1
+        assert found[own].abs().max() > 1e-4
+        assert (found[partner].abs().max() > 1e-6) != group
+        assert not found[[n for n in range(4) if n not in (own, partner)]].any()
+        shown = (found[own].abs().sum(0) > 0).float().mean()
+        assert shown == 0.5, "half of the image is hidden"
+
+
+def test_the_order_of_pairs_does_not_matter():
+    model, batch = m3i_model(), m3i_batch(8)
+    order = torch.tensor([4, 5, 0, 1, 6, 7, 2, 3])
+    other = {name: value[order] for name, value in batch.items()}
+    one, two = run(model, batch), run(model, other)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_but_images():
+    """No text, no label: both losses are 0, their heads have a gradient, which is 0."""
+    model, batch = m3i_model(), m3i_batch(6)
+    batch["loss_mask"][:] = False
+    batch["labels"][:] = -1
+    out = run(model, batch)
+    assert out["text"] == out["category"] == out["with_text"] == out["labelled"] == 0
+    torch.testing.assert_close(out["loss"], out["intra"] + out["inter"])
+    out["loss"].backward()
+    found = gradients(model)
+    for name in ("text_projection.weight", "temperature.log_scale", "head.weight"):
+        assert not found[f"objectives.m3i.{name}"].any()
+    assert not found["encoders.text.blocks.0.mlp.expand.weight"].any()
+    assert found["encoders.image.embedding.patches.weight"].abs().max() > 0
+    assert all(torch.isfinite(g).all() for g in found.values())
+
+
+def test_without_texts_and_classes():
+    model, batch = m3i_model(texts=False, classes=None), m3i_batch(6)
+    out = run(model, batch)
+    assert set(out) == {"loss", "intra", "inter", "target_std", "effective_rank"}
+    assert not any("text" in n or "head" in n for n, _ in model.named_parameters())
+
+
+def test_an_odd_batch_is_refused():
+    with pytest.raises(ValueError, match="5 images cannot be mixed in pairs"):
+        run(m3i_model(), m3i_batch(5))
+
+
+def test_padding_rows_of_the_loader_change_nothing():
+    model, batch = m3i_model(), m3i_batch(6)
+    out = run(model, batch)
+    out["loss"].backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    padded = m3i_rows(batch, [0, 1, -1, -1, 2, 3, 4, 5])
+    assert model.objectives["m3i"].count(padded) == model.objectives["m3i"].count(batch)
+    again = run(model, padded)
+    again["loss"].backward()
+    for name in out:
+        if name != "effective_rank":  # of the step before; see CollapseWatch
+            torch.testing.assert_close(again[name], out[name], rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-6)
+
+
+def test_weights_of_losses():
+    model = m3i_model(weights={"intra": 0.5, "inter": 0.0, "text": 3.0, "category": 2.0})
+    out = run(model, m3i_batch(6))
+    wanted = 0.5 * out["intra"] + 3 * out["text"] + 2 * out["category"]
+    torch.testing.assert_close(out["loss"].detach(), wanted)
+
+
+def test_the_target_follows_in_closed_form():
+    """After n steps the target is the sum of the online weights with the weights of the rule."""
+    model, steps = m3i_model(), 5
+    name = "projector.linear.weight"
+    online = model.get_parameter(f"objectives.m3i.{name}")
+    target = model.get_parameter(f"objectives.m3i.target.{name}")
+    assert torch.equal(online, target)
+    wanted, left = torch.zeros_like(online), 1.0
+    history = [online.detach().clone()]
+    for step in range(steps):
+        with torch.no_grad():
+            online.add_(0.1 * (step + 1))
+        history.append(online.detach().clone())
+        follow(model, half_cosine(step, steps, 0.5, 1.0))
+    for step in reversed(range(steps)):
+        momentum = half_cosine(step, steps, 0.5, 1.0)
+        wanted += left * (1 - momentum) * history[step + 1]
+        left *= momentum
+    torch.testing.assert_close(target, wanted + left * history[0])
+    targets = model.objectives["m3i"].momentum_targets
+    assert targets.momentum_at(2, 5) == pytest.approx(half_cosine(2, 5, 0.995, 1.0))
+
+
+@pytest.mark.parametrize("kind, size, cells", [
+    ("internimage", (64, 64), 4), ("internimage", (32, 96), 3), ("vit", (20, 12), 15),
+])  # fmt: skip
+def test_grids_of_even_and_odd_cells(kind, size, cells):
+    model, batch = m3i_model(kind), m3i_batch(4, size=size)
+    features, dense = model.objectives["m3i"].features(
+        model.encoders, batch, SampleDraws(3, "m3i", batch["position"])
+    )
+    tokens = cells * (4 if kind == "internimage" else 1)
+    assert features["prediction"].shape == features["target"].shape == (4, tokens, 32)
+    assert dense.shape[:2] == (2, tokens)
+    assert features["counted"][1::2].all()
+    hidden = cells // 2 * (4 if kind == "internimage" else 1)
+    assert (features["counted"][::2].sum(1) == hidden).all()
+    torch.testing.assert_close(
+        features["target"].mean(-1), torch.zeros(4, tokens), atol=1e-5, rtol=0
+    )
+
+
+def test_an_internimage_hands_on_its_projector():
+    """Whole images: what `pool: head` of a later stage reads is what classes were learned from."""
+    model, batch = m3i_model("internimage").eval(), m3i_batch(4, size=(64, 64))
+    objective, encoder = model.objectives["m3i"], model.encoders["image"]
+    vectors = objective.image_vectors(model.encoders, batch["images"])
+    pooled = encoder(pixels_of(batch["images"]), pooled=True)
+    torch.testing.assert_close(encoder.fc_norm(vectors), pooled)
+    torch.testing.assert_close(
+        objective.class_logits(model.encoders, vectors), objective.head(pooled)
+    )
+
+
+def test_a_flat_batch_of_equal_targets_is_no_number_free():
+    """A collapsed target branch: rank near 1, losses finite."""
+    model, batch = m3i_model(), m3i_batch(8)
+    with torch.no_grad():
+        model.objectives["m3i"].target.projector.linear.weight.zero_()
+        model.objectives["m3i"].target.projector.linear.bias.copy_(torch.arange(32.0))
+        for parameter in model.objectives["m3i"].target.projector.blocks.parameters():
+            parameter.zero_()
+    out = run(model, batch)
+    assert out["target_std"] < 1e-3 and math.isfinite(out["loss"].item())
+
+
+def test_impossible_settings():
+    with pytest.raises(ValidationError, match="intra and inter are both 0"):
+        M3ISettings(weights={"intra": 0, "inter": 0})
+    with pytest.raises(ValidationError, match=r"below 1 / max_scale"):
+        M3ISettings(temperature=0.001)
+    with pytest.raises(ValueError, match="an InternImage has its own"):
+        m3i_model("internimage", pooled_width=8)
+    with pytest.raises(ValueError, match=r"balance measures.*raise micro_batch"):
+        model = m3i_model(balance={})
+        model("m3i", m3i_batch(4), dict.fromkeys(TOTALS, 4.0), part="features")
