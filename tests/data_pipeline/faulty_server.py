@@ -126,3 +126,21 @@ class FaultyServer(RangeServer):
         finally:
             with self._lock:
                 self._busy -= 1
+
+
+class CountingServer(FaultyServer):
+    """Takes 10 ms for each request, and counts those that it has at a time until they end.
+
+    `busiest` counts them until their answer is sent, when the client may have asked again.
+    """
+
+    most = now = 0
+
+    def answer(self, request: Any) -> None:
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.01)
+        with self._lock:
+            self.now -= 1
+        super().answer(request)

@@ -12,7 +12,7 @@ import pytest
 from data_pipeline import limits
 from data_pipeline.limits import HostLimits, node_folder
 from data_pipeline.remote import RemoteSettings, UrlStorage
-from tests.data_pipeline.faulty_server import FaultyServer
+from tests.data_pipeline.faulty_server import CountingServer, FaultyServer
 from tests.data_pipeline.samples import write_shards
 
 PIECE = 1 << 18  # bytes that arrive before they are paid for, for each request at a time
@@ -32,21 +32,6 @@ def in_processes(count, target, *arguments):
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]
-
-
-class CountingServer(FaultyServer):
-    """Counts requests from their arrival to the first byte of their answer."""
-
-    most = now = 0
-
-    def answer(self, request):
-        with self._lock:
-            self.now += 1
-            self.most = max(self.most, self.now)
-        time.sleep(0.01)
-        with self._lock:
-            self.now -= 1
-        super().answer(request)
 
 
 def read_in_threads(url, settings):
