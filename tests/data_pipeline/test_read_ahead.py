@@ -315,8 +315,22 @@ def test_batches_do_not_know_of_the_cache(
     assert not other_files(Path(cache.folder))
 
 
-def test_after_the_first_batch_nobody_waits(tmp_path, photos, uninterrupted):
-    """Storage that takes 50 ms to answer: all that is read later is there when it is wanted."""
+@pytest.fixture
+def answered(monkeypatch) -> None:
+    """The process has heard of each step before the next: a busy machine may leave steps out."""
+    advance = Prefetcher.advance
+
+    def until_answered(self, step: int) -> dict:
+        done = advance(self, step)
+        assert self._connection.poll(60)
+        return done
+
+    monkeypatch.setattr(Prefetcher, "advance", until_answered)
+
+
+def test_after_the_first_batch_nobody_waits(tmp_path, photos, uninterrupted, answered):
+    """Storage that takes 50 ms to answer: all that is read later is there when it is wanted, but
+    for some that nobody foresees, in place of bad samples."""
     cache = CacheSettings(
         folder=str(tmp_path / "cache"), max_gib=1.0, block_mib=16 * KIB, read_ahead_steps=3
     )
@@ -329,26 +343,25 @@ def test_after_the_first_batch_nobody_waits(tmp_path, photos, uninterrupted):
         for window in ours:
             found.append(window)
             if window.step == 0:
-                first = [read.source.counters["cache_misses"] for read in reads]
+                first = _misses(reads), _replaced(ours)
             _train(ours, cache, window.step, 2)
-        assert [read.source.counters["cache_misses"] for read in reads] == first
+        assert _misses(reads) - first[0] <= _replaced(ours) - first[1]
     assert contents(found) == uninterrupted
 
 
-def test_what_the_process_does_is_counted(tmp_path, photos, monkeypatch):
+def _misses(reads: list[SampleReader]) -> int:
+    return sum(read.source.counters["cache_misses"] for read in reads)
+
+
+def _replaced(ours: StepLoader) -> int:
+    return sum(count.replaced for count in ours.faults().values())
+
+
+def test_what_the_process_does_is_counted(tmp_path, photos, answered):
     """Its bytes, and its failed attempts, which no reader meets."""
     cache = CacheSettings(
         folder=str(tmp_path / "cache"), max_gib=1.0, block_mib=16 * KIB, read_ahead_steps=4
     )
-    advance = Prefetcher.advance
-
-    def until_answered(self, step: int) -> dict:
-        done = advance(self, step)
-        assert self._connection.poll(60)
-        return done
-
-    # So that what is done before a step is known at the next one, however busy the machine is.
-    monkeypatch.setattr(Prefetcher, "advance", until_answered)
     with FaultyServer(photos) as server:
         ours = loader(ShardSet.open(server.url + "/set", QUICK), cache)
         reads = [each.reader for each in ours.streams.values()]
