@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.labels import NO_LABEL
-from pretrain.objectives.label_loss import label_losses
 from pretrain.objectives.contrastive_loss import contrastive_sums
 from pretrain.objectives.decorrelation import Moments, decorrelated_squares, target_moments
+from pretrain.objectives.label_loss import label_losses
 
 Kind = Literal["intra", "inter", "text", "category"]
 KINDS: tuple[Kind, ...] = ("intra", "inter", "text", "category")
