@@ -48,9 +48,9 @@ def m3i_losses(
 
     features: of all B rows that this rank has of the global batch: prediction, target (B, N, C)
         float32, of the predictor and of the target branch; counted (B, N) bool, the target tokens
-        that the loss is about; valid (B,) bool; if there are texts: image, text (B, D) float32 of unit length, caption_id (B,) int64,
-        has_text (B,) bool, scale (1,) float32; labels (B,) int64; if there are classes: logits
-        (B, K) float32.
+        that the loss is about; valid (B,) bool; if there are texts: image, text (B, D) float32 of
+        unit length, caption_id (B,) int64, has_text (B,) bool, scale (1,) float32; labels (B,)
+        int64; if there are classes: logits (B, K) float32.
     totals: global sums of `count_targets`, 0-dim float32.
     decorrelation, label_smoothing, center: as in `M3ISettings`.
 
