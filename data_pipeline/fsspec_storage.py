@@ -34,6 +34,8 @@ _DRIVERS = {
 }
 _VERSIONS = ("ETag", "etag", "version_id", "md5Hash", "content_md5", "LastModified",
              "last_modified", "mtime", "modified", "updated", "created")  # fmt: skip
+# What a server says about itself and not about the file, in errors of a driver's own kind.
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 # Refused access may heal (clocks, tokens being renewed), and so may errors of a driver's own kind,
 # which cannot be told from wrong settings: neither is tried for long.
 _ATTEMPTS_IF_UNCLEAR = 5
@@ -156,19 +158,26 @@ class FsspecStorage:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise FileNotFoundError(f"{shown}: there is no such file") from error
         except PermissionError as error:
-            refused = PermissionError(f"{shown}: access is refused: {error}")
+            refused = PermissionError(f"{shown}: access is refused: {_in_a_line(error)}")
             raise Interrupted(
-                str(error), attempts=_ATTEMPTS_IF_UNCLEAR, otherwise=refused
+                _in_a_line(error), attempts=_ATTEMPTS_IF_UNCLEAR, otherwise=refused
             ) from error
         except FSTimeoutError as error:  # ours, at the deadline
             raise Interrupted(f"the driver came to no end in {timeout_s:.1f} s") from error
         except OSError as error:  # time-outs of the driver's own, too
-            raise Interrupted(f"{type(error).__name__}: {error}") from error
+            raise Interrupted(f"{type(error).__name__}: {_in_a_line(error)}") from error
         except Exception as error:
+            heals = getattr(error, "status_code", getattr(error, "code", None)) in _TRANSIENT
             raise Interrupted(
-                f"{type(error).__name__}: {error}", attempts=_ATTEMPTS_IF_UNCLEAR
+                f"{type(error).__name__}: {_in_a_line(error)}",
+                attempts=None if heals else _ATTEMPTS_IF_UNCLEAR,
             ) from error
         return found
+
+
+def _in_a_line(error: Exception) -> str:
+    """What drivers say, without the lines that some of them break it into."""
+    return " ".join(str(error).split())
 
 
 def _check_driver(protocol: str) -> None:

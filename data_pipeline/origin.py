@@ -37,11 +37,13 @@ class Origin:
     def _remote(self, number: int, begin: int, end: int) -> Iterator[bytes]:
         shard, storage = self._shards.shards[number], self._shards.storage
         try:
-            if number not in self._states:
+            found = self._states.get(number)
+            if found is None:
                 known = FileState(shard.bytes, shard.version or "")
-                self._states[number] = known if known.version else storage.state(shard.path)
-            found = self._states[number]
-            _check_size(shard.label, found.size, shard.bytes)
+                found = known if known.version else storage.state(shard.path)
+                _check_size(shard.label, found.size, shard.bytes)
+                # Kept once it is right: a page that a proxy sent in its place is not.
+                self._states[number] = found
             yield from storage.chunks(shard.path, begin, end, found)
         except FileNotFoundError as error:
             raise ShardError(str(error)) from error

@@ -89,6 +89,8 @@ class UrlStorage:
         self._leave_parent()
         kind = scheme(url)
         with self._lock:
+            if self._limits is None:
+                self._limits = host_limits(self.settings)
             if kind not in self._by_scheme:
                 self._by_scheme[kind] = open_storage(kind, self.settings, self._limits)
             return self._by_scheme[kind]
@@ -99,19 +101,24 @@ class UrlStorage:
             self._start()
 
     def _start(self) -> None:
-        rate = self.settings.mib_per_s_per_host
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._by_scheme: dict[str, HttpStorage | FsspecStorage] = {}
-        self._limits = HostLimits(
-            self.settings.requests_per_host, None if rate is None else rate * 2**20, node_folder()
-        )
+        self._limits: HostLimits | None = None
 
     def __getstate__(self) -> dict:
         return {"settings": self.settings}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["settings"])
+
+
+def host_limits(settings: RemoteSettings) -> HostLimits:
+    """Limits that all processes of this node hold together."""
+    rate = settings.mib_per_s_per_host
+    return HostLimits(
+        settings.requests_per_host, None if rate is None else rate * 2**20, node_folder()
+    )
 
 
 def open_storage(

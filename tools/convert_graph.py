@@ -50,9 +50,9 @@ def add_command(commands: Any, console: Console) -> None:
     give.add_argument("--weights", choices=("trained", "ema"), default="trained",
                       help="trained weights, or their moving average (default %(default)s)")
     give.add_argument("--task", metavar="NAME",
-                      help="with --run: classification task, if there are several")
-    give.add_argument("--encoder", metavar="NAME", default="image",
-                      help="with --run and maps: its name in model.encoders (default %(default)s)")
+                      help="with --run and logits: classification task, if there are several")
+    give.add_argument("--encoder", metavar="NAME",
+                      help="with --run and maps: its name in model.encoders (default image)")
     give.add_argument("--settings", type=Path, metavar="FILE.yaml",
                       help="with --source: as in import-internimage")
 
@@ -87,11 +87,15 @@ def _of_run(options: argparse.Namespace) -> Chosen:
 
     if options.settings:
         raise ValueError("--settings is for --source: the recipe of a run describes its model")
+    maps = options.outputs == "maps"
+    if (options.task if maps else options.encoder) is not None:
+        raise ValueError("--task chooses logits, --encoder maps (--outputs)")
     run = open_run(options.run_dir, "master" if options.weights == "trained" else "ema")
     tasks = run.recipe.tasks
-    if options.outputs == "maps":
-        encoder = _internimage(run.model.encoders, options.encoder)
-        readers = [t for t in tasks.values() if options.encoder in _encoders(t.objective)]
+    if maps:
+        name = options.encoder or "image"
+        encoder = _internimage(run.model.encoders, name)
+        readers = [t for t in tasks.values() if name in _encoders(t.objective)]
         image, size, model = readers[0].data.image, None, Maps(encoder)
     else:
         task = _choose_task(tasks, options.task)
@@ -129,7 +133,7 @@ def _choose_task(tasks: Any, wanted: str | None) -> str:
 
 
 def _of_source(options: argparse.Namespace) -> Chosen:
-    if options.task or options.encoder != "image":
+    if options.task or options.encoder:
         raise ValueError("--task and --encoder are for --run: --source has one model")
     file = weight_file(options.source)
     try:

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from pretrain.engine.checkpoint_files import sync_file
 from pretrain.models.operators.dcnv3_standard import standard_operators
 from pretrain.objectives.image_tokens import Pool, image_vectors
+
+Run = Callable[[Tensor], Sequence[Tensor]]
+"""Images to outputs, by what was written."""
 
 TOLERANCE = 1e-4
 """Of an output, in units of its largest number, or of 1 if that is smaller."""
@@ -121,7 +124,7 @@ def _trace(model: nn.Module, size: tuple[int, int]) -> torch.export.ExportedProg
     return program
 
 
-def _difference(model: nn.Module, run, size: tuple[int, int]) -> float:
+def _difference(model: nn.Module, run: Run, size: tuple[int, int]) -> float:
     """See `TOLERANCE`; over random images, one and three at a time."""
     found = 0.0
     generator = torch.Generator().manual_seed(0)
@@ -148,7 +151,7 @@ def _save_program(
     torch.export.save(program, file, extra_files={_ABOUT: json.dumps(facts)})
 
 
-def _run_program(file: Path):
+def _run_program(file: Path) -> Run:
     return torch.export.load(file).module()
 
 
@@ -196,7 +199,7 @@ def _values(graph) -> Iterator[Any]:
         yield from node.outputs
 
 
-def _run_onnx(file: Path):
+def _run_onnx(file: Path) -> Run:
     import onnx
     import onnxruntime
 

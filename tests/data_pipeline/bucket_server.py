@@ -1,17 +1,32 @@
-"""Folders of a disk as buckets of an object store: as much of S3's protocol as reading takes.
+"""Folders of a disk as buckets of object stores: as much of their protocols as reading takes.
 
 Signatures are not looked at. Fails as a FaultyServer does.
 """
 
+import json
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 from tests.data_pipeline.faulty_server import Fault, FaultyServer
 
 
+def listed(folder: Path, prefix: str, delimiter: str) -> tuple[list[str], list[str]]:
+    """Keys of a bucket that begin with a prefix, and, in place of those that go on with the
+    delimiter, how they begin."""
+    keys = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    keys = [key for key in keys if key.startswith(prefix)]
+    if not delimiter:
+        return keys, []
+    rests = [key[len(prefix) :] for key in keys]
+    deeper = {prefix + rest.split(delimiter)[0] + delimiter for rest in rests if delimiter in rest}
+    found = [k for k, rest in zip(keys, rests, strict=True) if delimiter not in rest]
+    return found, sorted(deeper)
+
+
 class BucketServer(FaultyServer):
-    """/BUCKET/KEY is the file KEY of the folder BUCKET."""
+    """S3: /BUCKET/KEY is the file KEY of the folder BUCKET."""
 
     def answer(self, request: Any) -> None:
         query = parse_qs(urlsplit(request.path).query)
@@ -27,14 +42,7 @@ class BucketServer(FaultyServer):
         if not folder.is_dir():
             refused(404, "NoSuchBucket")(request)
             return
-        keys = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-        keys = [key for key in keys if key.startswith(prefix)]
-        deeper = {
-            prefix + key[len(prefix) :].split(delimiter)[0] + delimiter
-            for key in keys
-            if delimiter and delimiter in key[len(prefix) :]
-        }
-        found = [key for key in keys if not any(key.startswith(name) for name in deeper)]
+        found, deeper = listed(folder, prefix, delimiter)
         files = "".join(
             f"<Contents><Key>{escape(key)}</Key><Size>{(folder / key).stat().st_size}</Size>"
             "<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>&quot;x&quot;</ETag>"
@@ -43,13 +51,42 @@ class BucketServer(FaultyServer):
         )
         folders = "".join(
             f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>"
-            for name in sorted(deeper)
+            for name in deeper
         )
         send_xml(
             request, 200,
             f"<ListBucketResult><KeyCount>{len(found) + len(deeper)}</KeyCount>"
             f"<IsTruncated>false</IsTruncated>{files}{folders}</ListBucketResult>",
         )  # fmt: skip
+
+
+class GoogleBucketServer(FaultyServer):
+    """Google's JSON protocol: metadata under /storage/v1/b/BUCKET/o/KEY, bytes behind /download."""
+
+    def answer(self, request: Any) -> None:
+        parts = urlsplit(request.path)
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        _, _, _, _, bucket, _, *key = parts.path.removeprefix("/download").split("/")
+        folder, name = self.folder / bucket, unquote("/".join(key))
+        if not folder.is_dir() or (name and not (folder / name).is_file()):
+            send_json(request, 404, {"error": {"code": 404, "message": "no such thing"}})
+        elif query.get("alt") == "media":
+            request.path = f"/{bucket}/{name}"
+            super().answer(request)
+        elif name:
+            send_json(request, 200, self._about(bucket, name))
+        else:
+            found, deeper = listed(folder, query.get("prefix", ""), query.get("delimiter", ""))
+            items = [self._about(bucket, each) for each in found]
+            send_json(request, 200, {"items": items, "prefixes": deeper})
+
+    def _about(self, bucket: str, name: str) -> dict[str, str]:
+        state = (self.folder / bucket / name).stat()
+        return {
+            "kind": "storage#object", "bucket": bucket, "name": name, "size": str(state.st_size),
+            "etag": f"{state.st_size:x}-{state.st_mtime_ns:x}",
+            "timeCreated": "2026-01-01T00:00:00.000Z", "updated": "2026-01-01T00:00:00.000Z",
+        }  # fmt: skip
 
 
 def refused(status: int, code: str) -> Fault:
@@ -61,9 +98,18 @@ def refused(status: int, code: str) -> Fault:
 
 def send_xml(request: Any, status: int, text: str) -> None:
     """Answer with a document (without it where only headers were asked for)."""
-    body = f'<?xml version="1.0" encoding="UTF-8"?>{text}'.encode()
+    _send(request, status, "application/xml", f'<?xml version="1.0" encoding="UTF-8"?>{text}')
+
+
+def send_json(request: Any, status: int, content: Any) -> None:
+    """Answer with an object."""
+    _send(request, status, "application/json", json.dumps(content))
+
+
+def _send(request: Any, status: int, kind: str, text: str) -> None:
+    body = text.encode()
     request.send_response(status)
-    request.send_header("Content-Type", "application/xml")
+    request.send_header("Content-Type", kind)
     request.send_header("Content-Length", str(len(body)))
     request.end_headers()
     if request.command != "HEAD":

@@ -76,6 +76,14 @@ def slow(seconds: float) -> Fault:
     return fault
 
 
+def login_page(request: Any) -> None:
+    """What a proxy sends in place of a file when it wants to know who asks."""
+    request.send_response(200)
+    request.send_header("Content-Length", "5000")
+    request.end_headers()
+    request.wfile.write(b"<html>Who are you?</html>".ljust(5000))
+
+
 def compressed(request: Any) -> None:
     """A body that a proxy has compressed."""
     request.refuse(206, {"Content-Encoding": "gzip", "Content-Range": "bytes 0-0/1"})
@@ -118,3 +126,21 @@ class FaultyServer(RangeServer):
         finally:
             with self._lock:
                 self._busy -= 1
+
+
+class CountingServer(FaultyServer):
+    """Takes 10 ms for each request, and counts those that it has at a time until they end.
+
+    `busiest` counts them until their answer is sent, when the client may have asked again.
+    """
+
+    most = now = 0
+
+    def answer(self, request: Any) -> None:
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.01)
+        with self._lock:
+            self.now -= 1
+        super().answer(request)

@@ -79,13 +79,26 @@ def test_faults_that_heal_change_nothing(flaky, fault):
     assert files.retries == 5
 
 
+class ErrorOfADriver(Exception):
+    """As those of Azure's and Google's."""
+
+    status_code = 429
+
+
+def test_servers_that_are_busy_for_long_are_waited_for(flaky):
+    files = storage()
+    flaky.faults = [ErrorOfADriver("too many")] * 20
+    assert files.read("flaky://bucket/x.tar", 0, 9) == CONTENT[:9]
+    assert files.retries == 20
+
+
 def test_faults_that_stay(flaky):
     url = "flaky://bucket/x.tar"
     flaky.faults = [PermissionError("no")] * 99
     with pytest.raises(PermissionError, match=r"flaky://bucket/x\.tar: access is refused: no"):
         storage().read(url, 0, 9)
     assert len(flaky.calls) == 5
-    flaky.faults = [RuntimeError("no credentials")] * 99
+    flaky.faults = [RuntimeError("no\n  credentials")] * 99
     with pytest.raises(TransientReadError, match=r"RuntimeError: no credentials .tried 5 times"):
         storage().read(url, 0, 9)
     flaky.faults = [OSError(errno.EIO, "away")] * 9999

@@ -12,7 +12,8 @@ import pytest
 from data_pipeline import limits
 from data_pipeline.limits import HostLimits, node_folder
 from data_pipeline.remote import RemoteSettings, UrlStorage
-from tests.data_pipeline.faulty_server import FaultyServer
+from tests.data_pipeline.faulty_server import CountingServer, FaultyServer
+from tests.data_pipeline.samples import write_shards
 
 PIECE = 1 << 18  # bytes that arrive before they are paid for, for each request at a time
 
@@ -31,21 +32,6 @@ def in_processes(count, target, *arguments):
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]
-
-
-class CountingServer(FaultyServer):
-    """Counts requests from their arrival to the first byte of their answer."""
-
-    most = now = 0
-
-    def answer(self, request):
-        with self._lock:
-            self.now += 1
-            self.most = max(self.most, self.now)
-        time.sleep(0.01)
-        with self._lock:
-            self.now -= 1
-        super().answer(request)
 
 
 def read_in_threads(url, settings):
@@ -99,9 +85,13 @@ def test_hosts_do_not_wait_for_each_other_and_a_user_cannot_be_led_elsewhere(tmp
     shutil.rmtree(folder)
     (tmp_path / "elsewhere").mkdir()
     folder.symlink_to(tmp_path / "elsewhere")
-    assert node_folder() is None and "is not a folder of this user" in caplog.text
-    storage = UrlStorage(RemoteSettings(requests_per_host=1))
-    assert storage._limits._folder is None and not list((tmp_path / "elsewhere").iterdir())
+    write_shards(tmp_path / "set", 4, 2)
+    assert not caplog.text  # which is nobody's business where all shards lie here
+    with FaultyServer(tmp_path / "set") as server:
+        url = server.url + "/manifest.json"
+        assert UrlStorage(RemoteSettings(requests_per_host=1)).read(url, 0, 1) == b"{"
+    assert "is not a folder of this user" in caplog.text
+    assert not list((tmp_path / "elsewhere").iterdir())
     folder.unlink()
     folder.write_text("a file")
     # A folder that cannot be written into: each process keeps to the limit by itself.

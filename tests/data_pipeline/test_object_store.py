@@ -1,4 +1,7 @@
-"""s3:// with its real driver, against a server of our own and, where it is installed, moto."""
+"""Object stores with their real drivers, against servers of our own and, for s3, against moto.
+
+What is not installed is left out: s3fs, gcsfs, moto.
+"""
 
 import contextlib
 import logging
@@ -7,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from data_pipeline.cache import CachedShards, CacheSettings
@@ -14,7 +18,8 @@ from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.remote import RemoteSettings, UrlStorage
 from data_pipeline.shards import ShardSet
 from data_pipeline.storage import TransientReadError
-from tests.data_pipeline.bucket_server import BucketServer, refused
+from data_pipeline.tar_headers import ShardError
+from tests.data_pipeline.bucket_server import BucketServer, GoogleBucketServer, refused
 from tests.data_pipeline.faulty_server import dropped, garbled, short, slow, status, whole
 from tests.data_pipeline.photos import pack
 from tests.data_pipeline.samples import sample, write_shards
@@ -190,3 +195,26 @@ def test_without_credentials(server, monkeypatch):
     monkeypatch.setenv("HOME", "/nowhere")
     with pytest.raises(TransientReadError, match="NoCredentialsError"):
         ShardSet.open("s3://bucket/set", QUICK)
+
+
+def test_google_buckets(www, monkeypatch):
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gRPC; read at its import
+    gcsfs = pytest.importorskip("gcsfs", reason="pip install gcsfs")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    local = ShardSet.open(www / "bucket" / "set")
+    with GoogleBucketServer(www) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        for specs in ("gs://bucket/set", "gs://bucket/set/*.tar",
+                      "gs://bucket/set/train-00000{0..2}.tar"):  # fmt: skip
+            opened = ShardSet.open(specs, QUICK)
+            assert opened.fingerprint == local.fingerprint and is_whole(opened)
+        with pytest.raises(FileNotFoundError, match=r"gs://bucket/none\.tar: there is no"):
+            opened.storage.state("gs://bucket/none.tar")
+        server.faults.extend([status(503), dropped, short, status(403), whole])
+        assert is_whole(ShardSet.open("gs://bucket/set", QUICK)) and not server.faults
+        path = www / "bucket" / "set" / "train-000000.tar"
+        state = opened.storage.state("gs://bucket/set/train-000000.tar")
+        path.write_bytes(path.read_bytes()[::-1])
+        with pytest.raises(ShardError, match=r"train-000000\.tar: was replaced"):
+            opened.storage.read("gs://bucket/set/train-000000.tar", 0, 9, state)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.cache import CachedShards, CacheSettings
+from data_pipeline.cache import CachedShards, CacheSettings, source_of
 from data_pipeline.index import ShardIndex
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
 from data_pipeline.remote import RemoteSettings
@@ -24,6 +24,7 @@ from tests.data_pipeline.faulty_server import (
     anonymous,
     dropped,
     garbled,
+    login_page,
     shifted,
     short,
     slow,
@@ -292,6 +293,20 @@ def test_wrong_bytes_that_were_sent_once_are_no_damage(server, www):
     server.always = None
     assert reader.read(70).members == sample(70)[1]
     assert is_whole(shards)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_another_page_in_place_of_a_shard_once_is_no_damage(server, tmp_path, cached):
+    shards = ShardSet.open(server.url + "/set", QUICK)
+    cache = CacheSettings(folder=str(tmp_path / "blocks"), max_gib=0.1) if cached else None
+    reader = SampleReader(shards, source_of(shards, cache))
+    for row, faults in ((3, [login_page]), (50, [lambda request: request.send_file(), login_page])):
+        server.faults.extend(faults)  # the first request asks for size and version
+        assert reader.read(row).members == sample(row)[1]
+        assert not server.faults and reader.source.counters["retries"] == 1 + row // 50
+    server.always = login_page
+    with pytest.raises(BadSample, match=r"has 5000 bytes, but its index describes"):
+        SampleReader(shards).read(3)
 
 
 def test_a_file_that_changes_in_mid_run_is_named(server, www):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_pipeline.faulty_server import FaultyServer, dropped, garbled, short, status
+from tests.data_pipeline.faulty_server import CountingServer, dropped, garbled, short, status
 from tests.distributed.launch import kill_ranks, run_ranks, start_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
@@ -34,9 +34,10 @@ def test_a_server_that_goes_away_ends_all_ranks_and_a_resume_goes_on(tmp_path, m
     recipe["loader"] |= {
         # A cap of a few samples: most are asked for in every epoch.
         "cache": {"folder": str(tmp_path / "cache"), "max_gib": 3e-5, "block_mib": 0.004},
-        "remote": {"retry_deadline_s": 3.0, "retry_first_wait_s": 0.05},
+        # Of both ranks, their workers and the read-ahead together.
+        "remote": {"retry_deadline_s": 3.0, "retry_first_wait_s": 0.05, "requests_per_host": 2},
     }
-    with FaultyServer(data) as server:
+    with CountingServer(data) as server:
         task["data"]["shards"] = [server.url + "/train"]
         task["evaluation"]["shards"] = [server.url + "/heldout"]
         # Wrong bytes only once: a sample that gets them twice is a bad one.
@@ -47,11 +48,12 @@ def test_a_server_that_goes_away_ends_all_ranks_and_a_resume_goes_on(tmp_path, m
             until = time.monotonic() + 120
             while (5, "train") not in losses(run) and time.monotonic() < until:
                 time.sleep(0.01)
+            most = server.most
             server.always = status(503)
             assert [rank.wait(60) for rank in ranks] == [1, 1], tails(tmp_path / "2")
         finally:
             kill_ranks(ranks)
-        assert not server.faults
+        assert not server.faults and most == 2
         said = json.loads((run / "control/status.json").read_text())
         newest = (run / "checkpoints/latest").read_text().strip()
         assert said["state"] == "failed" and said["step"] == int(newest.removeprefix("step_"))

@@ -194,6 +194,8 @@ def test_what_is_refused(internimage_run, tmp_path, capsys):
         ([*of_run, "--task", "sort", *out], "classification tasks with --task: classify"),
         ([*of_run, "--outputs", "maps", "--encoder", "eye", *out], "InternImages are: image"),
         ([*of_run, "--settings", "a.yaml", *out], "--settings is for --source"),
+        ([*of_run, "--outputs", "maps", "--task", "classify", *out], "--task chooses logits"),
+        ([*of_run, "--encoder", "image", *out], "--encoder maps"),
         ([*source[:2], *source[4:], *out], "describe it with --settings"),
     ):
         assert main(["export-graph", *arguments]) == 1
