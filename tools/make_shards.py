@@ -51,6 +51,7 @@ class BuildScene:
     seed: int
     size: int
     two_digit_share: float
+    large: bool
 
     def __call__(self, item: int) -> dict[str, bytes]:
         """Draw the scene and encode it."""
@@ -60,6 +61,7 @@ class BuildScene:
             seed=self.seed,
             size=self.size,
             two_digit_share=self.two_digit_share,
+            large=self.large,
         )
         return digit_scenes.scene_members(scene)
 
@@ -77,7 +79,9 @@ def _scenes_job(options: argparse.Namespace) -> PackJob:
         keys=[f"{number:09d}" for number in range(options.count)],
         items=range(options.count),
         ranges=plan_ranges((0 for _ in range(options.count)), options.max_samples),
-        build=BuildScene(options.split, options.seed, options.size, options.two_digit_share),
+        build=BuildScene(
+            options.split, options.seed, options.size, options.two_digit_share, options.large
+        ),
         bundle=options.bundle,
         licence=digit_scenes.LICENCE,
         command=command_of(options),
@@ -120,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("--count", type=positive, default=20_000, help="number of scenes")
     scenes.add_argument("--size", type=positive, default=64, help="side of the images in pixels")
     scenes.add_argument("--two-digit-share", type=float, default=0.5, help="of all scenes")
+    scenes.add_argument("--large", action="store_true",
+                        help="one digit of two thirds of the side, easier to read")
 
     folder = add_image_source(sources, "folder", "image folder, sub-folder = class", _folder_job)
     folder.add_argument("--images", type=Path, required=True, help="folder with the classes")

@@ -12,7 +12,25 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def normalised_targets(
+    tokens: Tensor, valid: Tensor, images: Tensor, center: bool
+) -> Tensor:
+    """What is predicted of the target branch's tokens: mean 0 and variance 1 over channels.
+
+    With `center` the mean token of the global batch is taken off first. A collective then.
+
+    tokens: (B, N, C) float32; valid: (B,) bool; images: 0-dim, images of the global batch.
+    """
+    if center:
+        sums = (tokens * valid[:, None, None]).sum(dim=(0, 1))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        tokens = tokens - sums / (images.clamp(min=1.0) * tokens.shape[1])
+    return F.layer_norm(tokens, tokens.shape[-1:])
 
 
 class Moments(NamedTuple):

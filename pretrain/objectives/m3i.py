@@ -58,6 +58,10 @@ class M3ISettings(Settings):
     """Projector and predictor of dense features."""
     decorrelation: float = Field(0.02, ge=0)
     """Strength of the term that keeps dense targets apart (lambda of SiameseIM)."""
+    center_targets: bool = True
+    """Take the mean of the global batch off the targets before they are normalised: what batch
+    norms do for SiameseIM. Without either, tokens soon have nearly all in common, since a direction
+    that all share grows at the full learning rate of Adam."""
     weights: LossWeights = LossWeights()
     """Factors of the losses."""
     balance: BalanceSettings | None = None

@@ -79,7 +79,7 @@ def _losses(
     }
     settings = objective.settings
     losses, _, moments = m3i_losses(
-        features, known, settings.decorrelation, settings.label_smoothing
+        features, known, settings.decorrelation, settings.label_smoothing, settings.center_targets
     )
     return losses, moments
 

@@ -45,10 +45,8 @@ class TargetBranch(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: (B, 3, H, W), whole images. Returns (B, N, C) float32 of mean 0 and variance 1
-        over channels."""
-        tokens = self.projector(self.encoder.dense(pixels)).float()
-        return F.layer_norm(tokens, tokens.shape[-1:])
+        """pixels: (B, 3, H, W), whole images. Returns (B, N, C) float32."""
+        return self.projector(self.encoder.dense(pixels)).float()
 
 
 class MeanPool(nn.Module):

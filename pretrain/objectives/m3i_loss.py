@@ -12,7 +12,12 @@ from torch import Tensor
 
 from data_pipeline.labels import NO_LABEL
 from pretrain.objectives.contrastive_loss import contrastive_sums
-from pretrain.objectives.decorrelation import Moments, decorrelated_squares, target_moments
+from pretrain.objectives.decorrelation import (
+    Moments,
+    decorrelated_squares,
+    normalised_targets,
+    target_moments,
+)
 from pretrain.objectives.label_loss import label_losses
 
 Kind = Literal["intra", "inter", "text", "category"]
@@ -37,15 +42,17 @@ def m3i_losses(
     totals: Mapping[str, Tensor],
     decorrelation: float,
     label_smoothing: float,
+    center: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Moments]:
     """This rank's shares of the losses and metrics of the global batch. A collective.
 
     features: of all B rows that this rank has of the global batch: prediction, target (B, N, C)
-        float32; counted (B, N) bool, the target tokens that the loss is about; valid (B,) bool;
-        if there are texts: image, text (B, D) float32 of unit length, caption_id (B,) int64,
-        has_text (B,) bool, scale (1,) float32; labels (B,) int64; if there are classes: logits
-        (B, K) float32.
+        float32, of the predictor and of the target branch; counted (B, N) bool, the target tokens
+        that the loss is about; valid (B,) bool; if there are texts: image, text (B, D) float32 of
+        unit length, caption_id (B,) int64, has_text (B,) bool, scale (1,) float32; labels (B,)
+        int64; if there are classes: logits (B, K) float32.
     totals: global sums of `count_targets`, 0-dim float32.
+    decorrelation, label_smoothing, center: as in `M3ISettings`.
 
     Returns losses by kind and metrics, 0-dim float32 whose sums over ranks are means over the
     global batch, and the moments of the targets. A kind without targets is 0, with a path for the
@@ -53,7 +60,9 @@ def m3i_losses(
     """
     valid, labels = features["valid"], features["labels"]
     images = torch.stack([totals["intra"], totals["inter"]])
-    moments = target_moments(features["target"], valid, images)
+    target = normalised_targets(features["target"], valid, totals["images"], center)
+    features = {**features, "target": target}
+    moments = target_moments(target, valid, images)
     losses = _dense_losses(features, moments, images, decorrelation)
     metrics: dict[str, Tensor] = {}
     if "text" in features:

@@ -170,7 +170,8 @@ class M3I(nn.Module):
             for name, value in totals.items()
         }
         losses, metrics, moments = m3i_losses(
-            features, totals, settings.decorrelation, settings.label_smoothing
+            features, totals, settings.decorrelation, settings.label_smoothing,
+            settings.center_targets,
         )
         weights = {kind: getattr(settings.weights, kind) for kind in losses}
         world = dist.get_world_size() if dist.is_initialized() else 1

@@ -97,6 +97,23 @@ def test_share_of_two_digit_scenes(scenes):
     assert all(len(make_scene(n, two_digit_share=1).digits) == 2 for n in range(20))
 
 
+def test_large_digits():
+    """One of about two thirds of the side; the caption tells the corner of its centre."""
+    scenes = [make_scene(n, size=40, large=True) for n in range(60)]
+    assert {len(scene.digits) for scene in scenes} == {1}
+    for scene in scenes:
+        x0, y0, x1, y1 = scene.boxes[0]
+        assert 14 <= max(x1 - x0, y1 - y0) <= 31
+        (corner,) = scene.corners
+        assert corner in scene.captions[0]
+        # The box of the ink is not quite centred in the digit's own square.
+        if abs(y0 + y1 - 40) > 6:
+            assert corner.startswith("bottom" if y0 + y1 > 40 else "top")
+        if abs(x0 + x1 - 40) > 10:
+            assert corner.endswith("right" if x0 + x1 > 40 else "left")
+    assert len({scene.corners for scene in scenes}) == 4
+
+
 def test_members(scenes):
     for scene in scenes[:20]:
         members = digit_scenes.scene_members(scene)

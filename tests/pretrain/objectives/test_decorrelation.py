@@ -10,6 +10,7 @@ from pretrain.objectives.collapse import EVERY_STEPS, CollapseWatch, warn_of_col
 from pretrain.objectives.decorrelation import (
     decorrelated_squares,
     effective_rank,
+    normalised_targets,
     target_deviation,
     target_moments,
 )
@@ -49,6 +50,20 @@ def test_padding_rows_are_not_in_the_moments():
     inter = target[[1, 5]].flatten(0, 1)
     torch.testing.assert_close(moments.correlation[1], inter.T @ inter / len(inter))
     torch.testing.assert_close(moments.mean[0], target[::2].flatten(0, 1).mean(0))
+
+
+def test_targets_are_centred_over_what_counts():
+    tokens = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0)) + 3
+    valid = torch.tensor([True, False, True, True])
+    found = normalised_targets(tokens, valid, torch.tensor(3.0), center=True)
+    middle = tokens[valid].flatten(0, 1).mean(0)
+    torch.testing.assert_close(found, F.layer_norm(tokens - middle, (8,)))
+    # A direction that all share is nothing to be predicted.
+    shared = tokens + 100 * torch.arange(8.0)
+    again = normalised_targets(shared, valid, torch.tensor(3.0), center=True)
+    torch.testing.assert_close(again, found, atol=1e-3, rtol=0)
+    plain = normalised_targets(tokens, valid, torch.tensor(3.0), center=False)
+    torch.testing.assert_close(plain, F.layer_norm(tokens, (8,)))
 
 
 def moments_of(rows: torch.Tensor):

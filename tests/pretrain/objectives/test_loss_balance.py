@@ -67,7 +67,7 @@ def test_m3i_weighs_by_its_own_gradients():
     from pretrain.objectives.m3i_loss import m3i_losses
 
     counts = {name: torch.tensor(float(n)) for name, n in totals.items()}
-    parts, *_ = m3i_losses(caught["features"], counts, 0.02, 0.0)
+    parts, *_ = m3i_losses(caught["features"], counts, 0.02, 0.0, True)
     norms = {
         kind: (found[kind] * torch.autograd.grad(parts[kind], caught["dense"],
                                                  retain_graph=True)[0]).norm().item()
