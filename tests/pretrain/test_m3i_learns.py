@@ -1,6 +1,7 @@
 """The recipe m3i_digits from shards to probe, and what happens without what keeps targets apart.
 
-Gates: three seeds on 6,000 scenes, the worst of them less some way; see the recipe's header.
+Gates lie well inside of what two seeds gave: probes of 0.69 and 0.64, text at 0.88 of its first
+value, category at 0.69, intra at 0.21, inter at 0.41; untrained the probe is 0.17.
 """
 
 import json
@@ -73,7 +74,7 @@ def test_all_four_losses_fall_and_digits_can_be_read(data, tmp_path):
     lines = train(data, tmp_path / "run")
     training = [line for line in lines if line["kind"] == "train"]
     first, last = training[0], training[-5:]
-    for kind, most in (("intra", 0.6), ("inter", 0.75), ("text", 0.97), ("category", 0.9)):
+    for kind, most in (("intra", 0.6), ("inter", 0.75), ("text", 0.95), ("category", 0.85)):
         mean = sum(line[kind] for line in last) / len(last)
         assert mean < most * first[kind], (kind, first[kind], mean)
     held_out = [line for line in lines if line["kind"] == "evaluation"][-1]
