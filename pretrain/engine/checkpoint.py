@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data_pipeline.settings import Settings
@@ -42,18 +41,23 @@ from pretrain.engine.checkpoint_files import (
     verify_file,
     write_durable,
 )
+from pretrain.engine.engine_state import (
+    check_parameters,
+    describe_parameters,
+    load_module_tensors,
+    module_tensors,
+    set_scalar,
+    sources_of,
+    state_to_fill,
+    states_of,
+)
 from pretrain.engine.momentum import TargetNetworks
 from pretrain.engine.partitions import (
-    Partition,
-    gathered,
     list_partitions,
-    parameter_names,
     push_masters_to_module,
 )
 
-__all__ = [
-    "CheckpointError", "CheckpointSettings", "Checkpoints", "fill_masters", "read_full_state",
-]
+__all__ = ["CheckpointError", "CheckpointSettings", "Checkpoints", "read_full_state"]
 log = logging.getLogger("omnipretrain.checkpoint")
 
 
@@ -127,13 +131,13 @@ class Checkpoints:
         """
         final = self.root / checkpoint_name(step)
         temporary = self._agree_on(lambda: self._open_temporary(final))
-        module = _module_tensors(engine, _sources(targets))  # a collective under ZeRO-3
+        module = module_tensors(engine, sources_of(targets))  # a collective under ZeRO-3
         entries = self._agree(
             lambda: self._write_rank_files(engine, temporary, module, averages, targets),
             temporary,
         )
         files = {name: entry for rank in entries for name, entry in rank.items()}
-        about = _describe_parameters(engine, _sources(targets))
+        about = describe_parameters(engine, sources_of(targets))
         self._agree_on(lambda: self._commit(engine, step, trainer, files, about, temporary, final),
                        temporary)
         return final
@@ -157,7 +161,7 @@ class Checkpoints:
         tensors, maps = {}, []
         own = list_partitions(engine)
         for index, partition in enumerate([*own, *([targets.partition] if targets else [])]):
-            states, scalars = _states(engine, partition)
+            states, scalars = states_of(engine, partition)
             if averages is not None and index < len(own):
                 states[EMA] = averages[index]
             for name, tensor in states.items():
@@ -268,7 +272,7 @@ class Checkpoints:
             lambda: opened.append(self._fill_partitions(engine, folder, averages, targets))
         )
         (reader,) = opened
-        _load_module_tensors(engine, reader)
+        load_module_tensors(engine, reader)
         push_masters_to_module(engine)
         if targets is not None:
             targets.push()
@@ -282,7 +286,7 @@ class Checkpoints:
         targets: TargetNetworks | None,
     ) -> FragmentReader:
         reader = FragmentReader(folder)
-        _check_parameters(engine, reader, _sources(targets))
+        check_parameters(engine, reader, sources_of(targets))
         if targets is not None:
             out = targets.partition.master
             for f in targets.partition.fragments:
@@ -300,12 +304,12 @@ class Checkpoints:
                     "run from its weights (initial_weights) to begin one"
                 )
             for name in wanted:
-                out = averages[index] if name == EMA else _state_to_fill(engine, partition, name)
+                out = averages[index] if name == EMA else state_to_fill(engine, partition, name)
                 out.zero_()  # the padding, too
                 for f in partition.fragments:
                     reader.read(f.parameter, name, f.start, out[f.offset : f.offset + f.numel])
             for name, value in reader.scalars.get(partition.group, {}).items():
-                _set_scalar(engine, partition, name, value)
+                set_scalar(engine, partition, name, value)
         return reader
 
     # ---- agreement ---------------------------------------------------------------------------
@@ -332,144 +336,8 @@ class Checkpoints:
         return self._agree(action if self._rank == 0 else lambda: None, temporary)[0]
 
 
-def fill_masters(engine, weights: Path) -> None:
-    """Give the fp32 masters the full precision of a file that the module was started from.
-
-    In bf16 training DeepSpeed makes its masters from the rounded module; `models.init.load_weights`
-    has checked names and shapes, this restores the digits.
-    """
-    with safe_open(weights, framework="pt") as file:
-        held = set(file.keys())
-        for partition in list_partitions(engine):
-            for f in (f for f in partition.fragments if f.parameter in held):
-                flat = file.get_tensor(f.parameter).reshape(-1)[f.start : f.start + f.numel]
-                partition.master.data[f.offset : f.offset + f.numel] = flat.to(partition.master)
-    push_masters_to_module(engine)
-
-
-# ---- the engine's side of the format -------------------------------------------------------------
-
-
-def _optimizer(engine) -> torch.optim.Optimizer:
-    return engine.optimizer.optimizer
-
-
-def _states(engine, partition: Partition) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Flat tensors and scalars of a partition: the master weights and the optimizer's state."""
-    flat, scalars = {"master": partition.master.data}, {}
-    for name, value in _optimizer(engine).state.get(partition.master, {}).items():
-        if torch.is_tensor(value) and value.shape == partition.master.shape:
-            flat[name] = value
-        else:
-            scalars[name] = float(value)
-    return flat, scalars
-
-
-def _state_to_fill(engine, partition: Partition, name: str) -> torch.Tensor:
-    """The tensor that training uses for a state, to be read into."""
-    if name == "master":
-        return partition.master.data
-    state = _optimizer(engine).state[partition.master]
-    if name not in state:
-        state[name] = torch.empty_like(partition.master.data)
-    return state[name]
-
-
-def _set_scalar(engine, partition: Partition, name: str, value: float) -> None:
-    optimizer = _optimizer(engine)
-    if getattr(optimizer, "scalars_on_host", False):
-        optimizer.state[partition.master][name] = value
-        return
-    group = optimizer.param_groups[partition.group]
-    # torch keeps the step counter beside the parameter only for its fused and capturable forms.
-    on_device = group.get("fused") or group.get("capturable")
-    device = partition.master.device if on_device else torch.device("cpu")
-    optimizer.state[partition.master][name] = torch.tensor(
-        value, dtype=torch.float32, device=device
-    )
-
-
-def _sources(targets: TargetNetworks | None) -> dict[str, str]:
-    return targets.sources if targets is not None else {}
-
-
-def _describe_parameters(engine, sources: dict[str, str]) -> dict:
-    """sources: momentum target -> the parameter that it follows."""
-    model = engine.module
-    names = parameter_names(model)
-    parameters, tied = {}, {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = names[id(parameter)]
-        if name != first:
-            tied[name] = first
-        else:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            parameters[name] = {"shape": list(shape), "trained": parameter.requires_grad}
-            if name in sources:
-                parameters[name]["follows"] = sources[name]
-    groups = [
-        {k: v for k, v in group.items() if isinstance(v, (int, float, str, bool))}
-        for group in engine.optimizer.param_groups
-    ]
-    return {"parameters": parameters, "tied": tied, "groups": groups}
-
-
-def _check_parameters(engine, reader: FragmentReader, sources: dict[str, str]) -> None:
-    mine = _describe_parameters(engine, sources)["parameters"]
-    theirs = reader.manifest["parameters"]
-    problems = [f"the checkpoint lacks {n}" for n in sorted(set(mine) - set(theirs))]
-    problems += [f"the model lacks {n}" for n in sorted(set(theirs) - set(mine))]
-    problems += [
-        f"{n} is {theirs[n]} in the checkpoint, {mine[n]} in the model"
-        for n in sorted(set(mine) & set(theirs)) if mine[n] != theirs[n]
-    ]
-    if problems:
-        raise CheckpointError(f"{reader.folder} does not fit the model: {_shorten(problems)}")
-
-
-def _untrained(engine) -> list[str]:
-    """Names of frozen parameters and of the buffers that belong to the model's state."""
-    frozen = [n for n, p in engine.module.named_parameters() if not p.requires_grad]
-    parameters = {n for n, _ in engine.module.named_parameters(remove_duplicate=False)}
-    return frozen + [n for n in engine.module.state_dict(keep_vars=True) if n not in parameters]
-
-
-def _tensors_by_name(engine) -> dict[str, torch.Tensor]:
-    model = engine.module
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _module_tensors(engine, sources: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Copies in the host's memory of what has no fp32 partition; momentum targets have one."""
-    tensors = _tensors_by_name(engine)
-    kept = {}
-    for name in _untrained(engine):
-        if name in sources:
-            continue
-        with gathered([tensors[name]]):
-            kept[name] = tensors[name].detach().to("cpu", copy=True).contiguous()
-    return kept
-
-
-def _load_module_tensors(engine, reader: FragmentReader) -> None:
-    _copy_into_module(engine, dict(reader.module_tensors()))
-
-
-@torch.no_grad()
-def _copy_into_module(engine, values: dict[str, torch.Tensor]) -> None:
-    tensors = _tensors_by_name(engine)
-    for name, value in values.items():
-        with gathered([tensors[name]], writable=True):
-            tensors[name].copy_(value)
-
-
 def _remove(folder: Path) -> None:
     """Take a checkpoint away in one step (the rename), then free its space."""
     doomed = folder.with_name(f".removing-{folder.name}-{secrets.token_hex(4)}")
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _shorten(problems: list[str], most: int = 8) -> str:
-    more = len(problems) - most
-    return "; ".join(problems[:most]) + (f"; and {more} more" if more > 0 else "")

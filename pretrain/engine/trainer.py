@@ -18,13 +18,14 @@ from data_pipeline.tokenizer import Tokenizer
 from pretrain import build, recipe_checks
 from pretrain.engine.agreement import Agreement
 from pretrain.engine.balance import TaskBalance
-from pretrain.engine.checkpoint import Checkpoints, fill_masters
+from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.data_metrics import DataMetrics
 from pretrain.engine.data_record import data_entries
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
 from pretrain.engine.ds_config import engine_config, offloads_optimizer
 from pretrain.engine.ema import Ema
+from pretrain.engine.engine_state import fill_masters
 from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.loop import Loop, StepReport, TrainerState
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
