@@ -6,6 +6,7 @@
 Parameter names are those of the official code.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -38,6 +39,8 @@ class DCNv3(nn.Module):
         remove_center: leave the middle point of the grid out.
         norm, activation: behind the depth-wise convolution. `batch` couples the samples of a
             micro-step.
+
+    Errors: ValueError for arguments that do not fit together.
     """
 
     def __init__(
@@ -55,13 +58,17 @@ class DCNv3(nn.Module):
     ) -> None:
         super().__init__()
         dw_kernel_size = dw_kernel_size or kernel_size
-        if channels % groups:
+        if groups < 1 or channels % groups:
             raise ValueError(f"groups ({groups}) must divide channels ({channels})")
         if not (kernel_size % 2 and dw_kernel_size % 2):
             raise ValueError(
                 f"kernel_size ({kernel_size}) and dw_kernel_size ({dw_kernel_size}) must be odd, "
                 "or the output would not have the size of the input"
             )
+        if remove_center and kernel_size == 1:
+            raise ValueError("remove_center takes the only point of kernel_size 1 away")
+        if not math.isfinite(offset_scale):
+            raise ValueError(f"offset_scale ({offset_scale}) must be a finite number")
         self.channels, self.groups = channels, groups
         self.points = kernel_size**2 - remove_center
         self.geometry = {

@@ -80,7 +80,7 @@ class InternImageSettings(Settings):
     """Norms behind mixer and MLP instead of before them."""
     res_post_norm: bool = False
     """Norms behind mixer and MLP besides those before them."""
-    layer_scale: float | None = None
+    layer_scale: float | None = Field(None, allow_inf_nan=False)
     """First value of learned factors on what a layer adds to each channel; null = no factors."""
     post_norm_layers: list[int] = Field([])
     """Layers of the third stage, from 0, behind which the residual stream is normalised."""
@@ -121,6 +121,9 @@ class InternImageSettings(Settings):
                 "res_post_norm goes with neither post_norm nor layer_scale: the norms that it adds "
                 "would have no place"
             )
+        if sorted(set(self.post_norm_layers)) != self.post_norm_layers:
+            raise ValueError(f"post_norm_layers: {self.post_norm_layers} must rise: a layer has "
+                             "one such norm")
         if wrong := [n for n in self.post_norm_layers if not 0 <= n < self.depths[2]]:
             raise ValueError(
                 f"post_norm_layers: the third stage has layers 0..{self.depths[2] - 1}, not {wrong}"
@@ -180,6 +183,9 @@ class InternImage(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if not len(depths) == len(groups) == STAGES:
+            raise ValueError(f"depths {tuple(depths)} and groups {tuple(groups)} must have one "
+                             f"number for each of the {STAGES} stages")
         self.width = channels * 2 ** (STAGES - 1)
         self.depths = tuple(depths)
         self.gradient_checkpointing = gradient_checkpointing
@@ -217,6 +223,9 @@ class InternImage(nn.Module):
             self.dcnv3_head_x3 = Conv(self.width // 2, width, 1)
             self.clip_projector = AttentionPool(width, self.head.heads, self.head.output)
             self.fc_norm = layer_norm(self.head.output)
+        elif self.head is not None:
+            raise TypeError(f"head {self.head!r} must be ConvHeadSettings(), ProjectorSettings() "
+                            "or None")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -324,8 +333,14 @@ class InternImage(nn.Module):
         """The maps of some stages, for dense tasks: (B, H_i, W_i, channels * 2**i), channels-last.
 
         images, draws: as in `forward`. Sides are those of the image over 4 * 2**i, rounded up.
+        out_indices: stages from 0; maps come in the order of stages.
         added: (B, H_0, W_0, channels), joins what the stem makes.
+
+        Raises ValueError: a stage that there is not, or none.
         """
+        if not out_indices or not set(out_indices) <= set(range(STAGES)):
+            raise ValueError(f"out_indices {tuple(out_indices)} must be among the stages 0 to "
+                             f"{STAGES - 1}")
         kept = self._kept(images, draws)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         x = self.patch_embed(images.permute(0, 2, 3, 1))

@@ -182,8 +182,8 @@ def import_internimage(
     Returns name -> tensor as in the model's state dict, float32 where it floats.
 
     Raises:
-        ValueError: tensors are missing or unknown and not left out, have other shapes, or a
-            pattern matches nothing.
+        ValueError: tensors are missing or unknown and not left out, have other shapes, hold what
+            is no finite number, or a pattern matches nothing.
     """
     head = tensors.get("head.weight")
     expected = official_shapes(settings, None if head is None else len(head))
@@ -193,10 +193,15 @@ def import_internimage(
             raise ValueError(f"--leave-out {pattern!r} matches no tensor")
     left_out = {n for n in everything if any(fnmatchcase(n, p) for p in leave_out)}
     _check_complete(tensors, {n: s for n, s in expected.items() if n not in left_out}, left_out)
+    taken = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    if broken := sorted(name for name, tensor in taken.items() if not tensor.isfinite().all()):
+        raise ValueError(
+            f"{len(broken)} tensors hold NaN or infinite numbers, among them {broken[0]}: the "
+            "training that they come from has diverged, or the file is damaged"
+        )
     return {
         _our_name(name, encoder, task): tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-        if name not in left_out
+        for name, tensor in taken.items()
     }
 
 

@@ -3,7 +3,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from data_pipeline.settings import Settings
@@ -34,12 +34,18 @@ class DCNv3Settings(Settings):
     dw_kernel_size: Odd | None = None
     """Odd side of the depth-wise convolution that offsets are predicted from; null = `kernel_size`.
     """
-    offset_scale: float = Field(1.0, gt=0)
+    offset_scale: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Factor on the grid and on the offsets."""
     center_feature_scale: bool = False
     """Mix each position's own value in, with a learned weight for each group."""
     remove_center: bool = False
     """Leave the middle point of the grid out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DCNv3Settings":
+        if self.remove_center and self.kernel_size == 1:
+            raise ValueError("remove_center takes the only point of kernel_size 1 away")
+        return self
 
     def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:
         """The mixer of a layer; `stage` and `layer` count from 0."""

@@ -117,7 +117,7 @@ class WindowAttention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value)
         )
         padding = self._cut(x.new_ones(1, height, width, 1), windows, self.halo)[..., 0] == 0
-        scores = self._positions(query, batch)
+        scores = self._positions(query, (batch, windows[0] * windows[1]))
         scores = scores.masked_fill(padding[:, None, None], torch.finfo(scores.dtype).min)
         scores = scores.expand(batch, *scores.shape[1:]).flatten(0, 1)
         mixed = F.scaled_dot_product_attention(query, key, value, scores).transpose(1, 2)
@@ -144,11 +144,11 @@ class WindowAttention(nn.Module):
         x = x.unfold(1, side, self.window).unfold(2, side, self.window)
         return x.permute(0, 1, 2, 4, 5, 3).reshape(-1, side * side, x.shape[3])
 
-    def _positions(self, query: Tensor, batch: int) -> Tensor:
+    def _positions(self, query: Tensor, shape: tuple[int, int]) -> Tensor:
         """Scores of relative positions: (B, windows, heads, window**2, (window + 2 halo)**2), or
         (1, 1, ...) where they are the same for all.
 
-        query: (B * windows, heads, window**2, head width).
+        query: (B * windows, heads, window**2, head width); shape: (B, windows).
         """
         places = torch.arange(self.window, device=query.device)
         seen = torch.arange(self.window + 2 * self.halo, device=query.device) - self.halo
@@ -158,7 +158,7 @@ class WindowAttention(nn.Module):
             rows = torch.einsum("bhijd,ikd->bhijk", grid, self.rows[distance])
             columns = torch.einsum("bhijd,jld->bhijl", grid, self.columns[distance])
             scores = rows[..., None] + columns[..., None, :]
-            return scores.flatten(4).flatten(2, 3).unflatten(0, (batch, -1))
+            return scores.flatten(4).flatten(2, 3).unflatten(0, shape)
         biases = self.biases[:, distance[:, None, :, None], distance[None, :, None, :]]
         return biases.flatten(3).flatten(1, 2)[None, None]
 

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.files import exclusive
+from data_pipeline.files import cache_folder, exclusive
 
 _log = logging.getLogger(__name__)
 
@@ -62,12 +63,12 @@ def library() -> Path:
 
     Errors: BuildError, OSError (a cache that cannot be written).
     """
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise BuildError(f"there is no C++ compiler {compiler!r}; install g++ or set CXX")
+    compiler = _compiler()
     flags = (*_FLAGS, *_VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    root = os.environ.get("OMNIPRETRAIN_CACHE") or Path.home() / ".cache" / "omnipretrain"
-    path = Path(root) / "operators" / f"cpu_{_fingerprint(compiler, flags)}.so"
+    root = cache_folder()
+    if str(root).startswith("~"):
+        raise BuildError("this user has no home folder; set OMNIPRETRAIN_CACHE to an absolute path")
+    path = root / "operators" / f"cpu_{_fingerprint(compiler, flags)}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -81,17 +82,26 @@ def library() -> Path:
     return path
 
 
-def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+def _compiler() -> list[str]:
+    """The command that compiles; CXX may hold arguments too ("ccache g++")."""
+    wanted = os.environ.get("CXX") or "c++"
+    command = [wanted] if shutil.which(wanted) else shlex.split(wanted)
+    if not command or shutil.which(command[0]) is None:
+        raise BuildError(f"there is no C++ compiler {wanted!r}; install g++ or set CXX")
+    return command
+
+
+def _fingerprint(compiler: list[str], flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for name in (*_SOURCES, *_HEADERS):
         digest.update((_HERE / name).read_bytes())
-    facts = (compiler, _output([compiler, "--version"]), flags, torch.__version__,
+    facts = (" ".join(compiler), _output([*compiler, "--version"]), flags, torch.__version__,
              platform.machine())  # fmt: skip
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:20]
 
 
-def _build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+def _build(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
     # Imported here: it looks for CUDA and compilers.
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -100,11 +110,14 @@ def _build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".build-{path.stem}-", dir=path.parent) as folder:
         objects = [f"{folder}/{Path(name).stem}.o" for name in _SOURCES]
         for name, object_file in zip(_SOURCES, objects, strict=True):
-            _output([compiler, *flags, *includes, "-c", str(_HERE / name), "-o", object_file])
+            _output([*compiler, *flags, *includes, "-c", str(_HERE / name), "-o", object_file])
         built = Path(folder) / path.name
         # OpenMP is not linked: it has to be the one that torch has loaded, not a second one.
-        _output([compiler, "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10", "-o",
+        _output([*compiler, "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10", "-o",
                  str(built)])  # fmt: skip
+        # On the disk before it has its name: loading half a library kills the process.
+        with open(built, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(built, path)
 
 

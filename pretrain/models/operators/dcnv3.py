@@ -51,13 +51,19 @@ def dcnv3(
                          f"the {value.shape[-1]} channels of value {tuple(value.shape)}")
     offset, mask = of_one_type(value, offset, mask)
     return torch.ops.omnipretrain.dcnv3(
-        value, offset, mask, _pair(kernel_size), _pair(stride), _pair(pad), _pair(dilation),
-        groups, offset_scale, remove_center, backend,
+        value, offset, mask, _pair("kernel_size", kernel_size), _pair("stride", stride),
+        _pair("pad", pad), _pair("dilation", dilation), groups, offset_scale, remove_center,
+        backend,
     )  # fmt: skip
 
 
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
+def _pair(name: str, size: Size) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else size
+    whole = isinstance(pair, (tuple, list)) and all(isinstance(side, int) for side in pair)
+    if not whole or len(pair) != 2:
+        raise ValueError(f"dcnv3: {name} {size!r} must be a whole number, or two of them: "
+                         "(vertical, horizontal)")
+    return tuple(pair)
 
 
 def _prepare(value: Tensor, offset: Tensor, mask: Tensor, *numbers) -> Window:

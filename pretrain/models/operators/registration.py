@@ -1,7 +1,8 @@
 """A deformable operator for PyTorch: differentiable, traceable, with a choice of backends.
 
 Its three tensors are values, places of samples and their weights; numbers and sizes follow. The
-backward pass is an operator too, and keeps nothing but the three tensors.
+backward pass is an operator too, and keeps nothing but the three tensors; it has no derivative of
+its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,6 +58,13 @@ def register(
         gradients = operator(gradient, *ctx.saved_tensors, *ctx.numbers)
         return *gradients, *(None for _ in ctx.numbers)
 
+    def refuse(ctx, *_) -> tuple:
+        # Without this PyTorch warns, and takes second derivatives to be zero.
+        raise NotImplementedError(
+            f"{name}: its gradients cannot be differentiated again (create_graph=True, as in a "
+            "gradient penalty); detach them, or write this part in plain PyTorch"
+        )
+
     for suffix, schema, kernel, on_meta in (
         ("", f"({signature}) -> Tensor", forward, forward_on_meta),
         ("_backward", f"(Tensor gradient, {signature}) -> (Tensor, Tensor, Tensor)", backward,
@@ -67,3 +75,4 @@ def register(
         torch.library.impl(operator, "default", kernel)
         torch.library.register_fake(operator, on_meta)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", differentiate, setup_context=save)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", refuse)

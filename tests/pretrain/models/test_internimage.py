@@ -56,6 +56,7 @@ def test_any_size(mixer, size):
         assert torch.equal(tokens, maps[-1].flatten(1, 2))
         assert encoder(images(1, *size), pooled=True).shape == (1, encoder.pooled_width)
         assert len(encoder.maps(images(1, *size), out_indices=(0, 2))) == 2
+        assert encoder(images(0, *size)).shape == (0, encoder.tokens(*size), encoder.width)
 
 
 def test_the_projector_refuses_what_its_maps_do_not_fit():
@@ -354,6 +355,10 @@ def test_a_size_gives_way_to_what_is_said_beside_it():
     ({"mixer": {"kernel_size": 4}}, "must be odd"),
     ({"mixer": {"type": "depthwise_conv", "kernel_size": 2}}, "must be odd"),
     ({"depths": (1, 0, 1, 1)}, "greater than 0"),
+    ({"post_norm_layers": (5, 5)}, r"post_norm_layers: \[5, 5\] must rise"),
+    ({"mixer": {"kernel_size": 1, "remove_center": True}}, "the only point of kernel_size 1"),
+    ({"mixer": {"offset_scale": float("inf")}}, "finite number"),
+    ({"post_norm": True, "layer_scale": float("nan")}, "finite number"),
 ])  # fmt: skip
 def test_impossible_settings(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -363,8 +368,21 @@ def test_impossible_settings(changes, message):
 def test_modules_check_their_own_arguments():
     with pytest.raises(ValueError, match=r"groups \(5\) must divide channels \(64\)"):
         DCNv3(64, 5)
+    with pytest.raises(ValueError, match=r"groups \(0\) must divide channels \(64\)"):
+        DCNv3(64, 0)
     with pytest.raises(ValueError, match="must be odd"):
         DCNv3(64, 4, kernel_size=4)
+    with pytest.raises(ValueError, match="the only point of kernel_size 1"):
+        DCNv3(64, 4, kernel_size=1, remove_center=True)
+    with pytest.raises(ValueError, match=r"offset_scale \(inf\)"):
+        DCNv3(64, 4, offset_scale=float("inf"))
+    with pytest.raises(ValueError, match="each of the 4 stages"):
+        InternImage(16, (1, 1, 1), (1, 2, 4))
+    with pytest.raises(TypeError, match="head 'conv' must be ConvHeadSettings"):
+        InternImage(16, (1, 1, 1, 1), (1, 2, 4, 8), head="conv")
+    for wrong in ((4,), (-1,), ()):
+        with pytest.raises(ValueError, match="among the stages 0 to 3"):
+            small_encoder().maps(images(1), out_indices=wrong)
     model = OfficialModel(InternImage(16, (1, 1, 1, 1), (1, 2, 4, 8), head=small_settings(
         head={"type": "conv"}).head), 3)
     assert model(images(1)).shape == (1, 3)

@@ -146,6 +146,16 @@ def test_nothing_is_missing_unknown_or_resized_unless_it_is_named():
         import_internimage(state, settings, leave_out=("neck",))
 
 
+def test_numbers_that_are_none_are_refused():
+    settings = small_settings()
+    tensors = {name: torch.zeros(shape) for name, shape in official_shapes(settings, None).items()}
+    name = "levels.2.blocks.0.mlp.fc1.weight"
+    tensors[name][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=f"1 tensors hold NaN .*{name}"):
+        import_internimage(tensors, settings)
+    assert name not in "".join(import_internimage(tensors, settings, leave_out=[name]))
+
+
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_the_middle_point_is_cut_out(kernel_size):
     """A model whose middle points have no weight is the model without them, once these are cut."""

@@ -17,7 +17,7 @@ from tests.pretrain.models.operators.dcnv3_cases import random_case, results
 
 # Stands in for a compiler: takes its time, writes what it is asked for, and keeps a record.
 _COMPILER = """#!/bin/sh
-if [ "$1" = --version ]; then echo pretended 1.0; exit 0; fi
+case "$*" in *--version) echo pretended 1.0; exit 0;; esac
 echo "$@" >> {record}
 {action}
 while [ "$1" != -o ]; do shift; done
@@ -115,11 +115,40 @@ def test_a_cache_that_cannot_be_written(pretended, unloaded, tmp_path):
 
 def test_a_library_is_named_by_what_it_depends_on(pretended, monkeypatch):
     pretended("true")
-    flags = {name: cpu_library._fingerprint(os.environ["CXX"], value)
+    compiler = [os.environ["CXX"]]
+    flags = {name: cpu_library._fingerprint(compiler, value)
              for name, value in cpu_library._VECTOR_FLAGS.items()}  # fmt: skip
     assert len(set(flags.values())) == 2
+    plain, narrow = (cpu_library._fingerprint([*compiler, *more], ()) for more in ((), ("-m32",)))
+    assert plain != narrow
     monkeypatch.setattr(torch, "__version__", "9.9")
-    assert cpu_library._fingerprint(os.environ["CXX"], ()) not in flags.values()
+    assert cpu_library._fingerprint(compiler, ()) not in flags.values()
+
+
+def test_a_compiler_may_have_arguments(pretended, monkeypatch, tmp_path):
+    """As in CXX="ccache g++"; a path with a space in it is one word, an empty CXX none."""
+    record = pretended("true")
+    program = os.environ["CXX"]
+    monkeypatch.setenv("CXX", f"{program} -m64")
+    cpu_library.library()
+    assert all(line.startswith("-m64 ") for line in record.read_text().splitlines())
+    spaced = tmp_path / "with space"
+    spaced.symlink_to(program)
+    monkeypatch.setenv("CXX", str(spaced))
+    assert cpu_library._compiler() == [str(spaced)]
+    (tmp_path / "c++").symlink_to(program)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "")
+    assert cpu_library._compiler() == ["c++"]
+
+
+def test_a_user_without_a_home_computes_all_the_same(pretended, unloaded, monkeypatch):
+    pretended("true")
+    monkeypatch.delenv("OMNIPRETRAIN_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user number alone
+    assert "no home folder; set OMNIPRETRAIN_CACHE to an absolute" in cpu_library.missing()
+    assert results(random_case((1, 3, 3, 4), groups=2))["output"].isfinite().all()
 
 
 @pytest.mark.slow

@@ -64,6 +64,16 @@ def test_operator_contract(backend):
         torch.ops.omnipretrain.dcnv3(*narrow)
 
 
+def test_second_derivatives_are_refused():
+    """They would be zero without a word in PyTorch's own fallback."""
+    case = random_case((1, 4, 3, 4), groups=2)
+    value = case.tensors["value"].requires_grad_()
+    output = dcnv3(**case.tensors, **case.geometry)
+    (slope,) = torch.autograd.grad(output.square().sum(), value, create_graph=True)
+    with pytest.raises(NotImplementedError, match="dcnv3: its gradients cannot be differentiated"):
+        slope.sum().backward()
+
+
 def test_shapes_on_the_meta_device():
     with torch.device("meta"):
         value = torch.empty(300, 64, 64, 32, dtype=torch.bfloat16, requires_grad=True)
@@ -181,6 +191,8 @@ def test_backward_keeps_only_the_inputs():
     ({"groups": 3}, ValueError, "groups .3. must divide the 4 channels"),
     ({"group_channels": 3}, ValueError, "group_channels .3. must be the 4 channels"),
     ({"kernel_size": (0, 3)}, ValueError, "kernel_size .0, 3. must be at least 1"),
+    ({"kernel_size": (3, 3, 3)}, ValueError, "kernel_size .3, 3, 3. must be a whole number, or"),
+    ({"stride": 1.0}, ValueError, "stride 1.0 must be a whole number, or two"),
     ({"kernel_size": 9}, ValueError, "smaller than the kernel"),
     ({"kernel_size": 4, "remove_center": True}, ValueError, "odd kernel_size"),
     ({"offset_scale": float("nan")}, ValueError, "offset_scale nan"),
