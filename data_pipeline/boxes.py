@@ -1,7 +1,7 @@
 """Box data: images with the boxes, and perhaps masks, of the objects in them.
 
-Boxes and masks follow the image through crops, resizes and flips exactly: they are moved by the
-geometry of the pixels, and cut at the border.
+Boxes and masks follow the image through crops, resizes, flips and RandAugment exactly: they are
+moved by the geometry of the pixels, and cut at the border.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +13,13 @@ from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.images import ImageDataSettings, ImageFields
 from data_pipeline.labels import NO_LABEL
-from data_pipeline.masks import mask_boxes, segmentation_mask
+from data_pipeline.masks import mask_boxes, segmentation_mask, shown_mask
 from data_pipeline.members import AbsentValue, bad, check_source
 from data_pipeline.objects import Objects, ObjectSource, cut_boxes
 from data_pipeline.reader import Sample
 from data_pipeline.timing import StageClock
 from data_pipeline.transforms import View
+from data_pipeline.warps import joined
 
 
 class BoxDataSettings(ImageDataSettings):
@@ -51,12 +52,7 @@ class BoxDataSettings(ImageDataSettings):
         return check_source("annotation_source", value)
 
     @model_validator(mode="after")
-    def _boxes_follow(self) -> Self:
-        if self.image.rand_augment is not None and self.image.rand_augment.geometry:
-            raise ValueError(
-                "image.rand_augment moves pixels, and boxes would not follow: set its geometry to "
-                "false"
-            )
+    def _check_boxes(self) -> Self:
         if self.second_view is not None:
             raise ValueError("second_view is not for boxes, which belong to one view: remove it")
         if self.boxes_from_masks and not self.masks:
@@ -122,8 +118,9 @@ class BoxFields(ImageFields):
             output, labels (B, N) int64, NO_LABEL beyond the counts, crowd (B, N) bool; masks
             (sum of counts, H, W) bool, image after image (setting `masks`); annotated (B,) bool;
             sizes (B, 2) int64, height and width without padding; crops (B, 4) float64, what that
-            part shows of the upright image, flips (B,) bool, image_sizes (B, 2) int64, height and
-            width of it; valid (B,) bool.
+            part showed of the upright image before flips (B,) bool mirrored it, and warps (B, 2, 3)
+            float64 moved its points (the identity where RandAugment moved nothing), image_sizes
+            (B, 2) int64, height and width of the upright image; valid (B,) bool.
 
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
@@ -142,6 +139,7 @@ class BoxFields(ImageFields):
             "sizes": np.ones((len(items), 2), dtype=np.int64),
             "crops": np.tile([0.0, 0.0, 1.0, 1.0], (len(items), 1)),
             "flips": np.zeros(len(items), dtype=bool),
+            "warps": np.tile(joined(()), (len(items), 1, 1)),
             "image_sizes": np.ones((len(items), 2), dtype=np.int64),
         }
         for row, item in present:
@@ -151,6 +149,7 @@ class BoxFields(ImageFields):
             arrays["annotated"][row] = item["annotated"]
             arrays["sizes"][row] = geometry.height, geometry.width
             arrays["crops"][row], arrays["flips"][row] = geometry.crop, geometry.flip
+            arrays["warps"][row] = joined(geometry.warps)
             arrays["image_sizes"][row] = item["view"].source
         if self.settings.masks:
             none = np.zeros((0, *batch["images"].shape[2:]), dtype=bool)
@@ -189,6 +188,8 @@ class BoxFields(ImageFields):
             except (ValueError, TypeError, OverflowError) as error:
                 raise bad(sample, f"{self.source.source}: {error}") from error
             masks[place, :height, :width] = seen
+        if view.geometry.warps:
+            masks[:, :height, :width] &= shown_mask(view.geometry)
         keep = masks.any((1, 2))  # a box may be seen where its object is not
         masks, boxes, objects = masks[keep], boxes[keep], objects.taken(keep)
         return _item(objects, mask_boxes(masks) if self.settings.boxes_from_masks else boxes, masks)

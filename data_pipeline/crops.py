@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data_pipeline.warps import Affine, clipped, moved
+
 _resize_into = torch.ops.aten._upsample_bicubic2d_aa.out
 
 
@@ -22,8 +24,8 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the upright image became the output: `crop` was resized to `width` x `height`, and then
-    mirrored if `flip`. All count pixels, from the upper left edge."""
+    """How the upright image became the output: `crop` was resized to `width` x `height`, mirrored
+    if `flip`, and then moved by `warps`. All count pixels, from the upper left edge."""
 
     crop: tuple[float, float, float, float]
     """x0, y0, x1, y1: what the output shows of the upright image."""
@@ -33,14 +35,31 @@ class Geometry:
     """Of the output, without padding."""
     flip: bool = False
     """Mirrored left to right."""
+    warps: tuple[Affine, ...] = ()
+    """What moved the pixels then, one after the other, without changing areas. What one of them
+    moves out of the picture is lost to the next."""
 
     def points(self, xy: np.ndarray) -> np.ndarray:
         """(N, 2) points (x, y) of the upright image -> (N, 2) points (u, v) of the output."""
+        uv = self.placed(xy)
+        for warp in self.warps:
+            uv = moved(uv, warp)
+        return uv
+
+    def placed(self, xy: np.ndarray) -> np.ndarray:
+        """As `points`, before the warps."""
         x0, y0, x1, y1 = self.crop
         uv = (xy - (x0, y0)) * (self.width / (x1 - x0), self.height / (y1 - y0))
         if self.flip:
             uv[:, 0] = self.width - uv[:, 0]
         return uv
+
+    def left(self, outline: np.ndarray) -> np.ndarray:
+        """What the output shows of a convex polygon: (N, 2) as `placed` -> (M, 2), M perhaps 0."""
+        outline = clipped(outline, self.width, self.height)
+        for warp in self.warps:
+            outline = clipped(moved(outline, warp), self.width, self.height)
+        return outline
 
 
 def fitting_box(

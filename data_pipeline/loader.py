@@ -152,7 +152,7 @@ class StepLoader:
 
     def counters(self, task: str) -> Mapping[str, int]:
         """What storage has done for the windows of a task, on this rank, since the start:
-        bytes_read (the read-ahead of the node's cache included), retries, cache_hits,
+        bytes_read and retries (both with the read-ahead of the node's cache), cache_hits,
         cache_misses."""
         return self._counters[task]
 
@@ -203,8 +203,8 @@ class StepLoader:
         )
         with self._read_ahead(sampler) as ahead, closing(batches), watch:
             for step in range(sampler.start_step, sampler.stop_step):
-                for task, fetched in (ahead.advance(step) if ahead else {}).items():
-                    self._counters[task]["bytes_read"] += fetched
+                for task, done in (ahead.advance(step) if ahead else {}).items():
+                    self._counters[task].update(done)
                 yield self._window(step, batches, requests, watch)
 
     def _read_ahead(self, sampler: StepSampler) -> AbstractContextManager[Prefetcher | None]:

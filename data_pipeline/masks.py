@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.crops import Geometry
+from data_pipeline.warps import inverse, joined
 
 _FAR = 1e6  # pixels; arithmetic beyond would overflow
 
@@ -24,7 +25,8 @@ def segmentation_mask(
         source: height and width of the upright image.
 
     Returns:
-        (height, width) bool of the output, without padding.
+        (height, width) bool of the output, without padding. Warps may have lost parts of it: see
+        `shown_mask`.
 
     Raises:
         ValueError: malformed; the text says how.
@@ -42,6 +44,14 @@ def segmentation_mask(
     return mask
 
 
+def shown_mask(geometry: Geometry) -> np.ndarray:
+    """(height, width) bool of the output: where it shows the image, and not what fills the places
+    that warps left."""
+    height, width = geometry.height, geometry.width
+    frame = np.array([[0.0, 0.0], [width, 0.0], [width, height], [0.0, height]])
+    return polygon_mask(geometry.left(frame), height, width)
+
+
 def polygon_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
     """(height, width) bool: pixels whose centre lies inside of a polygon.
 
@@ -49,6 +59,8 @@ def polygon_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
         points: (N, 2) x and y of its corners in pixels.
     """
     mask = np.zeros((height, width), dtype=bool)
+    if not len(points):
+        return mask
     points = np.clip(points, -_FAR, _FAR)
     # Only the part of the image that the polygon reaches is worked on.
     left, top = np.clip(np.floor(points.min(0)), 0, (width, height)).astype(int)
@@ -122,10 +134,26 @@ def _uncompressed(text: str) -> list[int]:
 
 def seen_by(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
     """(height, width) of the output: the mask of the upright image at the centre of each pixel."""
+    if geometry.warps:
+        return _seen_through_warps(mask, geometry)
     x0, y0, x1, y1 = geometry.crop
     columns = _sampled(x0, x1, geometry.width, mask.shape[1])
     rows = _sampled(y0, y1, geometry.height, mask.shape[0])
     return mask[np.ix_(rows, columns[::-1] if geometry.flip else columns)]
+
+
+def _seen_through_warps(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Pixels that come from outside of the image have any value."""
+    (a, b, c), (d, e, f) = inverse(joined(geometry.warps))
+    column, row = np.arange(geometry.width) + 0.5, np.arange(geometry.height)[:, None] + 0.5
+    u, v = a * column + b * row + c, d * column + e * row + f
+    if geometry.flip:
+        u = geometry.width - u
+    x0, y0, x1, y1 = geometry.crop
+    x, y = x0 + u * ((x1 - x0) / geometry.width), y0 + v * ((y1 - y0) / geometry.height)
+    height, width = mask.shape
+    rows, columns = np.clip(np.floor(y), 0, height - 1), np.clip(np.floor(x), 0, width - 1)
+    return mask[rows.astype(int), columns.astype(int)]
 
 
 def _sampled(start: float, stop: float, count: int, length: int) -> np.ndarray:

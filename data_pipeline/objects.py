@@ -8,6 +8,7 @@ import numpy as np
 from data_pipeline.crops import Geometry
 from data_pipeline.members import AbsentValue, MemberSource, bad
 from data_pipeline.reader import Sample
+from data_pipeline.warps import area
 
 
 class Objects(NamedTuple):
@@ -96,6 +97,8 @@ def cut_boxes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Move boxes into an output and cut them at its border.
 
+    A box that a warp turns or shears becomes the upright one around what it leaves of it.
+
     Args:
         boxes: (N, 4) x0, y0, x1, y1 in pixels of the upright image, which is `source` (height,
             width) in size; what lies outside of it does not count as part of a box.
@@ -108,9 +111,24 @@ def cut_boxes(
     cut = _clipped(inside, geometry.crop)
     areas, left = _areas(inside), _areas(cut)
     keep = (left > 0) & (left >= min_visible * areas)
-    corners = [geometry.points(cut[:, :2]), geometry.points(cut[:, 2:])]
+    corners = [geometry.placed(cut[:, :2]), geometry.placed(cut[:, 2:])]
     # A flip exchanges left and right.
-    return np.hstack([np.minimum(*corners), np.maximum(*corners)]), keep
+    placed = np.hstack([np.minimum(*corners), np.maximum(*corners)])
+    if geometry.warps:
+        for place in np.flatnonzero(keep):
+            placed[place], share = _warped(placed[place], geometry)
+            keep[place] = share > 0 and share * left[place] >= min_visible * areas[place]
+    return placed, keep
+
+
+def _warped(box: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, float]:
+    """The box around what warps leave of a box, and the share of its area that they leave."""
+    x0, y0, x1, y1 = box
+    outline = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+    rest = geometry.left(outline)
+    # Nine digits: a box that is turned and not cut keeps all of its area.
+    share = round(area(rest) / area(outline), 9)
+    return (np.hstack([rest.min(0), rest.max(0)]) if share else box), share
 
 
 def _clipped(boxes: np.ndarray, border: tuple[float, ...]) -> np.ndarray:

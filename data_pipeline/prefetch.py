@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
@@ -42,7 +43,7 @@ class Prefetcher:
         start_method: str,
     ) -> None:
         """Arguments as `ReadAhead`; `start_method` as `LoaderSettings`."""
-        self._fetched = self._told = dict.fromkeys(shards, 0)
+        self._done = self._told = {task: Counter() for task in shards}
         self._arguments = (dict(shards), dict(rows), sampler, ranks, settings)
         self._context = multiprocessing.get_context(start_method)
         self._process: Any = None
@@ -70,10 +71,10 @@ class Prefetcher:
             self._process.kill()
             self._process.join()
 
-    def advance(self, step: int) -> dict[str, int]:
+    def advance(self, step: int) -> dict[str, Counter[str]]:
         """Tell the process where the run is; never waits.
 
-        Returns: task -> bytes that were fetched since the last call.
+        Returns: task -> bytes_read and retries since the last call, as far as the process has told.
         """
         try:
             while self._connection is not None and self._connection.poll():
@@ -90,11 +91,12 @@ class Prefetcher:
                 "the read-ahead of the cache has ended (exit code %s); batches are loaded without "
                 "it, more slowly", self._process.exitcode,
             )
-        told, self._told = self._told, self._fetched
-        return {task: fetched - told[task] for task, fetched in self._told.items()}
+        told, self._told = self._told, self._done
+        return {task: done - told[task] for task, done in self._told.items()}
 
-    def _take_in(self, fetched: dict[str, int], messages: list[str]) -> None:
-        self._fetched, self._listens = fetched, True
+    def _take_in(self, counters: dict[str, dict[str, int]], messages: list[str]) -> None:
+        self._done = {task: Counter(counts) for task, counts in counters.items()}
+        self._listens = True
         for message in messages:
             log.warning("%s", message)
 
@@ -144,10 +146,10 @@ def _serve(connection: Connection, ahead: ReadAhead, stop: list[int]) -> None:
             if step is None:
                 return
             ahead.advance(step)
-            connection.send((dict(ahead.fetched_bytes), ahead.messages[:]))
+            connection.send((ahead.counters(), ahead.messages[:]))
             ahead.messages.clear()
 
 
 def _report(connection: Connection, ahead: ReadAhead, last_words: str) -> None:
     with contextlib.suppress(OSError):
-        connection.send((dict(ahead.fetched_bytes), [*ahead.messages, last_words]))
+        connection.send((ahead.counters(), [*ahead.messages, last_words]))

@@ -19,6 +19,7 @@ from data_pipeline.colours import (
     solarize,
 )
 from data_pipeline.settings import Settings
+from data_pipeline.warps import Affine, inverse
 
 MOST = 10.0
 """Largest magnitude."""
@@ -48,7 +49,7 @@ class RandAugmentSettings(Settings):
     """Chance that a drawn operation is carried out."""
     geometry: bool = True
     """Whether the five operations that move pixels take part (rotation, shear, translation); false
-    draws from the ten others. Boxes, masks and second views need false: they follow the crop."""
+    draws from the ten others. Boxes and masks follow them; a second view needs false."""
 
 
 def rand_augment(
@@ -56,8 +57,12 @@ def rand_augment(
     settings: RandAugmentSettings,
     fill: tuple[int, int, int],
     rng: np.random.Generator,
-) -> None:
-    """Change (H, W, 3) uint8 in place; `fill` is the colour outside of the image."""
+) -> tuple[Affine, ...]:
+    """Change (H, W, 3) uint8 in place; `fill` is the colour outside of the image.
+
+    Returns: how pixels were moved, operation after operation; without those that leave them.
+    """
+    warps = []
     names = NAMES if settings.geometry else COLOUR_NAMES
     draws = rng.random((settings.operations, 3)).tolist()
     deviations = rng.standard_normal(settings.operations).tolist()
@@ -67,23 +72,27 @@ def rand_augment(
         magnitude = settings.magnitude + settings.magnitude_std * deviation
         share = min(max(magnitude, 0.0), MOST) / MOST
         name = names[int(choice * len(names))]
-        augment(image, name, share, -1 if side < 0.5 else 1, fill)
+        warps.append(augment(image, name, share, -1 if side < 0.5 else 1, fill))
+    return tuple(warp for warp in warps if warp is not None)
 
 
 def augment(
     image: np.ndarray, name: str, share: float, sign: int, fill: tuple[int, int, int]
-) -> None:
+) -> Affine | None:
     """Carry out one operation on (H, W, 3) uint8, in place.
 
     Args:
         name: one of `NAMES`; share: strength from 0 to 1; sign: -1 or 1, the direction of the
             operations that have one; fill: colour outside of the image.
+
+    Returns: where it moved pixels; None if it is about colours.
     """
     if name in _COLOURS:
         _COLOURS[name](image, share, sign)
-    else:
-        matrix = _GEOMETRY[name](share * sign, *image.shape[:2])
-        image[:] = _warp(image, matrix, fill)
+        return None
+    matrix = _GEOMETRY[name](share * sign, *image.shape[:2])
+    image[:] = _warp(image, matrix, fill)
+    return inverse(matrix)
 
 
 def auto_contrast(image: np.ndarray) -> None:

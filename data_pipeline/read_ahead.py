@@ -17,6 +17,7 @@ from data_pipeline.eviction import KNOWN_USES, CachePlan
 from data_pipeline.fetch_pool import FetchPool
 from data_pipeline.future import BlockFuture, NodeReads, RowsOf
 from data_pipeline.origin import Origin
+from data_pipeline.remote import UrlStorage
 from data_pipeline.shards import ShardSet
 from data_pipeline.step_sampler import StepSampler
 from data_pipeline.storage import TransientReadError
@@ -65,6 +66,10 @@ class ReadAhead:
         """What the user should know; the caller empties it."""
         self._blocks = Blocks(shards, settings.block_bytes)
         self._origins = {name: Origin(shards[name]) for name in shards}
+        self._storages: dict[int, tuple[str, UrlStorage, int]] = {}
+        for name, each in shards.items():  # a storage that others share counts once
+            known = name, each.storage, each.storage.retries
+            self._storages.setdefault(id(each.storage), known)
         reads = NodeReads(sampler, rows, self._blocks, ranks)
         self._room = plannable_bytes(settings.max_bytes)
         fits = self._blocks.total_bytes <= self._room  # then nothing need ever be let go
@@ -82,6 +87,14 @@ class ReadAhead:
         self._strangers: list[str] = []  # blocks of other data sets or runs, the oldest last
         self._scan_at = self._resume_at = 0.0
         self._stopped = False
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Task -> bytes_read and retries so far; of tasks that share a storage, the first has the
+        retries."""
+        counters = {task: {"bytes_read": count} for task, count in self.fetched_bytes.items()}
+        for task, storage, before in self._storages.values():
+            counters[task]["retries"] = storage.retries - before
+        return counters
 
     def advance(self, step: int) -> None:
         """The run has come to `step`."""

@@ -5,6 +5,7 @@ pixels for the same generator in any process, with any number of threads.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import cv2
@@ -36,6 +37,7 @@ from data_pipeline.erase import EraseSettings, erase
 from data_pipeline.rand_augment import RandAugmentSettings, rand_augment
 from data_pipeline.rng import substream
 from data_pipeline.timing import StageClock
+from data_pipeline.warps import Affine
 
 # Statistics of the CLIP image encoders, in units of the full range (pixel / 255).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -216,8 +218,10 @@ class ImageTransform:
         shown = image[: geometry.height, : geometry.width]
         if flip:
             cv2.flip(shown, 1, dst=shown)
-        colours = Colours() if rng is None else self._augment(shown, draws[1:], rng)
-        return View(image, geometry, colours, cut.source)
+        if rng is None:
+            return View(image, geometry, Colours(), cut.source)
+        colours, warps = self._augment(shown, draws[1:], rng)
+        return View(image, replace(geometry, warps=warps), colours, cut.source)
 
     def _reduced(
         self, header: ImageHeader, box: Box, height: int, width: int, train: bool
@@ -260,17 +264,20 @@ class ImageTransform:
             )
         return to_height, to_width
 
-    def _augment(self, image: np.ndarray, jitter: np.ndarray, rng: np.random.Generator) -> Colours:
-        settings = self.settings
+    def _augment(
+        self, image: np.ndarray, jitter: np.ndarray, rng: np.random.Generator
+    ) -> tuple[Colours, tuple[Affine, ...]]:
+        """Change the image in place; returns what was done to its colours, and what moved."""
+        settings, warps = self.settings, ()
         # All draws are made whatever the settings are: changing one leaves the others' draws alone.
         colours = draw_colours(settings, jitter, rng.random(7))
         if settings.rand_augment is not None:
             own = substream(rng, _RAND_AUGMENT)
-            rand_augment(image, settings.rand_augment, self.fill, own)
+            warps = rand_augment(image, settings.rand_augment, self.fill, own)
         apply_colours(image, colours)
         if settings.erase is not None:
             erase(image, settings.erase, settings.mean, settings.std, substream(rng, _ERASE))
-        return colours
+        return colours, warps
 
 
 def _geometry(cut: Cut, top: int, left: int, height: int, width: int, flip: bool) -> Geometry:

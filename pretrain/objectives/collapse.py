@@ -12,6 +12,9 @@ log = logging.getLogger("omnipretrain.collapse")
 EVERY_STEPS = 100
 LEAST_SHARE = 0.1
 """Of the width: a smaller effective rank is an alarm."""
+LEAST_DEVIATION = 0.3
+"""A smaller standard deviation of the targets, which have 1 if they have nothing in common, is one
+too: what they differ in may be noise, of any rank."""
 
 
 class CollapseWatch(nn.Module):
@@ -26,26 +29,31 @@ class CollapseWatch(nn.Module):
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("rank", torch.zeros(1))
 
-    def observe(self, measure: Callable[[], Tensor], width: int) -> Tensor:
+    def observe(self, measure: Callable[[], Tensor], deviation: Tensor, width: int) -> Tensor:
         """The latest effective rank, 0-dim float32, equal on all ranks.
 
-        measure: computes it from what all ranks share; width: channels of the targets.
+        measure: computes it from what all ranks share; deviation: of the targets, 0-dim; width:
+        their channels.
         """
         if int(self.steps) % EVERY_STEPS == 0:
             self.rank.copy_(measure())
-            warn_of_collapse(float(self.rank), width)
+            warn_of_collapse(float(self.rank), float(deviation), width)
         self.steps += 1
         return self.rank[0].float()
 
 
-def warn_of_collapse(rank: float, width: int) -> bool:
-    """Log a warning, on rank 0, if an effective rank is below a tenth of the width; True then."""
-    if rank >= LEAST_SHARE * width:
+def warn_of_collapse(rank: float, deviation: float, width: int) -> bool:
+    """Log a warning, on rank 0, if targets are nearly all the same; True then.
+
+    rank: effective rank; deviation: standard deviation, mean over `width` channels.
+    """
+    if rank >= LEAST_SHARE * width and deviation >= LEAST_DEVIATION:
         return False
     if not dist.is_initialized() or dist.get_rank() == 0:
         log.warning(
-            "the targets have an effective rank of %.1f of %d channels: they collapse, and a "
-            "falling intra or inter loss means nothing; raise objective.decorrelation or "
-            "momentum_start, or lower the learning rate", rank, width,
+            "the targets have an effective rank of %.1f of %d channels and a standard deviation of "
+            "%.2f: they collapse, and a falling intra or inter loss means nothing; keep "
+            "center_targets, raise decorrelation or momentum_start, or lower the learning rate",
+            rank, width, deviation,
         )
     return True

@@ -148,7 +148,6 @@ class _Tally:
         )
         shares = images / images.sum()
         rank = float(effective_rank(means, shares))
-        warn_of_collapse(rank, means.mean.shape[1])
-        return {
-            "effective_rank": rank, "target_std": float(target_deviation(means, shares)),
-        }
+        deviation = float(target_deviation(means, shares))
+        warn_of_collapse(rank, deviation, means.mean.shape[1])
+        return {"effective_rank": rank, "target_std": deviation}

@@ -183,10 +183,11 @@ class M3I(nn.Module):
         loss = sum(weights[kind] * value for kind, value in losses.items())
         shares = torch.stack([totals["intra"], totals["inter"]])
         shares = shares / shares.sum().clamp(min=1.0)
-        metrics["target_std"] = target_deviation(moments, shares) / world
+        deviation = target_deviation(moments, shares)
+        metrics["target_std"] = deviation / world
         if self.training:
             width = features["target"].shape[-1]
-            rank = self.watch.observe(lambda: effective_rank(moments, shares), width)
+            rank = self.watch.observe(lambda: effective_rank(moments, shares), deviation, width)
             metrics["effective_rank"] = rank / world
         return {"loss": loss} | {n: v.detach() for n, v in (losses | metrics).items()}
 

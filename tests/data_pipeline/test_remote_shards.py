@@ -461,7 +461,8 @@ def test_a_server_that_stays_away_ends_the_loader_in_time(tmp_path, workers, cap
             next(windows)
         stack = "".join(traceback.format_exception(found.value))
         assert "in _read_once" in stack  # also where a worker met it
-        assert time.monotonic() - started < 15
+        # Its own second of patience, or the five minutes of the default: a busy machine is neither.
+        assert time.monotonic() - started < 150
     assert not multiprocessing.active_children()
 
 

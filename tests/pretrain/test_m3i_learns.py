@@ -1,24 +1,31 @@
 """The recipe m3i_digits from shards to probe, and what happens without what keeps targets apart.
 
-Gates: three seeds on 6,000 scenes, the worst of them less some way; see the recipe's header.
+Gates lie well inside of what two seeds gave: probes of 0.69 and 0.64, text at 0.88 of its first
+value, category at 0.69, intra at 0.21, inter at 0.41; untrained the probe is 0.17. With the
+geometry of other scenes the inter loss is 0.61 in place of 0.56.
 """
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from data_pipeline.packer import ShardWriter
 from data_pipeline.tokenizer import Tokenizer, train_byte_level_bpe
-from pretrain.build import build_model, evaluation_image
+from pretrain.build import build_evaluation_loader, build_model, evaluation_image
 from pretrain.models.init import initialise
+from pretrain.models.sample_draws import SampleDraws
+from pretrain.objectives.m3i_loss import m3i_losses
 from pretrain.objectives.probing import linear_top1
 from pretrain.recipe import SHIPPED, load_recipe
 from tests.distributed.launch import run_ranks, tails
 from tools import probe
 from tools.digit_scenes import make_scene, scene_members
+from tools.trained import open_run
 
 pytestmark = pytest.mark.slow
 
@@ -68,16 +75,38 @@ def untrained_probe(data: Path, run: Path) -> float:
     return linear_top1(*train, *test)[0]
 
 
+def inter_losses(run: Path) -> tuple[float, float]:
+    """Inter loss of held-out scenes, and the one with the geometry of other scenes."""
+    trained = open_run(run)
+    objective = trained.model.objectives["m3i"]
+    loader = build_evaluation_loader(trained.recipe, "m3i", trained.tokenizer)
+    found = []
+    with torch.no_grad():
+        for batch in itertools.islice(loader, 3):
+            wrong = dict(batch)
+            for name in ("crops", "flips"):
+                wrong[name] = batch[name].clone()
+                wrong[name][1::2] = batch[name][1::2].roll(1, dims=0)
+            totals = {n: torch.tensor(float(c)) for n, c in objective.count(batch).items()}
+            draws = SampleDraws(0, "geometry", batch["position"])
+            for given in (batch, wrong):
+                features, _ = objective.features(trained.model.encoders, given, draws)
+                found.append(m3i_losses(features, totals, 0.02, 0.0, True)[0]["inter"].item())
+    return sum(found[::2]) / 3, sum(found[1::2]) / 3
+
+
 @pytest.mark.timeout(4000)
 def test_all_four_losses_fall_and_digits_can_be_read(data, tmp_path):
     lines = train(data, tmp_path / "run")
     training = [line for line in lines if line["kind"] == "train"]
     first, last = training[0], training[-5:]
-    for kind, most in (("intra", 0.6), ("inter", 0.75), ("text", 0.97), ("category", 0.9)):
+    for kind, most in (("intra", 0.6), ("inter", 0.75), ("text", 0.95), ("category", 0.85)):
         mean = sum(line[kind] for line in last) / len(last)
         assert mean < most * first[kind], (kind, first[kind], mean)
     held_out = [line for line in lines if line["kind"] == "evaluation"][-1]
     assert held_out["effective_rank"] > 16 and held_out["top1"] > 0.3
+    right, wrong = inter_losses(tmp_path / "run")
+    assert right < 0.95 * wrong, "where the other view lies must matter"
     file = tmp_path / "probe.json"
     assert probe.main([
         str(tmp_path / "run"), "--train", str(data / "train"), "--test", str(data / "heldout"),

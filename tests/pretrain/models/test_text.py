@@ -62,9 +62,10 @@ def test_equals_transformers_clip(activation):
     torch.testing.assert_close(encoder(texts()), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pool", ["end", "mean"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_what_follows_the_end_changes_nothing(causal):
-    encoder = small(causal=causal, position_std=0.5)
+def test_what_follows_the_end_changes_nothing(causal, pool):
+    encoder = small(causal=causal, position_std=0.5, pool=pool)
     one = encoder(texts())
     assert one.shape == (3, 16)
     other = texts()
@@ -75,6 +76,15 @@ def test_what_follows_the_end_changes_nothing(causal):
     changed = texts()
     changed[:, 0] = 3
     assert (encoder(changed) - one).abs().amax(dim=1).min() > 1e-4
+
+
+def test_the_mean_is_over_the_tokens_of_the_text():
+    """A causal encoder gives each token the feature of the text that ends there."""
+    encoder, mean = small(position_std=0.5), small(position_std=0.5, pool="mean")
+    text = texts()[1:2]
+    encoder.eos_id = -1  # no token, so that texts end with their last one
+    hidden = [encoder(text[:, :length]) for length in range(1, 7)]
+    torch.testing.assert_close(mean(text)[0], torch.cat(hidden).mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_causal_and_bidirectional_differ():

@@ -90,11 +90,12 @@ def test_effective_rank_and_deviation():
     assert target_deviation(found, shares).item() == pytest.approx(joined, rel=1e-4)
 
 
-def test_the_alarm_fires_below_a_tenth(caplog):
+def test_the_alarm_fires_for_few_directions_and_for_small_differences(caplog):
     with caplog.at_level(logging.WARNING, "omnipretrain.collapse"):
-        assert not warn_of_collapse(6.5, 64) and not caplog.records
-        assert warn_of_collapse(6.3, 64)
+        assert not warn_of_collapse(6.5, 0.31, 64) and not caplog.records
+        assert warn_of_collapse(6.3, 0.9, 64) and warn_of_collapse(40.0, 0.29, 64)
     assert "effective rank of 6.3 of 64" in caplog.text
+    assert "standard deviation of 0.29: they collapse" in caplog.text
 
 
 def test_the_watch_measures_now_and_then():
@@ -104,8 +105,8 @@ def test_the_watch_measures_now_and_then():
         calls.append(int(watch.steps))
         return torch.tensor(30.0 + len(calls))
 
-    found = [watch.observe(measure, 64).item() for _ in range(EVERY_STEPS + 1)]
+    found = [watch.observe(measure, torch.tensor(0.9), 64).item() for _ in range(EVERY_STEPS + 1)]
     assert calls == [0, EVERY_STEPS] and found == [31.0] * EVERY_STEPS + [32.0]
     other = CollapseWatch()
     other.load_state_dict(watch.state_dict())
-    assert other.observe(measure, 64) == 32.0 and len(calls) == 2
+    assert other.observe(measure, torch.tensor(0.9), 64) == 32.0 and len(calls) == 2
