@@ -221,9 +221,9 @@ class Checkpoints:
         Damaged ones are passed over, and what is wrong with them stands in `passed_over`.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is whole.
+            CheckpointError: there are checkpoints, but none is whole; or there were some.
         """
-        candidates = self._agree_on(lambda: list_checkpoints(self.root))
+        candidates = self._agree_on(self._candidates)
         self.passed_over = []
         for folder in candidates:
             problems = self._verify(folder)
@@ -236,6 +236,15 @@ class Checkpoints:
                 "one from a backup, or start in a new run_dir: " + "; ".join(self.passed_over)
             )
         return None
+
+    def _candidates(self) -> list[Path]:
+        found, latest = list_checkpoints(self.root), self.root / "latest"
+        if not found and latest.exists():  # or the run would begin again, over its own record
+            raise CheckpointError(
+                f"{latest} names {latest.read_text().strip()}, but no checkpoint is there now: "
+                "bring it back, or start in a new run_dir"
+            )
+        return found
 
     def _verify(self, folder: Path) -> list[str]:
         def mine() -> list[str]:

@@ -129,6 +129,11 @@ def fault_cell(ranks, folder: Path) -> dict:
         damage(name)
     result["after_all"] = error_of(store.newest)
     result["empty"] = Checkpoints(folder / "nothing", settings).newest()
+    gone = folder / "gone"
+    if ranks.leads:
+        gone.mkdir()
+        (gone / "latest").write_text("step_000000007\n")
+    result["gone"] = error_of(Checkpoints(gone, settings).newest)
     engine.destroy()
     return result
 

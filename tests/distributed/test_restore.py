@@ -96,3 +96,4 @@ def test_damaged_checkpoints_are_passed_over(written):
     assert faults["replaced"] == "step_000000007"
     assert "none of the 3 checkpoints" in faults["after_all"]
     assert faults["empty"] is None
+    assert "latest names step_000000007, but no checkpoint is there now" in faults["gone"]
