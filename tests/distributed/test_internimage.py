@@ -99,6 +99,11 @@ def test_a_resume_repeats_drop_path_and_statistics(stage, tmp_path):
         tmp_path / "b")
     found = read_full_state(tmp_path / "other" / last)
     assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    differing = {
+        name: (found[name] - tensor).abs().max().item()
+        for name, tensor in wanted.items()
+        if not torch.equal(found[name], tensor)
+    }
+    assert not differing
     statistics = "encoders.image.conv_head.1.0.running_var"
     assert found[statistics].dtype == torch.float32 and found[statistics].std() > 0
