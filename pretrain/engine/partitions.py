@@ -27,7 +27,8 @@ class Fragment:
 class Partition:
     """One flat fp32 tensor of this rank.
 
-    `master` (numel,) float32; the part of it that no fragment names is alignment padding, zero.
+    `master` (numel,) float32; the part of it that no fragment names is alignment padding: zero, but
+    under ZeRO-3, where DeepSpeed leaves there what was in the memory. Its gradient is zero.
     `group` is the index of the optimizer's parameter group.
     """
 

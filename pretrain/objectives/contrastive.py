@@ -52,11 +52,7 @@ class ContrastiveSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "ContrastiveSettings":
-        if 1 / self.temperature > self.max_scale:
-            raise ValueError(
-                f"temperature ({self.temperature}) is below 1 / max_scale ({1 / self.max_scale:g}),"
-                " where it would not be learned: raise one of them"
-            )
+        check_temperature(self.temperature, self.max_scale)
         return self
 
     def build(
@@ -84,6 +80,15 @@ class ContrastiveSettings(Settings):
             temperature=self.temperature,
             max_scale=self.max_scale,
             identical_captions_match=self.identical_captions_match,
+        )
+
+
+def check_temperature(temperature: float, max_scale: float) -> None:
+    """Raise ValueError for a first value at which a `Temperature` would not be learned."""
+    if 1 / temperature > max_scale:
+        raise ValueError(
+            f"temperature ({temperature}) is below 1 / max_scale ({1 / max_scale:g}),"
+            " where it would not be learned: raise one of them"
         )
 
 

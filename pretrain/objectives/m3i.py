@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from data_pipeline.settings import Settings
+from pretrain.objectives.contrastive import check_temperature
 from pretrain.objectives.image_tokens import find_encoder
 from pretrain.objectives.loss_balance import BalanceSettings
 from pretrain.objectives.m3i_decoder import DecoderSettings
@@ -84,11 +85,7 @@ class M3ISettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "M3ISettings":
-        if 1 / self.temperature > self.max_scale:
-            raise ValueError(
-                f"temperature ({self.temperature}) is below 1 / max_scale ({1 / self.max_scale:g}),"
-                " where it would not be learned: raise one of them"
-            )
+        check_temperature(self.temperature, self.max_scale)
         return self
 
     def build(
