@@ -196,11 +196,13 @@ def test_what_was_booked_before_the_last_boot_is_forgotten(monkeypatch):
     monkeypatch.setattr(time, "sleep", waits.append)
     places.received("host", 10_000_000)
     places.received("host", 1000)
-    assert 9_990 < waits[0] <= 10_000 < waits[1] <= 10_001
+    # Deadlines are differences of large clock readings: exact to far less than a millisecond.
+    assert 9_990 < waits[0] < 10_000.001
+    assert waits[0] < waits[1] < 10_001.001
     monkeypatch.setattr(limits, "_boot", lambda: b"another.")
     places.received("host", 1000)
-    assert 0.5 < waits[2] <= 1.0
+    assert 0.5 < waits[2] < 1.001
     (file,) = node_folder().iterdir()
     file.write_bytes(b"rubbish")
     places.received("host", 2000)
-    assert 1.5 < waits[3] <= 2.0
+    assert 1.5 < waits[3] < 2.001

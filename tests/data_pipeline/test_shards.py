@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.registry import _registry as loaded_drivers
 
 from data_pipeline import shards as shards_module
 from data_pipeline.catalogue import expand_specs
@@ -86,7 +87,9 @@ def test_specs_that_match_nothing(tmp_path, monkeypatch):
         ShardSet.open(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"gone\.tar"):
         ShardSet.open(tmp_path / "gone.tar")
-    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
+    # As if the driver were not installed, also where an earlier test has loaded it.
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(loaded_drivers, "s3", raising=False)
     with pytest.raises(ShardError, match=r"s3:// needs a driver .*pip install s3fs"):
         ShardSet.open("s3://bucket/{0..3}.tar")
 
