@@ -11,6 +11,7 @@
 
 #include <setjmp.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <jpeglib.h>
@@ -22,6 +23,14 @@
 /* Smooth upsampling looks at neighbouring samples. At an edge of what is decoded it has none, so
  * that the window is decoded with a rim of so many blocks' worth of samples, which is dropped. */
 enum { RIM = 16 };
+
+#if JPEG_LIB_VERSION >= 70
+#define SIZE_OF(component) ((component)->DCT_h_scaled_size)
+#define LEAST_SIZE(codec) ((codec)->min_DCT_h_scaled_size)
+#else
+#define SIZE_OF(component) ((component)->DCT_scaled_size)
+#define LEAST_SIZE(codec) ((codec)->min_DCT_scaled_size)
+#endif
 
 typedef struct {
   struct jpeg_error_mgr base;
@@ -44,6 +53,23 @@ typedef struct {
   unsigned factor, x, y, width, height;
 } Request;
 
+/* Whether libjpeg makes of a window what it makes of the whole. It does not where
+ * - scans of a progressive file are missing: their edges are smoothed by looking at further blocks;
+ * - colours are both decoded at a larger scale than the light, and enlarged (4:1:0 at 1/2): they are
+ *   enlarged for a part of the window only, and beside it stands what was in memory. */
+static int windows_are_exact(const struct jpeg_decompress_struct *codec) {
+  for (int i = 0; i < codec->num_components; i++) {
+    const jpeg_component_info *component = &codec->comp_info[i];
+    const int size = SIZE_OF(component), least = LEAST_SIZE(codec);
+    const int enlarged = component->h_samp_factor * size != codec->max_h_samp_factor * least ||
+                         component->v_samp_factor * size != codec->max_v_samp_factor * least;
+    if (size != least && enlarged) return 0;
+    for (int at = 0; codec->progressive_mode && at < DCTSIZE2; at++)
+      if (codec->coef_bits[i][at]) return 0;
+  }
+  return 1;
+}
+
 static int decode_rows(struct jpeg_decompress_struct *codec, Errors *errors, const Request *request,
                        unsigned char **line) {
   if (setjmp(errors->leave)) return 0;
@@ -56,7 +82,8 @@ static int decode_rows(struct jpeg_decompress_struct *codec, Errors *errors, con
   codec->dct_method = JDCT_ISLOW;
   jpeg_start_decompress(codec);
   if (request->x + request->width > codec->output_width ||
-      request->y + request->height > codec->output_height || codec->output_components != 3)
+      request->y + request->height > codec->output_height || codec->output_components != 3 ||
+      !windows_are_exact(codec))
     return 0;
 
   JDIMENSION left = request->x > RIM ? request->x - RIM : 0;

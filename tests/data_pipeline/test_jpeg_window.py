@@ -1,5 +1,6 @@
 """Windows of JPEGs: the pixels of a full decode, whoever decodes them."""
 
+import base64
 import io
 
 import numpy as np
@@ -47,7 +48,31 @@ FILES = {
     for kind in SUBSAMPLINGS
     for height, width in ((97, 131), (64, 48), (9, 200), (1, 1))
 }
+# 264 x 40 pixels with colours at 66 x 20 (4:1:0), which no encoder in reach writes.
+RARE = base64.b64decode(
+    "/9j/2wBDACAWGBwYFCAcGhwkIiAmMFA0MCwsMGJGSjpQdGZ6eHJmcG6AkLicgIiuim5woNqirr7EztDOfJri8uDI8LjK"
+    "zsb/2wBDASIkJDAqMF40NF7GhHCExsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbG"
+    "xsb/wAARCAAoAQgDAUIAAhEBAxEB/8QAGQABAQEBAQEAAAAAAAAAAAAAAAECBAMF/8QAFRABAQAAAAAAAAAAAAAAAAAA"
+    "ABL/xAAXAQEBAQEAAAAAAAAAAAAAAAACAwUE/8QAGxEAAwEBAQEBAAAAAAAAAAAAAAECEiERAyP/2gAMAwEAAhEDEQA/"
+    "AN2Wtlua1tbLZ2TMUHRbVrZbltq1stSZ4NQdFlt2W5bLbstSJFg6LLW2rctlrbVqTPRqDostbLc9lrZauRqDqstbLc9l"
+    "rZauRKDot5WWtsW8rLW2b95/Rlpjh72ttWtuS1tq1tOJKYPewHhYB5Fg+La2Wtua1stbdmTOUHvbdlrbktuy1tSZ4NQe"
+    "9rbVrbktbatbUiRqD3tbLbtyWtlt2pM9EoPe1stbc1rZa2pkag1Za2tuay1tbY+S6g97atbW3JbVrZakzwag6LW2rLct"
+    "rbVlqRI8HRYDwsA8iwfFstbLAHV4ZiRbatbLAFJXBpFtbassAUhC8LZa28rAA+6/NlJXS2WtlgDM8LpG7LWywBbwSRba"
+    "tbLAFJXBpFstuywBSELwtgAB+C8P/9k="
+)
+
+
+def with_scans(data: bytes, count: int) -> bytes:
+    """A progressive JPEG that ends, as is allowed, behind its first scans."""
+    begins = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    return data[: begins[count]] + b"\xff\xd9"
+
+
 FILES |= {("progressive", *key[1:]): progressive(FILES[key]) for key in list(FILES)[:4]}
+FILES |= {
+    (f"{count} scans", 97, 131): with_scans(FILES["progressive", 97, 131], count)
+    for count in (1, 4, 7)
+}
 
 
 @given(st.sampled_from(sorted(FILES)), st.sampled_from([1, 2, 4, 8]), st.data())
@@ -61,6 +86,23 @@ def test_a_window_has_the_pixels_of_the_whole(name, factor, data):
     box = Box(x, y, data.draw(st.integers(1, width - x)), data.draw(st.integers(1, height - y)))
     found = window_of(FILES[name], factor, box)
     assert np.array_equal(found, whole[y : y + box.height, x : x + box.width])
+
+
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_missing_scans_are_smoothed_as_in_the_whole(count):
+    data = with_scans(FILES["progressive", 97, 131], count)
+    whole = full(data, 1)
+    for x in range(0, 119, 5):
+        for y in range(0, 88, 5):
+            found = window_of(data, 1, Box(x, y, 12, 9))
+            assert np.array_equal(found, whole[y : y + 9, x : x + 12]), (x, y)
+
+
+@compiled
+def test_windows_that_libjpeg_gets_wrong_are_left_to_others():
+    """At 1/2 the colours of 4:1:0 are enlarged once, and libjpeg loses count of them."""
+    out = np.empty(12 * 9 * 3, np.uint8)
+    assert [decoding._jpeg_window.decode(RARE, out, f, 30, 3, 12, 9) for f in (1, 2)] == [1, 0]
 
 
 @compiled
