@@ -1,7 +1,8 @@
 """How hard one node may press one server: requests at a time and bytes per second of each host.
 
 All processes of a user on a node hold the limits together: trainers, workers and read-aheads, of
-any run. They meet in a file for each host, in a folder of the node (`node_folder`):
+any run. They meet in a file for each host, in a folder of the node (`node_folder`). Its name holds
+the boot of the machine, so that nodes which share that folder do not meet there:
 
     bytes 0 .. 15             of which boot the time is, and until when the bytes so far are paid
     locks from _PLACES on     place i is taken by whoever has locked its byte
@@ -69,28 +70,43 @@ class HostLimits:
     @contextlib.contextmanager
     def request(self, host: str) -> Iterator[None]:
         """Hold one of the places for requests to `host`; waits for a free one."""
-        with self._host(host).place(self.requests):
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(self._host(host).place(self.requests))
+            except OSError as error:
+                held.enter_context(self._here(host, error).place(self.requests))
             yield
 
     def received(self, host: str, count: int) -> None:
         """Wait as long as `count` bytes from `host` are worth, behind those before them."""
-        if self.bytes_per_s is not None:
-            time.sleep(self._host(host).owe(count / self.bytes_per_s))
+        if self.bytes_per_s is None:
+            return
+        try:
+            wait_s = self._host(host).owe(count / self.bytes_per_s)
+        except OSError as error:
+            wait_s = self._here(host, error).owe(count / self.bytes_per_s)
+        time.sleep(wait_s)
 
     def _host(self, name: str) -> _Host:
         with self._lock:
             if name not in self._hosts:
                 here = self._folder is None
-                self._hosts[name] = _HostHere(self.requests) if here else self._on_node(name)
+                self._hosts[name] = (
+                    _HostHere(self.requests) if here else _HostOnNode(self._folder, name)
+                )
             return self._hosts[name]
 
-    def _on_node(self, name: str) -> _Host:
-        try:
-            return _HostOnNode(self._folder, name)
-        except OSError as error:
-            _log.warning("%s: %s; limits of requests hold for each process by itself",
-                         self._folder, error)  # fmt: skip
-            return _HostHere(self.requests)
+    def _here(self, name: str, error: OSError) -> _Host:
+        """From now on of this process alone. It is the disk of this node that failed, and must not
+        pass for a fault of the host."""
+        with self._lock:
+            if not isinstance(self._hosts.get(name), _HostHere):
+                self._hosts[name] = _HostHere(self.requests)
+                _log.warning(
+                    "%s: %s; limits of requests hold for each process by itself",
+                    self._folder, error,
+                )  # fmt: skip
+            return self._hosts[name]
 
 
 class _HostHere:
@@ -120,7 +136,8 @@ class _HostOnNode:
         """Raises OSError if the file cannot be used, or locks do not work there."""
         name = re.sub(r"[^a-zA-Z0-9.-]", "_", host)[:80]
         self._host = host
-        self._path = folder / f"{name}-{sha256(host.encode()).hexdigest()[:12]}"
+        digest = sha256(_boot() + host.encode()).hexdigest()[:12]
+        self._path = folder / f"{name}-{digest}"
         with self._open() as file:
             _try_lock(file, 0)
             if not os.fstat(file).st_size:  # now, and not when the disk is full

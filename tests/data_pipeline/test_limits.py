@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import multiprocessing
 import os
 import shutil
@@ -98,6 +99,54 @@ def test_hosts_do_not_wait_for_each_other_and_a_user_cannot_be_led_elsewhere(tmp
     unwritable = HostLimits(2, folder=folder)
     with unwritable.request("a"), unwritable.request("a"):
         assert "limits of requests hold for each process by itself" in caplog.text
+
+
+def test_a_disk_that_fails_is_no_fault_of_the_host(tmp_path, monkeypatch, caplog):
+    """A missing folder of temporary files, above all, is not a missing file of the host."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "of the job"))
+    (tmp_path / "of the job").mkdir()
+    places = HostLimits(1, 1e9, node_folder())
+    with places.request("a"), places.request("b"):
+        pass
+    shutil.rmtree(tmp_path / "of the job")  # the scheduler thinks that the job has ended
+    with places.request("a"):
+        got = threading.Event()
+
+        def take():
+            with places.request("a"):
+                got.set()
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        places.received("a", 1)
+        places.received("b", 1)
+        assert not got.wait(0.1)  # the limit holds in this process
+    thread.join()
+    assert got.is_set()
+    assert caplog.text.count("limits of requests hold for each process by itself") == 2
+
+    (tmp_path / "of the job").mkdir()
+    full = HostLimits(1, 1e9, node_folder())
+    full.received("a", 1)
+
+    def pwrite(*args):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    full.received("a", 1)
+    assert "no space" in caplog.text
+
+
+def test_nodes_that_share_a_folder_have_limits_of_their_own(monkeypatch):
+    with HostLimits(1, folder=node_folder()).request("host"):
+        monkeypatch.setattr(limits, "_boot", lambda: b"another.")
+        thread = threading.Thread(
+            target=lambda: HostLimits(1, folder=node_folder()).request("host").__enter__(),
+            daemon=True,
+        )
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def hold(folder, ready):
