@@ -139,12 +139,19 @@ class Catalogue:
                 f"{shown}: is no .tar and holds no manifest.json, and web servers cannot be "
                 "listed: name the shards, for example with {00000..00099}.tar"
             )
-        if self.storage.glob(inside(url, manifests.PLAN_NAME)):
+        try:
+            unfinished = self.storage.glob(inside(url, manifests.PLAN_NAME))
+            found = [] if unfinished else self._list(inside(url, "*.tar"))
+        except (PermissionError, FileNotFoundError) as error:
+            if url in self._refusals:
+                raise self._refusals[url] from error
+            raise
+        if unfinished:
             raise ShardError(
                 f"{shown}: its packing was not finished when it was uploaded: finish it, and "
                 "upload it again"
             )
-        return self._list(inside(url, "*.tar"))
+        return found
 
     def _list(self, pattern: str) -> list[str]:
         shown = without_secrets(pattern)

@@ -1,5 +1,6 @@
 """Files of object stores and everything else that fsspec has a driver for."""
 
+import errno
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -36,8 +37,16 @@ _VERSIONS = ("ETag", "etag", "version_id", "md5Hash", "content_md5", "LastModifi
              "last_modified", "mtime", "modified", "updated", "created")  # fmt: skip
 # What a server says about itself and not about the file, in errors of a driver's own kind.
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
-# Refused access may heal (clocks, tokens being renewed), and so may errors of a driver's own kind,
-# which cannot be told from wrong settings: neither is tried for long.
+# And what it says about the request (a wrong region, a token that is none), which drivers put into
+# errors of the system's kind.
+_NEVER_HEALS = {
+    number
+    for name in ("EINVAL", "ENOSYS", "ENAMETOOLONG", "EMSGSIZE", "EREMCHG", "EOPNOTSUPP")
+    if (number := getattr(errno, name, None))
+}
+# Refused access may heal (clocks, tokens being renewed, a service of credentials that is away), and
+# so may errors of a driver's own kind, which cannot be told from wrong settings: neither is tried
+# for long.
 _ATTEMPTS_IF_UNCLEAR = 5
 
 
@@ -140,6 +149,7 @@ class FsspecStorage:
         """Ask the driver; sort its errors into what may heal and what will not."""
         shown = without_secrets(url)
         host = shown.split("://", 1)[1].split("/", 1)[0]
+        filesystem = None
         try:
             with self._limits.request(host):
                 # Driver instances are kept by fsspec, one for each set of options in the URL.
@@ -157,22 +167,47 @@ class FsspecStorage:
                     self._limits.received(host, len(found))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise FileNotFoundError(f"{shown}: there is no such file") from error
-        except PermissionError as error:
-            refused = PermissionError(f"{shown}: access is refused: {_in_a_line(error)}")
-            raise Interrupted(
-                _in_a_line(error), attempts=_ATTEMPTS_IF_UNCLEAR, otherwise=refused
-            ) from error
         except FSTimeoutError as error:  # ours, at the deadline
             raise Interrupted(f"the driver came to no end in {timeout_s:.1f} s") from error
-        except OSError as error:  # time-outs of the driver's own, too
-            raise Interrupted(f"{type(error).__name__}: {_in_a_line(error)}") from error
         except Exception as error:
-            heals = getattr(error, "status_code", getattr(error, "code", None)) in _TRANSIENT
+            refused = _refusal(error)
+            if refused and filesystem is not None:
+                # Instances keep the credentials that they found, or that there were none.
+                filesystem.clear_instance_cache()
             raise Interrupted(
                 f"{type(error).__name__}: {_in_a_line(error)}",
-                attempts=None if heals else _ATTEMPTS_IF_UNCLEAR,
+                attempts=None if _heals(error) else _ATTEMPTS_IF_UNCLEAR,
+                otherwise=PermissionError(f"{shown}: {refused}") if refused else None,
             ) from error
         return found
+
+
+def _refusal(error: Exception) -> str:
+    """What to say if a driver means that access is refused; "" if it means something else."""
+    text = f"access is refused: {_in_a_line(error)}"
+    # gcsfs raises an OSError of this text.
+    forbidden = type(error) is OSError and str(error).startswith("Forbidden")
+    if isinstance(error, PermissionError) or forbidden:
+        return text
+    if "Credential" in type(error).__name__ or _code(error) in (401, 403):
+        return (
+            f"{text} ({type(error).__name__}). The driver looks for credentials as its "
+            "documentation says, for s3:// in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "~/.aws and what the machine may use; for public data of s3:// set FSSPEC_S3_ANON=true"
+        )
+    return ""
+
+
+def _heals(error: Exception) -> bool:
+    """Whether it is worth while to ask again until the deadline."""
+    if isinstance(error, OSError):  # time-outs of the driver's own, too
+        return not _refusal(error) and error.errno not in _NEVER_HEALS
+    return _code(error) in _TRANSIENT
+
+
+def _code(error: Exception) -> int | None:
+    """Of the server's answer, where a driver's own kind of error has it."""
+    return getattr(error, "status_code", getattr(error, "code", None))
 
 
 def _in_a_line(error: Exception) -> str:

@@ -4,7 +4,11 @@ Signatures are not looked at. Fails as a FaultyServer does.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
@@ -87,6 +91,51 @@ class GoogleBucketServer(FaultyServer):
             "etag": f"{state.st_size:x}-{state.st_mtime_ns:x}",
             "timeCreated": "2026-01-01T00:00:00.000Z", "updated": "2026-01-01T00:00:00.000Z",
         }  # fmt: skip
+
+
+class MachineCredentials:
+    """What a machine of Amazon's asks for its credentials; away for the first `failures` times."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+
+    @contextmanager
+    def serving(self) -> Iterator[str]:
+        """Its URL, while it answers."""
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_PUT(self) -> None:
+                if service.failures:
+                    service.failures -= 1
+                    _send(self, 503, "text/plain", "")
+                else:
+                    self._send_with_ttl("token")
+
+            def do_GET(self) -> None:
+                role = self.path.rpartition("/")[2]
+                found = {
+                    "Code": "Success", "AccessKeyId": "machine", "SecretAccessKey": "hush",
+                    "Token": "t", "Expiration": "2099-01-01T00:00:00Z",
+                }  # fmt: skip
+                _send(self, 200, "text/plain", json.dumps(found) if role else "role")
+
+            def _send_with_ttl(self, text: str) -> None:
+                self.send_response(200)
+                self.send_header("x-aws-ec2-metadata-token-ttl-seconds", "300")
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            Thread(target=server.serve_forever, daemon=True).start()
+            try:
+                yield f"http://127.0.0.1:{server.server_port}"
+            finally:
+                server.shutdown()
 
 
 def refused(status: int, code: str) -> Fault:

@@ -6,6 +6,7 @@ import pytest
 from data_pipeline.fsspec_storage import FsspecStorage
 from data_pipeline.limits import HostLimits
 from data_pipeline.reader import SampleReader
+from data_pipeline.remote import RemoteSettings
 from data_pipeline.retry import RetryPolicy
 from data_pipeline.shards import ShardSet
 from data_pipeline.storage import FileState, TransientReadError
@@ -35,6 +36,9 @@ class FlakyFiles(fsspec.AbstractFileSystem):
         short = self._fail("cat")
         data = self.files[path][start:end]
         return data[: len(data) // 2] if short else data
+
+    def ls(self, path, detail=True, **options):
+        return []
 
     def _fail(self, what):
         self.calls.append(what)
@@ -107,6 +111,68 @@ def test_faults_that_stay(flaky):
     flaky.faults = []
     with pytest.raises(FileNotFoundError, match=r"flaky://bucket/y\.tar: there is no such file"):
         storage().state("flaky://bucket/y.tar")
+
+
+class NoCredentialsError(Exception):
+    """As that of Amazon's."""
+
+
+class HttpError(Exception):
+    """As that of Google's."""
+
+    code = 401
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (NoCredentialsError("none"), r"refused: none \(NoCredentialsE.* FSSPEC_S3_ANON=true"),
+        (HttpError("who are you"), r"refused: who are you \(HttpError\)\..* documentation"),
+        (OSError("Forbidden: b/x\nyou may not"), r"refused: Forbidden: b/x you may not$"),
+    ],
+)
+def test_who_is_refused_is_told_so_and_soon(flaky, fault, text):
+    flaky.faults = [fault] * 99
+    with pytest.raises(PermissionError, match=r"flaky://bucket/x\.tar: access is " + text):
+        storage().read("flaky://bucket/x.tar", 0, 9)
+    assert len(flaky.calls) == 5
+    flaky.faults = [fault] * 99
+    quick = RemoteSettings(retry_first_wait_s=0.001, retry_longest_wait_s=0.01)
+    with pytest.raises(PermissionError, match=r"bucket/set/manifest\.json: access is refused"):
+        ShardSet.open("flaky://bucket/set", quick)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EREMCHG])
+def test_a_request_that_is_wrong_is_not_repeated_for_minutes(flaky, number):
+    """What s3fs makes of a token that is none, or of a bucket in another region."""
+    flaky.faults = [OSError(number, "of the request")] * 99
+    with pytest.raises(TransientReadError, match=r"OSError: .* of the request .tried 5 times"):
+        storage().read("flaky://bucket/x.tar", 0, 9)
+    assert len(flaky.calls) == 5
+
+
+def test_credentials_that_come_late_are_found(flaky):
+    """Drivers keep those with which they began, and also that there were none."""
+
+    class WithCredentials(FlakyFiles):
+        protocol = "flaky"
+        there, began = False, 0
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.found = type(self).there
+            type(self).began += 1
+
+        def info(self, path, **options):
+            type(self).there = True  # the service comes back
+            if not self.found:
+                raise NoCredentialsError
+            return super().info(path, **options)
+
+    fsspec.register_implementation("flaky", WithCredentials, clobber=True)
+    files = storage()
+    assert files.read("flaky://bucket/x.tar", 5, 9) == CONTENT[5:9]
+    assert files.retries == 1 and WithCredentials.began == 2
 
 
 def test_a_file_that_changes_is_named(flaky):

@@ -19,7 +19,12 @@ from data_pipeline.remote import RemoteSettings, UrlStorage
 from data_pipeline.shards import ShardSet
 from data_pipeline.storage import TransientReadError
 from data_pipeline.tar_headers import ShardError
-from tests.data_pipeline.bucket_server import BucketServer, GoogleBucketServer, refused
+from tests.data_pipeline.bucket_server import (
+    BucketServer,
+    GoogleBucketServer,
+    MachineCredentials,
+    refused,
+)
 from tests.data_pipeline.faulty_server import dropped, garbled, short, slow, status, whole
 from tests.data_pipeline.photos import pack
 from tests.data_pipeline.samples import sample, write_shards
@@ -178,7 +183,8 @@ def test_the_deadline_holds_whatever_patience_the_driver_has(server, fault):
     """Its own attempts, and its time-outs of minutes, are ended."""
     storage = UrlStorage(QUICK.model_copy(update={"retry_deadline_s": 1.0}))
     url = "s3://bucket/set/train-000000.tar"
-    storage.state(url)
+    patient = UrlStorage(QUICK)  # beginning alone may take the driver more than a second
+    patient.state(url)
     server.always = fault
     started = time.monotonic()
     with pytest.raises(TransientReadError, match=r"train-000000\.tar: .*deadline 1 s") as caught:
@@ -186,15 +192,22 @@ def test_the_deadline_holds_whatever_patience_the_driver_has(server, fault):
     assert time.monotonic() - started < 50
     assert "hush" not in str(caught.value)
     server.always = None
-    assert len(storage.read(url, 0, 9)) == 9
+    assert len(patient.read(url, 0, 9)) == 9
 
 
 def test_without_credentials(server, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("HOME", "/nowhere")
-    with pytest.raises(TransientReadError, match="NoCredentialsError"):
-        ShardSet.open("s3://bucket/set", QUICK)
+    with pytest.raises(PermissionError, match=r"s3://bucket/x: .*credentials .*S3_ANON=true"):
+        UrlStorage(QUICK).state("s3://bucket/x")
+    # A machine that has the right to read: the service that tells so is away at first.
+    machine = MachineCredentials(failures=1)
+    with machine.serving() as url:
+        monkeypatch.delenv("AWS_EC2_METADATA_DISABLED")
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", url)
+        assert is_whole(ShardSet.open("s3://bucket/set", QUICK))
+    assert machine.failures == 0
 
 
 def test_google_buckets(www, monkeypatch):
