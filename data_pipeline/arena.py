@@ -42,6 +42,7 @@ class Arena:
         self.workers, self.slots = workers, slots
         self.slot_bytes = -(-slot_bytes // _ALIGN) * _ALIGN
         self._head = -(-workers * slots // _ALIGN) * _ALIGN  # the flags
+        self._trainer = os.getpid()
         self._map_file(os.memfd_create("omnipretrain-batches", os.MFD_CLOEXEC))
 
     @staticmethod
@@ -104,7 +105,10 @@ class Arena:
         return self._head + slot * self.slot_bytes
 
     def _release(self, slot: int) -> None:
-        self._flags[slot] = _FREE
+        # A process forked since (another loader's worker) has a copy of what the trainer holds, but
+        # no say over it.
+        if os.getpid() == self._trainer:
+            self._flags[slot] = _FREE
 
     def _map_file(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -120,7 +124,7 @@ class Arena:
 
     def __getstate__(self) -> dict:
         """Workers that are not forked get the file; nothing else about the arena has state."""
-        names = ("workers", "slots", "slot_bytes", "_head")
+        names = ("workers", "slots", "slot_bytes", "_head", "_trainer")
         return {name: getattr(self, name) for name in names} | {"file": DupFd(self._descriptor)}
 
     def __setstate__(self, state: dict) -> None:

@@ -74,6 +74,17 @@ def test_tensors_of_one_slot_keep_it_together(as_worker, first):
     assert arena.take(SHAPES) is None
 
 
+def test_a_forked_process_does_not_free_what_the_trainer_holds(as_worker):
+    arena = Arena(workers=1, slots=1, slot_bytes=200)
+    placed = arena.place({"images": arena.describe(arena.take(SHAPES)["images"])})
+    process = get_context("fork").Process(target=placed.clear)
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and arena.take(SHAPES) is None
+    placed.clear()
+    assert arena.take(SHAPES) is not None
+
+
 def test_workers_have_slots_of_their_own(as_worker):
     arena = Arena(workers=2, slots=1, slot_bytes=200)
     first = arena.take(SHAPES)
