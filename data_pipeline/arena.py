@@ -42,6 +42,7 @@ class Arena:
         self.workers, self.slots = workers, slots
         self.slot_bytes = -(-slot_bytes // _ALIGN) * _ALIGN
         self._head = -(-workers * slots // _ALIGN) * _ALIGN  # the flags
+        self._trainer = os.getpid()
         self._map_file(os.memfd_create("omnipretrain-batches", os.MFD_CLOEXEC))
 
     @staticmethod
@@ -77,22 +78,37 @@ class Arena:
         slot, offset = divmod(tensor.storage_offset() - self._head, self.slot_bytes)
         return InArena(slot, offset, tuple(tensor.shape), tensor.stride())
 
-    def place(self, described: InArena) -> torch.Tensor:
-        """In the trainer: the tensor. Its slot is freed with the last tensor that shares memory."""
-        start = self._start(described.slot)
+    def place(self, described: Mapping[str, InArena]) -> dict[str, torch.Tensor]:
+        """In the trainer: the tensors of one batch.
+
+        All tensors of a slot share one storage, whose end frees the slot. (Were each to free it,
+        the first would hand the others' memory to the worker, and the last would take it away from
+        the batch that the worker has put there since.)
+        """
+        slots = {about.slot for about in described.values()}
+        storages = {slot: self._open(slot) for slot in slots}
+        return {
+            name: storages[slot].as_strided(size, stride, offset)
+            for name, (slot, offset, size, stride) in described.items()
+        }
+
+    def _open(self, slot: int) -> torch.Tensor:
+        """The bytes of a slot; it is freed with the last tensor that shares their storage."""
+        start = self._start(slot)
         window = self._array[start : start + self.slot_bytes]
         # The tensor's storage holds `window` itself, so it dies with the last view of the storage.
-        release = weakref.finalize(window, self._release, described.slot)
+        release = weakref.finalize(window, self._release, slot)
         release.atexit = False
-        return torch.from_numpy(window).as_strided(
-            described.size, described.stride, described.offset
-        )
+        return torch.from_numpy(window)
 
     def _start(self, slot: int) -> int:
         return self._head + slot * self.slot_bytes
 
     def _release(self, slot: int) -> None:
-        self._flags[slot] = _FREE
+        # A process forked since (another loader's worker) has a copy of what the trainer holds, but
+        # no say over it.
+        if os.getpid() == self._trainer:
+            self._flags[slot] = _FREE
 
     def _map_file(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -108,7 +124,7 @@ class Arena:
 
     def __getstate__(self) -> dict:
         """Workers that are not forked get the file; nothing else about the arena has state."""
-        names = ("workers", "slots", "slot_bytes", "_head")
+        names = ("workers", "slots", "slot_bytes", "_head", "_trainer")
         return {name: getattr(self, name) for name in names} | {"file": DupFd(self._descriptor)}
 
     def __setstate__(self, state: dict) -> None:

@@ -151,7 +151,7 @@ def load_batches(
         for packed in batches:
             if isinstance(packed, _Failure):
                 raise packed.kind(packed.message) from WorkerStack(packed.stack)
-            yield {name: _unpacked(value, arena, pin_memory) for name, value in packed.items()}
+            yield _unpacked(packed, arena, pin_memory)
     finally:
         # Now, and not when the collector finds the traceback that still holds the iterator: by then
         # its queues are closed, and it waits 5 s for workers that never hear of the end.
@@ -177,15 +177,23 @@ def _arena(streams: Iterable[TaskStream | WeakStream], workers: int, slots: int)
     return Arena(workers, slots, needed) if needed and Arena.supported() else None
 
 
-def _unpacked(value: Any, arena: Arena | None, pin_memory: bool) -> Any:
-    if isinstance(value, InArena):
-        value = arena.place(value)
-    elif isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
-    if pin_memory and isinstance(value, torch.Tensor):
-        # A copy, so that the slot is free for the worker while the device still reads.
-        return value.pin_memory()
-    return value
+def _unpacked(packed: dict[str, Any], arena: Arena | None, pin_memory: bool) -> dict[str, Any]:
+    batch = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in packed.items()
+    }
+    described = {name: value for name, value in packed.items() if isinstance(value, InArena)}
+    if described:
+        batch |= arena.place(described)
+    if not pin_memory:
+        return batch
+    # Copies, so that the slot is free for the worker while the device still reads. What was small
+    # enough for the message is not worth one.
+    small = {name for name, value in packed.items() if isinstance(value, np.ndarray)}
+    return {
+        name: value.pin_memory() if isinstance(value, torch.Tensor) and name not in small else value
+        for name, value in batch.items()
+    }
 
 
 def _unchanged(batch: Any) -> Any:

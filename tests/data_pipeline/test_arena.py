@@ -31,10 +31,9 @@ def test_a_tensor_travels_by_its_description(as_worker):
     taken = arena.take(SHAPES)
     taken["images"].copy_(torch.arange(96).reshape(2, 4, 4, 3))
     taken["masks"].fill_(7)
-    image, mask = (
-        arena.place(pickle.loads(pickle.dumps(arena.describe(tensor))))
-        for tensor in (taken["images"].permute(0, 3, 1, 2)[1:], taken["masks"])
-    )
+    sent = {"image": taken["images"].permute(0, 3, 1, 2)[1:], "mask": taken["masks"]}
+    described = {name: arena.describe(tensor) for name, tensor in sent.items()}
+    image, mask = arena.place(pickle.loads(pickle.dumps(described))).values()
     assert torch.equal(image, taken["images"].permute(0, 3, 1, 2)[1:])
     assert image.stride() == taken["images"].permute(0, 3, 1, 2)[1:].stride()
     assert (mask == 7).all() and mask.shape == (2, 5)
@@ -48,15 +47,41 @@ def test_foreign_tensors_are_not_described(as_worker):
 
 def test_a_slot_is_free_again_when_the_last_view_dies(as_worker):
     arena = Arena(workers=1, slots=1, slot_bytes=200)
-    described = arena.describe(arena.take(SHAPES)["images"])
+    described = {"images": arena.describe(arena.take(SHAPES)["images"])}
     assert arena.take(SHAPES) is None
-    placed = arena.place(described)
+    placed = arena.place(described)["images"]
     view = placed[1, 0].numpy()[:2]
     del placed
     gc.collect()
     assert arena.take(SHAPES) is None
     del view
     gc.collect()
+    assert arena.take(SHAPES) is not None
+
+
+@pytest.mark.parametrize("first", SHAPES)
+def test_tensors_of_one_slot_keep_it_together(as_worker, first):
+    """Whichever goes first: a batch in the slot must not lose it to the end of the one before."""
+    arena = Arena(workers=1, slots=1, slot_bytes=200)
+    taken = arena.take(SHAPES)
+    placed = arena.place({name: arena.describe(tensor) for name, tensor in taken.items()})
+    del placed[first], taken
+    gc.collect()
+    assert arena.take(SHAPES) is None
+    placed.clear()
+    gc.collect()
+    assert arena.take(SHAPES) is not None
+    assert arena.take(SHAPES) is None
+
+
+def test_a_forked_process_does_not_free_what_the_trainer_holds(as_worker):
+    arena = Arena(workers=1, slots=1, slot_bytes=200)
+    placed = arena.place({"images": arena.describe(arena.take(SHAPES)["images"])})
+    process = get_context("fork").Process(target=placed.clear)
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and arena.take(SHAPES) is None
+    placed.clear()
     assert arena.take(SHAPES) is not None
 
 

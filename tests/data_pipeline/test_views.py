@@ -1,5 +1,7 @@
 """Two views of an image with their exact geometry, and image sizes drawn per step."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -32,14 +34,17 @@ def load(maker: PictureFields, data: bytes, position: int = 0) -> dict:
     return maker.sample(sample, lambda purpose: sample_rng(0, "views", position, purpose))
 
 
-def batches(shards, workers: int = 0, steps=(0, 6), rank: int = 0, world: int = 1, **data) -> list:
+def windows(shards, workers: int = 0, steps=(0, 6), rank: int = 0, world: int = 1, **data):
     settings = PictureDataSettings(shards=["x"], **data)
     order = Order.plan(len(shards), 7, 8)
     maker = PictureFields(settings, True)
     stream = TaskStream("views", SampleReader(shards), order, maker, 7, 8, 4)
     options = LoaderSettings(workers=workers)
-    loader = StepLoader({"views": stream}, lambda s: ("views", s), options, rank, world, *steps)
-    return [batch for window in loader for batch in window.micro_batches]
+    return StepLoader({"views": stream}, lambda s: ("views", s), options, rank, world, *steps)
+
+
+def batches(*arguments, **options) -> list:
+    return [b for window in windows(*arguments, **options) for b in window.micro_batches]
 
 
 @pytest.mark.parametrize("position", range(8))
@@ -142,6 +147,21 @@ def test_workers_fill_both_views_in_place(tmp_path):
     for a, b in zip(here, there, strict=True):
         for name in ("images", "second_images", "crops", "flips", "colours", "image_sizes"):
             assert torch.equal(a[name], b[name])
+
+
+@pytest.mark.parametrize("kept", ["images", "second_images"])
+def test_a_view_may_outlive_the_other(tmp_path, kept):
+    """Both lie in one slot of the memory shared with the workers, which fill free slots anew."""
+    data = {"image": ONLINE, "second_view": TARGET, "steps": (0, 12)}
+    shards = pack(tmp_path, 40)
+    held = []
+    for window in windows(shards, workers=1, **data):
+        held += [batch.pop(kept) for batch in window.micro_batches]
+        del window
+        time.sleep(0.02)  # the worker goes on meanwhile
+    here = batches(shards, **data)
+    assert len(here) == len(held) == 24
+    assert all(torch.equal(batch[kept], view) for batch, view in zip(here, held, strict=True))
 
 
 def test_sizes_are_drawn_per_step(tmp_path):
