@@ -1,5 +1,6 @@
 """Shards behind a web server: the data set that is on its disk, or an error that names why not."""
 
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -7,13 +8,13 @@ import shutil
 import time
 import traceback
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipeline.cache import CachedShards, CacheSettings, source_of
-from data_pipeline.index import ShardIndex
+from data_pipeline.index import ShardIndex, with_digest
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.remote_lanes import RemoteLanes
@@ -125,6 +126,30 @@ def test_indices_are_fetched_once_and_checked(server, www, cache):
     assert not list((cache / "indices").glob(".*"))
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_index_of_other_content_is_refused_until_it_is_put_right(server, www, cache, kept):
+    """As between the uploads of a manifest and of an index."""
+    place = www / "set" / "train-000001.tar.idx"
+    right, index = place.read_bytes(), ShardIndex.load(place)
+    fields = {field.name: getattr(index, field.name) for field in dataclasses.fields(index)}
+    fields["arrays"] = index.arrays | {"member_crc32": index.arrays["member_crc32"] + np.uint32(1)}
+    other = with_digest(**{name: value for name, value in fields.items() if name != "digest"})
+    opened = ShardSet.open(server.url + "/set", QUICK)
+    if kept:  # as earlier versions did
+        opened.index(1)
+        (copy,) = (cache / "indices").glob("*train-000001.tar.idx")
+        other.save(copy)
+    other.save(place)
+    for _ in range(2):
+        with pytest.raises(ShardError, match=r"train-000001\.tar: its index does not belong"):
+            ShardSet.open(server.url + "/set", QUICK).index(1)
+    place.write_bytes(right)
+    assert is_whole(ShardSet.open(server.url + "/set", QUICK))
+    server.asked.clear()
+    ShardSet.open(server.url + "/set", QUICK).fetch_indices(range(3))
+    assert not [name for name, _ in server.asked if name.endswith(".idx")]
+
+
 def test_a_tar_without_index_is_indexed_by_its_headers(server, www):
     local = ShardSet.open(www / "set")
     without_companions(www / "set")
@@ -182,7 +207,7 @@ def test_a_full_index_that_comes_later_takes_the_place_of_one_of_headers(server,
     assert is_whole(going_on := ShardSet(weak.shards, storage=weak.storage))
     assert going_on.index(0).payloads_hashed
     # Another shard under its name is still none of its samples.
-    other = ShardSet([weak.shards[0], replace(weak.shards[1], index_digest="0")])
+    other = ShardSet([weak.shards[0], dataclasses.replace(weak.shards[1], index_digest="0")])
     with pytest.raises(ShardError, match="its index does not belong to the shard"):
         other.index(1)
 
