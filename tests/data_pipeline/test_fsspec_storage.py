@@ -69,6 +69,14 @@ def test_ranges(flaky):
     assert b"".join(pieces) == CONTENT[1:] and max(map(len, pieces)) <= 1 << 20
 
 
+def test_bytes_are_booked_and_questions_are_not(flaky, monkeypatch):
+    limits, booked = HostLimits(), []
+    monkeypatch.setattr(limits, "received", lambda host, count: booked.append((host, count)))
+    files = FsspecStorage("flaky", RetryPolicy(5.0, 5.0, 0.001, 0.01), limits)
+    assert files.read("flaky://bucket/x.tar", 0, 10_000_000) == CONTENT[:10_000_000]
+    assert booked == [("bucket", 1 << 23), ("bucket", 10_000_000 - (1 << 23))]
+
+
 @pytest.mark.parametrize(
     "fault",
     [
