@@ -181,6 +181,16 @@ def test_credentials_that_come_late_are_found(flaky):
     files = storage()
     assert files.read("flaky://bucket/x.tar", 5, 9) == CONTENT[5:9]
     assert files.retries == 1 and WithCredentials.began == 2
+    # A store that refuses what is not there, file after file, does not cost an instance for each.
+    flaky.faults = [PermissionError("no")] * 99
+    for name in "abc":
+        with pytest.raises(PermissionError):
+            files.state(f"flaky://bucket/{name}.tar")
+    assert WithCredentials.began == 2
+    files = storage()
+    with pytest.raises(PermissionError):
+        files.state("flaky://bucket/a.tar")
+    assert files.retries == 4 and WithCredentials.began == 3
 
 
 def test_a_file_that_changes_is_named(flaky):
