@@ -107,25 +107,34 @@ def open_run(path: str | Path, weights: str = "master") -> TrainedRun:
         model = build_model(recipe, tokenizer)
     state = read_full_state(checkpoint, "master" if weights == "target" else weights)
     if weights == "target":
-        state |= _target_encoders(recipe, state)
+        state |= target_encoders(recipe, state)
     model.load_state_dict(state, assign=True)
     # Assigning parted the tied matrices; a cast (here to what they are) joins them again.
     model = model.float().requires_grad_(False).eval()
     return TrainedRun(checkpoint, manifest, recipe, tokenizer, model, weights)
 
 
-def _target_encoders(
+def target_encoders(
     recipe: Recipe, state: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Weights of momentum targets under the names of the encoders that they follow."""
-    found = {}
+    """Weights of momentum targets under the names of the encoders that they follow.
+
+    Raises ValueError: there are none, or two of one encoder.
+    """
+    found: dict[str, torch.Tensor] = {}
     for name, task in recipe.tasks.items():
         start = f"objectives.{name}.target.encoder."
-        found |= {
-            f"encoders.{task.objective.encoder}.{own.removeprefix(start)}": tensor.clone()
-            for own, tensor in state.items()
-            if own.startswith(start)
+        own = {
+            f"encoders.{task.objective.encoder}.{key.removeprefix(start)}": tensor.clone()
+            for key, tensor in state.items()
+            if key.startswith(start)
         }
+        if own.keys() & found.keys():
+            raise ValueError(
+                f"weights target: encoder {task.objective.encoder} has momentum targets of several "
+                "tasks, which differ; take the trained weights, or their moving average"
+            )
+        found |= own
     if not found:
         raise ValueError("weights target: the run has no task with a momentum target (m3i)")
     return found
