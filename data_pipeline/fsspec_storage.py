@@ -2,6 +2,7 @@
 
 import errno
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,7 @@ _NEVER_HEALS = {
 # so may errors of a driver's own kind, which cannot be told from wrong settings: neither is tried
 # for long.
 _ATTEMPTS_IF_UNCLEAR = 5
+_RENEW_S = 60.0
 
 
 class FsspecStorage:
@@ -67,6 +69,7 @@ class FsspecStorage:
         self.retries = 0
         self._retry, self._limits = retry, limits
         self._lock = threading.Lock()
+        self._renew_at = 0.0
         _check_driver(protocol)
 
     def state(self, url: str) -> FileState:
@@ -172,14 +175,24 @@ class FsspecStorage:
         except Exception as error:
             refused = _refusal(error)
             if refused and filesystem is not None:
-                # Instances keep the credentials that they found, or that there were none.
-                filesystem.clear_instance_cache()
+                self._renew(filesystem, error)
             raise Interrupted(
                 f"{type(error).__name__}: {_in_a_line(error)}",
                 attempts=None if _heals(error) else _ATTEMPTS_IF_UNCLEAR,
                 otherwise=PermissionError(f"{shown}: {refused}") if refused else None,
             ) from error
         return found
+
+    def _renew(self, filesystem: fsspec.AbstractFileSystem, error: Exception) -> None:
+        """Let the driver look for credentials anew: its instances keep those that they found, or
+        that there were none."""
+        now = time.monotonic()
+        with self._lock:
+            # Some stores refuse what is not there, file after file; an instance costs a second.
+            if isinstance(error, OSError) and now < self._renew_at:
+                return
+            self._renew_at = now + _RENEW_S
+        filesystem.clear_instance_cache()
 
 
 def _refusal(error: Exception) -> str:

@@ -68,7 +68,8 @@ def remote_index(
 
     Args:
         state: of the shard; what is read must belong to it.
-        digest: of the index that is wanted, if a manifest tells it.
+        digest: of the index that is wanted, if a manifest tells it. Another one is returned, for
+            the caller to refuse, but not kept: what is beside the shard may be put right.
         full: an index of headers alone will not do; a new one takes one pass over all bytes. An
             index that a manifest wants is always built so.
         force: build it in any case.
@@ -82,16 +83,16 @@ def remote_index(
     """
     place = _place(url, state, digest or "full")
     weak = None if full or digest else _place(url, state, "headers")
-    if not force and (index := _at_hand(place, weak, look_again)) is not None:
+    if not force and (index := _at_hand(place, weak, look_again, digest)) is not None:
         return index
     place.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(place) as locked:
-        if not force and (index := _at_hand(place, weak, look_again)) is not None:
+        if not force and (index := _at_hand(place, weak, look_again, digest)) is not None:
             return index  # another process got it while this one waited
         if locked:
             for leftover in (*leftovers(place), *(leftovers(weak) if weak else ())):
                 leftover.unlink(missing_ok=True)
-        if not force and (index := _fetched(url, state, storage, place, weak)) is not None:
+        if not force and (index := _fetched(url, state, storage, place, weak, digest)) is not None:
             return index
         if not force and weak is not None and (index := _stored(weak)) is not None:
             with contextlib.suppress(OSError):
@@ -102,13 +103,18 @@ def remote_index(
         index = index_file(
             file, without_secrets(url), state.size, progress, headers_only=weak is not None
         )
-        index.save(place if index.payloads_hashed else weak)
+        if digest in ("", index.digest):
+            index.save(place if index.payloads_hashed else weak)
         return index
 
 
-def _at_hand(place: Path, weak: Path | None, look_again: bool) -> ShardIndex | None:
+def _at_hand(
+    place: Path, weak: Path | None, look_again: bool, digest: str
+) -> ShardIndex | None:
     """The index that is stored: in `place` or, where one of headers will do, in `weak`."""
     index = _stored(place)
+    if index is not None and digest not in ("", index.digest):
+        index = None
     if index is not None or weak is None:
         return index
     if look_again:
@@ -135,10 +141,10 @@ def _stored(place: Path) -> ShardIndex | None:
 
 
 def _fetched(
-    url: str, state: FileState, storage: UrlStorage, place: Path, weak: Path | None
+    url: str, state: FileState, storage: UrlStorage, place: Path, weak: Path | None, digest: str
 ) -> ShardIndex | None:
     """The index that lies beside the shard, now in `place` or, if it is one of headers, in `weak`;
-    None if there is none that will do."""
+    None if there is none that will do. One of another digest than is wanted is not kept."""
     source = beside(url, SUFFIX)
     try:
         found = storage.state(source)
@@ -158,7 +164,8 @@ def _fetched(
         target = place if index.payloads_hashed else weak
         if target is None:
             return None
-        os.replace(temporary, target)
+        if digest in ("", index.digest):
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     return index

@@ -222,7 +222,7 @@ def test_the_packer_refuses_what_would_be_taken_for_a_bundle(tmp_path):
 @pytest.mark.parametrize("indexed", [True, False])
 def test_bundles_behind_a_server_and_in_a_stream(tmp_path, monkeypatch, indexed):
     monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
-    write_bundles(tmp_path / "set")
+    local = write_bundles(tmp_path / "set")
     if not indexed:
         for path in (*(tmp_path / "set").glob("*.idx"), tmp_path / "set" / "manifest.json"):
             path.unlink()
@@ -230,6 +230,8 @@ def test_bundles_behind_a_server_and_in_a_stream(tmp_path, monkeypatch, indexed)
         shards = ShardSet.open(f"{server.url}/train-000000.tar")
         with SampleReader(shards) as reader:
             found = [reader.read(row) for row in range(len(shards))]
+        # Bundles have their checksums with them: their headers tell all that an index knows.
+        assert shards.fingerprint == shards.fingerprint_by_headers == local.fingerprint
     streamed = list(streamed_samples(str(tmp_path / "set" / "train-000000.tar"), 0))
     for samples in (found, streamed):
         assert [(s.key, s.members) for s in samples] == [sample(n) for n in range(10)]

@@ -100,6 +100,11 @@ def test_in_training_all_frames_meet_the_same_draws():
             rng = keyed(position)("image")
             assert (frame == ImageTransform(AUGMENTED)(members[f"f{place:03d}.jpg"], rng)).all()
     assert len(drawn) > 10
+    # Time is in the names of frames, not in their order in the shard.
+    backwards = dict(reversed(members.items()))
+    found = fields(train=True).sample(Sample(0, "s", "k", members), keyed(3))["images"]
+    again = fields(train=True).sample(Sample(0, "s", "k", backwards), keyed(3))["images"]
+    assert (found == again).all()
     # A still clip stays still, whatever is done to it.
     still = {name: members["f000.jpg"] for name in members if name != "json"}
     still["json"] = members["json"]

@@ -69,6 +69,14 @@ def test_ranges(flaky):
     assert b"".join(pieces) == CONTENT[1:] and max(map(len, pieces)) <= 1 << 20
 
 
+def test_bytes_are_booked_and_questions_are_not(flaky, monkeypatch):
+    limits, booked = HostLimits(), []
+    monkeypatch.setattr(limits, "received", lambda host, count: booked.append((host, count)))
+    files = FsspecStorage("flaky", RetryPolicy(5.0, 5.0, 0.001, 0.01), limits)
+    assert files.read("flaky://bucket/x.tar", 0, 10_000_000) == CONTENT[:10_000_000]
+    assert booked == [("bucket", 1 << 23), ("bucket", 10_000_000 - (1 << 23))]
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -173,6 +181,16 @@ def test_credentials_that_come_late_are_found(flaky):
     files = storage()
     assert files.read("flaky://bucket/x.tar", 5, 9) == CONTENT[5:9]
     assert files.retries == 1 and WithCredentials.began == 2
+    # A store that refuses what is not there, file after file, does not cost an instance for each.
+    flaky.faults = [PermissionError("no")] * 99
+    for name in "abc":
+        with pytest.raises(PermissionError):
+            files.state(f"flaky://bucket/{name}.tar")
+    assert WithCredentials.began == 2
+    files = storage()
+    with pytest.raises(PermissionError):
+        files.state("flaky://bucket/a.tar")
+    assert files.retries == 4 and WithCredentials.began == 3
 
 
 def test_a_file_that_changes_is_named(flaky):

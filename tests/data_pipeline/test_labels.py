@@ -210,6 +210,11 @@ def test_smaller_views_are_augmented_on_their_own():
     assert "crops" not in batch
     evaluated = fields(train=False, image=image, smaller_views=(16, 8))
     assert evaluated.buffers(1) == {"images": (1, 24, 24, 3)}
+    # The geometry of two views is told, and of no more.
+    plain = ImageSettings(size=24)
+    two = fields(image=plain, second_view=plain, smaller_views=(16,))
+    batch = two.collate([two.sample(here, rng_for)], [True])
+    assert batch["images_16"].shape == (1, 3, 16, 16) and batch["crops"].shape == (1, 2, 4)
 
 
 def test_smaller_views_draw_other_boxes():

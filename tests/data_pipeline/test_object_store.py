@@ -231,3 +231,6 @@ def test_google_buckets(www, monkeypatch):
         path.write_bytes(path.read_bytes()[::-1])
         with pytest.raises(ShardError, match=r"train-000000\.tar: was replaced"):
             opened.storage.read("gs://bucket/set/train-000000.tar", 0, 9, state)
+        server.always = status(403)
+        with pytest.raises(PermissionError, match=r"train-000001\.tar: access is refused"):
+            opened.storage.read("gs://bucket/set/train-000001.tar", 0, 9)

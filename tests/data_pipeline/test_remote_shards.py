@@ -1,5 +1,6 @@
 """Shards behind a web server: the data set that is on its disk, or an error that names why not."""
 
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -7,13 +8,13 @@ import shutil
 import time
 import traceback
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipeline.cache import CachedShards, CacheSettings, source_of
-from data_pipeline.index import ShardIndex
+from data_pipeline.index import ShardIndex, with_digest
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.remote_lanes import RemoteLanes
@@ -125,6 +126,30 @@ def test_indices_are_fetched_once_and_checked(server, www, cache):
     assert not list((cache / "indices").glob(".*"))
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_index_of_other_content_is_refused_until_it_is_put_right(server, www, cache, kept):
+    """As between the uploads of a manifest and of an index."""
+    place = www / "set" / "train-000001.tar.idx"
+    right, index = place.read_bytes(), ShardIndex.load(place)
+    fields = {field.name: getattr(index, field.name) for field in dataclasses.fields(index)}
+    fields["arrays"] = index.arrays | {"member_crc32": index.arrays["member_crc32"] + np.uint32(1)}
+    other = with_digest(**{name: value for name, value in fields.items() if name != "digest"})
+    opened = ShardSet.open(server.url + "/set", QUICK)
+    if kept:  # as earlier versions did
+        opened.index(1)
+        (copy,) = (cache / "indices").glob("*train-000001.tar.idx")
+        other.save(copy)
+    other.save(place)
+    for _ in range(2):
+        with pytest.raises(ShardError, match=r"train-000001\.tar: its index does not belong"):
+            ShardSet.open(server.url + "/set", QUICK).index(1)
+    place.write_bytes(right)
+    assert is_whole(ShardSet.open(server.url + "/set", QUICK))
+    server.asked.clear()
+    ShardSet.open(server.url + "/set", QUICK).fetch_indices(range(3))
+    assert not [name for name, _ in server.asked if name.endswith(".idx")]
+
+
 def test_a_tar_without_index_is_indexed_by_its_headers(server, www):
     local = ShardSet.open(www / "set")
     without_companions(www / "set")
@@ -146,9 +171,9 @@ def companions(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tar"}
 
 
-def grown_old(cache: Path) -> None:
+def grown_old(cache: Path, at: float = 1.0) -> None:
     for path in (cache / "indices").iterdir():
-        os.utime(path, (1, 1))
+        os.utime(path, (at, at))
 
 
 def test_a_full_index_that_comes_later_takes_the_place_of_one_of_headers(server, www, cache):
@@ -160,13 +185,13 @@ def test_a_full_index_that_comes_later_takes_the_place_of_one_of_headers(server,
     assert digests == [weak.index(number).digest for number in range(3)]
     assert digests == [weak.index(number).headers_digest for number in range(3)]
     # Processes that start together ask once whether there are better ones.
-    for much_later in (False, True, False):
+    for much_later in (False, 1.0, False, time.time() + 7200):  # a clock that was set back, too
         if much_later:
-            grown_old(cache)
+            grown_old(cache, much_later)
         server.asked.clear()
         assert not ShardSet.open(specs, QUICK).index(0).payloads_hashed
         asked = Counter(name for name, _ in server.asked if name.endswith(".idx"))
-        assert list(asked.values()) == [1, 1, 1] * much_later
+        assert list(asked.values()) == [1, 1, 1] * bool(much_later)
     for path, content in taken.items():
         if path.suffix == ".idx":
             path.write_bytes(content)
@@ -182,7 +207,7 @@ def test_a_full_index_that_comes_later_takes_the_place_of_one_of_headers(server,
     assert is_whole(going_on := ShardSet(weak.shards, storage=weak.storage))
     assert going_on.index(0).payloads_hashed
     # Another shard under its name is still none of its samples.
-    other = ShardSet([weak.shards[0], replace(weak.shards[1], index_digest="0")])
+    other = ShardSet([weak.shards[0], dataclasses.replace(weak.shards[1], index_digest="0")])
     with pytest.raises(ShardError, match="its index does not belong to the shard"):
         other.index(1)
 
@@ -249,7 +274,8 @@ def test_a_server_that_tells_no_versions(server, www, tmp_path, kind):
     opened = ShardSet.open(server.url + "/set/train-00000{0..2}.tar", settings)
     assert [shard.version for shard in opened.shards] == [""] * 3
     assert is_whole(opened)
-    assert is_whole(ShardSet(opened.shards, storage=opened.storage))
+    again = ShardSet(opened.shards, storage=opened.storage)
+    assert is_whole(again) and again.index(0).payloads_hashed == (kind == "full")
     cache = CachedShards(opened, CacheSettings(folder=str(tmp_path / "blocks"), max_gib=0.1))
     assert SampleReader(opened, cache).read(50).members == sample(50)[1]
 

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from data_pipeline import activity
 from data_pipeline.activity import ActivityBoard, retrying, working_on
 from data_pipeline.evaluation import EvaluationLoader
 from data_pipeline.loader import LoaderSettings, StepLoader
@@ -88,3 +89,21 @@ def test_outside_of_a_loader_notes_do_nothing():
     activity = board.read()[1]
     assert activity[:3] == (os.getpid(), 3, 4) and activity.stage == "order"
     assert activity.failures == 2 and activity.reason == "é" * 80
+
+
+def test_what_failed_before_is_no_matter_of_the_next_sample(monkeypatch):
+    monkeypatch.setattr(activity, "_slot", None)
+    board = ActivityBoard(1, "fork")
+    board.use(0)
+    working_on(3, 1)
+    activity.reading(5, 7, 2)
+    activity.reading_bytes(1, 10, 20)
+    retrying(4, "the disk is tired")
+    noted = (3, 1), "read", (5, 7, 2), (1, 10, 20), (4, "the disk is tired")
+    for expected in (noted, ((3, 1), "decode", (5, 8, 0), (-1, 0, 0), (0, ""))):
+        (found,) = board.read()
+        assert found.process == os.getpid()
+        assert ((*found[1:3],), found.stage, (*found[5:8],), (*found[8:11],), (*found[11:],)) == (
+            expected
+        )
+        activity.decoding(5, 8, 0)

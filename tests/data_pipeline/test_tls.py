@@ -1,5 +1,6 @@
 """https: whom a certificate is accepted from, and what an unacceptable one leads to."""
 
+import socket
 import ssl
 import time
 from pathlib import Path
@@ -109,6 +110,29 @@ def test_a_certificate_for_another_host(tmp_path, trusted):
         url = server.url.replace("127.0.0.1", "localhost")
         with pytest.raises(PermissionError, match=r"not accepted \(Hostname mismatch.*'localhost'"):
             ShardSet.open(url, RemoteSettings())
+
+
+class HangsUp(TlsServer):
+    """Ends its first connections in the midst of the handshake."""
+
+    times = 7
+
+    def get_request(self):
+        connection, address = super().get_request()
+        if self.times == 0:
+            return connection, address
+        self.times -= 1
+        with socket.socket(fileno=connection.detach()) as plain:
+            plain.recv(1 << 16)
+        raise OSError("hung up")
+
+
+def test_a_handshake_that_is_cut_is_no_refusal(tmp_path, trusted):
+    write_shards(tmp_path / "www", 4, 2)
+    with HangsUp(tmp_path / "www") as server:
+        storage = UrlStorage(SETTINGS)
+        assert storage.read(server.url + "/manifest.json", 0, 1) == b"{"
+        assert storage.retries == 7
 
 
 def test_a_server_that_does_not_speak_https(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -221,6 +222,8 @@ def test_what_is_refused(internimage_run, tmp_path, capsys):
 
 def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
     source, _ = official_file(tmp_path, "t")
+    for package in ("onnx", "onnxruntime"):  # as if only one were missing, whatever is installed
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert main(["export-graph", *source, "--out", str(tmp_path / "a.onnx")]) == 1
     assert "not here: pip install onnxscript" in capsys.readouterr().err
