@@ -100,11 +100,14 @@ class EvaluationLoader:
                 yield batch
 
     def requests(self) -> Iterator[MicroBatch]:
-        """The batches of this rank: as large as those of all ranks, filled up with padding rows."""
+        """The batches of this rank: as large as those of all ranks, and even where `micro_batch` is
+        (objectives may pair the rows 2i and 2i + 1); filled up with padding rows."""
         size = self.stream.micro_batch
+        multiple = 1 if size % 2 else 2
         for number in range(len(self)):
             first = number * size * self.world
             length = min(size, self.samples - first)  # of rank 0, which is never shorter
+            length += -length % multiple
             places = first + self.rank * size + np.arange(length)
             valid = places < self.samples
             rows = np.where(valid, places * self.stream.n_rows // self.samples, -1)

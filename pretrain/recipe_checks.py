@@ -3,6 +3,7 @@
 Every function returns lines that name both fields and the way out; `problems` collects them all.
 """
 
+import operator
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -168,8 +169,11 @@ def _check_m3i(recipe: "Recipe") -> list[str]:
     found = []
     for name, task in recipe.tasks.items():
         encoder = recipe.model.encoders.get(getattr(task.objective, "encoder", None))
-        if task.objective.type != "m3i" or task.data.type != "m3i" or encoder is None:
-            continue
+        if task.objective.type != "m3i" or task.data.type != "m3i":
+            continue  # _check_data says so
+        found += _m3i_losses(f"tasks.{name}.objective", task)
+        if encoder is None or encoder.reads != "images":
+            continue  # _check_encoders says so
         where, cell = f"tasks.{name}.objective", task.objective.cell
         step = encoder.patch_size if encoder.type == "vit" else 32
         found += _check_multiple(
@@ -178,6 +182,12 @@ def _check_m3i(recipe: "Recipe") -> list[str]:
         for key, image in _images_of(f"tasks.{name}", task).items():
             for size in {image.size, *(image.sizes or ())}:
                 found += _check_multiple(f"{key}.size", size, cell, f"{where}.cell={cell} needs")
+        image = task.data.image  # and the second view: of the same sizes
+        if cell in {image.size, *(image.sizes or ())}:
+            found.append(
+                f"{where}.cell={cell} is all of an image, but two share the cells: lower cell, or "
+                f"take a larger tasks.{name}.data.image.size"
+            )
         if task.evaluation is not None:
             found += _m3i_evaluation(f"tasks.{name}", task)
         if encoder.type == "vit":
@@ -193,6 +203,26 @@ def _check_m3i(recipe: "Recipe") -> list[str]:
                     f"{where}.{field} is for a vit, not for an internimage: remove it"
                 )
     return found
+
+
+def _m3i_losses(where: str, task: "TaskSettings") -> list[str]:
+    """Settings of losses that are not there."""
+    objective, absent = task.objective, []
+    if objective.text_encoder is None:
+        fields = {"weights.text": objective.weights.text, "temperature": objective.temperature,
+                  "max_scale": objective.max_scale}
+        absent.append((f"{where}.text_encoder", fields))
+    if task.data.classes is None:
+        fields = {"weights.category": objective.weights.category,
+                  "label_smoothing": objective.label_smoothing}
+        absent.append((f"{where.removesuffix('objective')}data.classes", fields))
+    plain = type(objective)()
+    return [
+        f"{where}.{field}={value} has no effect with {key}=null: remove it, or set {key}"
+        for key, fields in absent
+        for field, value in fields.items()
+        if value != operator.attrgetter(field)(plain)
+    ]
 
 
 def _m3i_evaluation(where: str, task: "TaskSettings") -> list[str]:

@@ -112,6 +112,9 @@ def _balance_faults(
         if settings.get("zero_optimization", {}).get("stage") == 3:
             found.append(f"{path}: zero_optimization.stage=3 frees weights that {where} needs for "
                          f"its own backward pass: take zero1 or zero2, or set {where}=null")
+        if recipe.precision == "fp16":
+            found.append(f"precision=fp16: {where} measures gradients without the loss scale, and "
+                         f"fp16 rounds them to 0: take bf16 or fp32, or set {where}=null")
         steps = accumulation_steps(task.global_batch, task.micro_batch, world)
         if steps > 1:
             found.append(f"{where} needs the batch of a rank in one micro-step, but "

@@ -30,24 +30,25 @@ class CollapseWatch(nn.Module):
         self.register_buffer("rank", torch.zeros(1))
 
     def observe(self, measure: Callable[[], Tensor], deviation: Tensor, width: int) -> Tensor:
-        """The latest effective rank, 0-dim float32, equal on all ranks.
+        """The latest finite effective rank, 0-dim float32, equal on all ranks.
 
         measure: computes it from what all ranks share; deviation: of the targets, 0-dim; width:
         their channels.
         """
-        if int(self.steps) % EVERY_STEPS == 0:
-            self.rank.copy_(measure())
-            warn_of_collapse(float(self.rank), float(deviation), width)
+        if int(self.steps) % EVERY_STEPS == 0 and (rank := measure()).isfinite():
+            self.rank.copy_(rank)
+            warn_of_collapse(float(rank), float(deviation), width)
         self.steps += 1
         return self.rank[0].float()
 
 
 def warn_of_collapse(rank: float, deviation: float, width: int) -> bool:
-    """Log a warning, on rank 0, if targets are nearly all the same; True then.
+    """Log a warning, on rank 0, if targets are nearly all the same; True then. Values that are not
+    finite are no collapse.
 
     rank: effective rank; deviation: standard deviation, mean over `width` channels.
     """
-    if rank >= LEAST_SHARE * width and deviation >= LEAST_DEVIATION:
+    if not (rank < LEAST_SHARE * width or deviation < LEAST_DEVIATION):
         return False
     if not dist.is_initialized() or dist.get_rank() == 0:
         log.warning(

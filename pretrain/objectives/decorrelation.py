@@ -79,12 +79,16 @@ def target_deviation(moments: Moments, shares: Tensor) -> Tensor:
 
 
 def effective_rank(moments: Moments, shares: Tensor) -> Tensor:
-    """In how many directions the targets differ: 0-dim float32, from 1 to the number of channels.
+    """In how many directions the targets differ: 0-dim float32, from 1 to the number of channels;
+    nan if they are not finite.
 
     exp of the entropy of the singular values of the centred targets, divided by their sum (Roy and
     Vetterli, "The effective rank", 2007). Arguments as in `target_deviation`.
     """
-    values = torch.linalg.eigvalsh(_covariance(moments, shares)).clamp(min=0.0).sqrt()
+    covariance = _covariance(moments, shares)
+    if not covariance.isfinite().all():  # eigvalsh raises, where the step is to be skipped
+        return covariance.new_full((), torch.nan).float()
+    values = torch.linalg.eigvalsh(covariance).clamp(min=0.0).sqrt()
     parts = values / values.sum().clamp(min=1e-30)
     return torch.exp(-torch.xlogy(parts, parts).sum()).float()
 

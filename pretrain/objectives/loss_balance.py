@@ -65,10 +65,11 @@ class LossBalance(nn.Module):
         self.steps += 1
 
     def _take_in(self, measured: Tensor) -> None:
-        """A loss without targets in this batch, whose norm is 0, keeps the norm that it had."""
+        """A loss without targets in this batch, whose norm is 0, keeps the norm that it had, and so
+        does one whose gradient is not finite, in a step that will be skipped."""
         known, keep = self.norm_bits.view(torch.float32), self.settings.smoothing
         smoothed = torch.where(known > 0, keep * known + (1 - keep) * measured, measured)
-        known.copy_(torch.where(measured > 0, smoothed, known))
+        known.copy_(torch.where((measured > 0) & measured.isfinite(), smoothed, known))
 
     def factors(self) -> dict[str, Tensor]:
         """Kind -> factor, 0-dim float32; 1 for a loss that has not been measured."""

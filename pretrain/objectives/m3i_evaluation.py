@@ -35,9 +35,9 @@ def evaluate_m3i(
         augmentation; position and row (B,) int64. Equally many, and at least one, on every rank.
 
     Returns intra, inter, text, category: losses of mixed images as in training, masks keyed by
-    position (the text loss is among the texts of a batch of all ranks); effective_rank and
-    target_std of the dense targets; of whole images top1, and the recalls of `retrieval_recalls`
-    among those with texts; images, texts, labelled.
+    position; effective_rank and target_std of the dense targets. Texts are told apart, and targets
+    centred, within a batch of all ranks, so that these depend on its size. Of whole images top1,
+    and the recalls of `retrieval_recalls` among those with texts; images, texts, labelled.
     """
     used = [encoders[name] for name in (objective.encoder, objective.text_encoder) if name]
     tally, parts = _Tally(), []

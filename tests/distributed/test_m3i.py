@@ -127,7 +127,7 @@ def tiny_m3i(data, run_dir, **changes) -> dict:
             "text_length": 24, "label_source": "cls", "classes": 10,
             "image": view, "second_view": {**view, "hue": 0.1, "blur_probability": 0.5},
         },
-        "evaluation": caption["evaluation"],
+        "evaluation": {**caption["evaluation"], "max_samples": 9},  # one of them has no partner
     }  # fmt: skip
     return recipe
 
@@ -162,7 +162,7 @@ def test_a_resume_is_bit_for_bit(tmp_path):
     assert kinds == ["train"] * 6 + ["evaluation"] and len(after) == 7
     for one, other in zip(before, after, strict=True):
         assert [one.get(n) for n in names] == [other.get(n) for n in names]
-    assert before[-1]["images"] == 10 and 0 <= before[-1]["image_to_text_r1"] <= 1
+    assert before[-1]["images"] == 9 and 0 <= before[-1]["image_to_text_r1"] <= 1
 
 
 def test_balance_is_refused_where_it_cannot_be_measured(tmp_path):
@@ -174,7 +174,10 @@ def test_balance_is_refused_where_it_cannot_be_measured(tmp_path):
         engine_config(found, 1)
     recipe["tasks"]["m3i"]["micro_batch"] = 8
     engine_config(load_recipe(write_recipe(tmp_path / "b.yaml", recipe)), 1)
-    recipe["deepspeed"] = "zero3"
+    recipe["precision"] = "fp16"
+    with pytest.raises(DeepSpeedConfigFault, match=r"precision=fp16: tasks.m3i.*take bf16"):
+        engine_config(load_recipe(write_recipe(tmp_path / "d.yaml", recipe)), 1)
+    recipe |= {"deepspeed": "zero3", "precision": "fp32"}
     with pytest.raises(DeepSpeedConfigFault, match=r"stage=3 frees weights.*balance=null"):
         engine_config(load_recipe(write_recipe(tmp_path / "c.yaml", recipe)), 1)
 

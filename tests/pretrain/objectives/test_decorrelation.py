@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from pretrain.objectives.collapse import EVERY_STEPS, CollapseWatch, warn_of_collapse
 from pretrain.objectives.decorrelation import (
+    Moments,
     decorrelated_squares,
     effective_rank,
     normalised_targets,
@@ -96,6 +97,20 @@ def test_the_alarm_fires_for_few_directions_and_for_small_differences(caplog):
         assert warn_of_collapse(6.3, 0.9, 64) and warn_of_collapse(40.0, 0.29, 64)
     assert "effective rank of 6.3 of 64" in caplog.text
     assert "standard deviation of 0.29: they collapse" in caplog.text
+
+
+def test_targets_that_are_not_finite_are_for_the_loop_to_judge(caplog):
+    """They end no run here, are no collapse, and leave no mark."""
+    broken = Moments(torch.full((2, 4), torch.nan), torch.full((2, 4, 4), torch.nan))
+    shares, watch = torch.tensor([0.5, 0.5]), CollapseWatch()
+    assert effective_rank(broken, shares).isnan()
+    watch.rank.fill_(3.5)
+    with caplog.at_level(logging.WARNING, "omnipretrain.collapse"):
+        found = watch.observe(
+            lambda: effective_rank(broken, shares), target_deviation(broken, shares), 4
+        )
+        assert not warn_of_collapse(float("nan"), float("nan"), 4)
+    assert found == 3.5 and watch.steps == 1 and not caplog.records
 
 
 def test_the_watch_measures_now_and_then():

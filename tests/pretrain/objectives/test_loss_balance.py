@@ -30,6 +30,17 @@ def test_factors_equal_the_rule():
     )
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_step_that_is_skipped_leaves_no_mark(value):
+    balance = LossBalance(KINDS, BalanceSettings(every_steps=1))
+    shared = torch.ones(4, requires_grad=True)
+    balance.observe(losses(shared, {"a": 1.0, "b": 3.0, "c": 8.0}), shared)
+    before = balance.factors()
+    balance.observe(losses(shared, {"a": value, "b": 3.0, "c": 8.0}), shared)
+    for kind, factor in balance.factors().items():
+        torch.testing.assert_close(factor, before[kind])
+
+
 def test_factors_are_bounded_and_measured_when_due():
     balance = LossBalance(KINDS, BalanceSettings(every_steps=3, limits=(0.5, 2.0)))
     shared = torch.ones(4, requires_grad=True)

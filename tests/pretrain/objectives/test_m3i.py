@@ -299,6 +299,18 @@ def test_a_flat_batch_of_equal_targets_is_no_number_free():
     assert out["target_std"] < 1e-3 and math.isfinite(out["loss"].item())
 
 
+def test_a_loss_that_is_not_finite_is_returned():
+    """So that the loop skips the step."""
+    model, batch = m3i_model(balance={}), m3i_batch(8)
+    before = {n: b.clone() for n, b in model.named_buffers() if "steps" not in n}
+    with torch.no_grad():
+        model.objectives["m3i"].target.projector.linear.bias[0] = torch.nan
+    assert run(model, batch)["loss"].isnan()
+    for name in ("rank", "norm_bits"):
+        (own,) = (n for n in before if n.endswith(name))
+        assert model.get_buffer(own).isfinite().all()
+
+
 def test_impossible_settings():
     with pytest.raises(ValidationError, match="intra and inter are both 0"):
         M3ISettings(weights={"intra": 0, "inter": 0})
