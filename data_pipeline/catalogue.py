@@ -108,7 +108,12 @@ class Catalogue:
             return [os.path.join(folder, record.name) for record in manifest.shards]
         found = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
         if not found:
-            raise FileNotFoundError(f"{folder}: holds neither a manifest.json nor a *.tar")
+            inner = sorted(glob.glob(os.path.join(glob.escape(folder), "*", manifests.FILE_NAME)))
+            splits = ", ".join(os.path.dirname(path) for path in inner[:4])
+            raise FileNotFoundError(
+                f"{folder}: holds neither a manifest.json nor a *.tar"
+                + (f"; packed shards lie in {splits}" if splits else "")
+            )
         return found
 
     def _expand_url(self, spec: str) -> list[str]:

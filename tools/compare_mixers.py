@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         classes = pack(options)
         runs = plan(options, classes)
     except subprocess.CalledProcessError as error:
-        console.print("[red]cannot pack the pictures:[/] " + (error.stderr or "").strip())
+        console.print(f"cannot pack the pictures: {(error.stderr or '').strip()}", style="red",
+                      markup=False)
         return 1
     except RecipeError as error:
         console.print(str(error), style="red", markup=False)

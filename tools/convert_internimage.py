@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from pretrain.models.internimage_weights import (
 )
 from pretrain.overlay import parse_yaml, to_yaml
 from tools.internimage_config import config_of_settings, settings_of_config
-from tools.weight_files import read_tensors, save_tensors, weight_file
+from tools.weight_files import read_tensors, save_tensors, weight_file, writing
 
 # Where checkpoints keep weights, and the moving average of the official trainers.
 WRAPPINGS = {"trained": ("model", "state_dict", "module"), "ema": ("model_ema",)}
@@ -267,14 +268,18 @@ def _files_beside(
 def _write_folder(out: Path, tensors: Mapping[str, Tensor], files: Mapping[str, Any]) -> None:
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, temporary / "model.safetensors", metadata={"format": "pt"})
-    for name, content in files.items():
-        (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for file in temporary.iterdir():
-        file.chmod(0o644)
-        sync_file(file)
-    os.rename(temporary, out)
+    try:
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with writing(out):
+            save_file(whole, temporary / "model.safetensors", metadata={"format": "pt"})
+        for name, content in files.items():
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for file in temporary.iterdir():
+            file.chmod(0o644)
+            sync_file(file)
+        os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_file(out: Path, content: Mapping[str, Any]) -> None:
@@ -282,7 +287,8 @@ def _write_file(out: Path, content: Mapping[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        torch.save(content, temporary)
+        with writing(out):
+            torch.save(content, temporary)
         sync_file(temporary)
         os.replace(temporary, out)
     finally:

@@ -19,6 +19,7 @@ from pretrain.models.vit import VitSettings
 from tools.export_record import ExportRecord
 from tools.trained import TrainedCaptioner
 from tools.transformers_git import SpecialIds, transformers_model, without_bars
+from tools.weight_files import writing
 
 _RESIZE_NOTE = (
     "resizing: both use an antialiased bicubic filter, but round differently, and training also "
@@ -35,6 +36,7 @@ def write_git(captioner: TrainedCaptioner, folder: Path, image_size: int | None)
 
     Raises:
         ValueError: transformers' GIT cannot express this model.
+        OSError: the folder cannot be written.
     """
     if not isinstance(captioner.vit, VitSettings):
         raise ValueError(
@@ -66,7 +68,7 @@ def write_git(captioner: TrainedCaptioner, folder: Path, image_size: int | None)
         pad_token_id=ids.pad_id,
         max_new_tokens=record.max_new_tokens,
     )
-    with without_bars():
+    with without_bars(), writing(folder):
         model.save_pretrained(folder)
     _write_tokenizer(tokenizer, captioner.decoder.max_positions, folder)
     _write_json(folder / "preprocessor_config.json", image_processor(image, "GitProcessor"))

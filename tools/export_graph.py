@@ -7,6 +7,7 @@ compared with the model before it gets its name.
 
 import contextlib
 import importlib
+import io
 import json
 import logging
 import os
@@ -148,7 +149,10 @@ def _save_program(
     file: Path,
 ) -> None:
     facts = {**about, "outputs": list(names)}
-    torch.export.save(program, file, extra_files={_ABOUT: json.dumps(facts)})
+    # Through memory: torch's writer of files ends the process where a disk is full.
+    whole = io.BytesIO()
+    torch.export.save(program, whole, extra_files={_ABOUT: json.dumps(facts)})
+    file.write_bytes(whole.getbuffer())
 
 
 def _run_program(file: Path) -> Run:

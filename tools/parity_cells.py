@@ -11,6 +11,7 @@ what DeepSpeed does by itself.
 import gc
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +123,22 @@ def gathered_partitions(engine, pick) -> dict[str, torch.Tensor]:
             for name, parts in merged.items()}
 
 
+def note_gradients(engine) -> Callable[[], dict[str, torch.Tensor]]:
+    """From now on keep the gradients that the optimizer is given.
+
+    The function that comes back gives those of the last step, as `gathered_partitions` does.
+    """
+    flat: dict[int, torch.Tensor] = {}
+
+    def note(inner, *_) -> None:
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                flat[id(parameter)] = parameter.grad.clone()
+
+    engine.optimizer.optimizer.register_step_pre_hook(note)
+    return lambda: gathered_partitions(engine, lambda p: flat[id(p.master)])
+
+
 def run_cell(ranks, cell: Cell, out: Path) -> dict[str, list[float]]:
     """Train STEPS steps; losses and gradient norms, and all tensors into a file."""
     from pretrain.engine.zero import (
@@ -133,14 +150,7 @@ def run_cell(ranks, cell: Cell, out: Path) -> dict[str, list[float]]:
 
     settings = OPTIMIZERS[cell.optimizer]
     engine = start_engine(parity_model, settings, engine_settings(cell), SEED, ranks.device)
-    gradients: dict[int, torch.Tensor] = {}
-
-    def note_gradients(inner, *_) -> None:
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                gradients[id(flat)] = flat.grad.clone()
-
-    engine.optimizer.optimizer.register_step_pre_hook(note_gradients)
+    gradients = note_gradients(engine)
     saved: dict[str, torch.Tensor] = {}
     losses, norms = [], []
     for step in range(STEPS):
@@ -156,8 +166,7 @@ def run_cell(ranks, cell: Cell, out: Path) -> dict[str, list[float]]:
         dist.all_reduce(loss)
         losses.append(loss.item())
         norms.append(float(engine.get_global_grad_norm()))
-        grads = gathered_partitions(engine, lambda p: gradients[id(p.master)])
-        saved |= {f"gradient{step}.{n}": t.float() for n, t in grads.items()}
+        saved |= {f"gradient{step}.{n}": t.float() for n, t in gradients().items()}
     saved |= {f"end.{n}": t for n, t in gathered_partitions(engine, lambda p: p.master).items()}
     if ranks.leads:
         save_file(saved, out / f"{cell.name}.safetensors")

@@ -24,6 +24,7 @@ from pretrain.build import evaluation_image
 from pretrain.models.pixels import normalise_pixels
 from pretrain.objectives.image_tokens import image_vectors, vector_width
 from pretrain.objectives.probing import knn_top1, linear_top1
+from tools.arguments import natural, positive
 from tools.trained import TrainedRun, open_run
 
 console = Console(stderr=True)
@@ -31,7 +32,10 @@ console = Console(stderr=True)
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     try:
         run = open_run(args.run, args.weights)
         name, image = choose_encoder(run, args.encoder)
@@ -39,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
             features(run, name, image, shards, args)
             for shards in (args.train, args.test)
         ]
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     (train, train_labels), (test, test_labels) = parts
     linear, strength = linear_top1(train, train_labels, test, test_labels)
@@ -67,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="run directory or checkpoint")
     parser.add_argument("--train", nargs="+", required=True, help="labelled shards to learn from")
     parser.add_argument("--test", nargs="+", required=True, help="labelled shards to judge on")
-    parser.add_argument("--classes", type=int, required=True, help="number of classes")
+    parser.add_argument("--classes", type=positive, required=True, help="number of classes")
     parser.add_argument("--label-source", default="cls", help="as in recipes (default: cls)")
     parser.add_argument("--encoder", help="name of the encoder, if the run has several")
     parser.add_argument("--pool", choices=("mean", "class_token", "head"), default="mean",
@@ -76,9 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", choices=("master", "ema", "target"), default="master",
                         help="trained weights, their moving average, or those of the momentum "
                              "target (m3i)")
-    parser.add_argument("--neighbours", type=int, default=20, help="that vote (default: 20)")
-    parser.add_argument("--batch", type=int, default=64, help="images at a time")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode")
+    parser.add_argument("--neighbours", type=positive, default=20, help="that vote (default: 20)")
+    parser.add_argument("--batch", type=positive, default=64, help="images at a time")
+    parser.add_argument("--workers", type=natural, default=2, help="processes that decode")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     return parser
 

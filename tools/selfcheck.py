@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console.status(f"{len(cells)} modes on {options.world} processes"):
             problem = launch(cells, options.world, Path(folder))
         if problem:
-            console.print(f"[red]the processes failed[/]\n{problem}", highlight=False)
+            console.print("the processes failed", style="red")
+            console.print(problem, markup=False, highlight=False)  # traces are full of brackets
             return 1
         results = {cell: compare(cell, Path(folder)) for cell in cells}
     show(results)

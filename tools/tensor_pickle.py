@@ -9,6 +9,7 @@ to it.
 
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def read_torch_zip(path: Path) -> Any:
                 raise zipfile.BadZipFile("it was written on a machine of another byte order")
             with archive.open(names[0]) as stream:
                 return _unpickle(_TensorUnpickler(stream, archive, prefix))
-    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error,
+            pickle.UnpicklingError) as error:  # fmt: skip
+        # Of a changed header zipfile says that it is encrypted, compressed, or of another alphabet.
         raise ValueError(f"{path} is damaged, or no file of torch.save: {error}") from None
 
 

@@ -8,6 +8,7 @@ import torch
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.build import build_model
 from pretrain.engine.checkpoint_files import MANIFEST, newest_whole, read_full_state, read_manifest
+from pretrain.engine.momentum_pairs import declared_targets, module_pairs
 from pretrain.models.git import GitDecoderSettings
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.models.vit import VisionTransformer, VitSettings
@@ -92,10 +93,10 @@ def open_run(path: str | Path, weights: str = "master") -> TrainedRun:
     """Read a checkpoint folder, or the newest whole checkpoint of a run directory.
 
     weights: "master" for the trained weights, "ema" for their moving average; "target" puts those
-        of momentum targets into the encoders that these follow.
+        of momentum targets into the modules that these follow.
 
     Raises:
-        ValueError: `path` is neither, or the run has no momentum target.
+        ValueError: `path` is neither, or the run has no momentum target, or two of one module.
         CheckpointError: the checkpoint is not whole, or has no such weights.
     """
     checkpoint = _find(Path(path))
@@ -107,34 +108,26 @@ def open_run(path: str | Path, weights: str = "master") -> TrainedRun:
         model = build_model(recipe, tokenizer)
     state = read_full_state(checkpoint, "master" if weights == "target" else weights)
     if weights == "target":
-        state |= target_encoders(recipe, state)
+        state |= _targets_in_place(model, state)
     model.load_state_dict(state, assign=True)
     # Assigning parted the tied matrices; a cast (here to what they are) joins them again.
     model = model.float().requires_grad_(False).eval()
     return TrainedRun(checkpoint, manifest, recipe, tokenizer, model, weights)
 
 
-def target_encoders(
-    recipe: Recipe, state: dict[str, torch.Tensor]
+def _targets_in_place(
+    model: MultiTaskModel, state: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Weights of momentum targets under the names of the encoders that they follow.
-
-    Raises ValueError: there are none, or two of one encoder.
-    """
+    """Parameters and buffers of momentum targets under the names of those that they follow."""
     found: dict[str, torch.Tensor] = {}
-    for name, task in recipe.tasks.items():
-        start = f"objectives.{name}.target.encoder."
-        own = {
-            f"encoders.{task.objective.encoder}.{key.removeprefix(start)}": tensor.clone()
-            for key, tensor in state.items()
-            if key.startswith(start)
-        }
-        if own.keys() & found.keys():
-            raise ValueError(
-                f"weights target: encoder {task.objective.encoder} has momentum targets of several "
-                "tasks, which differ; take the trained weights, or their moving average"
-            )
-        found |= own
+    for task in declared_targets(model):
+        for target, online in module_pairs(model, task):
+            moved = {online + name.removeprefix(target): tensor.clone()
+                     for name, tensor in state.items() if name.startswith(f"{target}.")}
+            if found.keys() & moved.keys():
+                raise ValueError(f"weights target: {online} has momentum targets in several tasks, "
+                                 f"{task} among them; there is no telling which is meant")
+            found |= moved
     if not found:
         raise ValueError("weights target: the run has no task with a momentum target (m3i)")
     return found

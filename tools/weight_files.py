@@ -1,10 +1,10 @@
 """Weights of others from whatever file they come in: transformers folders, safetensors, torch.save.
 """
 
+import contextlib
 import json
 import os
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,11 @@ def read_tensors(
         ValueError: damaged, more than tensors, or no state dict.
     """
     if path.name.endswith(".index.json"):
-        parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        index = json.loads(path.read_text(encoding="utf-8"))
+        names = index.get("weight_map") if isinstance(index, Mapping) else None
+        if not isinstance(names, Mapping):
+            raise ValueError(f"{path} has no `weight_map`: it is no index of a transformers folder")
+        parts = sorted(set(names.values()))
         tensors: dict[str, Tensor] = {}
         for part in parts:
             tensors.update(read_tensors(path.parent / part, wrappings, skip_objects))
@@ -66,7 +70,9 @@ def read_tensors(
 def _load(path: Path, skip_objects: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # damaged files raise errors of a dozen classes
         if skip_objects:
             return read_torch_zip(path)
         # Not torch's own text: it advises to load with weights_only=False, which runs the code.
@@ -93,10 +99,20 @@ def _wrapped(content: Mapping, wrappings: Sequence[str]) -> list[str]:
     return [key for key in wrappings if isinstance(content.get(key), Mapping)]
 
 
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """While torch or safetensors write: their errors, of which a full disk is the usual one, become
+    an OSError that names `out`."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{out} could not be written; is the disk full? ({error})") from None
+
+
 def save_tensors(tensors: Mapping[str, Tensor], out: Path, source: str) -> None:
     """Write a .safetensors file in one rename; source: the format that the tensors came in.
 
-    Raises ValueError for a name that does not end in .safetensors.
+    Raises ValueError for a name that does not end in .safetensors; OSError: it cannot be written.
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: the file must end in .safetensors")
@@ -104,7 +120,8 @@ def save_tensors(tensors: Mapping[str, Tensor], out: Path, source: str) -> None:
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole, temporary, metadata={"format": "pt", "source": source})
+        with writing(out):
+            save_file(whole, temporary, metadata={"format": "pt", "source": source})
         temporary.chmod(0o644)
         sync_file(temporary)
         os.replace(temporary, out)

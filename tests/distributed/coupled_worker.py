@@ -20,7 +20,7 @@ from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_e
 from pretrain.optim.groups import OptimizerSettings
 from tests.distributed.engines import deepspeed_config
 from tests.pretrain.objectives.pair_models import build_pair_model, pair_batch, rows_of
-from tools.parity_cells import gathered_partitions
+from tools.parity_cells import gathered_partitions, note_gradients
 
 GLOBAL_BATCH = 10
 STEPS = 3
@@ -63,14 +63,7 @@ def run_cell(ranks, stage: int, micro_batch: int, dropout: float, out: Path) -> 
     # Nothing stays gathered: whatever reads a parameter outside of forward would find it empty.
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     engine = start_engine(lambda: build_pair_model(dropout), SGD, config, SEED, ranks.device)
-    flat: dict[int, torch.Tensor] = {}
-
-    def note_gradients(inner, *_):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                flat[id(parameter)] = parameter.grad.clone()
-
-    engine.optimizer.optimizer.register_step_pre_hook(note_gradients)
+    gradients = note_gradients(engine)
     seen: list[dict] = []
     watch_replay(engine, seen)
     result: dict = {"losses": [], "metrics": [], "exact": []}
@@ -90,8 +83,7 @@ def run_cell(ranks, stage: int, micro_batch: int, dropout: float, out: Path) -> 
         result["losses"].append(metrics["loss"])
         result["metrics"].append(metrics)
         result["exact"].append(replayed_exactly(seen, len(dealt)) if len(dealt) > 1 else None)
-        grads = gathered_partitions(engine, lambda p: flat[id(p.master)])
-        saved |= {f"gradient{step}.{name}": value for name, value in grads.items()}
+        saved |= {f"gradient{step}.{name}": value for name, value in gradients().items()}
     weights = gathered_partitions(engine, lambda p: p.master)
     saved |= {f"end.{name}": value for name, value in weights.items()}
     if ranks.leads:

@@ -25,7 +25,7 @@ from tests.distributed.engines import deepspeed_config
 from tests.pretrain.models.git_models import MEAN, STD
 from tests.pretrain.models.internimage_models import SMALL_PROJECTOR, small_settings
 from tests.pretrain.objectives.pair_models import rows_of
-from tools.parity_cells import gathered_partitions
+from tools.parity_cells import note_gradients
 
 BATCH, CLASSES, SEED, STEPS = 6, 5, 5, 2
 SGD = OptimizerSettings(kind="sgd", lr=0.2, weight_decay=0.0, clip_norm=None)
@@ -90,15 +90,8 @@ def run_cell(ranks, stage: int, form: str, out: Path) -> list[float]:
     # Nothing stays gathered: whatever reads a parameter outside of forward would find it empty.
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     engine = start_engine(lambda: build_model(form), SGD, config, SEED, ranks.device)
-    flat: dict[int, torch.Tensor] = {}
-
-    def note_gradients(inner, *_):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                flat.setdefault(id(parameter), parameter.grad.clone())
-
-    engine.optimizer.optimizer.register_step_pre_hook(note_gradients)
-    losses = []
+    gradients = note_gradients(engine)
+    losses, saved = [], {}
     for step in range(STEPS):
         batch = batch_of(step)
         set_learning_rate(engine, SGD.lr, 1.0)
@@ -109,7 +102,8 @@ def run_cell(ranks, stage: int, form: str, out: Path) -> list[float]:
         loss = shares["loss"].double()
         dist.all_reduce(loss)
         losses.append(loss.item())
-    saved = gathered_partitions(engine, lambda p: flat[id(p.master)])
+        if not step:
+            saved |= gradients()
     saved |= {n: b.float().clone() for n, b in engine.module.named_buffers()}
     if ranks.leads:
         save_file(saved, out / f"zero{stage}_{form}.safetensors")

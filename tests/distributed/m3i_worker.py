@@ -21,7 +21,7 @@ from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_e
 from pretrain.optim.groups import OptimizerSettings
 from tests.distributed.engines import SEED, deepspeed_config
 from tests.pretrain.objectives.m3i_models import build_m3i, m3i_batch, m3i_rows
-from tools.parity_cells import gathered_partitions
+from tools.parity_cells import gathered_partitions, note_gradients
 
 GLOBAL_BATCH = 12
 STEPS = 3
@@ -58,14 +58,7 @@ def run_cell(ranks, kind: str, stage: int, micro_batch: int, balance: bool, out:
     engine = start_engine(lambda: build(kind, balance), SGD, config, SEED, ranks.device)
     targets = TargetNetworks(engine, STEPS)
     targets.start()
-    flat: dict[int, torch.Tensor] = {}
-
-    def note_gradients(inner, *_):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                flat[id(parameter)] = parameter.grad.clone()
-
-    engine.optimizer.optimizer.register_step_pre_hook(note_gradients)
+    gradients = note_gradients(engine)
     found, saved = [], {}
     objective = engine.module.objectives["m3i"]
     for step in range(STEPS):
@@ -81,8 +74,7 @@ def run_cell(ranks, kind: str, stage: int, micro_batch: int, balance: bool, out:
         dist.all_reduce(values)
         found.append(dict(zip(names, values.tolist(), strict=True)))
         if not step:
-            grads = gathered_partitions(engine, lambda p: flat[id(p.master)])
-            saved |= {f"gradient.{name}": value for name, value in grads.items()}
+            saved |= {f"gradient.{name}": value for name, value in gradients().items()}
     weights = gathered_partitions(engine, lambda p: p.master)
     saved |= {f"end.{name}": value for name, value in weights.items()}
     if ranks.leads:

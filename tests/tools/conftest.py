@@ -1,5 +1,8 @@
 """A finished run and its export, made once for all tests of tools."""
 
+import contextlib
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,17 @@ def scenes(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
     pack_scenes(folder)
     return folder
+
+
+@contextlib.contextmanager
+def full_disk(after: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: writing more fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def make_run(folder: Path, scenes: Path, **changes) -> Path:

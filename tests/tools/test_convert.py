@@ -303,6 +303,8 @@ def test_what_cannot_be_imported(tmp_path, capsys) -> None:
     assert "1 tensors are missing" in complaint(tmp_path / "part.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:100])
     assert "damaged" in complaint(tmp_path / "cut.safetensors")
+    (tmp_path / "empty" / "model.safetensors.index.json").write_text('{"weights": {}}')
+    assert "no index of a transformers folder" in complaint(tmp_path / "empty")
     torch.save([1, 2], tmp_path / "list.pt")
     assert "no state dict" in complaint(tmp_path / "list.pt")
     assert run("import-git", weights, "--out", tmp_path / "o.bin", "--decoder-heads", 4) == 1

@@ -17,6 +17,7 @@ from tests.pretrain.models.internimage_models import (
     settings_of,
     small_settings,
 )
+from tests.tools.conftest import full_disk
 from tools.convert import main
 from tools.internimage_config import config_of_settings, settings_of_config
 
@@ -200,3 +201,24 @@ def test_places_that_are_taken(internimage_run, tmp_path, capsys):
     assert main(["export-internimage", "--run", str(internimage_run), "--out",
                  str(tmp_path / "a.pth"), "--encoder", "eye"]) == 1  # fmt: skip
     assert "InternImages are: image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out, kind", [("a.pth", "official"), ("folder", "transformers")])
+def test_a_full_disk_leaves_nothing_of_an_export(internimage_run, tmp_path, capsys, out, kind):
+    with full_disk(after=50_000):
+        assert main(["export-internimage", "--run", str(internimage_run), "--out",
+                     str(tmp_path / out), "--format", kind]) == 1  # fmt: skip
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path / out} could not be written; is the disk full?" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_of_an_import(tmp_path, capsys):
+    state, settings, _ = golden_state("t")
+    save_file(state, tmp_path / "a.safetensors")
+    with full_disk(after=50_000):
+        assert main(["import-internimage", str(tmp_path / "a.safetensors"), "--out",
+                     str(tmp_path / "b.safetensors"), "--settings",
+                     describe(tmp_path, settings)]) == 1  # fmt: skip
+    assert "b.safetensors could not be written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "settings.yaml"]

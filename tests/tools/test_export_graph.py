@@ -20,6 +20,7 @@ from tests.pretrain.models.internimage_models import (
     settings_of,
     small_encoder,
 )
+from tests.tools.conftest import full_disk
 from tools import export_graph
 from tools.convert import main
 from tools.export_graph import Logits, write_graph
@@ -181,6 +182,17 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypat
     monkeypatch.setattr(export_graph, "standard_operators", lambda: wrong)
     assert main(["export-graph", *source, "--out", str(tmp_path / "a.pt2")]) == 1
     assert "was not written: its outputs differ" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "settings.yaml"]
+
+
+@pytest.mark.parametrize("name", ["a.pt2", "a.onnx"])
+def test_a_full_disk_leaves_nothing(name, tmp_path, capsys):
+    if name == "a.onnx":
+        need_onnx()
+    source, _ = official_file(tmp_path, "t")
+    with full_disk(after=50_000):
+        assert main(["export-graph", *source, "--out", str(tmp_path / name)]) == 1
+    assert "error: [Errno 27] File too large" in " ".join(capsys.readouterr().err.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "settings.yaml"]
 
 

@@ -1,7 +1,6 @@
 """What a run of M3I on an InternImage hands on: to the official loader, to us, and to probes."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from tests.distributed.test_m3i import tiny_m3i
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 from tools import probe
 from tools.convert import main
-from tools.trained import open_run, target_encoders
+from tools.trained import open_run
 
 ENCODER = {
     "type": "internimage", "channels": 16, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8],
@@ -160,7 +159,3 @@ def test_what_cannot_be_exported(m3i_run, run_dir, tmp_path, capsys):
         assert message in " ".join(capsys.readouterr().err.split())
     with pytest.raises(ValueError, match="no task with a momentum target"):
         open_run(run_dir, "target")
-    task = SimpleNamespace(objective=SimpleNamespace(encoder="image"))
-    two = {f"objectives.{name}.target.encoder.norm.weight": torch.ones(1) for name in "ab"}
-    with pytest.raises(ValueError, match="encoder image has momentum targets of several tasks"):
-        target_encoders(SimpleNamespace(tasks={"a": task, "b": task}), two)

@@ -70,6 +70,7 @@ def test_features_of_an_internimage(scenes, pool):
     ("change", "words"),
     [(["--encoder", "text"], "choose one of the run's encoders of images with --encoder: image"),
      (["--test", "nowhere"], "nowhere"),
+     (["--test", "to[/] see"], "to[/] see"),
      (["--label-source", "json:nothing"], "no sample has a label")],
 )
 def test_errors_are_one_line(run_dir, scenes, change, words, capsys):
@@ -78,3 +79,15 @@ def test_errors_are_one_line(run_dir, scenes, change, words, capsys):
     assert probe.main(arguments) == 1
     message = capsys.readouterr().err
     assert words in " ".join(message.split()) and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(["--batch", "0"], "--batch: '0' is not a number from 1 on"),
+     (["--json", "nowhere/a.json"], "--json nowhere/a.json: there is no folder nowhere")],
+)
+def test_wrong_usage_is_told_before_anything_is_computed(change, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        probe.main(["run", "--train", "x", "--test", "x", "--classes", "10", *change])
+    assert stopped.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.split())

@@ -50,6 +50,13 @@ def test_a_process_that_dies_ends_the_check(cache, monkeypatch, capsys):
     assert "the processes failed" in capsys.readouterr().out
 
 
+def test_traces_are_shown_as_they_are(cache, monkeypatch, capsys):
+    trace = "[rank0]: ValueError: [/dev/null] is empty"
+    monkeypatch.setattr(selfcheck, "launch", lambda cells, world, out: trace)
+    assert selfcheck.main([]) == 1
+    assert trace in capsys.readouterr().out
+
+
 def test_only_affected_modes_of_several_tasks_ask_for_it(cache, monkeypatch):
     monkeypatch.setattr(deepspeed, "__version__", "0.99.0")
     require_verified(1, stage=3, offloaded=True)

@@ -117,7 +117,12 @@ def test_inspect_a_sample_by_key_and_by_row(folder, capsys):
 def test_nothing_there(tmp_path, capsys):
     for command in ("index", "verify", "inspect"):
         assert run(command, tmp_path) == 1
-        assert "holds neither a manifest.json nor a *.tar" in capsys.readouterr().err
+        assert "holds neither a manifest.json nor a *.tar\n" in capsys.readouterr().err
+
+
+def test_a_folder_of_splits_is_told_from_a_split(folder, capsys):
+    assert run("verify", folder.parent) == 1
+    assert f"nor a *.tar; packed shards lie in {folder}" in capsys.readouterr().err
 
 
 def test_wrong_usage_has_its_own_exit_code():

@@ -142,3 +142,23 @@ def test_what_is_no_zip(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(ValueError, match="damaged, or no file"):
         read_torch_zip(tmp_path / "a.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("skip_objects", [False, True])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_damaged_files_of_torch_are_named(tmp_path, zipped, skip_objects):
+    """Cut anywhere, or with any byte of the pickles and headers changed."""
+    path = tmp_path / "a.pth"
+    torch.save({"model": {"w": torch.ones(3)}}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    ends = range(1, len(whole), 13)
+    changed = ((at, whole[at] ^ flip) for at in range(3, len(whole), 5) for flip in (0x11, 0x80))
+    damaged = [whole[:end] for end in ends]
+    damaged += [whole[:at] + bytes([byte]) + whole[at + 1 :] for at, byte in changed]
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            read_tensors(path, ("model",), skip_objects)
+        except ValueError as error:
+            assert str(path) in str(error)
