@@ -1,6 +1,7 @@
 """Files of web servers: ranges over connections that stay open."""
 
 import http.client
+import socket
 import ssl
 import threading
 import time
@@ -28,6 +29,8 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _TRANSIENT = (408, 421, 425, 429, 500, 502, 503, 504, 507, 509)
 # A signed address may be refused while clocks differ or a proxy renews it; not for long.
 _ATTEMPTS_IF_REFUSED = 4
+# The name of a host that has not answered yet may be mistyped.
+_ATTEMPTS_IF_UNKNOWN = 6
 # What is left of an answer is read up to here, so that the connection can be used again.
 _LARGEST_REST = 64 * 1024
 _NETWORK_FAULTS = (OSError, http.client.HTTPException, ssl.SSLError)
@@ -48,6 +51,8 @@ class HttpStorage:
         self._retry, self._limits = retry, limits
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, str], list[Connection]] = defaultdict(list)
+        self.answered: set[tuple[str, str]] = set()
+        """(scheme, host and port) of those that did."""
 
     def state(self, url: str) -> FileState:
         """Size and version (entity tag or time of modification), by a request for one byte.
@@ -155,6 +160,7 @@ class _Exchange:
         try:
             for _ in range(_MOST_REDIRECTS + 1):
                 self._request(at, headers)
+                storage.answered.add(self._key)
                 target = self.answer.headers.get("Location")
                 if self.answer.status not in _REDIRECTS or not target:
                     return
@@ -180,7 +186,13 @@ class _Exchange:
                     otherwise=refused,
                 ) from error
             if isinstance(error, _NETWORK_FAULTS):
-                raise Interrupted(f"{type(error).__name__}: {error}") from error
+                nameless = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
+                raise Interrupted(
+                    f"{type(error).__name__}: {error}",
+                    attempts=_ATTEMPTS_IF_UNKNOWN
+                    if nameless and self._key not in storage.answered
+                    else None,
+                ) from error
             raise
         raise ShardError(f"{without_secrets(url)}: more than {_MOST_REDIRECTS} redirects")
 

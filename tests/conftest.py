@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import os
 import signal
 
 from hypothesis import HealthCheck, settings
@@ -12,6 +13,8 @@ settings.load_profile("omnipretrain")
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C mean what it means: shells start background jobs (`make test &`), and so all
-    processes that these start, with it ignored."""
+    """Make the surroundings of tests those of a plain shell."""
+    # Shells start background jobs (`make test &`), and so what these start, with Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Servers of tests are here, whatever proxy leads elsewhere.
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"

@@ -1,6 +1,7 @@
 import email.utils
 import multiprocessing
 import os
+import socket
 import threading
 import time
 
@@ -72,7 +73,8 @@ def test_ranges_over_one_connection(server):
     ],
 )  # fmt: skip
 def test_faults_that_heal_change_nothing(server, fault):
-    http = storage(timeout_s=0.3)
+    # Where silence is no fault, only a hang counts as one.
+    http = storage(timeout_s=0.3 if fault.__qualname__.startswith("slow") else 5.0)
     url = server.url + "/x.tar"
     state = http.state(url)
     server.faults.extend([fault, fault])
@@ -145,6 +147,26 @@ def test_a_server_that_stays_away_is_given_up_in_time(server):
     server.server_close()
     with pytest.raises(TransientReadError, match="ConnectionRefusedError"):
         storage(deadline_s=0.3).read(f"http://127.0.0.1:{port}/x.tar", 0, 9)
+
+
+def test_a_name_that_no_host_has_is_given_up_soon(server, monkeypatch):
+    """But not that of one which has answered: then it is the network that is away."""
+    asked, known = [], storage(deadline_s=1.0)
+    known.state(server.url + "/x.tar")
+    known.close()
+
+    def unknown(host, *args, **options):
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    patient = HttpStorage(RetryPolicy(300.0, 5.0, 0.001, 0.01), HostLimits())
+    with pytest.raises(TransientReadError, match=r"datta/x\.tar: gaierror.*not known .tried 6"):
+        patient.state("http://datta/x.tar")
+    assert asked == ["datta"] * 6
+    with pytest.raises(TransientReadError, match="deadline 1 s"):
+        known.state(server.url + "/x.tar")
+    assert len(asked) > 6 + 6
 
 
 def test_a_server_that_is_down_for_a_while(server, tmp_path):

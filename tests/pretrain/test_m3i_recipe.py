@@ -50,6 +50,9 @@ def fault(*changes: str) -> str:
     ([f"model.encoders.image={INTERNIMAGE[:-1]}, head: {{type: projector}}}}",
       "tasks.m3i.objective.cell=32", "tasks.m3i.objective.group_attention=true"],
      "tasks.m3i.objective.group_attention is for a vit, not for an internimage"),
+    ([f"model.encoders.image={INTERNIMAGE[:-1]}, head: {{type: projector}}}}",
+      "tasks.m3i.objective.cell=32"],
+     "tasks.m3i.objective.pooled_width is for a vit, not for an internimage: remove it"),
 ])  # fmt: skip
 def test_impossible_combinations(changes, message):
     assert message in fault(*changes)
@@ -80,6 +83,7 @@ def test_shipped_recipes_build(name):
     ]
     assert shapes[0] == shapes[1]
     assert not any(getattr(objective.target.encoder, "drop_rates", []))
+    assert objective.pooled_width == {"m3i_digits": 96}.get(name, 768)
     assert objective.flops({
         "images": torch.zeros(2, 3, 224, 224, device="meta"), "valid": torch.ones(2).bool(),
         "tokens": torch.zeros(2, 1, 16, device="meta"),

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.m3i import M3ISettings
@@ -38,24 +40,31 @@ def pixels_of(images):
     return (images / 255 - torch.tensor(MEAN).view(shape)) / torch.tensor(STD).view(shape)
 
 
-def plain(model, batch, draws, center):
-    """Losses with every image by itself: no gathered tokens, no masks over padded ones."""
+def plain(model, batch, draws):
+    """Losses and metrics with every image by itself: no gathered tokens, no masks over padded
+    ones."""
     objective, encoder = model.objectives["m3i"], model.encoders["image"]
-    masks = pair_masks(draws, (4, 4))
-    grid, vectors, squares, targets = (4, 4), [], [[], []], [[], []]
+    settings, size = objective.settings, batch["images"].shape[-2:]
+    cells = [side // settings.cell for side in size]
+    masks = pair_masks(draws, tuple(cells))
+    grid, vectors, squares, targets = encoder.dense_grid(*size), [], [[], []], [[], []]
+
+    def finer(mask, sides):
+        return mask.repeat_interleave(sides[0] // cells[0], 0).repeat_interleave(
+            sides[1] // cells[1], 1)
+
     pixels, others = pixels_of(batch["images"]), pixels_of(batch["second_images"])
-    predictions = [[], []]
+    predictions, count = [[], []], grid[0] * grid[1]
     for row in range(len(pixels)):
         pair, second = row // 2, row % 2
-        fine = masks[pair].repeat_interleave(4, 0).repeat_interleave(4, 1)
-        mixed = torch.where(fine, pixels[2 * pair], pixels[2 * pair + 1])
-        sign = torch.where(masks[pair], 1.0, -1.0)[..., None]
-        tokens = encoder(mixed[None], (sign * objective.mark.mark)[None])[0, 1:]
-        own = masks[pair].flatten() if second == 0 else ~masks[pair].flatten()
+        mixed = torch.where(finer(masks[pair], size), pixels[2 * pair], pixels[2 * pair + 1])
+        sign = torch.where(finer(masks[pair], encoder.stem_grid(*size)), 1.0, -1.0)[..., None]
+        tokens = encoder.dense(mixed[None], None, (sign * objective.mark.mark)[None])[0]
+        own = finer(masks[pair], grid).flatten() ^ bool(second)
         seen = tokens[own][None]
-        vectors.append(objective.pool.vectors(encoder, seen, None)[0])
+        vectors.append(pooled(objective, encoder, seen))
         view = (others if second else pixels)[row]
-        target = objective.target.projector(objective.target.encoder(view[None])[:, 1:])
+        target = objective.target.projector(objective.target.encoder.dense(view[None]))
         targets[second].append(target[0].detach())
         crops = batch["crops"][row, [0, second]][None]
         positions, scales = relative_positions(crops, batch["flips"][row, [0, second]][None], grid)
@@ -66,19 +75,19 @@ def plain(model, batch, draws, center):
         ], 1)  # fmt: skip
         for block in objective.predictor.blocks:
             joined = block(joined)
-        prediction = objective.predictor.output(joined[0, -16:])
+        prediction = objective.predictor.output(joined[0, -count:])
         counted = slice(None) if second else ~own
         predictions[second].append((prediction[counted], counted))
-    middle = torch.cat(targets[0] + targets[1]).mean(0) if center else 0.0
+    middle = torch.cat(targets[0] + targets[1]).mean(0) if settings.center_targets else 0.0
+    normed = [[F.layer_norm(own - middle, (32,)) for own in kind] for kind in targets]
     for kind in range(2):
-        normed = [F.layer_norm(own - middle, (32,)) for own in targets[kind]]
-        every = torch.cat(normed)
+        every = torch.cat(normed[kind])
         correlation = every.T @ every / len(every)
-        for (prediction, counted), target in zip(predictions[kind], normed, strict=True):
+        for (prediction, counted), target in zip(predictions[kind], normed[kind], strict=True):
             target = target[counted]
             distance = (prediction - target).square().sum(1)
             similar = torch.einsum("nc,cd,nd->n", prediction, correlation, prediction)
-            squares[kind].append((distance + 0.02 * similar) / 32)
+            squares[kind].append((distance + settings.decorrelation * similar) / 32)
     losses = {k: torch.cat(s).mean() for k, s in zip(KINDS[:2], squares, strict=True)}
     vectors = torch.stack(vectors)
     has = batch["loss_mask"][:, 0].any(1)
@@ -96,26 +105,58 @@ def plain(model, batch, draws, center):
         [float(a == b or la == lb != -1) for b, lb in zip(names, labels[has], strict=True)]
         for a, la in zip(names, labels[has], strict=True)
     ])  # fmt: skip
-    target = target / target.sum(1, keepdim=True)
+    places, target = target.bool(), target / target.sum(1, keepdim=True)
     losses["text"] = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    scores = objective.head(objective.pool.norm(vectors))
-    losses["category"] = F.cross_entropy(scores[labels >= 0], labels[labels >= 0])
-    return losses, target
+    norm = encoder.fc_norm if hasattr(encoder, "fc_norm") else objective.pool.norm
+    scores, known = objective.head(norm(vectors))[labels >= 0], labels[labels >= 0]
+    losses["category"] = F.cross_entropy(scores, known, label_smoothing=settings.label_smoothing)
+    row = torch.arange(len(logits))
+    metrics = {
+        "image_to_text": places[row, logits.argmax(1)].float().mean(),
+        "text_to_image": places[row, logits.argmax(0)].float().mean(),
+        "top1": (scores.argmax(1) == known).float().mean(),
+        "target_std": torch.cat(normed[0] + normed[1]).std(0, correction=0).mean(),
+        "effective_rank": rank_of(torch.cat(normed[0] + normed[1])),
+    }
+    return losses, metrics, target
 
 
-@pytest.mark.parametrize("center", [True, False])
-def test_forward_is_the_plain_formula(center):
-    model, batch = m3i_model(center_targets=center), m3i_batch(12)
+def rank_of(rows):
+    """exp of the entropy of the singular values of centred rows (n, C), as shares of their sum."""
+    values = torch.linalg.svdvals((rows - rows.mean(0)).double())
+    shares = (values / values.sum()).clamp(min=1e-12)
+    return torch.exp(-(shares * shares.log()).sum()).float()
+
+
+def pooled(objective, encoder, seen):
+    """The vector (D,) of an image from its own tokens (1, n, width)."""
+    if hasattr(encoder, "clip_projector"):
+        return encoder.clip_projector(seen)[0]
+    return objective.pool.reduce(F.gelu(objective.pool.expand(seen[0].mean(0))))
+
+
+@pytest.mark.parametrize("kind, size, changes", [
+    ("vit", (16, 16), {}), ("vit", (16, 16), {"center_targets": False}),
+    ("vit", (12, 20), {"decorrelation": 0.3, "label_smoothing": 0.2}),  # 15 cells, so 8 and 7
+    ("internimage", (32, 96), {}),
+])  # fmt: skip
+def test_forward_is_the_plain_formula(kind, size, changes):
+    model, batch = m3i_model(kind, **changes), m3i_batch(12, size=size)
     follow(model, 0.5)
-    wanted, target = plain(model, batch, SampleDraws(3, "m3i", batch["position"]), center)
+    wanted, metrics, target = plain(model, batch, SampleDraws(3, "m3i", batch["position"]))
     assert (target > 0).sum() > len(target) + 4, "some texts must match several images"
     assert model.objectives["m3i"].count(batch) == {
         "images": 12, "intra": 6, "inter": 6, "texts": 9,
         "labels": int((batch["labels"] >= 0).sum()),
     }  # fmt: skip
     out = run(model, batch)
-    for kind in KINDS:
-        torch.testing.assert_close(out[kind], wanted[kind].detach(), rtol=2e-5, atol=1e-6)
+    assert [name for name, value in out.items() if value.requires_grad] == ["loss"]
+    for name in KINDS:
+        torch.testing.assert_close(out[name], wanted[name].detach(), rtol=2e-5, atol=1e-6)
+    for name, value in metrics.items():
+        # Roots of eigenvalues near 0 are rounding enlarged.
+        tolerance = 1e-3 if name == "effective_rank" else 1e-4
+        torch.testing.assert_close(out[name], value, rtol=tolerance, atol=1e-6, msg=name)
     torch.testing.assert_close(out["loss"], sum(wanted.values()))
     out["loss"].backward()
     found = gradients(model)
@@ -125,6 +166,8 @@ def test_forward_is_the_plain_formula(center):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
     assert out["with_text"] == 0.75 and 0 < out["labelled"] < 1
     assert out["temperature"].item() == pytest.approx(0.2)
+    with torch.no_grad():
+        assert "effective_rank" not in run(model.eval(), batch)
 
 
 @pytest.mark.parametrize("kind, size", [("vit", (16, 16)), ("internimage", (32, 96))])
@@ -227,6 +270,42 @@ def test_padding_rows_of_the_loader_change_nothing():
             torch.testing.assert_close(again[name], out[name], rtol=1e-5, atol=1e-6)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-6)
+
+
+def test_an_image_whose_partner_could_not_be_read():
+    """As held out: it counts, and the partner in nothing."""
+    model, batch = m3i_model(), m3i_batch(6)
+    part = m3i_rows(batch, [0, 1, 2, 3, 4, -1])
+    counts = model.objectives["m3i"].count(part)
+    assert [counts[name] for name in ("images", "intra", "inter")] == [5, 3, 2]
+    features, _ = model.objectives["m3i"].features(
+        model.encoders, part, SampleDraws(3, "m3i", part["position"])
+    )
+    tokens = features["target"][:5]
+    normed = F.layer_norm(tokens - tokens.mean((0, 1)), (32,)).flatten(0, 1)
+    wanted = normed.std(0, correction=0).mean()
+    torch.testing.assert_close(run(model, part)["target_std"], wanted)
+
+
+def test_flops_are_those_of_all_matrix_products():
+    """Counted by torch in a forward pass, where the mean of a text is one, too; what is trained has
+    twice as many backwards."""
+    model, batch = m3i_model(), m3i_batch(8)
+    objective = model.objectives["m3i"]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model("m3i", batch, objective.count(batch), part="features")
+    counts = counter.get_flop_counts()
+    target = sum(counts["MultiTaskModel.objectives.m3i.target"].values())
+    trained = counter.get_total_flops() - target
+    assert target > 0 and objective.flops(batch) == pytest.approx(3 * trained + target, rel=2e-4)
+    assert objective.flops(m3i_rows(batch, [0, 1, -1, -1])) == objective.flops(batch) / 4
+
+
+def test_the_temperature_is_held():
+    model, batch = m3i_model(max_scale=6.0), m3i_batch(4)
+    with torch.no_grad():
+        model.objectives["m3i"].temperature.log_scale.fill_(9.0)
+    assert run(model, batch)["temperature"].item() == pytest.approx(1 / 6)
 
 
 def test_weights_of_losses():
