@@ -84,7 +84,7 @@ def read_header(data: bytes, max_pixels: int) -> ImageHeader:
     if data.startswith(_JPEG_START):
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError:
+        except (ValueError, KeyError):  # a KeyError for 4:4:1, which it has no name for
             colorspace = None  # let Pillow judge
         if colorspace in _PLAIN_COLORSPACES:
             _refuse_bomb(width, height, max_pixels)

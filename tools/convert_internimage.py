@@ -28,7 +28,7 @@ from pretrain.models.internimage_weights import (
 )
 from pretrain.overlay import parse_yaml, to_yaml
 from tools.internimage_config import config_of_settings, settings_of_config
-from tools.weight_files import read_tensors, save_tensors, weight_file, writing
+from tools.weight_files import read_config, read_tensors, save_tensors, weight_file, writing
 
 # Where checkpoints keep weights, and the moving average of the official trainers.
 WRAPPINGS = {"trained": ("model", "state_dict", "module"), "ema": ("model_ema",)}
@@ -128,11 +128,9 @@ def _settings(
     if described is not None:
         text = described.read_text(encoding="utf-8")
         return InternImageSettings.model_validate(parse_yaml(text, str(described)).data)
-    config = file.parent / "config.json"
-    if config.is_file():
-        content = json.loads(config.read_text(encoding="utf-8"))
-        if content.get("model_type") == "internimage":
-            return settings_of_config(content)
+    config = read_config(file)
+    if config is not None and config.get("model_type") == "internimage":
+        return settings_of_config(config)
     size = recognise_size(tensors)
     if size is None:
         names = ", ".join(sorted(tensors)[:4])

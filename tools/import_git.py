@@ -1,6 +1,5 @@
 """Read GIT weights of others: which file, which format, and the recipe settings that fit them."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import Tensor
 from pretrain.models.git import GitDecoderSettings
 from pretrain.models.git_weights import detect_format, import_git
 from pretrain.models.vit import VitSettings
-from tools.weight_files import read_tensors, weight_file
+from tools.weight_files import read_config, read_tensors, weight_file
 
 # CLIP and BERT give every head this many channels, and GIT's released models follow them. Weights
 # do not show the number of heads.
@@ -55,12 +54,7 @@ def read_source(path: Path) -> Source:
         ValueError: nothing usable is there, or a file is damaged or holds more than tensors.
     """
     file = weight_file(path)
-    config = file.parent / "config.json"
-    return Source(
-        file,
-        read_tensors(file),
-        json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None,
-    )
+    return Source(file, read_tensors(file), read_config(file))
 
 
 def import_weights(

@@ -21,6 +21,8 @@ def settings_of_config(config: Mapping[str, Any]) -> InternImageSettings:
     for name, value in fixed.items():
         if config.get(name, value) != value:
             raise ValueError(f"config.json: {name} is {config[name]!r}; ours has {value!r} there")
+    if missing := [name for name in ("channels", "depths", "groups") if name not in config]:
+        raise ValueError(f"config.json says nothing of {', '.join(missing)}")
     post_norm = bool(config.get("post_norm"))
     centre = bool(config.get("center_feature_scale"))
     ids = config.get("level2_post_norm_block_ids") if config.get("level2_post_norm") else None

@@ -155,7 +155,8 @@ def read_captions(path: Path) -> dict[str, list[str]]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: is no JSON object of clips and their captions")
     for clip, texts in found.items():
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        whole = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+        if not whole or not texts:
             raise ValueError(f"{path}: {clip!r} has no list of captions, but {str(texts)[:80]}")
     return found
 

@@ -36,6 +36,20 @@ def weight_file(path: Path) -> Path:
     raise ValueError(f"{path} has none of {', '.join(_FILES)}; give the weight file itself")
 
 
+def read_config(file: Path) -> dict[str, Any] | None:
+    """The config.json beside a weight file; none if there is none. Raises ValueError: no object."""
+    path = file.parent / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object, but {str(config)[:80]}")
+    return config
+
+
 def read_tensors(
     path: Path, wrappings: Sequence[str] = ("model", "state_dict"), skip_objects: bool = False
 ) -> dict[str, Tensor]:

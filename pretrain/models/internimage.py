@@ -409,8 +409,7 @@ class InternImage(nn.Module):
         if pooled and isinstance(self.head, ConvHeadSettings):
             total += self.conv_head.flops(areas[-1])
         elif pooled:
-            total += self.dcnv3_head_x4[0].flops(areas[-1]) + self.dcnv3_head_x3.flops(areas[-2])
-            total += self.clip_projector.flops(areas[-2])
+            return self.dense_flops(height, width) + self.clip_projector.flops(areas[-2])
         return total
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageOps
 
 from data_pipeline.decode import DecodeError, Scratch, decode, jpeg_orientation, read_header
@@ -88,6 +89,16 @@ def test_progressive_jpegs(subsampling):
     )
     assert np.array_equal(plain, progressive)
     assert difference(plain, picture(5)) < 4
+
+
+def test_jpegs_with_colours_at_a_quarter_of_the_lines():
+    """4:4:1 has no name in simplejpeg. As many blocks in a row as 4:1:1, in another shape."""
+    pixels = np.full((64, 64, 3), (40, 120, 200), np.uint8)
+    data = bytearray(simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="411"))
+    sampling = data.index(b"\xff\xc0") + 11
+    assert data[sampling] == 0x41
+    data[sampling] = 0x14
+    assert difference(load(bytes(data)), pixels) < 3
 
 
 def test_arithmetic_coded_jpegs():

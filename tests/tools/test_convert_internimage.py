@@ -137,6 +137,19 @@ def test_a_model_of_unknown_shape_must_be_described(tmp_path, capsys):
     assert not (tmp_path / "b.safetensors").exists()
 
 
+@pytest.mark.parametrize("content, message", [
+    ("{", "config.json is damaged or no JSON"), ("[1]", "config.json holds no JSON object"),
+    ('{"model_type": "internimage", "depths": [1, 1, 1, 1]}', "says nothing of channels, groups"),
+])  # fmt: skip
+def test_a_config_that_cannot_be_read_is_named(tmp_path, content, message, capsys):
+    state, _, _ = golden_state("t")
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(content)
+    out = str(tmp_path / "o.safetensors")
+    assert main(["import-internimage", str(tmp_path), "--out", out]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_config_of_transformers_and_back(size):
     settings = InternImageSettings(size=size)

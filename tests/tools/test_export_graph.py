@@ -175,10 +175,14 @@ def test_a_published_size(tmp_path, capsys):
         torch.testing.assert_close(found[0], wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypatch, capsys):
+# The second one is right for the batch that the graph is traced on.
+@pytest.mark.parametrize("factor", [lambda batch: 1.001, lambda batch: 1.0 + (batch - 2)])
+def test_a_graph_that_computes_something_else_is_not_written(
+    factor, tmp_path, monkeypatch, capsys
+):
     source, _ = official_file(tmp_path, "t")
     (standard,) = export_graph.standard_operators().items()
-    wrong = {standard[0]: lambda *inputs: 1.001 * standard[1](*inputs)}
+    wrong = {standard[0]: lambda *inputs: factor(inputs[0].shape[0]) * standard[1](*inputs)}
     monkeypatch.setattr(export_graph, "standard_operators", lambda: wrong)
     assert main(["export-graph", *source, "--out", str(tmp_path / "a.pt2")]) == 1
     assert "was not written: its outputs differ" in capsys.readouterr().err

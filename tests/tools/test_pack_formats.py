@@ -266,6 +266,7 @@ def test_captions_of_clips(tmp_path, clips, capsys):
         (captions | {"cat/v9": ["a"]}, "1 clips have captions, but no folder with images: cat/v9"),
         ({names[0]: ["a"]}, f"clips have no captions: {names[1]}"),
         (captions | {names[0]: "a"}, f"captions.json: {names[0]!r} has no list of captions"),
+        (captions | {names[0]: []}, f"captions.json: {names[0]!r} has no list of captions, but []"),
         ([1], "captions.json: is no JSON object of clips"),
     ):
         file.write_text(json.dumps(content))

@@ -77,6 +77,9 @@ def test_groups_see_their_own_tokens_alone():
     torch.testing.assert_close(encoder(x, groups=groups), one)
     whole = torch.zeros(2, 4, 4)
     assert (encoder.dense(x, groups=whole) - encoder.dense(x)).abs().max() > 1e-4
+    with torch.no_grad():  # the class token is seen by all
+        encoder.embedding.class_token[..., :4] += 1.0
+    assert ((encoder(x, groups=groups) - one)[:, 1:].abs().amax(-1) > 1e-4).all()
 
 
 def test_pooling_of_some_tokens_equals_pooling_of_them_alone():
