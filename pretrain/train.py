@@ -90,7 +90,8 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
             raise RecipeError(
                 f"{key} cannot change on a resume: the run would not be the one that its "
                 f"checkpoints belong to. Changeable: {', '.join(CHANGEABLE)}. For anything else "
-                "start a new run from this one's weights (initial_weights)"
+                "start a new run from this one's weights (python -m tools.convert export-weights "
+                "writes a file for initial_weights)"
             )
     return moved(validate(load_layers(path, arguments.overrides)), arguments.resume)
 

@@ -7,13 +7,15 @@
     python -m tools.convert export-graph --run runs/t --out t.onnx
     python -m tools.convert export-graph --source internimage_t_1k_224.pth --image-size 224 \\
         --out t.pt2
+    python -m tools.convert export-weights --run runs/m3i --only 'encoders.*' --out m3i.safetensors
 
 `export-git` writes a folder for transformers' GitForCausalLM and AutoProcessor, reads it back with
 them, and compares their scores with ours. `import-git` writes GIT weights of transformers or of the
 original repository under our names, for the recipe's `initial_weights`, and prints the settings
 that a recipe needs for them. The next two do the same for InternImage, from and to the official
 code, its detectors, and transformers. `export-graph` writes a model that runs without this project,
-as ONNX or for torch.export.load, and compares its outputs with ours. Exit codes: 0 done (and
+as ONNX or for torch.export.load, and compares its outputs with ours. `export-weights` writes what
+a run has learned for `initial_weights` of another recipe of ours. Exit codes: 0 done (and
 verified); 1 an error, or an export whose scores differ; 2 wrong usage.
 """
 
@@ -33,6 +35,7 @@ from pretrain.engine.checkpoint_files import CheckpointError, sync_file
 from pretrain.overlay import to_yaml
 from tools.convert_graph import add_command
 from tools.convert_internimage import add_commands
+from tools.convert_weights import add_weights_command
 from tools.export_record import RECORD, ExportRecord, Verification
 from tools.import_git import Imported, import_weights, read_source
 from tools.weight_files import save_tensors
@@ -233,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
                           help=f"attention heads of the {tower}, which weights alone do not show")
     add_commands(commands, console)
     add_command(commands, console)
+    add_weights_command(commands, console)
     return parser
 
 

@@ -47,6 +47,7 @@ from pretrain.optim.momentum import MomentumTargets
 if TYPE_CHECKING:
     from pretrain.objectives.m3i import M3ISettings
 
+
 class M3I(nn.Module):
     """Heads, target branch, losses and evaluation of M3I.
 

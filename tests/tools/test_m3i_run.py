@@ -7,7 +7,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pretrain.build import build_model
 from pretrain.engine.checkpoint_files import read_full_state
+from pretrain.models.init import load_weights
 from pretrain.models.internimage_weights import official_shapes
 from tests.distributed.launch import run_ranks, tails
 from tests.distributed.test_m3i import tiny_m3i
@@ -149,6 +151,29 @@ def test_probes(m3i_run, scenes64, tmp_path):
     assert not torch.equal(*features)
 
 
+@pytest.mark.parametrize("weights", ["master", "target"])
+def test_another_recipe_starts_from_weights(m3i_run, tmp_path, weights):
+    """All of a run but momentum targets and counters; or a part of it, for other tasks."""
+    out, run = tmp_path / "all.safetensors", open_run(m3i_run)
+    convert("export-weights", "--run", m3i_run, "--weights", weights, "--out", out)
+    state, model = run.model.state_dict(), build_model(run.recipe, run.tokenizer)
+    missing = load_weights(model, out)
+    assert missing and all(name.startswith("objectives.m3i.target.") for name in missing)
+    assert not int(model.objectives["m3i"].watch.steps)
+    for name, parameter in model.named_parameters():
+        start = "encoders.image."
+        if weights == "target" and name.startswith(start):
+            name = name.replace(start, "objectives.m3i.target.encoder.")
+        elif name in missing or (weights == "target" and ".projector." in name):
+            continue
+        assert torch.equal(parameter, state[name]), name
+    convert("export-weights", "--run", m3i_run, "--only", "encoders.image.*", "*.head.bias",
+            "--out", out)  # fmt: skip
+    part = load_file(out)
+    assert {name for name in state if name.startswith("encoders.image.")} | {
+        "objectives.m3i.head.bias"} == part.keys()
+
+
 def test_what_cannot_be_exported(m3i_run, run_dir, tmp_path, capsys):
     for arguments, message in (
         (["--format", "m3i"], "name an m3i task that learns classes"),
@@ -157,5 +182,9 @@ def test_what_cannot_be_exported(m3i_run, run_dir, tmp_path, capsys):
         command = ["export-internimage", "--run", str(m3i_run), "--out", str(tmp_path / "a.pth")]
         assert main([*command, *arguments]) == 1
         assert message in " ".join(capsys.readouterr().err.split())
+    command = ["export-weights", "--run", str(m3i_run), "--out", str(tmp_path / "a.safetensors")]
+    assert main([*command, "--only", "encoder.*"]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "--only encoder.*: there is no such weight; names are like encoders.image." in error
     with pytest.raises(ValueError, match="no task with a momentum target"):
         open_run(run_dir, "target")

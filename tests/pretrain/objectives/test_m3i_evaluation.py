@@ -33,10 +33,14 @@ def found():
     """Model, all images, its batches, and metrics of these."""
     model, batch = m3i_model(**SETTINGS).train(), held_out()
     follow(model, 0.5)
+    training = []
+    for encoder in model.encoders.values():
+        encoder.register_forward_pre_hook(lambda module, _: training.append(module.training))
     loader = [m3i_rows(batch, range(start, start + 4)) for start in (0, 4, 8)]
     metrics, examples = model.objectives["m3i"].evaluate(
         model.encoders, loader, None, torch.device("cpu")
     )
+    assert training and not any(training), "no drop path here"
     assert examples == [] and model.training and model.encoders["text"].training
     assert not model.objectives["m3i"].target.training
     assert not int(model.objectives["m3i"].watch.steps)
