@@ -7,6 +7,7 @@ images in bfloat16 with fused AdamW on float32 weights (autocast).
 
 import argparse
 import time
+import warnings
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -152,7 +153,8 @@ def _kernel_rows(
 def _dcnv4(
     clock: _Clock, function: Callable, inputs: list[Tensor], groups: int, output: Tensor, what: str
 ) -> float:
-    """Seconds of the package's kernel; not a number where it refuses the type, or fails."""
+    """Seconds of the package's kernel; not a number where it refuses the type, fails, or computes
+    something else: a peer is no reason to lose what was measured of ours."""
     value, offset, mask = (tensor.detach() for tensor in inputs)
     own = [value.requires_grad_(), bench_dcnv4.join(offset, mask, groups).requires_grad_()]
 
@@ -162,8 +164,11 @@ def _dcnv4(
     try:
         gap = (call(*own) - output).detach().abs().max() / output.detach().abs().max()
         if not gap < 0.05:
-            raise SystemExit(f"DCNv4 computes something else than DCNv3 (by {gap:.2g}): its layout "
-                             "is not the one that tools/bench_dcnv4.py knows")
+            warnings.warn(
+                f"DCNv4 computes something else than DCNv3 (by {gap:.2g}) and is not timed: its "
+                "layout is not the one that tools/bench_dcnv4.py knows", stacklevel=2,
+            )  # fmt: skip
+            return float("nan")
         return clock.seconds(_pass(call, own, torch.randn_like(output), what))
     except RuntimeError:  # its backward pass has no bfloat16 in some releases
         return float("nan")

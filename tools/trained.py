@@ -125,8 +125,10 @@ def _targets_in_place(
             moved = {online + name.removeprefix(target): tensor.clone()
                      for name, tensor in state.items() if name.startswith(f"{target}.")}
             if found.keys() & moved.keys():
-                raise ValueError(f"weights target: {online} has momentum targets in several tasks, "
-                                 f"{task} among them; there is no telling which is meant")
+                raise ValueError(
+                    f"weights target: {online} has momentum targets in several tasks, {task} among "
+                    "them, which differ; take the trained weights, or their moving average"
+                )
             found |= moved
     if not found:
         raise ValueError("weights target: the run has no task with a momentum target (m3i)")
