@@ -47,8 +47,9 @@ def add_command(commands: Any, console: Console) -> None:
     give.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS",
                       help="height and width, or one number for both; default for the logits of a "
                            "run: as its recipe evaluates")
-    give.add_argument("--weights", choices=("trained", "ema"), default="trained",
-                      help="trained weights, or their moving average (default %(default)s)")
+    give.add_argument("--weights", choices=("master", "ema", "target"), default="master",
+                      help="trained weights, their moving average, or (--run) those of momentum "
+                           "targets in the place of what these follow (default %(default)s)")
     give.add_argument("--task", metavar="NAME",
                       help="with --run and logits: classification task, if there are several")
     give.add_argument("--encoder", metavar="NAME",
@@ -90,7 +91,7 @@ def _of_run(options: argparse.Namespace) -> Chosen:
     maps = options.outputs == "maps"
     if (options.task if maps else options.encoder) is not None:
         raise ValueError("--task chooses logits, --encoder maps (--outputs)")
-    run = open_run(options.run_dir, "master" if options.weights == "trained" else "ema")
+    run = open_run(options.run_dir, options.weights)
     tasks = run.recipe.tasks
     if maps:
         name = options.encoder or "image"
@@ -135,6 +136,8 @@ def _choose_task(tasks: Any, wanted: str | None) -> str:
 def _of_source(options: argparse.Namespace) -> Chosen:
     if options.task or options.encoder:
         raise ValueError("--task and --encoder are for --run: --source has one model")
+    if options.weights == "target":
+        raise ValueError("--weights target is for --run: --source has no momentum targets")
     file = weight_file(options.source)
     try:
         found, settings = read_internimage(file, options.weights, options.settings)

@@ -31,7 +31,7 @@ from tools.internimage_config import config_of_settings, settings_of_config
 from tools.weight_files import read_config, read_tensors, save_tensors, weight_file, writing
 
 # Where checkpoints keep weights, and the moving average of the official trainers.
-WRAPPINGS = {"trained": ("model", "state_dict", "module"), "ema": ("model_ema",)}
+WRAPPINGS = {"master": ("model", "state_dict", "module"), "ema": ("model_ema",)}
 
 
 def add_commands(commands: Any, console: Console) -> None:
@@ -48,7 +48,7 @@ def add_commands(commands: Any, console: Console) -> None:
     take.add_argument("--task", default="classify", metavar="NAME",
                       help="name in tasks of the classification that has the linear layer "
                            "(default %(default)s)")
-    take.add_argument("--weights", choices=tuple(WRAPPINGS), default="trained",
+    take.add_argument("--weights", choices=tuple(WRAPPINGS), default="master",
                       help="ema: the moving average that the file has too (default %(default)s)")
     take.add_argument("--settings", type=Path, metavar="FILE.yaml",
                       help="settings of the encoder as in a recipe, for a model that is neither "
@@ -107,7 +107,7 @@ def read_internimage(
 ) -> tuple[Unwrapped, InternImageSettings]:
     """Weights of others under the official names, and the model that they are of.
 
-    file: as `read_tensors`; weights: "trained" or "ema"; described: YAML file with settings of the
+    file: as `read_tensors`; weights: "master" or "ema"; described: YAML file with settings of the
     encoder, none: those of a config.json beside `file`, or of the published size.
 
     Raises:

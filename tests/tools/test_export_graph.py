@@ -84,7 +84,7 @@ def test_official_weights_to_onnx(name, tmp_path, capsys):
     shape = model.graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_param or d.dim_value for d in shape] == ["batch", 3, *images.shape[2:]]
     facts = {one.key: json.loads(one.value) for one in model.metadata_props}
-    assert facts["image_mean"] == [0.485, 0.456, 0.406] and facts["weights"] == "trained"
+    assert facts["image_mean"] == [0.485, 0.456, 0.406] and facts["weights"] == "master"
     assert b"/site-packages/" not in out.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "a.pth", "settings.yaml"]
 
@@ -109,7 +109,7 @@ def test_maps_for_detectors(tmp_path):
         torch.testing.assert_close(found[: len(wanted)], wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("weights", ["ema", pytest.param("trained", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weights", ["ema", pytest.param("master", marks=pytest.mark.slow)])
 def test_a_run_to_a_program_of_torch(internimage_run, tmp_path, weights):
     """It runs where this project is not installed, with any batch."""
     from tools.trained import open_run
@@ -117,7 +117,7 @@ def test_a_run_to_a_program_of_torch(internimage_run, tmp_path, weights):
     out = tmp_path / "a.pt2"
     assert main(["export-graph", "--run", str(internimage_run), "--out", str(out), "--weights",
                  weights]) == 0  # fmt: skip
-    trained = open_run(internimage_run, "master" if weights == "trained" else "ema")
+    trained = open_run(internimage_run, weights)
     image = trained.recipe.tasks["classify"].data.image
     images = torch.randn(5, 3, image.size, image.size)
     torch.save(images, tmp_path / "images")
@@ -207,6 +207,7 @@ def test_what_is_refused(internimage_run, tmp_path, capsys):
     for arguments, message in (
         ([*source, "--out", str(tmp_path / "a.pb")], "must end in .onnx or .pt2"),
         ([*source[:4], *out], "--image-size: give height and width"),
+        ([*source, "--weights", "target", *out], "--weights target is for --run"),
         ([*source, "--task", "sort", *out], "--task and --encoder are for --run"),
         ([*of_run, "--task", "sort", *out], "classification tasks with --task: classify"),
         ([*of_run, "--outputs", "maps", "--encoder", "eye", *out], "InternImages are: image"),

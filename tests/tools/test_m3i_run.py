@@ -131,6 +131,19 @@ def test_the_next_stage_starts_from_it(m3i_run, scenes64, tmp_path, kind, weight
     assert all(torch.equal(begun[name], given[name]) for name in encoder)
 
 
+def test_the_target_as_a_graph(m3i_run, tmp_path):
+    """What a detector takes may be the momentum copy, too."""
+    out = tmp_path / "a.pt2"
+    convert("export-graph", "--run", m3i_run, "--weights", "target", "--outputs", "maps",
+            "--image-size", 64, "--out", out)  # fmt: skip
+    images = torch.rand(3, 3, 64, 64)
+    found = torch.export.load(out).module()(images)[-1]
+    encoders = {w: open_run(m3i_run, w).model.encoders["image"] for w in ("master", "target")}
+    wanted = {w: encoder.maps(images)[-1].permute(0, 3, 1, 2) for w, encoder in encoders.items()}
+    torch.testing.assert_close(found, wanted["target"], atol=1e-5, rtol=1e-5)
+    assert (found - wanted["master"]).abs().max() > 1e-4
+
+
 def test_probes(m3i_run, scenes64, tmp_path):
     """The encoder and its momentum copy, by the mean of the last map and by the projector."""
     found = {}
