@@ -27,8 +27,8 @@ class Fragment:
 class Partition:
     """One flat fp32 tensor of this rank.
 
-    `master` (numel,) float32; the part of it that no fragment names is alignment padding: zero, but
-    under ZeRO-3, where DeepSpeed leaves there what was in the memory. Its gradient is zero.
+    `master` (numel,) float32; the part of it that no fragment names is alignment padding: zero
+    (`clear_padding`), as is its gradient.
     `group` is the index of the optimizer's parameter group.
     """
 
@@ -115,6 +115,18 @@ def _stage3(zero, names: dict[int, str]) -> Iterator[Partition]:
                 )
             offset += share
         yield partition
+
+
+@torch.no_grad()
+def clear_padding(engine) -> None:
+    """Zero the alignment padding of the masters, where ZeRO-3 leaves what was in the memory: equal
+    runs have equal files."""
+    for partition in list_partitions(engine):
+        end = 0
+        for f in sorted(partition.fragments, key=lambda f: f.offset):
+            partition.master[end : f.offset].zero_()
+            end = f.offset + f.numel
+        partition.master[end:].zero_()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import nn
 
 from pretrain.engine.cached_features import accumulate_coupled, must_couple
 from pretrain.engine.host_memory import return_freed_memory
-from pretrain.engine.partitions import gathered
+from pretrain.engine.partitions import clear_padding, gathered
 from pretrain.engine.stale_gradients import clear_gradients
 from pretrain.models.init import initialise, load_weights
 from pretrain.optim.groups import OptimizerSettings, parameter_groups
@@ -60,6 +60,7 @@ def start_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(groups, optimizer), config=config
     )
+    clear_padding(engine)
     return_freed_memory()
     return engine
 
