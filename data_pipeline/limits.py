@@ -1,8 +1,8 @@
 """How hard one node may press one server: requests at a time and bytes per second of each host.
 
 All processes of a user on a node hold the limits together: trainers, workers and read-aheads, of
-any run. They meet in a file for each host, in a folder of the node (`node_folder`). Its name holds
-the boot of the machine, so that nodes which share that folder do not meet there:
+any run. They meet in a file for each host, in a folder of the node (`node_folder`). The file's name
+depends on the boot of the machine, so that nodes which share that folder do not meet there:
 
     bytes 0 .. 15             of which boot the time is, and until when the bytes so far are paid
     locks from _PLACES on     place i is taken by whoever has locked its byte

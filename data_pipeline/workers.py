@@ -178,22 +178,18 @@ def _arena(streams: Iterable[TaskStream | WeakStream], workers: int, slots: int)
 
 
 def _unpacked(packed: dict[str, Any], arena: Arena | None, pin_memory: bool) -> dict[str, Any]:
-    batch = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in packed.items()
-    }
     described = {name: value for name, value in packed.items() if isinstance(value, InArena)}
-    if described:
-        batch |= arena.place(described)
-    if not pin_memory:
-        return batch
-    # Copies, so that the slot is free for the worker while the device still reads. What was small
-    # enough for the message is not worth one.
-    small = {name for name, value in packed.items() if isinstance(value, np.ndarray)}
-    return {
-        name: value.pin_memory() if isinstance(value, torch.Tensor) and name not in small else value
-        for name, value in batch.items()
-    }
+    placed = arena.place(described) if described else {}
+    batch = {}
+    for name, value in packed.items():
+        if isinstance(value, np.ndarray):  # small: not worth a copy
+            batch[name] = torch.from_numpy(value)
+            continue
+        value = placed.get(name, value)
+        # A copy, so that the slot is free for the worker while the device still reads.
+        pinned = pin_memory and isinstance(value, torch.Tensor)
+        batch[name] = value.pin_memory() if pinned else value
+    return batch
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,6 +1,24 @@
-"""Types of command-line arguments that several tools share."""
+"""Command-line arguments that several tools share, and their types."""
 
 import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_run(parser: Any, required: bool = True) -> None:
+    """Add --run, whose value is `run_dir`, to a parser or a group of one."""
+    options = {"required": True} if required else {}
+    parser.add_argument("--run", dest="run_dir", type=Path, metavar="RUN", **options,
+                        help="run directory (its newest checkpoint) or a checkpoint folder")
+
+
+def add_weights(parser: Any, targets: bool = True) -> None:
+    """Add --weights, which `tools.trained.open_run` takes; targets: also momentum targets."""
+    text = {"master": "trained weights", "ema": "their moving average (`ema` in the recipe)"}
+    if targets:
+        text["target"] = "momentum targets in the place of what these follow"
+    parser.add_argument("--weights", choices=text, default="master",
+                        help=", or ".join(text.values()) + " (default %(default)s)")
 
 
 def positive(text: str) -> int:

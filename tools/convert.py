@@ -33,9 +33,8 @@ from rich.console import Console
 from data_pipeline.tar_headers import ShardError
 from pretrain.engine.checkpoint_files import CheckpointError, sync_file
 from pretrain.overlay import to_yaml
-from tools.convert_graph import add_command
-from tools.convert_internimage import add_commands
-from tools.convert_weights import add_weights_command
+from tools import convert_graph, convert_internimage, convert_weights
+from tools.arguments import add_run, add_weights
 from tools.export_record import RECORD, ExportRecord, Verification
 from tools.import_git import Imported, import_weights, read_source
 from tools.weight_files import save_tensors
@@ -210,14 +209,11 @@ def _parser() -> argparse.ArgumentParser:
     text = "a run's captioner as a folder for transformers"
     export = commands.add_parser("export-git", help=text, description=text)
     export.set_defaults(run=_export_git)
-    export.add_argument("--run", dest="run_dir", type=Path, required=True, metavar="RUN",
-                        help="run directory (its newest checkpoint) or a checkpoint folder")
+    add_run(export)
     export.add_argument("--out", type=Path, required=True,
                         help="folder to write; an earlier export there is replaced")
     export.add_argument("--task", help="captioning task, if the run has several")
-    export.add_argument("--weights", choices=("master", "ema"), default="master",
-                        help="ema: the moving average, of a run whose recipe has `ema` (default "
-                             "%(default)s)")
+    add_weights(export, targets=False)
     export.add_argument("--image-size", type=int, metavar="PIXELS",
                         help="side of the images; default: as the recipe evaluates")
     text = "GIT weights of others under our names"
@@ -234,9 +230,9 @@ def _parser() -> argparse.ArgumentParser:
     for tower in ("encoder", "decoder"):
         take.add_argument(f"--{tower}-heads", type=int, metavar="N",
                           help=f"attention heads of the {tower}, which weights alone do not show")
-    add_commands(commands, console)
-    add_command(commands, console)
-    add_weights_command(commands, console)
+    convert_internimage.add_commands(commands, console)
+    convert_graph.add_command(commands, console)
+    convert_weights.add_command(commands, console)
     return parser
 
 

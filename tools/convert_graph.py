@@ -10,6 +10,7 @@ from torch import nn
 
 from pretrain.models.internimage import STAGES, InternImage, InternImageSettings
 from pretrain.models.internimage_weights import import_internimage
+from tools.arguments import add_run, add_weights
 from tools.convert_internimage import read_internimage
 from tools.export_graph import Logits, Maps, write_graph
 from tools.weight_files import weight_file
@@ -33,8 +34,7 @@ def add_command(commands: Any, console: Console) -> None:
     give = commands.add_parser("export-graph", help=text, description=text)
     give.set_defaults(run=lambda options: _export(options, console))
     source = give.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", dest="run_dir", type=Path, metavar="RUN",
-                        help="run directory (its newest checkpoint) or a checkpoint folder")
+    add_run(source, required=False)  # the group requires one of them
     source.add_argument("--source", type=Path,
                         help="InternImage weights that import-internimage reads, such as an "
                              "official .pth")
@@ -47,9 +47,7 @@ def add_command(commands: Any, console: Console) -> None:
     give.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS",
                       help="height and width, or one number for both; default for the logits of a "
                            "run: as its recipe evaluates")
-    give.add_argument("--weights", choices=("master", "ema", "target"), default="master",
-                      help="trained weights, their moving average, or (--run) those of momentum "
-                           "targets in the place of what these follow (default %(default)s)")
+    add_weights(give)
     give.add_argument("--task", metavar="NAME",
                       help="with --run and logits: classification task, if there are several")
     give.add_argument("--encoder", metavar="NAME",

@@ -27,6 +27,7 @@ from pretrain.models.internimage_weights import (
     unwrap,
 )
 from pretrain.overlay import parse_yaml, to_yaml
+from tools.arguments import add_run, add_weights
 from tools.internimage_config import config_of_settings, settings_of_config
 from tools.weight_files import read_config, read_tensors, save_tensors, weight_file, writing
 
@@ -62,8 +63,7 @@ def add_commands(commands: Any, console: Console) -> None:
     text = "a run's InternImage for the official code, its detectors, or transformers"
     give = commands.add_parser("export-internimage", help=text, description=text)
     give.set_defaults(run=lambda options: _export(options, console))
-    give.add_argument("--run", dest="run_dir", type=Path, required=True, metavar="RUN",
-                      help="run directory (its newest checkpoint) or a checkpoint folder")
+    add_run(give)
     give.add_argument("--out", type=Path, required=True,
                       help="file that ends in .pth; for transformers a folder that is not there")
     give.add_argument("--format", choices=("official", "detection", "transformers", "m3i"),
@@ -74,9 +74,7 @@ def add_commands(commands: Any, console: Console) -> None:
     give.add_argument("--task", metavar="NAME",
                       help="classification or m3i task whose linear layer goes along (default: "
                            "none)")
-    give.add_argument("--weights", choices=("master", "ema", "target"), default="master",
-                      help="trained weights, their moving average, or those of the momentum target "
-                           "of the run's m3i task (default %(default)s)")
+    add_weights(give)
 
 
 # ---- import ------------------------------------------------------------------------------------

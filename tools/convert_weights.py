@@ -15,24 +15,22 @@ from torch import Tensor
 
 from pretrain.engine.momentum_pairs import target_sources
 from pretrain.models.multitask import MultiTaskModel
+from tools.arguments import add_run, add_weights
 from tools.trained import open_run
 from tools.weight_files import save_tensors
 
 
-def add_weights_command(commands: Any, console: Console) -> None:
+def add_command(commands: Any, console: Console) -> None:
     """Add export-weights to the parsers of `tools.convert`."""
     text = "a run's weights under our names, for initial_weights of another recipe"
     give = commands.add_parser("export-weights", help=text, description=text)
     give.set_defaults(run=lambda options: _export(options, console))
-    give.add_argument("--run", dest="run_dir", type=Path, required=True, metavar="RUN",
-                      help="run directory (its newest checkpoint) or a checkpoint folder")
+    add_run(give)
     give.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
     give.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN",
                       help="names to take, for example 'encoders.image.*' for a recipe with other "
                            "tasks (default: all)")
-    give.add_argument("--weights", choices=("master", "ema", "target"), default="master",
-                      help="trained weights, their moving average, or those of momentum targets "
-                           "in the place of what these follow (default %(default)s)")
+    add_weights(give)
 
 
 def _export(options: argparse.Namespace, console: Console) -> int:

@@ -24,7 +24,7 @@ from pretrain.build import evaluation_image
 from pretrain.models.pixels import normalise_pixels
 from pretrain.objectives.image_tokens import image_vectors, vector_width
 from pretrain.objectives.probing import knn_top1, linear_top1
-from tools.arguments import natural, positive
+from tools.arguments import add_weights, natural, positive
 from tools.trained import TrainedRun, open_run
 
 console = Console(stderr=True)
@@ -77,9 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pool", choices=("mean", "class_token", "head"), default="mean",
                         help="what an image is: the mean of its tokens, the first one, or what "
                              "the encoder's own head makes of them")
-    parser.add_argument("--weights", choices=("master", "ema", "target"), default="master",
-                        help="trained weights, their moving average, or those of the momentum "
-                             "target (m3i)")
+    add_weights(parser)
     parser.add_argument("--neighbours", type=positive, default=20, help="that vote (default: 20)")
     parser.add_argument("--batch", type=positive, default=64, help="images at a time")
     parser.add_argument("--workers", type=natural, default=2, help="processes that decode")
