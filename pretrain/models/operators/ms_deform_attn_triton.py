@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pretrain.models.operators.sampling_triton import (
+    BACKWARD,
+    FORWARD,
     Scatter,
     add_sample,
     block,
@@ -18,6 +20,10 @@ from pretrain.models.operators.sampling_triton import (
 )
 
 Sizes = tuple[tuple[int, ...], tuple[int, ...]]
+# Points of a map computed at a time.
+UNROLLS = (1, 2, 4)
+# No compilation of its own for each image size.
+_SIZES = ("items", "queries", "pixels", "magnitude")
 
 
 def forward(value: Tensor, locations: Tensor, weights: Tensor, maps: Sizes) -> Tensor:
@@ -26,13 +32,13 @@ def forward(value: Tensor, locations: Tensor, weights: Tensor, maps: Sizes) -> T
     `maps` are the heights and the widths of the maps.
     """
     value, locations, weights = (t.contiguous() for t in (value, locations, weights))
-    n, pixels, heads, depth = value.shape
+    n, _, heads, depth = value.shape
     queries = locations.shape[1]
     out = value.new_empty(n, queries, heads * depth)
     if out.numel():
-        _forward_kernel[grid(n * queries, heads)](
-            value, locations, weights, out, _table(*maps, value.device), n * queries, queries,
-            pixels, heads, MAPS=len(maps[0]), POINTS=weights.shape[-1], **constants(value, depth),
+        forward_kernel[grid(n * queries * heads)](
+            value, locations, weights, out, *geometry(value, queries, maps),
+            **settings(value, locations, out),
         )
     return out
 
@@ -44,18 +50,32 @@ def backward(
     gradient, value, locations, weights = (
         t.contiguous() for t in (gradient, value, locations, weights)
     )
-    n, pixels, heads, depth = value.shape
+    n, _, heads, _ = value.shape
     queries = locations.shape[1]
     scatter = Scatter(value, gradient, weights, queries * weights.shape[-1])
     of_locations, of_weights = torch.empty_like(locations), torch.empty_like(weights)
     if gradient.numel():
-        _backward_kernel[grid(n * queries, heads)](
+        backward_kernel[grid(n * queries * heads)](
             gradient, value, locations, weights, scatter.buffer, of_locations, of_weights,
-            scatter.scale, _table(*maps, value.device), n * queries, queries, pixels, heads,
-            FIXED=scatter.fixed, MAPS=len(maps[0]), POINTS=weights.shape[-1],
-            **constants(value, depth),
+            scatter.scale, *geometry(value, queries, maps), FIXED=scatter.fixed,
+            **settings(value, locations, gradient),
         )
     return scatter.result(value.dtype), of_locations, of_weights
+
+
+def geometry(value: Tensor, queries: int, maps: Sizes) -> tuple:
+    """The table of the maps, and sizes, that the kernels take after their other tensors."""
+    n, pixels, heads, _ = value.shape
+    items = n * queries * heads
+    return _table(*maps, value.device), items, queries, pixels, items.bit_length()
+
+
+def settings(value: Tensor, locations: Tensor, out: Tensor) -> dict:
+    """What the kernels are compiled for."""
+    largest = max(locations.numel(), out.numel(), value.shape[1:].numel())
+    return {
+        "MAPS": locations.shape[3], "POINTS": locations.shape[4],
+    } | constants(value, *value.shape[2:], largest)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
@@ -67,72 +87,88 @@ def _table(heights: tuple[int, ...], widths: tuple[int, ...], device: torch.devi
     return torch.tensor(list(zip(heights, widths, starts, strict=False)), device=device)
 
 
-@triton.autotune(configs=configurations(), key=["CHANNELS", "POINTS", "MAPS", "positions"])
 @triton.jit
-def _forward_kernel(
-    value, locations, weights, out, table, positions, queries, pixels, heads,
-    MAPS: tl.constexpr, POINTS: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    head, position, valid, channel, used = block(
-        positions, CHANNELS, BLOCK_CHANNELS, BLOCK
-    )
-    step = heads * CHANNELS
-    image = value + (position // queries * pixels * step + head * CHANNELS)
-    first = (position * heads + head) * (MAPS * POINTS)
-    total = tl.zeros((BLOCK, BLOCK_CHANNELS), SUM)
-    for level in range(MAPS):
-        height = tl.load(table + 3 * level)
-        width = tl.load(table + 3 * level + 1)
-        start = tl.load(table + 3 * level + 2)
-        for number in range(POINTS):
-            point = first + level * POINTS + number
-            x = tl.load(locations + 2 * point, mask=valid, other=0.0).to(SUM) * width - 0.5
-            y = tl.load(locations + 2 * point + 1, mask=valid, other=0.0).to(SUM) * height - 0.5
-            weight = tl.load(weights + point, mask=valid, other=0.0).to(SUM)
-            total = add_sample(
-                total, image + start * step, y, x, weight, valid, height, width, step, channel,
-                used, SUM,
-            )  # fmt: skip
-    place = out + position * step + head * CHANNELS
-    tl.store(place[:, None] + channel, total.to(out.dtype.element_ty), mask=valid[:, None] & used)
+def _map(table, level):
+    """Height and width of a map, and how many pixels come before it."""
+    entry = table + 3 * level
+    return tl.load(entry).to(tl.int32), tl.load(entry + 1).to(tl.int32), tl.load(entry + 2)
+
+
+@triton.jit
+def _place(locations, point, height, width, SUM: tl.constexpr):
+    """Coordinates (y, x) at which a point (BLOCK,) is read."""
+    x = tl.load(locations + 2 * point).to(SUM) * width - 0.5
+    return tl.load(locations + 2 * point + 1).to(SUM) * height - 0.5, x
 
 
 @triton.autotune(
-    configs=configurations(), key=["CHANNELS", "POINTS", "MAPS", "positions", "FIXED"],
+    configs=configurations(FORWARD, UNROLLS),
+    key=["GROUPS", "CHANNELS", "POINTS", "MAPS", "magnitude"],
+)
+@triton.jit(do_not_specialize=_SIZES)
+def forward_kernel(
+    value, locations, weights, out, table, items, queries, pixels, magnitude,
+    MAPS: tl.constexpr, POINTS: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr,
+    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
+    WARPS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    item, own, position, head, channel, used = block(
+        items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, WIDTH, WARPS
+    )
+    step: tl.constexpr = GROUPS * CHANNELS
+    image = position // queries * pixels.to(tl.int64) * step + head * CHANNELS
+    image = (value + image)[:, None] + channel
+    total = tl.zeros((item.shape[0], BLOCK_CHANNELS), SUM)
+    for level in range(MAPS):
+        height, width, start = _map(table, level)
+        for number in tl.range(POINTS, loop_unroll_factor=UNROLL):
+            point = (item * MAPS + level) * POINTS + number
+            y, x = _place(locations, point, height, width, SUM)
+            weight = tl.load(weights + point).to(SUM)
+            total = add_sample(
+                total, image + start * step, y, x, weight, height, width, used, step, SUM, INDEX,
+                UNSIGNED, PAIRS,
+            )  # fmt: skip
+    places = (out + item * CHANNELS)[:, None] + channel
+    tl.store(places, total.to(out.dtype.element_ty), mask=own[:, None] & used)
+
+
+@triton.autotune(
+    configs=configurations(BACKWARD, UNROLLS),
+    key=["GROUPS", "CHANNELS", "POINTS", "MAPS", "magnitude", "FIXED"],
     reset_to_zero=["value_gradient"],
 )  # fmt: skip
-@triton.jit
-def _backward_kernel(
+@triton.jit(do_not_specialize=_SIZES)
+def backward_kernel(
     gradient, value, locations, weights, value_gradient, location_gradient, weight_gradient, scale,
-    table, positions, queries, pixels, heads,
+    table, items, queries, pixels, magnitude,
     FIXED: tl.constexpr, MAPS: tl.constexpr, POINTS: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr,
+    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
+    WARPS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    head, position, valid, channel, used = block(
-        positions, CHANNELS, BLOCK_CHANNELS, BLOCK
+    item, own, position, head, channel, used = block(
+        items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, WIDTH, WARPS
     )
-    step = heads * CHANNELS
-    image = position // queries * pixels * step + head * CHANNELS
-    first = (position * heads + head) * (MAPS * POINTS)
-    place = gradient + position * step + head * CHANNELS
-    upstream = tl.load(place[:, None] + channel, mask=valid[:, None] & used, other=0.0).to(SUM)
+    step: tl.constexpr = GROUPS * CHANNELS
+    image = position // queries * pixels.to(tl.int64) * step + head * CHANNELS
+    image = image[:, None] + channel
+    places = (gradient + item * CHANNELS)[:, None] + channel
+    upstream = tl.load(places, mask=own[:, None] & used, other=0.0).to(SUM)
     fixed_scale = tl.load(scale)
     for level in range(MAPS):
-        height = tl.load(table + 3 * level)
-        width = tl.load(table + 3 * level + 1)
-        start = tl.load(table + 3 * level + 2)
-        for number in range(POINTS):
-            point = first + level * POINTS + number
-            x = tl.load(locations + 2 * point, mask=valid, other=0.0).to(SUM) * width - 0.5
-            y = tl.load(locations + 2 * point + 1, mask=valid, other=0.0).to(SUM) * height - 0.5
-            weight = tl.load(weights + point, mask=valid, other=0.0).to(SUM)
+        height, width, start = _map(table, level)
+        for number in tl.range(POINTS, loop_unroll_factor=UNROLL):
+            point = (item * MAPS + level) * POINTS + number
+            y, x = _place(locations, point, height, width, SUM)
+            weight = tl.load(weights + point).to(SUM)
             along_y, along_x, along_weight = scatter_sample(
                 upstream, value, value_gradient, fixed_scale, image + start * step, y, x, weight,
-                valid, height, width, step, channel, used, FIXED, SUM, BLOCK,
+                height, width, used, FIXED, step, SUM, INDEX, UNSIGNED, PAIRS,
             )  # fmt: skip
             kind = location_gradient.dtype.element_ty
-            tl.store(location_gradient + 2 * point, (along_x * width).to(kind), mask=valid)
-            tl.store(location_gradient + 2 * point + 1, (along_y * height).to(kind), mask=valid)
+            tl.store(location_gradient + 2 * point, (along_x * width).to(kind), mask=own)
+            tl.store(location_gradient + 2 * point + 1, (along_y * height).to(kind), mask=own)
             kind = weight_gradient.dtype.element_ty
-            tl.store(weight_gradient + point, along_weight.to(kind), mask=valid)
+            tl.store(weight_gradient + point, along_weight.to(kind), mask=own)

@@ -1,8 +1,10 @@
 """Weighted sums of bilinear samples in Triton: what the kernels of the deformable operators share.
 
-A program computes BLOCK positions of one group (or head), for all its channels. Sums and
-coordinates are float32 (float64 for float64 values); indices into tensors are 64-bit. The gradient
-of the values is scattered by atomic additions into a float32 buffer. Under
+An item is one position of one group (or query of one head); a program computes BLOCK items that
+follow each other in memory, all channels of each. So results are written and offsets read in one
+run, and neighbouring threads read neighbouring pixels. Sums and coordinates are float32 (float64
+for float64 values). Indices are 64-bit where a tensor or an image needs it (see `index_type`). The
+gradient of the values is scattered by atomic additions into a float32 buffer. Under
 `torch.use_deterministic_algorithms(True)` it is scattered as 64-bit fixed-point numbers, whose sum
 does not depend on the order: the same bits in every run, at twice the traffic of that buffer.
 """
@@ -19,6 +21,15 @@ from pretrain.models.operators.window import sum_type
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 # Bits that a fixed-point sum may fill: one below the sign, one to spare.
 _FIXED_BITS = 62
+FORWARD = ((4, 4), (8, 4))
+"""(channels of a thread, warps of a program) to choose from: 16 bytes of float32 or bfloat16."""
+BACKWARD = ((2, 1), (4, 1))
+"""As many channels as one atomic addition takes, in fixed and in floating point: a thread that read
+more would have to pass their gradients on to others. One warp: gradients of places change hands
+before they are written, which several warps do through shared memory, behind barriers."""
+INDEX_LIMIT = 2**31
+"""Elements of a tensor from which on indices are 64-bit: these take half as many instructions
+again. An image begins at a 64-bit place in any case."""
 
 
 def interpreted() -> bool:
@@ -26,27 +37,51 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def configurations() -> list[triton.Config]:
-    """Blocks to choose from by measurement; the interpreter, which measures nothing, has one."""
+def configurations(
+    shapes: tuple[tuple[int, int], ...], unrolls: tuple[int, ...]
+) -> list[triton.Config]:
+    """Candidates that are timed on the first call; the interpreter, which times nothing, has one.
+
+    Args:
+        shapes: (channels of a thread, warps of a program).
+        unrolls: points computed at a time; more hide more latency, and take more registers.
+    """
     if interpreted():
-        return [triton.Config({"BLOCK": 1024}, num_warps=4)]
+        return [triton.Config({"WIDTH": 256, "WARPS": 4, "UNROLL": 1}, num_warps=4)]
     return [
-        triton.Config({"BLOCK": block}, num_warps=warps)
-        for block, warps in ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4), (128, 4), (256, 8))
+        triton.Config({"WIDTH": width, "WARPS": warps, "UNROLL": unroll}, num_warps=warps)
+        for width, warps in shapes
+        for unroll in unrolls
     ]
 
 
-def constants(value: Tensor, channels: int) -> dict:
-    """Compile-time arguments of every kernel: `channels` of a group, and the type of sums."""
+def constants(value: Tensor, groups: int, channels: int, largest: int) -> dict:
+    """Compile-time arguments of every kernel.
+
+    Args:
+        groups, channels: groups (or heads), and channels of one.
+        largest: elements of the largest tensor, or of one image of values.
+    """
+    wide = largest >= INDEX_LIMIT
     return {
-        "CHANNELS": channels, "BLOCK_CHANNELS": triton.next_power_of_2(channels),
+        "GROUPS": groups, "CHANNELS": channels,
+        "BLOCK_CHANNELS": triton.next_power_of_2(channels),
         "SUM": _TRITON_TYPES[sum_type(value.dtype)],
+        "INDEX": tl.int64 if wide else tl.int32, "UNSIGNED": tl.uint64 if wide else tl.uint32,
+        "PAIRS": value.dtype == torch.bfloat16 and not interpreted() and torch.version.hip is None,
+        "enable_fp_fusion": True,  # as a later Triton will not do by itself
     }  # fmt: skip
 
 
-def grid(positions: int, groups: int):
-    """Programs of a launch, given its block."""
-    return lambda meta: (triton.cdiv(positions, meta["BLOCK"]), groups)
+def items_of_program(width: int, warps: int, block_channels: int) -> int:
+    """How many items a program of a configuration computes; a power of two."""
+    return max(1, 32 * warps * width // block_channels)
+
+
+def grid(items: int):
+    """Programs of a launch, given its configuration."""
+    names = ("WIDTH", "WARPS", "BLOCK_CHANNELS")
+    return lambda meta: (triton.cdiv(items, items_of_program(*(meta[name] for name in names))),)
 
 
 class Scatter:
@@ -81,94 +116,103 @@ class Scatter:
 
 @triton.jit
 def block(
-    positions, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """What a program computes: its group, positions (BLOCK,) and which of them there are, channels
-    (1, BLOCK_CHANNELS) and which of them there are."""
-    group = tl.program_id(1).to(tl.int64)
-    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    items, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    INDEX: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """What a program computes: items (BLOCK,), their positions and groups, and which of them are
+    its own: beyond the last one it computes that again, for no one. Channels (1, BLOCK_CHANNELS)
+    and which of them there are."""
+    BLOCK: tl.constexpr = max(1, 32 * WARPS * WIDTH // BLOCK_CHANNELS)
+    item = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    own = item < items
+    item = tl.where(own, item, items - 1)
     channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
-    return group, position, position < positions, channel, channel < CHANNELS
+    return item, own, item // GROUPS, item % GROUPS, channel, channel < CHANNELS
 
 
 @triton.jit
-def _axis(coordinate, near, size):
+def _axis(coordinate, size, INDEX: tl.constexpr, UNSIGNED: tl.constexpr):
     """Lower neighbour of a coordinate, the weight of the upper one, and which of them are inside.
 
-    A distant coordinate would overflow as an index: it becomes 0, and nothing of it is inside.
+    The range is open: at -1 exactly nothing is inside, though the upper neighbour exists. A
+    coordinate that is distant or not a number would overflow as an index, and becomes -1 or `size`.
     """
-    coordinate = tl.where(near, coordinate, 0.0)
-    low = tl.floor(coordinate)
-    fraction = coordinate - low
-    index = low.to(tl.int64)
-    return index, fraction, near & (index >= 0), near & (index < size - 1)
+    bounded = tl.minimum(tl.maximum(coordinate, -1.0), size.to(coordinate.dtype))
+    low = tl.floor(bounded)
+    index = low.to(INDEX)
+    upper = (coordinate > -1) & ((index + 1).to(UNSIGNED) < size.to(UNSIGNED))
+    return index, bounded - low, index.to(UNSIGNED) < size.to(UNSIGNED), upper
 
 
 @triton.jit
-def _corner(
-    row, down, row_low, row_high, column, right, column_low, column_high, width,
-    CORNER: tl.constexpr,
-):  # fmt: skip
-    """One of the four pixels around a point: its number in the map, its weights along y and x, and
-    whether it is inside."""
-    FAR_Y: tl.constexpr = CORNER // 2
-    FAR_X: tl.constexpr = CORNER % 2
-    inside = (row_high if FAR_Y else row_low) & (column_high if FAR_X else column_low)
-    share_y = down if FAR_Y else 1 - down
-    share_x = right if FAR_X else 1 - right
-    return (row + FAR_Y) * width + column + FAR_X, share_y, share_x, inside
+def widen(read, SUM: tl.constexpr, PAIRS: tl.constexpr):
+    """What was read, as the type of sums. PAIRS: bfloat16 on an NVIDIA GPU, the upper half of a
+    float32: one instruction for each, where the compiler's own conversion takes three for two."""
+    if PAIRS:
+        bits = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [read],
+            dtype=tl.int32, is_pure=True, pack=2,
+        )  # fmt: skip
+        return bits.to(tl.float32, bitcast=True)
+    return read.to(SUM)
 
 
 @triton.jit
 def add_sample(
-    total, image, y, x, weight, valid, height, width, pixel_step, channel, used, SUM: tl.constexpr
-):
+    total, image, y, x, weight, height, width, used,
+    PIXEL: tl.constexpr, SUM: tl.constexpr, INDEX: tl.constexpr, UNSIGNED: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
     """`total` (BLOCK, channels) plus weight times the sample at (y, x) of a map.
 
-    image: (BLOCK,) pointers to the map's first pixel; pixel_step: elements between two pixels.
+    image: (BLOCK, channels) pointers into the map's first pixel; PIXEL: elements of a pixel.
     """
-    near = valid & (y > -1) & (y < height) & (x > -1) & (x < width)
-    row, down, row_low, row_high = _axis(y, near, height)
-    column, right, column_low, column_high = _axis(x, near, width)
-    for corner in tl.static_range(4):
-        pixel, share_y, share_x, inside = _corner(
-            row, down, row_low, row_high, column, right, column_low, column_high, width, corner
-        )
-        places = (image + pixel * pixel_step)[:, None] + channel
-        read = tl.load(places, mask=inside[:, None] & used, other=0.0)
-        total += (weight * share_y * share_x)[:, None] * read.to(SUM)
+    row, down, row_low, row_high = _axis(y, height, INDEX, UNSIGNED)
+    column, right, column_low, column_high = _axis(x, width, INDEX, UNSIGNED)
+    pixel = image + ((row * width + column) * PIXEL)[:, None]
+    for far_y in tl.static_range(2):
+        row_share = weight * down if far_y else weight - weight * down
+        row_inside = row_high if far_y else row_low
+        for far_x in tl.static_range(2):
+            inside = row_inside & (column_high if far_x else column_low)
+            places = pixel + (far_y * width.to(tl.int64) + far_x) * PIXEL
+            read = tl.load(places, mask=inside[:, None] & used, other=0.0)
+            share = row_share * right if far_x else row_share - row_share * right
+            total += share[:, None] * widen(read, SUM, PAIRS)
     return total
 
 
 @triton.jit
 def scatter_sample(
-    upstream, value, value_gradient, scale, image, y, x, weight, valid, height, width, pixel_step,
-    channel, used, FIXED: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+    upstream, value, value_gradient, scale, image, y, x, weight, height, width, used,
+    FIXED: tl.constexpr, PIXEL: tl.constexpr, SUM: tl.constexpr, INDEX: tl.constexpr,
+    UNSIGNED: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Gradients (BLOCK,) of a point's y, x and weight; that of the values is scattered.
 
-    upstream: (BLOCK, channels), gradient of the sum; image: (BLOCK,) elements before the map's
-    first pixel, in `value` as in `value_gradient`.
+    upstream: (BLOCK, channels), gradient of the sum; image: (BLOCK, channels), 64-bit elements
+    before the map's first pixel and its channels, in `value` as in `value_gradient`.
     """
-    near = valid & (y > -1) & (y < height) & (x > -1) & (x < width)
-    row, down, row_low, row_high = _axis(y, near, height)
-    column, right, column_low, column_high = _axis(x, near, width)
-    along_y = tl.zeros((BLOCK,), SUM)
-    along_x = tl.zeros((BLOCK,), SUM)
-    along_weight = tl.zeros((BLOCK,), SUM)
-    for corner in tl.static_range(4):
-        pixel, share_y, share_x, inside = _corner(
-            row, down, row_low, row_high, column, right, column_low, column_high, width, corner
-        )
-        places = (image + pixel * pixel_step)[:, None] + channel
-        wanted = inside[:, None] & used
-        read = tl.load(value + places, mask=wanted, other=0.0).to(SUM)
-        product = tl.sum(read * upstream, axis=1)
-        along_weight += product * share_y * share_x
-        along_y += product * share_x * (2 * (corner // 2) - 1)
-        along_x += product * share_y * (2 * (corner % 2) - 1)
-        part = (weight * share_y * share_x)[:, None] * upstream
-        if FIXED:
-            part = tl.floor(part.to(tl.float64) * scale + 0.5).to(tl.int64)
-        tl.atomic_add(value_gradient + places, part, mask=wanted, sem="relaxed")
+    row, down, row_low, row_high = _axis(y, height, INDEX, UNSIGNED)
+    column, right, column_low, column_high = _axis(x, width, INDEX, UNSIGNED)
+    pixel = image + ((row * width + column) * PIXEL)[:, None]
+    along_y = tl.zeros_like(weight)
+    along_x = tl.zeros_like(weight)
+    along_weight = tl.zeros_like(weight)
+    for far_y in tl.static_range(2):
+        share_y = down if far_y else 1 - down
+        row_inside = row_high if far_y else row_low
+        for far_x in tl.static_range(2):
+            share_x = right if far_x else 1 - right
+            wanted = (row_inside & (column_high if far_x else column_low))[:, None] & used
+            places = pixel + (far_y * width.to(tl.int64) + far_x) * PIXEL
+            read = tl.load(value + places, mask=wanted, other=0.0)
+            product = tl.sum(widen(read, SUM, PAIRS) * upstream, axis=1)
+            along_weight += product * share_y * share_x
+            along_y += product * share_x * (2 * far_y - 1)
+            along_x += product * share_y * (2 * far_x - 1)
+            part = (weight * share_y * share_x)[:, None] * upstream
+            if FIXED:
+                part = tl.floor(part.to(tl.float64) * scale + 0.5).to(tl.int64)
+            tl.atomic_add(value_gradient + places, part, mask=wanted, sem="relaxed")
     return along_y * weight, along_x * weight, along_weight

@@ -41,7 +41,7 @@ found = []
 for kernel, fixed in (("_forward_kernel", None), ("_backward_kernel", False),
                       ("_backward_kernel", True)):
     function = getattr(module, kernel).fn
-    fixed_values = settings | {"BLOCK": 64} | ({} if fixed is None else {"FIXED": fixed})
+    fixed_values = settings | {"WIDTH": 4, "WARPS": 4, "UNROLL": 3} | ({} if fixed is None else {"FIXED": fixed})
     pointers = dict.fromkeys((
         "value", "offset", "mask", "locations", "weights", "out", "gradient", "offset_gradient",
         "mask_gradient", "location_gradient", "weight_gradient",
