@@ -7,6 +7,7 @@
     python -m tools.benchmark dcnv3
     python -m tools.benchmark deform_attn
     python -m tools.benchmark gpu
+    python -m tools.benchmark kernels
     python -m tools.benchmark remote
     python -m tools.benchmark memory
     python -m tools.benchmark optimizer
@@ -40,6 +41,7 @@ BENCHMARKS = {
     "git": "the captioning model: against transformers, with one and five captions an image",
     "engine": "the training loop: against the bare DeepSpeed engine on the same work",
     "gpu": "DCNv3 and InternImage on one GPU: against the speed of its memory and of its products",
+    "kernels": "Triton kernels, counted in machine code without a GPU: limits by instructions",
     "dcnv3": "DCNv3 on the CPU: against the formulation with grid_sample",
     "deform_attn": "multi-scale deformable attention on the CPU: against transformers",
     "remote": "shards on a server that takes 50 ms to answer: how long the trainer waits for them",

@@ -6,21 +6,20 @@ import triton.language as tl
 from torch import Tensor
 
 from pretrain.models.operators.sampling_triton import (
-    BACKWARD,
-    FORWARD,
+    BACKWARD_WARPS,
+    FORWARD_WARPS,
     Scatter,
     add_sample,
     block,
     configurations,
     constants,
-    grid,
+    launch,
     scatter_sample,
 )
 from pretrain.models.operators.window import Window
 
-
 # Points computed at a time.
-UNROLLS = (1, 3, 9)
+UNROLLS = (3, 1, 9)
 _SIZES = ("items", "height", "width", "rows", "columns", "magnitude")
 # No compilation of its own for each image size.
 
@@ -31,10 +30,9 @@ def forward(value: Tensor, offset: Tensor, mask: Tensor, window: Window) -> Tens
     n, height, width, channels = value.shape
     out = value.new_empty(n, *window.output_size(height, width), channels)
     if out.numel():
-        forward_kernel[_grid(out, window)](
-            value, offset, mask, out, *geometry(value, out, window),
-            **settings(value, offset, out, window),
-        )
+        arguments = (value, offset, mask, out, *geometry(value, out, window))
+        launch(forward_kernel, _items(out, window), arguments,
+               settings(value, offset, out, window))  # fmt: skip
     return out
 
 
@@ -47,20 +45,18 @@ def backward(
     scatter = Scatter(value, gradient, mask, terms)
     offset_gradient, mask_gradient = torch.empty_like(offset), torch.empty_like(mask)
     if gradient.numel():
-        backward_kernel[_grid(gradient, window)](
+        arguments = (
             gradient, value, offset, mask, scatter.buffer, offset_gradient, mask_gradient,
-            scatter.scale, *geometry(value, gradient, window), FIXED=scatter.fixed,
-            **settings(value, offset, gradient, window),
-        )
+            scatter.scale, *geometry(value, gradient, window),
+        )  # fmt: skip
+        launch(backward_kernel, _items(gradient, window), arguments,
+               {"FIXED": scatter.fixed}
+               | settings(value, offset, gradient, window, scatter.buffer))  # fmt: skip
     return scatter.result(value.dtype), offset_gradient, mask_gradient
 
 
 def _items(out: Tensor, window: Window) -> int:
     return out.shape[0] * out.shape[1] * out.shape[2] * window.groups
-
-
-def _grid(out: Tensor, window: Window):
-    return grid(_items(out, window))
 
 
 def geometry(value: Tensor, out: Tensor, window: Window) -> tuple[int, ...]:
@@ -69,8 +65,10 @@ def geometry(value: Tensor, out: Tensor, window: Window) -> tuple[int, ...]:
     return items, *value.shape[1:3], *out.shape[1:3], items.bit_length()
 
 
-def settings(value: Tensor, offset: Tensor, out: Tensor, window: Window) -> dict:
-    """What the kernels are compiled for."""
+def settings(
+    value: Tensor, offset: Tensor, out: Tensor, window: Window, buffer: Tensor | None = None
+) -> dict:
+    """What the kernels are compiled for; `buffer` is that of the backward pass."""
     center_y, center_x = window.centers()
     middle = (window.kernel_size[1] // 2) * window.kernel_size[0] + window.kernel_size[0] // 2
     largest = max(offset.numel(), out.numel(), value.shape[1:].numel())
@@ -82,7 +80,9 @@ def settings(value: Tensor, offset: Tensor, out: Tensor, window: Window) -> dict
         "KERNEL_ROWS": window.kernel_size[0], "POINTS": window.points,
         "REMOVED": middle if window.remove_center else window.points,
         "SCALE": float(window.offset_scale),
-    } | constants(value, window.groups, value.shape[-1] // window.groups, largest)  # fmt: skip
+    } | constants(
+        value, window.groups, value.shape[-1] // window.groups, largest, buffer
+    )  # fmt: skip
 
 
 @triton.jit
@@ -100,7 +100,10 @@ def _place(
     return origin_y + SCALE * (step_y + shift_y), origin_x + SCALE * (step_x + shift_x)
 
 
-@triton.autotune(configs=configurations(FORWARD, UNROLLS), key=["GROUPS", "CHANNELS", "POINTS", "magnitude"])
+@triton.autotune(
+    configs=configurations(FORWARD_WARPS, UNROLLS),
+    key=["GROUPS", "CHANNELS", "POINTS", "magnitude"],
+)
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
     value, offset, mask, out, items, height, width, rows, columns, magnitude,
@@ -108,19 +111,21 @@ def forward_kernel(
     STEP_Y: tl.constexpr, STEP_X: tl.constexpr, CENTER_Y: tl.constexpr, CENTER_X: tl.constexpr,
     KERNEL_ROWS: tl.constexpr, POINTS: tl.constexpr, REMOVED: tl.constexpr, SCALE: tl.constexpr,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr,
-    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
-    WARPS: tl.constexpr, UNROLL: tl.constexpr,
+    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr,
+    ELEMENT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     item, own, position, group, channel, used = block(
-        items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, WIDTH, WARPS
+        items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, ELEMENT, WIDTH, SPAN, WARPS
     )
-    origin_y = (position // columns % rows * STRIDE_Y + ORIGIN_Y).to(SUM)
+    line = position // columns
+    origin_y = (line % rows * STRIDE_Y + ORIGIN_Y).to(SUM)
     origin_x = (position % columns * STRIDE_X + ORIGIN_X).to(SUM)
     pixels = height.to(tl.int64) * width
-    image = position // (rows * columns) * pixels * (GROUPS * CHANNELS) + group * CHANNELS
-    image = (value + image)[:, None] + channel
+    image = line // rows * pixels * (GROUPS * CHANNELS) + group * CHANNELS
+    image = (value + image)[None, :, None] + channel
     first = item * POINTS
-    total = tl.zeros((item.shape[0], BLOCK_CHANNELS), SUM)
+    total = tl.zeros((channel.shape[0], item.shape[0], channel.shape[2]), SUM)
     for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
         y, x = _place(
             offset, first, point, origin_y, origin_x,
@@ -131,14 +136,15 @@ def forward_kernel(
             total, image, y, x, weight, height, width, used, GROUPS * CHANNELS, SUM, INDEX,
             UNSIGNED, PAIRS,
         )  # fmt: skip
-    places = (out + item * CHANNELS)[:, None] + channel
-    tl.store(places, total.to(out.dtype.element_ty), mask=own[:, None] & used)
+    places = (out + item * CHANNELS)[None, :, None] + channel
+    tl.store(places, total.to(out.dtype.element_ty), mask=own[None, :, None] & used)
 
 
 @triton.autotune(
-    configs=configurations(BACKWARD, UNROLLS), key=["GROUPS", "CHANNELS", "POINTS", "magnitude", "FIXED"],
+    configs=configurations(BACKWARD_WARPS, UNROLLS),
+    key=["GROUPS", "CHANNELS", "POINTS", "magnitude", "FIXED"],
     reset_to_zero=["value_gradient"],
-)  # fmt: skip
+)
 @triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
     gradient, value, offset, mask, value_gradient, offset_gradient, mask_gradient, scale,
@@ -147,20 +153,22 @@ def backward_kernel(
     STEP_Y: tl.constexpr, STEP_X: tl.constexpr, CENTER_Y: tl.constexpr, CENTER_X: tl.constexpr,
     KERNEL_ROWS: tl.constexpr, POINTS: tl.constexpr, REMOVED: tl.constexpr, SCALE: tl.constexpr,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr,
-    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
-    WARPS: tl.constexpr, UNROLL: tl.constexpr,
+    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr,
+    ELEMENT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     item, own, position, group, channel, used = block(
-        items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, WIDTH, WARPS
+        items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, ELEMENT, WIDTH, SPAN, WARPS
     )
-    origin_y = (position // columns % rows * STRIDE_Y + ORIGIN_Y).to(SUM)
+    line = position // columns
+    origin_y = (line % rows * STRIDE_Y + ORIGIN_Y).to(SUM)
     origin_x = (position % columns * STRIDE_X + ORIGIN_X).to(SUM)
     pixels = height.to(tl.int64) * width
-    image = position // (rows * columns) * pixels * (GROUPS * CHANNELS) + group * CHANNELS
-    image = image[:, None] + channel
+    image = line // rows * pixels * (GROUPS * CHANNELS) + group * CHANNELS
+    image = image[None, :, None] + channel
     first = item * POINTS
-    places = (gradient + item * CHANNELS)[:, None] + channel
-    upstream = tl.load(places, mask=own[:, None] & used, other=0.0).to(SUM)
+    places = (gradient + item * CHANNELS)[None, :, None] + channel
+    upstream = tl.load(places, mask=own[None, :, None] & used, other=0.0).to(SUM)
     fixed_scale = tl.load(scale)
     for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
         y, x = _place(

@@ -8,20 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from pretrain.models.operators.sampling_triton import (
-    BACKWARD,
-    FORWARD,
+    BACKWARD_WARPS,
+    FORWARD_WARPS,
     Scatter,
     add_sample,
     block,
     configurations,
     constants,
-    grid,
+    launch,
     scatter_sample,
 )
 
 Sizes = tuple[tuple[int, ...], tuple[int, ...]]
 # Points of a map computed at a time.
-UNROLLS = (1, 2, 4)
+UNROLLS = (2, 1, 4)
 # No compilation of its own for each image size.
 _SIZES = ("items", "queries", "pixels", "magnitude")
 
@@ -36,10 +36,8 @@ def forward(value: Tensor, locations: Tensor, weights: Tensor, maps: Sizes) -> T
     queries = locations.shape[1]
     out = value.new_empty(n, queries, heads * depth)
     if out.numel():
-        forward_kernel[grid(n * queries * heads)](
-            value, locations, weights, out, *geometry(value, queries, maps),
-            **settings(value, locations, out),
-        )
+        arguments = (value, locations, weights, out, *geometry(value, queries, maps))
+        launch(forward_kernel, n * queries * heads, arguments, settings(value, locations, out))
     return out
 
 
@@ -55,11 +53,13 @@ def backward(
     scatter = Scatter(value, gradient, weights, queries * weights.shape[-1])
     of_locations, of_weights = torch.empty_like(locations), torch.empty_like(weights)
     if gradient.numel():
-        backward_kernel[grid(n * queries * heads)](
+        arguments = (
             gradient, value, locations, weights, scatter.buffer, of_locations, of_weights,
-            scatter.scale, *geometry(value, queries, maps), FIXED=scatter.fixed,
-            **settings(value, locations, gradient),
-        )
+            scatter.scale, *geometry(value, queries, maps),
+        )  # fmt: skip
+        launch(backward_kernel, n * queries * heads, arguments,
+               {"FIXED": scatter.fixed}
+               | settings(value, locations, gradient, scatter.buffer))  # fmt: skip
     return scatter.result(value.dtype), of_locations, of_weights
 
 
@@ -70,12 +70,14 @@ def geometry(value: Tensor, queries: int, maps: Sizes) -> tuple:
     return _table(*maps, value.device), items, queries, pixels, items.bit_length()
 
 
-def settings(value: Tensor, locations: Tensor, out: Tensor) -> dict:
-    """What the kernels are compiled for."""
+def settings(
+    value: Tensor, locations: Tensor, out: Tensor, buffer: Tensor | None = None
+) -> dict:
+    """What the kernels are compiled for; `buffer` is that of the backward pass."""
     largest = max(locations.numel(), out.numel(), value.shape[1:].numel())
     return {
         "MAPS": locations.shape[3], "POINTS": locations.shape[4],
-    } | constants(value, *value.shape[2:], largest)  # fmt: skip
+    } | constants(value, *value.shape[2:], largest, buffer)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
@@ -102,7 +104,7 @@ def _place(locations, point, height, width, SUM: tl.constexpr):
 
 
 @triton.autotune(
-    configs=configurations(FORWARD, UNROLLS),
+    configs=configurations(FORWARD_WARPS, UNROLLS),
     key=["GROUPS", "CHANNELS", "POINTS", "MAPS", "magnitude"],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -110,16 +112,17 @@ def forward_kernel(
     value, locations, weights, out, table, items, queries, pixels, magnitude,
     MAPS: tl.constexpr, POINTS: tl.constexpr,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr,
-    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
-    WARPS: tl.constexpr, UNROLL: tl.constexpr,
+    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr,
+    ELEMENT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     item, own, position, head, channel, used = block(
-        items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, WIDTH, WARPS
+        items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, ELEMENT, WIDTH, SPAN, WARPS
     )
     step: tl.constexpr = GROUPS * CHANNELS
     image = position // queries * pixels.to(tl.int64) * step + head * CHANNELS
-    image = (value + image)[:, None] + channel
-    total = tl.zeros((item.shape[0], BLOCK_CHANNELS), SUM)
+    image = (value + image)[None, :, None] + channel
+    total = tl.zeros((channel.shape[0], item.shape[0], channel.shape[2]), SUM)
     for level in range(MAPS):
         height, width, start = _map(table, level)
         for number in tl.range(POINTS, loop_unroll_factor=UNROLL):
@@ -130,32 +133,33 @@ def forward_kernel(
                 total, image + start * step, y, x, weight, height, width, used, step, SUM, INDEX,
                 UNSIGNED, PAIRS,
             )  # fmt: skip
-    places = (out + item * CHANNELS)[:, None] + channel
-    tl.store(places, total.to(out.dtype.element_ty), mask=own[:, None] & used)
+    places = (out + item * CHANNELS)[None, :, None] + channel
+    tl.store(places, total.to(out.dtype.element_ty), mask=own[None, :, None] & used)
 
 
 @triton.autotune(
-    configs=configurations(BACKWARD, UNROLLS),
+    configs=configurations(BACKWARD_WARPS, UNROLLS),
     key=["GROUPS", "CHANNELS", "POINTS", "MAPS", "magnitude", "FIXED"],
     reset_to_zero=["value_gradient"],
-)  # fmt: skip
+)
 @triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
     gradient, value, locations, weights, value_gradient, location_gradient, weight_gradient, scale,
     table, items, queries, pixels, magnitude,
     FIXED: tl.constexpr, MAPS: tl.constexpr, POINTS: tl.constexpr,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr,
-    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
-    WARPS: tl.constexpr, UNROLL: tl.constexpr,
+    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr,
+    ELEMENT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     item, own, position, head, channel, used = block(
-        items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, WIDTH, WARPS
+        items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, ELEMENT, WIDTH, SPAN, WARPS
     )
     step: tl.constexpr = GROUPS * CHANNELS
     image = position // queries * pixels.to(tl.int64) * step + head * CHANNELS
-    image = image[:, None] + channel
-    places = (gradient + item * CHANNELS)[:, None] + channel
-    upstream = tl.load(places, mask=own[:, None] & used, other=0.0).to(SUM)
+    image = image[None, :, None] + channel
+    places = (gradient + item * CHANNELS)[None, :, None] + channel
+    upstream = tl.load(places, mask=own[None, :, None] & used, other=0.0).to(SUM)
     fixed_scale = tl.load(scale)
     for level in range(MAPS):
         height, width, start = _map(table, level)

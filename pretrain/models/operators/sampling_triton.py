@@ -10,6 +10,8 @@ does not depend on the order: the same bits in every run, at twice the traffic o
 """
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -19,14 +21,13 @@ from torch import Tensor
 from pretrain.models.operators.window import sum_type
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+ACCESS = 16
+"""Bytes that a thread reads, or adds, at a time."""
 # Bits that a fixed-point sum may fill: one below the sign, one to spare.
 _FIXED_BITS = 62
-FORWARD = ((4, 4), (8, 4))
-"""(channels of a thread, warps of a program) to choose from: 16 bytes of float32 or bfloat16."""
-BACKWARD = ((2, 1), (4, 1))
-"""As many channels as one atomic addition takes, in fixed and in floating point: a thread that read
-more would have to pass their gradients on to others. One warp: gradients of places change hands
-before they are written, which several warps do through shared memory, behind barriers."""
+FORWARD_WARPS, BACKWARD_WARPS = 4, 1
+"""Of a program. In the backward pass gradients of places change hands before they are written,
+which several warps do through shared memory, behind barriers."""
 INDEX_LIMIT = 2**31
 """Elements of a tensor from which on indices are 64-bit: these take half as many instructions
 again. An image begins at a 64-bit place in any case."""
@@ -37,51 +38,76 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def configurations(
-    shapes: tuple[tuple[int, int], ...], unrolls: tuple[int, ...]
-) -> list[triton.Config]:
+def configurations(warps: int, unrolls: tuple[int, ...]) -> list[triton.Config]:
     """Candidates that are timed on the first call; the interpreter, which times nothing, has one.
 
-    Args:
-        shapes: (channels of a thread, warps of a program).
-        unrolls: points computed at a time; more hide more latency, and take more registers.
+    SPAN, bytes of a pixel that threads read or add to at a time: 32 are a whole sector of memory,
+    with 16 fewer threads compute the place of the same point. UNROLL, points at a time: more hide
+    more latency, and take more registers.
     """
     if interpreted():
-        return [triton.Config({"WIDTH": 256, "WARPS": 4, "UNROLL": 1}, num_warps=4)]
+        return [triton.Config({"SPAN": 32, "UNROLL": 1, "WARPS": 64}, num_warps=4)]
     return [
-        triton.Config({"WIDTH": width, "WARPS": warps, "UNROLL": unroll}, num_warps=warps)
-        for width, warps in shapes
+        triton.Config({"SPAN": span, "UNROLL": unroll, "WARPS": warps}, num_warps=warps)
+        for span in (32, 16)
         for unroll in unrolls
     ]
 
 
-def constants(value: Tensor, groups: int, channels: int, largest: int) -> dict:
+def constants(
+    value: Tensor, groups: int, channels: int, largest: int, buffer: Tensor | None = None
+) -> dict:
     """Compile-time arguments of every kernel.
 
     Args:
         groups, channels: groups (or heads), and channels of one.
         largest: elements of the largest tensor, or of one image of values.
+        buffer: what value gradients are added to. A thread takes as many channels as it reads at
+            a time, or adds: else threads would pass the gradients of channels on to each other.
     """
     wide = largest >= INDEX_LIMIT
+    accessed = value if buffer is None else buffer
+    width = ACCESS // accessed.element_size() if buffer is None or _adds_vectors(buffer) else 1
+    pairs = value.dtype == torch.bfloat16 and width > 1 and torch.version.hip is None
     return {
         "GROUPS": groups, "CHANNELS": channels,
         "BLOCK_CHANNELS": triton.next_power_of_2(channels),
+        "ELEMENT": accessed.element_size(), "WIDTH": width,
         "SUM": _TRITON_TYPES[sum_type(value.dtype)],
         "INDEX": tl.int64 if wide else tl.int32, "UNSIGNED": tl.uint64 if wide else tl.uint32,
-        "PAIRS": value.dtype == torch.bfloat16 and not interpreted() and torch.version.hip is None,
+        "PAIRS": pairs and not interpreted(),
         "enable_fp_fusion": True,  # as a later Triton will not do by itself
     }  # fmt: skip
 
 
-def items_of_program(width: int, warps: int, block_channels: int) -> int:
-    """How many items a program of a configuration computes; a power of two."""
-    return max(1, 32 * warps * width // block_channels)
+def _adds_vectors(buffer: Tensor) -> bool:
+    """Whether one atomic addition takes 16 bytes: of float32, since Hopper."""
+    if buffer.is_cuda and torch.cuda.get_device_capability(buffer.device) < (9, 0):
+        return False
+    return buffer.dtype == torch.float32
 
 
-def grid(items: int):
-    """Programs of a launch, given its configuration."""
-    names = ("WIDTH", "WARPS", "BLOCK_CHANNELS")
-    return lambda meta: (triton.cdiv(items, items_of_program(*(meta[name] for name in names))),)
+def launch(kernel: Any, items: int, arguments: Sequence[Any], settings: dict[str, Any]) -> None:
+    """Run an autotuned kernel; told to be deterministic, its first candidate, without timing.
+
+    Candidates add in different orders, and which is fastest depends on the moment: what they
+    compute would differ in its last bits from one run to the next.
+    """
+    names = ("BLOCK_CHANNELS", "ELEMENT", "WIDTH", "SPAN", "WARPS")
+
+    def programs(meta: dict[str, Any]) -> tuple[int]:
+        return (triton.cdiv(items, items_of_program(*(meta[name] for name in names))),)
+
+    if torch.are_deterministic_algorithms_enabled():
+        settings = settings | kernel.configs[0].all_kwargs()
+        kernel.fn[programs](*arguments, **settings)
+    else:
+        kernel[programs](*arguments, **settings)
+
+
+def items_of_program(block_channels: int, element: int, width: int, span: int, warps: int) -> int:
+    """How many items a program computes; a power of two."""
+    return max(1, 32 * warps * width // min(span // element, block_channels))
 
 
 class Scatter:
@@ -117,16 +143,20 @@ class Scatter:
 @triton.jit
 def block(
     items, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    INDEX: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr,
+    INDEX: tl.constexpr, ELEMENT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """What a program computes: items (BLOCK,), their positions and groups, and which of them are
-    its own: beyond the last one it computes that again, for no one. Channels (1, BLOCK_CHANNELS)
+    its own: beyond the last one it computes that again, for no one. Channels (parts, 1, of a part)
     and which of them there are."""
-    BLOCK: tl.constexpr = max(1, 32 * WARPS * WIDTH // BLOCK_CHANNELS)
+    PART: tl.constexpr = min(SPAN // ELEMENT, BLOCK_CHANNELS)
+    BLOCK: tl.constexpr = max(1, 32 * WARPS * WIDTH // PART)
     item = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     own = item < items
     item = tl.where(own, item, items - 1)
-    channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
+    part = tl.arange(0, BLOCK_CHANNELS // PART)[:, None, None]
+    channel = part * PART + tl.arange(0, PART)[None, None, :]
+    channel = tl.max_contiguous(channel, [1, 1, min(PART, WIDTH)])
     return item, own, item // GROUPS, item % GROUPS, channel, channel < CHANNELS
 
 
@@ -169,16 +199,16 @@ def add_sample(
     """
     row, down, row_low, row_high = _axis(y, height, INDEX, UNSIGNED)
     column, right, column_low, column_high = _axis(x, width, INDEX, UNSIGNED)
-    pixel = image + ((row * width + column) * PIXEL)[:, None]
+    pixel = image + ((row * width + column) * PIXEL)[None, :, None]
     for far_y in tl.static_range(2):
         row_share = weight * down if far_y else weight - weight * down
         row_inside = row_high if far_y else row_low
         for far_x in tl.static_range(2):
             inside = row_inside & (column_high if far_x else column_low)
             places = pixel + (far_y * width.to(tl.int64) + far_x) * PIXEL
-            read = tl.load(places, mask=inside[:, None] & used, other=0.0)
+            read = tl.load(places, mask=inside[None, :, None] & used, other=0.0)
             share = row_share * right if far_x else row_share - row_share * right
-            total += share[:, None] * widen(read, SUM, PAIRS)
+            total += share[None, :, None] * widen(read, SUM, PAIRS)
     return total
 
 
@@ -195,7 +225,7 @@ def scatter_sample(
     """
     row, down, row_low, row_high = _axis(y, height, INDEX, UNSIGNED)
     column, right, column_low, column_high = _axis(x, width, INDEX, UNSIGNED)
-    pixel = image + ((row * width + column) * PIXEL)[:, None]
+    pixel = image + ((row * width + column) * PIXEL)[None, :, None]
     along_y = tl.zeros_like(weight)
     along_x = tl.zeros_like(weight)
     along_weight = tl.zeros_like(weight)
@@ -204,14 +234,14 @@ def scatter_sample(
         row_inside = row_high if far_y else row_low
         for far_x in tl.static_range(2):
             share_x = right if far_x else 1 - right
-            wanted = (row_inside & (column_high if far_x else column_low))[:, None] & used
+            wanted = (row_inside & (column_high if far_x else column_low))[None, :, None] & used
             places = pixel + (far_y * width.to(tl.int64) + far_x) * PIXEL
             read = tl.load(value + places, mask=wanted, other=0.0)
-            product = tl.sum(widen(read, SUM, PAIRS) * upstream, axis=1)
+            product = tl.sum(tl.sum(widen(read, SUM, PAIRS) * upstream, axis=0), axis=1)
             along_weight += product * share_y * share_x
             along_y += product * share_x * (2 * far_y - 1)
             along_x += product * share_y * (2 * far_x - 1)
-            part = (weight * share_y * share_x)[:, None] * upstream
+            part = (weight * share_y * share_x)[None, :, None] * upstream
             if FIXED:
                 part = tl.floor(part.to(tl.float64) * scale + 0.5).to(tl.int64)
             tl.atomic_add(value_gradient + places, part, mask=wanted, sem="relaxed")

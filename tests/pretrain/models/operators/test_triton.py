@@ -1,83 +1,120 @@
-"""The operators in Triton: in its interpreter, and compiled for GPUs that are not here."""
+"""The operators in Triton: interpreted, on a GPU, and compiled for GPUs that are not here."""
 
-import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
-INTERPRETED = Path(__file__).with_name("interpreted_triton.py")
+from pretrain.models.operators import sampling_triton  # noqa: E402
+from tools.bench_kernels import cases  # noqa: E402
+from tools.machine_code import Code, compiled  # noqa: E402
+
+CASES = Path(__file__).with_name("triton_cases.py")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted here"
+)
 
 
-def test_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+def _passes(interpreted: bool) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(INTERPRETED)], env=environment,
-        capture_output=True, text=True, timeout=600,
+        [sys.executable, "-m", "pytest", "-q", "-x", str(CASES)],
+        env=environment | ({"TRITON_INTERPRET": "1"} if interpreted else {}),
+        capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
-COMPILE = """
-import json, re, sys, torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from pretrain.models.operators import dcnv3_triton, ms_deform_attn_triton
-from pretrain.models.operators.sampling_triton import constants
-from pretrain.models.operators.window import Window
-
-value = torch.empty(2, 56, 56, 64, dtype=torch.bfloat16, device="meta")
-window = Window((3, 3), (1, 1), (1, 1), (1, 1), 4, 1.0, False)
-module, settings = {
-    "dcnv3": (dcnv3_triton, dcnv3_triton._constants(value, window)),
-    "ms_deform_attn": (ms_deform_attn_triton, constants(value, 32) | {"MAPS": 4, "POINTS": 4}),
-}[sys.argv[2]]
-found = []
-for kernel, fixed in (("_forward_kernel", None), ("_backward_kernel", False),
-                      ("_backward_kernel", True)):
-    function = getattr(module, kernel).fn
-    fixed_values = settings | {"WIDTH": 4, "WARPS": 4, "UNROLL": 3} | ({} if fixed is None else {"FIXED": fixed})
-    pointers = dict.fromkeys((
-        "value", "offset", "mask", "locations", "weights", "out", "gradient", "offset_gradient",
-        "mask_gradient", "location_gradient", "weight_gradient",
-    ), "*bf16")
-    pointers |= {"value_gradient": "*i64" if fixed else "*fp32", "scale": "*fp64", "table": "*i64"}
-    names = function.arg_names
-    signature = {n: "constexpr" if n in fixed_values else pointers.get(n, "i32") for n in names}
-    # What Triton finds to be multiples of 16 when it is called.
-    aligned = [i for i, n in enumerate(names) if n in pointers or n == "channels"]
-    source = ASTSource(
-        fn=function, signature=signature,
-        constexprs={(names.index(name),): value for name, value in fixed_values.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    assembly = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32)).asm["ptx"]
-    accesses = re.findall(r"(?:ld|red|atom)[.]global[.a-z0-9]*", assembly)
-    found.append([kernel, fixed, sorted(set(accesses))])
-print(json.dumps(found))
-"""
+def test_in_the_interpreter():
+    _passes(interpreted=True)
 
 
-@pytest.mark.parametrize("operator", ["dcnv3", "ms_deform_attn"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu():
+    _passes(interpreted=False)
+
+
+def _code(kernel, call: tuple[tuple, dict], capability: int) -> Code:
+    """Of the candidate that takes a sector and a point at a time."""
+    config = next(c for c in kernel.configs
+                  if (c.kwargs["SPAN"], c.kwargs["UNROLL"]) == (32, 1))  # fmt: skip
+    return compiled(kernel, *call, config, capability)
+
+
+def _deterministic(call: tuple[tuple, dict]) -> tuple[tuple, dict]:
+    """The call of a backward pass with sums in fixed point."""
+    arguments, settings = call
+    buffer = arguments[4].long()
+    found = sampling_triton.constants(arguments[1], 1, 1, 1, buffer)
+    changed = {"FIXED": True} | {name: found[name] for name in ("ELEMENT", "WIDTH", "PAIRS")}
+    return (*arguments[:4], buffer, *arguments[5:]), settings | changed
+
+
+@pytest.mark.parametrize("operator", [0, 2], ids=["dcnv3", "ms_deform_attn"])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_compiles_for_gpus_with_wide_accesses(capability, operator, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability), operator], env=environment,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    forward, backward, fixed = json.loads(done.stdout.splitlines()[-1])
-    # Channels of a pixel are read in pieces of 16 bytes.
-    assert all("ld.global.v4.b32" in kernel[2] for kernel in (forward, backward, fixed))
-    scatters = [access for access in backward[2] if access.startswith(("red", "atom"))]
-    assert scatters and all("f32" in access for access in scatters), scatters
+def test_code_for_gpus_moves_nothing_between_threads_but_sums(
+    capability, operator, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = cases(torch.bfloat16)[operator]
+    forward = _code(case.module.forward_kernel, case.forward, capability)
+    # 8 channels of a pixel at a time, at four corners.
+    assert forward.count("LDG.E.128") == 4 * case.channels // 16
+    arguments, settings = case.backward
+    if capability < 90:
+        settings = settings | {"WIDTH": 1, "PAIRS": False}
+    backward = _code(case.module.backward_kernel, (arguments, settings), capability)
+    fixed = _code(case.module.backward_kernel, _deterministic(case.backward), capability)
+    adds = [name for name, _ in backward.instructions if name.startswith("RED")]
     if capability >= 90:
-        assert any("v4.f32" in access for access in scatters), scatters
-    assert any("u64" in access for access in fixed[2] if access.startswith(("red", "atom")))
+        assert len(adds) == 4 * case.channels // 8 and all("F32x4" in name for name in adds)
+    else:
+        assert adds and all("F32" in name for name in adds)
+    added = [n for n, _ in fixed.instructions if n.startswith("RED")]
+    assert added and all(".64" in name for name in added)
+    for code in (forward, backward, fixed):
+        # Nothing in slow memory, no barriers, no subroutines (64-bit divisions are).
+        for name, target in code.instructions:
+            assert not name.startswith(("STL", "LDL", "BAR.")), name
+            assert target is None or target.startswith(".L_x_"), target
+        assert code.spilled == code.shared == 0
+    assert not any(name.startswith("SHFL") for name, _ in forward.instructions)
+    # Sums of four corners over the threads of an item, and what is written: three gradients.
+    for code, steps in ((backward, 1 if capability >= 90 else 3), (fixed, 2)):
+        shuffles = sum(name.startswith("SHFL") for name, _ in code.instructions)
+        assert shuffles == 4 * steps + 3
+
+
+def test_pairs_of_bfloat16_are_widened_in_order(tmp_path, monkeypatch):
+    """The one piece of assembly: four numbers read at a time are written as they came."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    @triton.jit
+    def kernel(source, target, PAIRS: triton.language.constexpr):
+        place = triton.language.max_contiguous(triton.language.arange(0, 128), 4)
+        read = triton.language.load(source + place)
+        wide = sampling_triton.widen(read, triton.language.float32, PAIRS)
+        triton.language.store(target + place, wide)
+
+    config = triton.Config({}, num_warps=1)
+    arguments = (torch.zeros(128, dtype=torch.bfloat16), torch.zeros(128))
+    tuned = triton.autotune([config], key=[])(kernel)
+    lines = compiled(tuned, arguments, {"PAIRS": True}, config, 90).ptx.splitlines()
+    # Where each register comes from: a register that was read, and which half of it.
+    source, stored = {}, []
+    for line in lines:
+        if found := re.search(r"ld\.global\.v2\.b32 \{ ?(.*?) ?\},", line):
+            source |= {r.strip(): (n, "") for n, r in enumerate(found[1].split(","))}
+        halves = r"(shl|and)\.b32 (%r\d+), (%r\d+), (?:16|0xffff0000);"
+        for kind, to, of in re.findall(halves, line):
+            source[to] = (source[of][0], "low" if kind == "shl" else "high")
+        if found := re.search(r"st\.global\.v4\.b32 \[.*\], \{ ?(.*?) ?\}", line):
+            stored += [source[r.strip()] for r in found[1].split(",")]
+    assert stored == [(n, half) for n in range(2) for half in ("low", "high")], "\n".join(lines)
