@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled")
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         raise SystemExit(f"{error}: pip install -e '.[triton]' brings the compiler") from None
     gpu = GPUS[args.gpu]
@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "bars": bars,
         "notes": [
+            f"compiled by Triton {triton.__version__}",
             f"floor: each tensor touched once at {_COPY:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s, "
             "about what a copy reaches of the data sheet's figure",
             f"instructions: {gpu.multiprocessors} multiprocessors issue {_SCHEDULERS} a cycle at "
@@ -148,10 +149,13 @@ def candidates(case: Case, what: str, dtype: torch.dtype, gpu: Gpu) -> list[dict
 
 
 def resident(registers: int, warps: int) -> int:
-    """Warps of programs of so many that a multiprocessor holds at a time."""
+    """Warps of programs of so many that a multiprocessor holds at a time.
+
+    Each scheduler has its own registers, a part of the multiprocessor's.
+    """
     pieces = -(-registers * 32 // _PIECE) * _PIECE
-    programs = min(_REGISTERS // (pieces * warps), _PROGRAMS, _WARPS // warps)
-    return programs * warps
+    held = _REGISTERS // _SCHEDULERS // pieces * _SCHEDULERS
+    return min(held // warps, _PROGRAMS, _WARPS // warps) * warps
 
 
 def _items_of_warp(settings: dict, config: Any) -> int:
