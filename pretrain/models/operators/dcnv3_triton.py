@@ -20,8 +20,8 @@ from pretrain.models.operators.window import Window
 
 # Points computed at a time.
 UNROLLS = (3, 1, 9)
-_SIZES = ("items", "height", "width", "rows", "columns", "magnitude")
 # No compilation of its own for each image size.
+_SIZES = ("items", "height", "width", "rows", "columns", "magnitude")
 
 
 def forward(value: Tensor, offset: Tensor, mask: Tensor, window: Window) -> Tensor:

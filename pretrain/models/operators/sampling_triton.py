@@ -28,6 +28,8 @@ _FIXED_BITS = 62
 FORWARD_WARPS, BACKWARD_WARPS = 4, 1
 """Of a program. In the backward pass gradients of places change hands before they are written,
 which several warps do through shared memory, behind barriers."""
+_HELD = 32
+"""Sums of an item that a thread holds at most: with hundreds, a candidate runs out of registers."""
 INDEX_LIMIT = 2**31
 """Elements of a tensor from which on indices are 64-bit: these take half as many instructions
 again. An image begins at a 64-bit place in any case."""
@@ -98,16 +100,30 @@ def launch(kernel: Any, items: int, arguments: Sequence[Any], settings: dict[str
     def programs(meta: dict[str, Any]) -> tuple[int]:
         return (triton.cdiv(items, items_of_program(*(meta[name] for name in names))),)
 
-    if torch.are_deterministic_algorithms_enabled():
-        settings = settings | kernel.configs[0].all_kwargs()
-        kernel.fn[programs](*arguments, **settings)
-    else:
-        kernel[programs](*arguments, **settings)
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current one
+        if torch.are_deterministic_algorithms_enabled():
+            settings = settings | kernel.configs[0].all_kwargs()
+            kernel.fn[programs](*arguments, **settings)
+        else:
+            kernel[programs](*arguments, **settings)
 
 
+@triton.constexpr_function
+def part_channels(block_channels: int, element: int, width: int, span: int) -> int:
+    """Channels that an item's threads hold side by side, `width` each; a power of two."""
+    return max(min(span // element, block_channels), block_channels * width // _HELD)
+
+
+@triton.constexpr_function
 def items_of_program(block_channels: int, element: int, width: int, span: int, warps: int) -> int:
     """How many items a program computes; a power of two."""
-    return max(1, 32 * warps * width // min(span // element, block_channels))
+    return max(1, 32 * warps * width // part_channels(block_channels, element, width, span))
+
+
+@triton.constexpr_function
+def _smaller(first: int, second: int) -> int:
+    """`min` itself is an operation of kernels to older compilers."""
+    return min(first, second)
 
 
 class Scatter:
@@ -122,22 +138,23 @@ class Scatter:
     def __init__(self, value: Tensor, gradient: Tensor, weights: Tensor, terms: int) -> None:
         self.fixed = torch.are_deterministic_algorithms_enabled()
         self.scale = torch.ones(1, dtype=torch.float64, device=value.device)
+        kind = sum_type(value.dtype)
         if self.fixed and gradient.numel() and weights.numel():
-            largest = gradient.abs().amax().double() * weights.abs().amax().double() * terms
+            # A single addition is of type `kind`: it must not overflow there.
+            largest = gradient.abs().amax().to(kind) * weights.abs().amax().to(kind)
+            largest = largest.double() * terms
             exponent = (_FIXED_BITS - largest.log2()).floor().clamp(-1000.0, 1000.0)
-            # Stays on the device. A gradient that is zero or not finite has no scale.
-            scale = torch.where(torch.isfinite(exponent), exponent.exp2(), 1.0)
-            self.scale = torch.where(largest > 0, scale, 1.0).reshape(1)
-        dtype = torch.int64 if self.fixed else sum_type(value.dtype)
+            # Stays on the device.
+            scale = torch.where(torch.isfinite(largest), exponent.exp2(), torch.nan)
+            self.scale = scale.reshape(1)
+        dtype = torch.int64 if self.fixed else kind
         self.buffer = torch.zeros(value.shape, dtype=dtype, device=value.device)
-        self._finite = torch.isfinite(gradient).all() if self.fixed else None
 
     def result(self, dtype: torch.dtype) -> Tensor:
         """The gradient; not a number everywhere if fixed point could not hold what came in."""
         if not self.fixed:
             return self.buffer.to(dtype)
-        total = self.buffer.double() / self.scale
-        return torch.where(self._finite, total, torch.nan).to(dtype)
+        return (self.buffer.double() / self.scale).to(dtype)
 
 
 @triton.jit
@@ -149,14 +166,15 @@ def block(
     """What a program computes: items (BLOCK,), their positions and groups, and which of them are
     its own: beyond the last one it computes that again, for no one. Channels (parts, 1, of a part)
     and which of them there are."""
-    PART: tl.constexpr = min(SPAN // ELEMENT, BLOCK_CHANNELS)
-    BLOCK: tl.constexpr = max(1, 32 * WARPS * WIDTH // PART)
+    PART: tl.constexpr = part_channels(BLOCK_CHANNELS, ELEMENT, WIDTH, SPAN)
+    BLOCK: tl.constexpr = items_of_program(BLOCK_CHANNELS, ELEMENT, WIDTH, SPAN, WARPS)
     item = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     own = item < items
     item = tl.where(own, item, items - 1)
     part = tl.arange(0, BLOCK_CHANNELS // PART)[:, None, None]
     channel = part * PART + tl.arange(0, PART)[None, None, :]
-    channel = tl.max_contiguous(channel, [1, 1, min(PART, WIDTH)])
+    RUN: tl.constexpr = _smaller(PART, WIDTH)
+    channel = tl.max_contiguous(channel, [1, 1, RUN])
     return item, own, item // GROUPS, item % GROUPS, channel, channel < CHANNELS
 
 

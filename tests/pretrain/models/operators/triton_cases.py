@@ -91,6 +91,22 @@ def test_gradients_of_zero_and_tiny_size_survive_fixed_point():
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("name", ["gradient", "mask", "product"])
+def test_fixed_point_that_cannot_hold_its_terms_is_not_a_number(name):
+    """As in floating point: a run must see that its loss has gone astray."""
+    case = random_case((1, 4, 4, 16), groups=1)
+    if name == "product":
+        case.gradient.mul_(1e30)
+        case.tensors["mask"].mul_(1e30)
+    else:
+        (case.gradient if name == "gradient" else case.tensors[name])[0, 0, 0, 0] = torch.nan
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert results(case, "triton")["grad_value"].isnan().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_multi_scale_attention_equals_plain_pytorch(shape, dtype):
@@ -196,6 +212,15 @@ def test_told_to_be_deterministic_nothing_is_timed(monkeypatch):
         _attention_equals(SHAPES[0], torch.float32, 2e-4)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_tensors_on_another_gpu_than_the_current_one():
+    case = random_case((1, 4, 4, 16), groups=1)
+    expected = results_on(case, "torch")
+    tensors = {name: tensor.to("cuda:1") for name, tensor in case.tensors.items()}
+    found = results_on(Case(tensors, case.geometry, case.gradient.to("cuda:1")), "triton")
+    close({name: tensor.cpu() for name, tensor in found.items()}, expected, 2e-5)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter adds in one order")
