@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pretrain.objectives.step_count import StepCount
+
 log = logging.getLogger("omnipretrain.collapse")
 
 EVERY_STEPS = 100
@@ -26,6 +28,7 @@ class CollapseWatch(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self._count = StepCount()
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("rank", torch.zeros(1))
 
@@ -35,10 +38,10 @@ class CollapseWatch(nn.Module):
         measure: computes it from what all ranks share; deviation: of the targets, 0-dim; width:
         their channels.
         """
-        if int(self.steps) % EVERY_STEPS == 0 and (rank := measure()).isfinite():
+        if self._count.of(self.steps) % EVERY_STEPS == 0 and (rank := measure()).isfinite():
             self.rank.copy_(rank)
             warn_of_collapse(float(rank), float(deviation), width)
-        self.steps += 1
+        self._count.advance(self.steps)
         return self.rank[0].float()
 
 

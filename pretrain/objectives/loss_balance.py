@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.settings import Settings
+from pretrain.objectives.step_count import StepCount
 
 
 class BalanceSettings(Settings):
@@ -44,6 +45,7 @@ class LossBalance(nn.Module):
     def __init__(self, kinds: tuple[str, ...], settings: BalanceSettings) -> None:
         super().__init__()
         self.kinds, self.settings = kinds, settings
+        self._count = StepCount()
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         # The bits of float32 numbers, which a cast of the module to bfloat16 leaves alone.
         self.register_buffer("norm_bits", torch.zeros(len(kinds), dtype=torch.int32))
@@ -53,7 +55,7 @@ class LossBalance(nn.Module):
 
         losses: this rank's shares by kind; shared: the encoder's output, which they all come from.
         """
-        if int(self.steps) % self.settings.every_steps == 0:
+        if self._count.of(self.steps) % self.settings.every_steps == 0:
             found = torch.zeros(len(self.kinds), device=shared.device)
             for place, kind in enumerate(self.kinds):
                 if kind in losses:
@@ -62,7 +64,7 @@ class LossBalance(nn.Module):
             if dist.is_initialized() and dist.get_world_size() > 1:
                 dist.all_reduce(found)
             self._take_in(found.sqrt())
-        self.steps += 1
+        self._count.advance(self.steps)
 
     def _take_in(self, measured: Tensor) -> None:
         """A loss without targets in this batch, whose norm is 0, keeps the norm that it had, and so
