@@ -165,16 +165,15 @@ def _attention_equals(shape: dict, dtype: torch.dtype, bound: float) -> None:
 
 
 def _configurations(kernel) -> list[triton.Config]:
-    """Those that a GPU chooses from; in the interpreter, small programs."""
+    """Those that a GPU chooses from; in the interpreter, which unrolls nothing, small programs."""
     if not INTERPRETED:
         return kernel.configs
     return [
-        triton.Config({"SPAN": span, "UNROLL": unroll, "WARPS": 1}, num_warps=1)
-        for span, unroll in ((16, 1), (32, 3), (16, 9))
+        triton.Config({"SPAN": span, "UNROLL": 1, "WARPS": 1}, num_warps=1) for span in (16, 32)
     ]
 
 
-@pytest.mark.parametrize("number", range(3 if INTERPRETED else 6))
+@pytest.mark.parametrize("number", range(2 if INTERPRETED else 6))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_candidate_computes_the_same(number, dtype, monkeypatch):
     """Many programs, the last of them partly empty; groups of one part and of several."""
