@@ -1,7 +1,7 @@
 """Caption data: from one sample of a shard to image, token and mask arrays, and to a batch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ TOKEN_CHARACTERS = 256
 class CaptionDataSettings(ImageDataSettings):
     """Images with one or more captions each, in WebDataset shards."""
 
+    reads_text: ClassVar[bool] = True
     type: Literal["captions"] = "captions"
     """Kind of data; follows from the task's objective where it is not given."""
     caption_source: CaptionSources = Field(default="txt", validate_default=True)

@@ -10,7 +10,7 @@ import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import braceexpand
 import numpy as np
@@ -69,6 +69,9 @@ class StreamSettings(Settings):
 
 class ShardedData(Settings):
     """Base of every kind of data that is read from shards: `shards`, or weighted `sources`."""
+
+    reads_text: ClassVar[bool] = False
+    """Whether batches hold tokens."""
 
     shards: list[str] | None = Field(default=None, min_length=1)
     """Folders with a manifest, tar files, globs or brace patterns, read as one data set; paths or

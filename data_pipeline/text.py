@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from data_pipeline.tokenizer import ID_TYPES, Tokenizer
 class TextDataSettings(ShardedData):
     """Rows of token ids in shards, as `make_shards text` packs them."""
 
+    reads_text: ClassVar[bool] = True
     type: Literal["text"] = "text"
     """Kind of data; follows from the task's objective where it is not given."""
     text_length: int = Field(default=512, ge=1)

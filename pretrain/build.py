@@ -39,9 +39,9 @@ from pretrain.models.multitask import MultiTaskModel
 from pretrain.recipe import Data, Recipe, TaskSettings
 
 
-def build_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The tokenizer that the recipe names. Raises TokenizerError."""
-    return Tokenizer.from_settings(recipe.tokenizer)
+def build_tokenizer(recipe: Recipe) -> Tokenizer | None:
+    """The tokenizer that the recipe names, if any. Raises TokenizerError."""
+    return None if recipe.tokenizer is None else Tokenizer.from_settings(recipe.tokenizer)
 
 
 def plan_sampling(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> list[sampler.Stage]:
@@ -89,10 +89,11 @@ def loss_weights(recipe: Recipe, schedule: sampler.Schedule, step: int) -> dict[
     return {task: factor * recipe.tasks[task].loss_weight for task, factor in factors.items()}
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
+def build_model(recipe: Recipe, tokenizer: Tokenizer | None) -> MultiTaskModel:
     """All encoders, and the objective of every task, on torch's default device.
 
-    Weights are not drawn yet: `pretrain.models.init.initialise` does that by seed and name.
+    Where nothing reads text, no tokenizer is needed. Weights are not drawn yet:
+    `pretrain.models.init.initialise` does that by seed and name.
     """
     encoders = {
         name: settings.build(tokenizer.vocab_size, tokenizer.eos_id)
@@ -118,7 +119,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> MultiTaskModel:
 def build_objective(
     task: TaskSettings,
     encoders: dict[str, nn.Module],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     new_encoder: Callable[[str], nn.Module],
 ) -> nn.Module:
     """The objective of a task, told what its data knows.
@@ -138,7 +139,7 @@ def build_objective(
 
 
 def build_fields(
-    data: Data, tokenizer: Tokenizer, train: bool
+    data: Data, tokenizer: Tokenizer | None, train: bool
 ) -> CaptionFields | LabelFields | PictureFields | BoxFields | TextFields | M3IFields:
     """What turns samples into batches of this kind of data."""
     if isinstance(data, LabelDataSettings):
@@ -156,7 +157,9 @@ def build_fields(
     return CaptionFields(data, tokenizer, train)
 
 
-def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream | WeakStream]:
+def build_streams(
+    recipe: Recipe, tokenizer: Tokenizer | None
+) -> dict[str, TaskStream | WeakStream]:
     """Training data of every task, in its own order; no rank or position is part of it.
 
     Opens the shards (and indexes foreign ones). Raises FileNotFoundError, ShardError.
@@ -164,7 +167,7 @@ def build_streams(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, TaskStream 
     return {name: build_stream(recipe, name, tokenizer) for name in recipe.tasks}
 
 
-def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer) -> TaskStream | WeakStream:
+def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer | None) -> TaskStream | WeakStream:
     """Training data of task `name`, as `build_streams`."""
     task = recipe.tasks[name]
     if task.data.stream is not None:
@@ -212,7 +215,7 @@ def _reader(recipe: Recipe, shards: ShardSet, max_member_bytes: int) -> SampleRe
 def build_evaluation_loader(
     recipe: Recipe,
     name: str,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     rank: int = 0,
     world: int = 1,
     fault_file: FaultFile | None = None,

@@ -54,14 +54,17 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
         try:
             findings.extend(Finding(True, line) for line in action())
         except Exception as error:  # whatever a run would raise there is a line of this report
-            findings.extend(Finding(False, f"{what}: {line}") for line in _lines_of(error))
+            faults = [Finding(False, f"{what}: {line}") for line in _lines_of(error)]
+            findings.extend(fault for fault in faults if fault not in findings)
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed probes, and warns
     zero: list[dict] = []
-    tokenizers: list[Tokenizer] = []
+    # None where nothing reads text; empty where the tokenizer cannot be read.
+    tokenizers: list[Tokenizer | None] = [] if recipe.tokenizer else [None]
     attempt("engine", lambda: _engine(recipe, world, zero))
-    attempt("tokenizer", lambda: _tokenizer(recipe, tokenizers))
+    if recipe.tokenizer:
+        attempt("tokenizer", lambda: _tokenizer(recipe, tokenizers))
     if len(recipe.tasks) > 1:
         attempt("schedule", lambda: _schedule(recipe))
     for name, task in recipe.tasks.items():
@@ -88,7 +91,7 @@ def _engine(recipe: Recipe, world: int, zero: list[dict]) -> list[str]:
     return [f"engine: ZeRO stage {zero[0]['stage']}, {recipe.precision} ({file})"]
 
 
-def _tokenizer(recipe: Recipe, found: list["Tokenizer"]) -> list[str]:
+def _tokenizer(recipe: Recipe, found: list["Tokenizer | None"]) -> list[str]:
     tokenizer = build_tokenizer(recipe)
     found.append(tokenizer)
     return [f"tokenizer: {tokenizer.vocab_size} entries, digest {tokenizer.digest[:12]}"]
@@ -168,7 +171,7 @@ def _kept(samples: int, stored: int) -> str:
     return f"{samples} samples ({samples / stored:.1%} of {stored}, by `where`)"
 
 
-def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer") -> Iterator[str]:
+def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer | None") -> Iterator[str]:
     """Load the first two samples as training will: members, captions and pixels are there."""
     loader = recipe.loader.model_copy(update={"cache": None})  # of nodes, not of this machine
     stream = build_stream(recipe.model_copy(update={"loader": loader}), name, tokenizer)
@@ -196,7 +199,7 @@ def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
     return f"initial_weights: {len(found)} of {len(shapes)} tensors from {path}"
 
 
-def _model(recipe: Recipe, tokenizer: "Tokenizer", zero: dict, world: int) -> Iterator[str]:
+def _model(recipe: Recipe, tokenizer: "Tokenizer | None", zero: dict, world: int) -> Iterator[str]:
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
     total, trained = _count(model), _count(model, trained=True)

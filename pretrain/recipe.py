@@ -236,8 +236,8 @@ class Recipe(Settings):
     resume). Every tensor in it must belong to the model; parameters that it lacks are drawn from
     `seed`, as all are with null."""
 
-    tokenizer: TokenizerSettings
-    """Text to token ids."""
+    tokenizer: TokenizerSettings | None = None
+    """Text to token ids; needed if a task or an encoder reads text."""
 
     model: ModelSettings
     """The encoders."""

@@ -91,6 +91,19 @@ def _check_encoders(recipe: "Recipe") -> list[str]:
     return found
 
 
+def _check_tokenizer(recipe: "Recipe") -> list[str]:
+    """Whatever reads text needs one."""
+    if recipe.tokenizer is not None:
+        return []
+    readers = [f"tasks.{name}.data" for name, task in recipe.tasks.items() if task.data.reads_text]
+    readers += [
+        f"model.encoders.{name}"
+        for name, encoder in recipe.model.encoders.items()
+        if encoder.type == "text"
+    ]
+    return [f"tokenizer: give tokenizer.path; {readers[0]} reads text"] if readers else []
+
+
 def _check_texts(recipe: "Recipe") -> list[str]:
     """Captions fit into what reads or writes them."""
     found = []
@@ -390,6 +403,7 @@ _CHECKS = (
     _check_schedule,
     _check_data,
     _check_encoders,
+    _check_tokenizer,
     _check_texts,
     _check_m3i,
     _check_evaluation,

@@ -102,7 +102,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def pack(options: argparse.Namespace) -> int:
-    """Shards and a tokenizer under OUT/data, unless they are there; returns the number of classes.
+    """Shards under OUT/data, unless they are there; returns the number of classes.
 
     Raises:
         subprocess.CalledProcessError: a tool has failed; `stderr` holds what it said.
@@ -116,10 +116,6 @@ def pack(options: argparse.Namespace) -> int:
         call("make_shards", "folder", "--out", data / "all", "--images", options.images)
         call("shards", "repack", data / "all" / "train", "--out", data,
              "--fractions", "train=0.9,heldout=0.1")
-    if not (data / "tokenizer").is_dir():
-        words = data / "words.txt"
-        words.write_text("no text is read\n", encoding="utf-8")
-        call("train_tokenizer", data / "tokenizer", "--text", words)
     return len(Manifest.load(data / "train").classes or ())
 
 
@@ -139,7 +135,7 @@ def plan(options: argparse.Namespace, classes: int) -> Plan:
     side = 32 if options.scenes else 64
     common = [
         f"tasks.{TASK}.data.image.size={side}",
-        f"steps={options.steps}", f"tokenizer.path={data / 'tokenizer'}",
+        f"steps={options.steps}",
         f"tasks.{TASK}.data.shards=[{data / 'train'}]", f"tasks.{TASK}.data.classes={classes}",
         f"tasks.{TASK}.evaluation.shards=[{data / 'heldout'}]",
         *(f"tasks.{TASK}.data.image.{change}" for change in (_SCENES if options.scenes else ())),

@@ -24,7 +24,7 @@ class TrainedRun:
     manifest: dict
     """What the checkpoint says of itself."""
     recipe: Recipe
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     model: MultiTaskModel
     state: str = "master"
     """Which weights it has: as in `open_run`."""
@@ -102,7 +102,7 @@ def open_run(path: str | Path, weights: str = "master") -> TrainedRun:
     checkpoint = _find(Path(path))
     manifest = read_manifest(checkpoint)
     recipe = load_resolved(checkpoint / "recipe.yaml")
-    tokenizer = Tokenizer.load(checkpoint / "tokenizer")
+    tokenizer = Tokenizer.load(checkpoint / "tokenizer") if recipe.tokenizer else None
     # Nothing is computed before every parameter has its trained value.
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)

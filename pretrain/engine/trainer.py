@@ -88,9 +88,8 @@ def prepare_run_dir(recipe: Recipe, ranks: Ranks, resume: bool) -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
             for old in run_dir.glob("control/failure_rank_*.json"):
                 old.unlink()
-            own_tokenizer = run_dir / "tokenizer"
-            if not resume:
-                Tokenizer.load(recipe.tokenizer.path).save(own_tokenizer)
+            if not resume and recipe.tokenizer is not None:
+                Tokenizer.load(recipe.tokenizer.path).save(run_dir / "tokenizer")
             recipe.dump(run_dir / "recipe.yaml")
         except Exception as error:
             errors[0] = f"{type(error).__name__}: {error}"
@@ -129,7 +128,9 @@ class Trainer:
         self.control = ControlFolder(self.run_dir)
         if ranks.leads:
             self.control.take_ownership()
-        self.tokenizer = Tokenizer.load(str(self.run_dir / "tokenizer"))
+        self.tokenizer = None
+        if recipe.tokenizer is not None:
+            self.tokenizer = Tokenizer.load(str(self.run_dir / "tokenizer"))
         self.config = engine_config(recipe, ranks.world)
         stage = self.config["zero_optimization"]["stage"]
         require_verified(len(recipe.tasks), stage, offloads_optimizer(self.config))
@@ -142,7 +143,7 @@ class Trainer:
             may_commit=self.control.check_ownership,
             attachments={
                 f"tokenizer/{path.name}": path
-                for path in sorted((self.run_dir / "tokenizer").iterdir())
+                for path in sorted((self.run_dir / "tokenizer").glob("*"))
             } | {"recipe.yaml": self.run_dir / "recipe.yaml"},
         )
 
@@ -307,7 +308,7 @@ class Trainer:
         if self.saved_step == self.state.step:
             return
         trainer = {
-            **vars(self.state), "tokenizer": self.tokenizer.digest, "seed": self.recipe.seed,
+            **vars(self.state), "tokenizer": self._tokenizer_digest(), "seed": self.recipe.seed,
             "loss_scale": loss_scale_state(self.engine),
         }
         self.checkpoints.save(
@@ -324,7 +325,7 @@ class Trainer:
         trainer = dict(restored.trainer)
         digest, seed = trainer.pop("tokenizer"), trainer.pop("seed")
         restore_loss_scale(self.engine, trainer.pop("loss_scale"))
-        if digest != self.tokenizer.digest:
+        if digest != self._tokenizer_digest():
             raise RunDirError(
                 f"the tokenizer in {self.run_dir / 'tokenizer'} is not the one that {folder.name} "
                 f"was trained with; put the files of {folder / 'tokenizer'} back"
@@ -336,6 +337,9 @@ class Trainer:
             )
         self.state = TrainerState(**trainer)
         self.saved_step = self.state.step
+
+    def _tokenizer_digest(self) -> str | None:
+        return self.tokenizer.digest if self.tokenizer else None
 
     def _averages(self) -> list[torch.Tensor] | None:
         return self.ema.tensors if self.ema else None

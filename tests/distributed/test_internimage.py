@@ -21,6 +21,7 @@ from tests.distributed.internimage_worker import (
 )
 from tests.distributed.launch import run_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
+from tools.trained import open_run
 
 WORLD = 2
 
@@ -71,13 +72,14 @@ def test_losses_gradients_and_statistics(launched, plain):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_resume_repeats_drop_path_and_statistics(stage, tmp_path, monkeypatch):
     """bfloat16, on both ranks, views of two sizes: bit for bit what the run without a break has,
-    whatever is in memory that nobody has written to."""
+    whatever is in memory that nobody has written to. Nothing reads text: there is no tokenizer."""
     pack_scenes(tmp_path)
     recipe = tiny_recipe(
         tmp_path, tmp_path / "run", steps=6, precision="bf16", deepspeed=f"zero{stage}",
         checkpoint={"every_steps": 3, "keep_last": 3},
     )  # fmt: skip
     data = recipe["tasks"].pop("caption")["data"]
+    del recipe["tokenizer"]
     recipe["model"]["encoders"]["image"] = {
         "type": "internimage", "channels": 16, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8],
         "head": {"type": "conv"}, "drop_path": 0.5,
@@ -110,5 +112,7 @@ def test_a_resume_repeats_drop_path_and_statistics(stage, tmp_path, monkeypatch)
     files = [read_manifest(tmp_path / run / last)["files"] for run in ("run", "other")]
     ranks = [name for name in files[0] if name.startswith("rank_")]
     assert len(ranks) == 2 * WORLD and all(files[0][n] == files[1][n] for n in ranks)
+    assert not (tmp_path / "run" / "tokenizer").exists()
+    assert open_run(tmp_path / "run").tokenizer is None
     statistics = "encoders.image.conv_head.1.0.running_var"
     assert found[statistics].dtype == torch.float32 and found[statistics].std() > 0

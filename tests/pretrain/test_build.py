@@ -314,6 +314,14 @@ def test_check_goes_on_after_a_fault(recipe_file, capsys):
     assert any(line.startswith("FAULT tokenizer: ") and "/none" in line for line in faults)
 
 
+def test_check_tells_the_memory_of_a_model_before_there_are_data(capsys):
+    assert main(["check", "internimage_t_in1k", "--world", "8"]) == 1
+    text = capsys.readouterr().out
+    assert "tokenizer" not in text and text.count("FAULT") == 1  # there are no shards
+    # 29.92 M parameters, ZeRO-1 in bfloat16, a moving average: 2 + 2 + (12 + 4 + 4) / 8 bytes each.
+    assert "memory per rank: about 0.18 GiB" in text
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "world", "bytes_per_parameter"),
     [

@@ -400,6 +400,18 @@ def test_tasks_of_all_kinds_share_an_encoder():
     assert recipe.tasks["classify"].data.classes == 10
 
 
+def test_what_reads_text_needs_a_tokenizer_and_nothing_else_does():
+    found = [line.split(": ", 1)[1] for line in faults("tokenizer=null", recipe="digits_multitask")]
+    assert found == ["tokenizer: give tokenizer.path; tasks.caption.data reads text"]
+    others = ("tasks.caption=null", "tasks.contrast=null", "tokenizer=null", "steps=60")
+    found = faults(*others, recipe="digits_multitask")
+    expected = "give tokenizer.path; model.encoders.text reads text"
+    assert any(line.endswith(expected) for line in found)
+    labels = load_recipe("digits_multitask", [*others, "model.encoders.text=null"])
+    assert labels.tokenizer is None and list(labels.tasks) == ["classify"]
+    assert load_recipe("internimage_t_in1k").tokenizer is None
+
+
 def test_text_data_fit_no_objective_that_reads_images():
     text = "tasks.other={objective: {type: captioning}, data: {type: text, shards: [x]}, "
     evaluation = "global_batch: 2, micro_batch: 2, evaluation: {shards: [x], image: {size: 64}}}"
