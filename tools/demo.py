@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.rule import Rule
 
 from data_pipeline.console import write_utf8
@@ -177,7 +178,7 @@ def evaluate(demo: Demo) -> None:
 
 def real(text: str) -> None:
     """Say what a user does instead on real data."""
-    console.print(f"[dim]on real data: {text}", highlight=False)
+    console.print(f"[dim]on real data: {escape(text)}", highlight=False)
 
 
 def python(module: str, *arguments) -> None:
@@ -191,7 +192,7 @@ def start(*command) -> subprocess.Popen:
     words = [str(word) for word in command]
     launched = command[: len(LAUNCHER)] == LAUNCHER
     shown = ["deepspeed", *words[3:]] if launched else [Path(words[0]).name, *words[1:]]
-    console.print("[bold green]$[/] " + shlex.join(shown), highlight=False, markup=True)
+    console.print("[bold green]$[/] " + escape(shlex.join(shown)), highlight=False, markup=True)
     return subprocess.Popen(words)
 
 
