@@ -5,7 +5,8 @@
 #   make demo PYTHON=python3.12        another Python (3.11 or newer)
 #
 # A torch that $(PYTHON) already has is kept (GPU machines); otherwise $(TORCH) is installed first, so
-# that nothing else pulls in a torch of its own choice.
+# that nothing else pulls in a torch of its own choice. The clone may lie in a folder with spaces in its
+# path: all paths here are relative to it.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,6 +14,10 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.omnipretrain-ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+ifneq ($(words $(VENV)),1)
+$(error VENV=$(VENV) has spaces, and make knows no such targets: choose another place)
+endif
 
 .PHONY: setup demo test test-slow lint clean
 

@@ -86,5 +86,5 @@ def _with_changes(recipe: dict, changes: dict) -> dict:
 
 
 def write_recipe(path: Path, recipe: dict) -> Path:
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path

@@ -100,7 +100,7 @@ def peak_rise_mib(action: Callable[[], Any]) -> float | None:
     if not marks.exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for reuse would hide the rise
-    marks.write_text("5")  # the high-water mark starts anew
+    marks.write_text("5", encoding="utf-8")  # the high-water mark starts anew
     before = _status_bytes("VmRSS")
     action()
     return (_status_bytes("VmHWM") - before) / 2**20
@@ -129,7 +129,7 @@ def _answer(function: Callable, arguments: tuple, answer) -> None:
 
 
 def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024
@@ -159,7 +159,7 @@ def _cpu_seconds() -> float:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -175,7 +175,8 @@ def _accelerators() -> list[str]:
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -135,7 +135,7 @@ def _memory_mib() -> float:
     process = psutil.Process()
     kib = 0
     for one in (process, *process.children(recursive=True)):
-        for line in Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{one.pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
             if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                 kib += int(line.split()[1])
     return kib / 1024

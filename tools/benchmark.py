@@ -75,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     show(result, described)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**result, "machine": described}, indent=1) + "\n")
+        text = json.dumps({**result, "machine": described}, indent=1) + "\n"
+        options.json.write_text(text, encoding="utf-8")
     return 0
 
 

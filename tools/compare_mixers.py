@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"[red]{len(failed)} runs failed[/]: {', '.join(failed)}; see their .log")
         return 1
     text = table(runs)
-    (options.out / "table.md").write_text(text)
+    (options.out / "table.md").write_text(text, encoding="utf-8")
     curves(runs).save(options.out / "curves.png")
     console.print(text, markup=False, highlight=False)
     return 0
@@ -122,7 +122,7 @@ def pack(options: argparse.Namespace) -> int:
 def call(tool: str, *arguments: object) -> None:
     """Run a tool of ours quietly."""
     command = [sys.executable, "-m", f"tools.{tool}", *map(str, arguments)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
 
 
 def plan(options: argparse.Namespace, classes: int) -> Plan:

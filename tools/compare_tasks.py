@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"[red]{len(failed)} runs failed[/]: {', '.join(failed)}; see their log.txt")
         return 1
     text = table(runs)
-    (options.out / "table.md").write_text(text)
+    (options.out / "table.md").write_text(text, encoding="utf-8")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data_pipeline.files import write_atomically
 from pretrain.engine.checkpoint_files import sync_file
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.internimage_weights import (
@@ -52,8 +53,8 @@ def add_commands(commands: Any, console: Console) -> None:
     take.add_argument("--weights", choices=tuple(WRAPPINGS), default="master",
                       help="ema: the moving average that the file has too (default %(default)s)")
     take.add_argument("--settings", type=Path, metavar="FILE.yaml",
-                      help="settings of the encoder as in a recipe, for a model that is neither "
-                           "published nor beside a config.json")
+                      help="settings of the encoder as in a recipe, for a model that is not "
+                           "published, without a config.json or NAME.settings.yaml beside it")
     take.add_argument("--leave-out", action="append", default=[], metavar="PATTERN",
                       help="official names of tensors that are not taken and may be missing, such "
                            "as 'head.*' for other classes; may be given again")
@@ -106,18 +107,27 @@ def read_internimage(
     """Weights of others under the official names, and the model that they are of.
 
     file: as `read_tensors`; weights: "master" or "ema"; described: YAML file with settings of the
-    encoder, none: those of a config.json beside `file`, or of the published size.
+    encoder, none: those that an export left beside `file`, of a config.json there, or of the
+    published size.
 
     Raises:
         ValueError: no InternImage, or one that must be described.
     """
     found = unwrap(read_tensors(file, WRAPPINGS[weights], skip_objects=True))
+    if described is None and settings_beside(file).is_file():
+        described = settings_beside(file)
+        found.notes.append(f"the settings in {described}")
     settings = _settings(described, file, found.tensors)
     tensors = found.tensors
     if not any("." in name for name in tensors):
         tensors = restore_dots(tensors, list(official_shapes(settings, 1)))
     tensors, note = cut_centers(tensors, settings)
     return Unwrapped(tensors, found.notes + ([note] if note else [])), settings
+
+
+def settings_beside(file: Path) -> Path:
+    """Where an export of ours leaves the settings of the encoder: NAME.settings.yaml."""
+    return file.with_name(f"{file.stem}.settings.yaml")
 
 
 def _settings(
@@ -176,20 +186,10 @@ def _recipe(
     ours: Mapping[str, Tensor],
 ) -> str:
     """The part of a recipe that describes this model."""
-    encoder: dict[str, Any] = {"type": "internimage"}
-    if settings.size is not None:
-        encoder |= {"size": settings.size}
-        if settings.head is None:
-            encoder["head"] = None
-    else:
-        shape = settings.model_dump(mode="json", exclude_defaults=True)
-        encoder |= {key: value for key, value in shape.items() if key not in _TRAINING}
-        encoder["mixer"] = settings.mixer.model_dump(mode="json")
-        if settings.head is not None:
-            encoder["head"] = settings.head.model_dump(mode="json")
     recipe: dict[str, Any] = {
-        "initial_weights": str(options.out), "model": {"encoders": {options.encoder: encoder}},
-    }  # fmt: skip
+        "initial_weights": str(options.out),
+        "model": {"encoders": {options.encoder: _encoder(settings)}},
+    }
     if f"objectives.{options.task}.head.weight" in ours:
         pool = "mean" if settings.head is None else "head"
         recipe["tasks"] = {options.task: {
@@ -197,6 +197,21 @@ def _recipe(
             "data": {"classes": len(tensors["head.weight"])},
         }}  # fmt: skip
     return to_yaml(recipe)
+
+
+def _encoder(settings: InternImageSettings) -> dict[str, Any]:
+    """The encoder of a recipe: the shape of its weights, and what differs from a published size."""
+    if settings.size is not None:
+        published = InternImageSettings(size=settings.size).model_dump(mode="json")
+        shape = settings.model_dump(mode="json")
+        shape = {key: value for key, value in shape.items() if value != published[key]}
+        shape["size"] = settings.size
+    else:
+        shape = settings.model_dump(mode="json", exclude_defaults=True)
+        shape["mixer"] = settings.mixer.model_dump(mode="json")
+        if settings.head is not None:
+            shape["head"] = settings.head.model_dump(mode="json")
+    return {"type": "internimage"} | {k: v for k, v in shape.items() if k not in _TRAINING}
 
 
 # Settings that say how to train, not what the weights are.
@@ -230,8 +245,11 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     else:
         wrapping = "state_dict" if options.format == "detection" else "model"
         _write_file(options.out, {wrapping: OrderedDict(theirs)})
+        _write_settings(options.out, settings)
     _check_read_back(options, settings, ours)
     _say(console, f"{options.out}: {len(theirs)} tensors, read back bit for bit")
+    if options.format != "transformers":  # there it is config.json
+        _say(console, f"{settings_beside(options.out)}: its settings, for import-internimage")
     return 0
 
 
@@ -289,6 +307,11 @@ def _write_file(out: Path, content: Mapping[str, Any]) -> None:
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_settings(out: Path, settings: InternImageSettings) -> None:
+    """Beside the weights, which tell the shapes of published models only."""
+    write_atomically(settings_beside(out), [to_yaml(_encoder(settings)).encode()])
 
 
 def _check_read_back(

@@ -22,8 +22,10 @@ from rich.console import Console
 from rich.rule import Rule
 
 console = Console(soft_wrap=True)
-LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
-TRAIN = (LAUNCHER, "--quiet", "--num_gpus", 2, "--module", "pretrain.train")
+# What the script `deepspeed` runs. The script itself does not start where the environment's path
+# has a space, since its first line names the interpreter.
+LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner")
+TRAIN = (*LAUNCHER, "--quiet", "--num_gpus", 2, "--module", "pretrain.train")
 # What must be equal, digit for digit, in steps that were computed before the kill and again after.
 EXACT = ("loss", "gradient_norm", "token_accuracy", "top1", "update_rms", "learning_rate")
 TASKS = ("caption", "classify")
@@ -139,7 +141,8 @@ def resume(demo: Demo) -> None:
     if process.wait():
         raise StageFailed("the resumed run failed")
     after = training_lines(demo.run)
-    starts = [json.loads(line) for line in (demo.run / "starts.jsonl").read_text().splitlines()]
+    lines = (demo.run / "starts.jsonl").read_text(encoding="utf-8").splitlines()
+    starts = [json.loads(line) for line in lines]
     repeated = [step for step in before if step > starts[-1]["from_step"]]
     for step in repeated:
         same = all(before[step].get(name) == after[step].get(name) for name in EXACT)
@@ -183,7 +186,8 @@ def python(module: str, *arguments) -> None:
 def start(*command) -> subprocess.Popen:
     """Show a command and start it."""
     words = [str(word) for word in command]
-    shown = [Path(words[0]).name if os.sep in words[0] else words[0], *words[1:]]
+    launched = command[: len(LAUNCHER)] == LAUNCHER
+    shown = ["deepspeed", *words[3:]] if launched else [Path(words[0]).name, *words[1:]]
     console.print("[bold green]$[/] " + shlex.join(shown), highlight=False, markup=True)
     return subprocess.Popen(words)
 
@@ -204,7 +208,7 @@ def training_lines(run: Path) -> dict[int, dict]:
     path = run / "metrics.jsonl"
     if not path.exists():
         return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
              if line.endswith("\n")]
     return {line["step"]: line for line in lines if line["kind"] == "train"}
 

@@ -63,7 +63,7 @@ def train_one(folder: Path, run: Run) -> int:
     goes_on = (folder / "checkpoints" / "latest").exists()
     what = ["--resume", str(folder)] if goes_on else [run.recipe, *run.overrides]
     command = [sys.executable, "-m", "pretrain.train", *what]
-    with open(folder.with_name(f"{folder.name}.log"), "w") as log:
+    with open(folder.with_name(f"{folder.name}.log"), "w", encoding="utf-8") as log:
         return subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -76,7 +76,7 @@ def train_one(folder: Path, run: Run) -> int:
 def metrics(folder: Path) -> list[dict]:
     """The lines that a run has logged, in order; none if there is no such run."""
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
     except (OSError, ValueError):
         return []
@@ -85,7 +85,7 @@ def metrics(folder: Path) -> list[dict]:
 def evaluations(folder: Path) -> dict[str, dict]:
     """task -> its last evaluation, once the run has finished; else nothing."""
     try:
-        status = json.loads((folder / "control" / "status.json").read_text())
+        status = json.loads((folder / "control" / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     if status.get("state") != "finished":

@@ -144,7 +144,10 @@ def _said(program: str, *arguments: Any) -> str:
     from triton import knobs
 
     path = getattr(knobs.nvidia, program).path
-    done = subprocess.run([path, *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [path, *map(str, arguments)], capture_output=True, encoding="utf-8", errors="replace",
+        check=False,
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{program} failed: {done.stderr.strip()[-500:]}")
     return done.stdout

@@ -118,7 +118,7 @@ def yolo_source(
     def described() -> Iterator[tuple[str, Path, str, tuple[int, int] | None, list[Box]]]:
         for key, path, name in zip(keys_of(relative), paths, relative, strict=True):
             label = (labels / name).with_suffix(".txt")
-            lines = label.read_text().splitlines() if label.exists() else []
+            lines = label.read_text(encoding="utf-8").splitlines() if label.exists() else []
             size = _upright_size(path)
             where = f"{name.with_suffix('.txt').as_posix()}"
             boxes = [

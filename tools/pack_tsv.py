@@ -161,7 +161,7 @@ def _line_index(path: Path) -> list[int] | None:
             return np.frombuffer(data, "<i8").tolist()
         if (place := Path(name)).exists():
             try:
-                return [int(line) for line in place.read_text().split()]
+                return [int(line) for line in place.read_text(encoding="utf-8").split()]
             except ValueError as error:
                 raise ValueError(f"{place}: is not a list of numbers: {error}") from None
     return None

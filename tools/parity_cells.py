@@ -187,7 +187,7 @@ def main() -> None:
     ranks = init_distributed(threads_per_rank=1)
     results = {name: run_cell(ranks, Cell.parse(name), Path(out)) for name in names}
     if ranks.leads:
-        (Path(out) / "cells.json").write_text(json.dumps(results))
+        (Path(out) / "cells.json").write_text(json.dumps(results), encoding="utf-8")
     shutdown()
 
 
@@ -239,7 +239,7 @@ def plain_run(tasks: str, optimizer: str) -> Reference:
 
 def faults(cell: Cell, out: Path, reference: Reference) -> list[str]:
     """Where an fp32 cell differs from the reference; empty if it does not."""
-    mine = json.loads((out / "cells.json").read_text())[cell.name]
+    mine = json.loads((out / "cells.json").read_text(encoding="utf-8"))[cell.name]
     tensors = load_file(out / f"{cell.name}.safetensors")
     found = []
     for what, tolerance in (("losses", TOLERANCE), ("norms", 1e-5)):

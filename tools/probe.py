@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         "linear_top1": linear, "linear_strength": strength,
     }  # fmt: skip
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{name} at step {found['step']}: kNN {found['knn_top1']:.4f}, linear probe "
           f"{linear:.4f} on {len(test)} images ({len(train)} to learn from)")
     return 0

@@ -80,7 +80,7 @@ def launch(cells: Sequence[Cell], world: int, out: Path) -> str:
             "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         }
-        with open(path, "w") as log:
+        with open(path, "w", encoding="utf-8") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log,
                                               stderr=subprocess.STDOUT))
     failed = ""
@@ -91,13 +91,18 @@ def launch(cells: Sequence[Cell], world: int, out: Path) -> str:
             failed = f"no end after {TIME_LIMIT_S} s"
         for process, path in zip(processes, logs, strict=True):
             if process.poll():
-                failed = "\n".join(path.read_text(errors="replace").splitlines()[-30:])
+                failed = tail(path)
     for process, path in zip(processes, logs, strict=True):
         if failed:
             process.kill()
         if process.wait() and not failed:
-            failed = "\n".join(path.read_text(errors="replace").splitlines()[-30:])
+            failed = tail(path)
     return failed
+
+
+def tail(log: Path) -> str:
+    """The end of a process's output."""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
 
 
 def free_port() -> int:
@@ -146,8 +151,9 @@ def note_pass(world: int, cells: int) -> None:
     path = record_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"passed": True, "world": world, "cells": cells,
-                                    "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")
+        note = {"passed": True, "world": world, "cells": cells,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        path.write_text(json.dumps(note) + "\n", encoding="utf-8")
         console.print(f"noted in {path}", highlight=False)
     except OSError as error:
         console.print(f"the pass could not be noted in {path}: {error.strerror}; training several "

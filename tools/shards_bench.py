@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
     described = machine("python -m tools.shards bench " + " ".join(options.shards))
     show(result, described)
     if options.json is not None:
-        options.json.write_text(json.dumps({**result, "machine": described}, indent=1) + "\n")
+        text = json.dumps({**result, "machine": described}, indent=1) + "\n"
+        options.json.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     options = parse_arguments(argv)
     process = subprocess.Popen(
-        options.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        options.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
         errors="replace", start_new_session=True,
     )
     watch = Watch(process, options.keep_free, options.every)
@@ -154,7 +154,7 @@ def read_tree(pid: int, seconds: float) -> Reading:
 def proportional(pid: int) -> dict[str, int]:
     """Proportional set size of a process by kind, in bytes; empty if there is none any more."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
     fields = dict(line.split(":", 1) for line in lines[1:])

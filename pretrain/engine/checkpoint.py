@@ -174,7 +174,7 @@ class Checkpoints:
             })
         tensor_file, map_file = (folder / name for name in rank_files(self._rank))
         save_file(tensors, tensor_file)
-        map_file.write_text(json.dumps({"partitions": maps}))
+        map_file.write_text(json.dumps({"partitions": maps}), encoding="utf-8")
         written = [tensor_file, map_file]
         if self._rank == 0:
             save_file(module, folder / MODULE)
@@ -240,9 +240,10 @@ class Checkpoints:
     def _candidates(self) -> list[Path]:
         found, latest = list_checkpoints(self.root), self.root / "latest"
         if not found and latest.exists():  # or the run would begin again, over its own record
+            named = latest.read_text(encoding="utf-8").strip()
             raise CheckpointError(
-                f"{latest} names {latest.read_text().strip()}, but no checkpoint is there now: "
-                "bring it back, or start in a new run_dir"
+                f"{latest} names {named}, but no checkpoint is there now: bring it back, or start "
+                "in a new run_dir"
             )
         return found
 

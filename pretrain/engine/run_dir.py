@@ -62,7 +62,7 @@ def record_start(run_dir: Path, world: int, zero_stage: int, device: str, step: 
         "git": git_state(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
-    with open(run_dir / "starts.jsonl", "a") as file:
+    with open(run_dir / "starts.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 
@@ -94,7 +94,7 @@ def git_state() -> dict[str, str | bool] | None:
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", "-C", str(folder), *arguments],
-            capture_output=True, text=True, check=True, timeout=20,
+            capture_output=True, encoding="utf-8", check=True, timeout=20,
         ).stdout.strip()
 
     try:

@@ -81,6 +81,6 @@ def record_path() -> Path:
 def passed_here() -> bool:
     """Whether `tools.selfcheck` has passed with the installed DeepSpeed and torch."""
     try:
-        return json.loads(record_path().read_text())["passed"] is True
+        return json.loads(record_path().read_text(encoding="utf-8"))["passed"] is True
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -72,7 +72,8 @@ def note_failure(run_dir: Path, rank: str, reason: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         note = {"rank": int(rank), "reason": reason, "stack": traceback.format_exc(),
                 "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        (folder / f"failure_rank_{int(rank):05d}.json").write_text(json.dumps(note, indent=1))
+        file = folder / f"failure_rank_{int(rank):05d}.json"
+        file.write_text(json.dumps(note, indent=1), encoding="utf-8")
         ControlFolder(run_dir).failed(f"rank {rank}: {reason}")
     except OSError as error:
         print(f"rank {rank}: cannot note the failure: {error}", file=sys.stderr)

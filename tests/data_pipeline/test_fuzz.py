@@ -303,7 +303,7 @@ def test_a_json_key_that_utf8_cannot_hold_is_no_column(tmp_path):
 @settings(max_examples=200)
 def test_mutated_manifests(whole, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("manifest")
-    content = json.loads((whole / FILE_NAME).read_text())
+    content = json.loads((whole / FILE_NAME).read_text(encoding="utf-8"))
     odd = st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -315,7 +315,7 @@ def test_mutated_manifests(whole, tmp_path_factory, data):
     if data.draw(st.booleans()):
         at = data.draw(st.integers(0, len(text) - 1))
         text = text[:at] + data.draw(st.text(max_size=3)) + text[at + 1 :]
-    (folder / FILE_NAME).write_text(text, errors="surrogatepass")
+    (folder / FILE_NAME).write_text(text, errors="surrogatepass", encoding="utf-8")
     try:
         manifest = limited(lambda: Manifest.load(folder))
     except ShardError as error:
@@ -326,6 +326,6 @@ def test_mutated_manifests(whole, tmp_path_factory, data):
 
 
 def test_a_deep_manifest(tmp_path):
-    (tmp_path / FILE_NAME).write_text("[" * 100_000)
+    (tmp_path / FILE_NAME).write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(ShardError, match="damaged or foreign manifest"):
         Manifest.load(tmp_path)

@@ -138,7 +138,7 @@ def test_memory_is_flat(shards):
     """Resident memory of the trainer and size of the shared memory over 300 windows."""
 
     def resident() -> int:
-        with open("/proc/self/statm") as file:
+        with open("/proc/self/statm", encoding="utf-8") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     sizes = []

@@ -241,8 +241,8 @@ def test_stopped_by_the_user_or_by_the_system(tmp_path, to_workers):
             assert time.monotonic() < deadline and running.poll() is None
             time.sleep(0.01)
         if to_workers == signal.SIGKILL:
-            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-            for child in children:
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+            for child in children.read_text(encoding="utf-8").split():
                 os.kill(int(child), to_workers)
         else:
             os.killpg(running.pid, to_workers)

@@ -433,6 +433,7 @@ def test_a_killed_trainer_takes_the_read_ahead_along(tmp_path, photos):
 
 def _is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+        return text.rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False

@@ -137,6 +137,8 @@ def test_the_index_of_a_read_only_folder_goes_to_the_cache(monkeypatch, foreign)
     with tempfile.TemporaryDirectory() as top:  # pytest's own folders are closed to other users
         folder, cache = Path(top) / "data", Path(top) / "cache"
         shutil.copytree(foreign, folder)
+        for path in folder.iterdir():  # also where the umask closes new files to other users
+            path.chmod(0o644)
         cache.mkdir()
         for path in (Path(top), cache):
             path.chmod(0o777)

@@ -21,7 +21,9 @@ def members_of(data: bytes) -> list[tuple[str, bytes]]:
 
 def make_tar(entries: list[tuple[str, bytes]], tar_format: int = tarfile.USTAR_FORMAT) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
+    with tarfile.open(
+        fileobj=buffer, mode="w", format=tar_format, encoding="utf-8"
+    ) as tar:
         for name, payload in entries:
             info = tarfile.TarInfo(name)
             info.size = len(payload)
@@ -54,7 +56,7 @@ paths = st.lists(names, min_size=1, max_size=4).map("/".join)
 @settings(max_examples=150, deadline=None)
 def test_same_members_as_tarfile_for_any_names(entries, tar_format):
     data = make_tar(entries, tar_format)
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(data), encoding="utf-8") as tar:
         expected = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()]
     assert members_of(data) == expected
 

@@ -41,10 +41,11 @@ def documents(tmp_path_factory) -> dict[str, Path]:
     texts = [document(n) for n in range(40)]
     (root / "folder" / "deep").mkdir(parents=True)
     for number, text in enumerate(texts):
-        (root / "folder" / ("deep" if number % 2 else "") / f"{number:02d}.txt").write_text(text)
-    (root / "lines.txt").write_text("\n\n".join(texts) + "\n")
+        file = root / "folder" / ("deep" if number % 2 else "") / f"{number:02d}.txt"
+        file.write_text(text, encoding="utf-8")
+    (root / "lines.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     rows = [json.dumps({"body": text, "id": n}) for n, text in enumerate(texts)]
-    (root / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    (root / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return {name: root / name for name in ("folder", "lines.txt", "rows.jsonl")}
 
 
@@ -123,7 +124,7 @@ def test_started_again_it_does_not_tokenise_again(tmp_path, documents, tokenizer
 
 def test_documents_that_are_none_are_named(tmp_path, tokenizer, capsys):
     rows = ['{"text": "a b"}', '{"text": 5}', '{"body": "x"}', "{", '{"text": ""}']
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     assert pack_rows(tmp_path / "rows.jsonl", tokenizer, tmp_path / "out") == 1
     message = capsys.readouterr().err
     assert "3 documents cannot be read" in message
@@ -133,7 +134,7 @@ def test_documents_that_are_none_are_named(tmp_path, tokenizer, capsys):
     assert pack_rows(tmp_path / "rows.jsonl", tokenizer, tmp_path / "out", *skip) == 0
     details = Manifest.load(tmp_path / "out" / "train").details
     assert (details["missing"], details["empty_documents"], details["documents"]) == (3, 1, 1)
-    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
     assert pack_rows(tmp_path / "empty.txt", tokenizer, tmp_path / "none") == 1
     assert "no text in 0 documents of 1 files" in capsys.readouterr().err
     assert pack_rows(tmp_path / "rows.csv", tokenizer, tmp_path / "none") == 1

@@ -131,7 +131,8 @@ def test_commands_compressed_tars_and_addresses_give_the_same_samples(folder, tm
         shutil.copyfileobj(source, target)
     expected = [(s.key, s.members) for s in streamed_samples(path, 0)]
     assert len(expected) == 10 and set(expected[0][1]) == {"jpg", "txt", "json"}
-    forms = [f"pipe:cat {shlex.quote(path)}", str(packed), f"pipe:gzip -dc {packed}"]
+    unzip = f"pipe:gzip -dc {shlex.quote(str(packed))}"
+    forms = [f"pipe:cat {shlex.quote(path)}", str(packed), unzip]
     for form in forms:
         assert [(s.key, s.members) for s in streamed_samples(form, 0)] == expected
     if shutil.which("curl"):
@@ -168,12 +169,12 @@ def test_what_tarfile_takes_for_the_end_is_noticed(folder, tmp_path):
 
 def test_a_command_that_fails_is_named_without_its_secrets(folder):
     (path,) = urls(folder)[:1]
-    for command in (f"cat {path}; true hush; exit 7", "true hush; exit 7"):
+    for command in (f"cat {shlex.quote(path)}; true hush; exit 7", "true hush; exit 7"):
         with pytest.raises(ShardFault) as caught:
             list(streamed_samples(f"pipe:{command}", 3))
         assert "(shard 3)" in caught.value.shard and "hush" not in str(caught.value)
     with pytest.raises(ShardFault, match="ended with status 7"):
-        list(streamed_samples(f"pipe:cat {path}; exit 7", 3))
+        list(streamed_samples(f"pipe:cat {shlex.quote(path)}; exit 7", 3))
 
 
 def write_photos(folder: Path, count: int, bad: list[int]) -> None:
@@ -241,7 +242,7 @@ def test_nothing_is_unpickled(tmp_path):
 
 def test_leaving_early_ends_the_commands(folder):
     (path,) = urls(folder)[:1]
-    weak = stream([f"pipe:cat {path}; exec sleep 600"], 4, 4, shuffle_samples=1)
+    weak = stream([f"pipe:cat {shlex.quote(path)}; exec sleep 600"], 4, 4, shuffle_samples=1)
     assert len(keys(windows(weak, 2))) == 8
     started = time.monotonic()
     weak.close()

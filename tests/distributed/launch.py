@@ -32,7 +32,7 @@ def start_ranks(module: str, arguments: list[str], world: int, log_dir: Path) ->
     log_dir.mkdir(parents=True, exist_ok=True)
     processes = []
     for rank in range(world):
-        with open(log_dir / f"out_{rank}.txt", "w") as out:
+        with open(log_dir / f"out_{rank}.txt", "w", encoding="utf-8") as out:
             processes.append(subprocess.Popen(
                 [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT,
                 env=rank_environment(rank, world, port), stdout=out, stderr=subprocess.STDOUT,
@@ -66,6 +66,6 @@ def tails(log_dir: Path, lines: int = 40) -> str:
     """The end of every rank's output."""
     parts = []
     for path in sorted(log_dir.glob("out_*.txt")):
-        text = path.read_text(errors="replace").splitlines()
+        text = path.read_text(errors="replace", encoding="utf-8").splitlines()
         parts.append(f"--- {path.name}\n" + "\n".join(text[-lines:]))
     return "\n".join(parts)

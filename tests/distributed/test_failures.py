@@ -107,7 +107,7 @@ LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                  "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m",
                  "pretrain.train"],
-    "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2",
+    "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
                   "--master_port", "0", "--module", "pretrain.train"],
 }
 

@@ -19,6 +19,7 @@ from tests.pretrain.models.internimage_models import (
 )
 from tests.tools.conftest import full_disk
 from tools.convert import main
+from tools.convert_internimage import _encoder
 from tools.internimage_config import config_of_settings, settings_of_config
 
 NAMES = ("t", "postnorm_ls", "rc", "h_smallhead", "g_smallhead")
@@ -128,6 +129,14 @@ def test_the_middle_point_can_be_left_out(tmp_path, capsys):
     assert "were trained without the middle point" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("changes", [{}, {"head": None}, {"mixer": {
+    "type": "dcnv3", "remove_center": True}}])  # fmt: skip
+def test_what_a_recipe_changes_in_a_published_size_is_kept(changes):
+    settings = InternImageSettings(size="T", drop_path=0.1, **changes)
+    described = InternImageSettings.model_validate(_encoder(settings))
+    assert described.model_copy(update={"drop_path": 0.1}) == settings
+
+
 def test_a_model_of_unknown_shape_must_be_described(tmp_path, capsys):
     state, _, _ = golden_state("t")
     save_file(state, tmp_path / "a.safetensors")
@@ -188,14 +197,17 @@ def test_a_run_goes_out_and_comes_back(internimage_run, tmp_path, kind, weights,
         config = json.loads((out / "config.json").read_text())
         assert config["num_classes"] == 10 and config["layer_scale"] == 0.1
         assert json.loads((out / "preprocessor_config.json").read_text())["do_center_crop"]
-    describe_as = trained.recipe.model.encoders["image"]
-    if kind == "detection":
-        describe_as = describe_as.model_copy(update={"head": None})
     back = tmp_path / "back.safetensors"
-    command = ["import-internimage", str(out), "--out", str(back)]
-    if kind != "transformers":  # there config.json says what it is
-        command += ["--settings", describe(tmp_path, describe_as)]
-    assert main(command) == 0
+    # What it is stands beside it, in config.json or NAME.settings.yaml.
+    assert main(["import-internimage", str(out), "--out", str(back)]) == 0
+    settings = trained.recipe.model.encoders["image"]
+    if kind == "detection":
+        settings = settings.model_copy(update={"head": None})
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["encoders"]["image"]
+    read = InternImageSettings.model_validate(printed)
+    trained_with = {"drop_path": settings.drop_path,
+                    "gradient_checkpointing": settings.gradient_checkpointing}
+    assert read.model_copy(update=trained_with) == settings
     found = load_file(back)
     heads = ("objectives.", "encoders.image.conv_head.")
     expected = {n for n in ours if not (kind == "detection" and n.startswith(heads))}

@@ -20,22 +20,23 @@ def test_only_finished_runs_have_results(tmp_path):
 def test_a_failed_run_is_named_and_its_output_kept(tmp_path):
     broken = Run("way", "digits_multitask", ["steps=none"])
     assert train_one(tmp_path / "broken", broken) == 2
-    assert "steps: input should be a valid integer" in (tmp_path / "broken.log").read_text()
+    text = (tmp_path / "broken.log").read_text(encoding="utf-8")
+    assert "steps: input should be a valid integer" in text
 
 
 def test_finished_runs_are_not_repeated(tmp_path):
     write_run(tmp_path / "done", "finished", 0.5)
-    before = (tmp_path / "done" / "metrics.jsonl").read_text()
+    before = (tmp_path / "done" / "metrics.jsonl").read_text(encoding="utf-8")
     broken = Run("way", "digits_multitask", ["steps=none"])
     runs = {tmp_path / "done": broken, tmp_path / "open": broken}
     assert train(runs, 1, Console(quiet=True)) == ["open"]
-    assert (tmp_path / "done" / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "done" / "metrics.jsonl").read_text(encoding="utf-8") == before
     assert not (tmp_path / "done.log").exists()
 
 
 def test_a_cut_line_is_no_result(tmp_path):
     write_run(tmp_path / "a", "finished", 0.5)
-    with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
+    with open(tmp_path / "a" / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"kind": "evaluation"})[:9])
     assert metrics(tmp_path / "a") == []
 

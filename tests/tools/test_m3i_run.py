@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from pretrain.build import build_model
@@ -99,12 +98,9 @@ def test_the_next_stage_starts_from_it(m3i_run, scenes64, tmp_path, kind, weight
     task = ["--task", "m3i"] if kind == "m3i" else []
     convert("export-internimage", "--run", m3i_run, "--format", kind, "--weights", weights, *task,
             "--out", tmp_path / "a.pth")  # fmt: skip
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(
-        open_run(m3i_run).recipe.model.encoders["image"].model_dump(mode="json")
-    ))  # fmt: skip
     leave = ["--leave-out", "head.*"] if kind == "m3i" else []
-    convert("import-internimage", tmp_path / "a.pth", "--settings", tmp_path / "settings.yaml",
-            *leave, "--out", tmp_path / "a.safetensors")  # fmt: skip
+    convert("import-internimage", tmp_path / "a.pth", *leave,
+            "--out", tmp_path / "a.safetensors")  # fmt: skip
     given = load_file(tmp_path / "a.safetensors")
     state = read_full_state(m3i_run / "checkpoints/step_000000004")
     start = "objectives.m3i.target.encoder." if weights == "target" else "encoders.image."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -62,9 +63,7 @@ def test_the_command_in_the_manifest_makes_the_same_bytes(tmp_path, folder):
     options = ["--fractions", "train=0.75,val=0.25", "--where", "width > 12", "--max-bytes", "20k"]
     assert run(folder, "--out", tmp_path / "a", *options) == 0
     words = Manifest.load(tmp_path / "a" / "train").command
-    assert words.startswith(f"python -m tools.shards repack {folder} --bundle 1")
-    import shlex
-
+    assert words.startswith(f"python -m tools.shards repack {shlex.quote(str(folder))} --bundle 1")
     again = [*shlex.split(words)[3:], "--out", str(tmp_path / "b"), "--processes", "2"]
     assert main(again) == 0
     for split in ("train", "val"):

@@ -186,7 +186,7 @@ def test_serve(folder):
     command = [sys.executable, "-m", "tools.shards", "serve", str(folder), "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        address = server.stdout.readline().split()[3]
+        address = server.stdout.readline().split(" at ")[-1].split()[0]
         request = urllib.request.Request(address + "/train-000000.tar")
         request.add_header("Range", "bytes=512-1023")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

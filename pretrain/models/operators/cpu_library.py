@@ -123,7 +123,10 @@ def _build(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
 
 def _output(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILER_LIMIT_S)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace",
+            timeout=_COMPILER_LIMIT_S,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise BuildError(f"{command[0]} has not finished in {_COMPILER_LIMIT_S:g} s") from None
     if done.returncode:

@@ -26,7 +26,7 @@ def lines_of(path: Path) -> list[dict]:
     def no_constants(name: str):
         raise AssertionError(f"{name} is not JSON")
 
-    return [json.loads(line, parse_constant=no_constants) for line in path.open()]
+    return [json.loads(line, parse_constant=no_constants) for line in path.open(encoding="utf-8")]
 
 
 def open_log(run_dir, rank=0, resume_step=0, settings=QUIET, **options) -> MetricsLog:
@@ -90,9 +90,9 @@ def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path):
 
 def test_lines_that_are_no_metrics_are_dropped_and_named(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n\x00\x00\n[3]\n{"step": 2}\n{"step": 3}')
+    path.write_text('{"step": 1}\n\x00\x00\n[3]\n{"step": 2}\n{"step": 3}', encoding="utf-8")
     drop_later_steps(path, 3)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert path.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
     assert f"{path}:2: not a line of JSON" in caplog.text and f"{path}:3" in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -152,7 +152,8 @@ def test_only_rank_0_writes_metrics_and_every_rank_its_log(tmp_path):
             log.progress(100, "loss 1")
             logging.getLogger("omnipretrain.test").info("[bold] hello from %d", rank)
     assert len(lines_of(tmp_path / "metrics.jsonl")) == 1
-    texts = [(tmp_path / "logs" / f"rank_0000{rank}.log").read_text() for rank in (0, 1)]
+    files = [tmp_path / "logs" / f"rank_0000{rank}.log" for rank in (0, 1)]
+    texts = [file.read_text(encoding="utf-8") for file in files]
     assert "rank 0 omnipretrain.test: [bold] hello from 0" in texts[0]
     assert "rank 1 omnipretrain.test: [bold] hello from 1" in texts[1]
     printed = terminal.file.getvalue()
@@ -163,7 +164,7 @@ def test_only_rank_0_writes_metrics_and_every_rank_its_log(tmp_path):
 def test_the_end_by_an_error_is_in_the_ranks_log(tmp_path):
     with pytest.raises(RuntimeError), open_log(tmp_path, rank=3):
         raise RuntimeError("no more memory")
-    text = (tmp_path / "logs" / "rank_00003.log").read_text()
+    text = (tmp_path / "logs" / "rank_00003.log").read_text(encoding="utf-8")
     assert "the run ends here" in text and "RuntimeError: no more memory" in text
 
 

@@ -10,8 +10,8 @@ from pretrain.objectives.caption_metrics import caption_scores
 from pretrain.objectives.caption_words import caption_words
 from tests.pretrain.models.git_models import GOLDENS
 
-METRICS = json.loads((GOLDENS / "git_caption_metrics.json").read_text())
-WORDS = json.loads((GOLDENS / "git_caption_words.json").read_text())["captions"]
+METRICS = json.loads((GOLDENS / "git_caption_metrics.json").read_text(encoding="utf-8"))
+WORDS = json.loads((GOLDENS / "git_caption_words.json").read_text(encoding="utf-8"))["captions"]
 
 
 @pytest.mark.parametrize("case", METRICS["sets"], ids=lambda case: str(case["hypothesis_index"]))

@@ -58,7 +58,7 @@ def test_processes_that_start_together_compile_once(pretended):
     record = pretended("sleep 0.3")
     processes = [_process() for _ in range(4)]
     paths = {process.communicate(timeout=120)[0].strip() for process in processes}
-    assert len(paths) == 1 and Path(paths.pop()).read_text() == "library\n"
+    assert len(paths) == 1 and Path(paths.pop()).read_text(encoding="utf-8") == "library\n"
     # Each source once, and one link.
     assert len(record.read_text().splitlines()) == len(cpu_library._SOURCES) + 1
 
