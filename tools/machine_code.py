@@ -83,7 +83,9 @@ def executed(code: Code, mark: str, expected: int, inner: int) -> int:
         ValueError: the trips do not come out whole, or there are subroutines: the code is not as
             this function thinks.
     """
-    called = {target for name, target in code.instructions if name.startswith("CALL")}
+    # Some loops end with a call of a label in the kernel, which does not return.
+    called = {target for name, target in code.instructions
+              if name.startswith("CALL") and not str(target).startswith(".L_x_")}  # fmt: skip
     if called:
         raise ValueError(f"what {called} execute is not known")
     marked = [name.startswith(mark) for name, _ in code.instructions]
