@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from data_pipeline.console import write_utf8
 from pretrain.overlay import KeyPath, Layer, RecipeError, to_flow_yaml
 from pretrain.recipe import SHIPPED, Recipe, load_layers, validate
 from pretrain.schema import reference
@@ -19,6 +20,7 @@ from pretrain.schema import reference
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 sound, 1 a check failed, 2 not a recipe."""
+    write_utf8()
     arguments = _parse(argv)
     try:
         return arguments.action(arguments)

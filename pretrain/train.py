@@ -10,6 +10,8 @@ Exit code 0: finished, or stopped as asked with a checkpoint (control/status.jso
 """
 
 import argparse
+import codecs
+import locale
 import logging
 import os
 import sys
@@ -45,14 +47,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = parse_arguments(argv)
     try:
+        check_locale()
         recipe = read_recipe(arguments)
-    except (RecipeError, RunDirError) as error:
+    except (LocaleError, RecipeError, RunDirError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
         return WRONG_USAGE
     from pretrain.engine.trainer import train_recipe  # imports DeepSpeed, which takes seconds
 
     return train_recipe(recipe, resume=arguments.resume is not None)
+
+
+class LocaleError(RuntimeError):
+    """torch cannot work in this locale; the message says what to set."""
+
+
+def check_locale() -> None:
+    """Raise LocaleError where Python takes text files for ASCII.
+
+    torch (2.13: `torch._inductor`, which DeepSpeed imports) reads its own sources by the locale,
+    and would end with a UnicodeDecodeError that names none of this. Python avoids it by itself in
+    the C locale, unless PYTHONUTF8=0 forbids it.
+    """
+    if codecs.lookup(locale.getpreferredencoding(False)).name == "ascii":
+        raise LocaleError(
+            "the locale's encoding is ASCII and Python's UTF-8 mode is off, so that torch cannot "
+            "read its own files: unset PYTHONUTF8, or set LC_ALL=C.UTF-8"
+        )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -33,6 +33,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.console import write_utf8
 from tools.bench_measure import LEAST_REPEATS, machine
 
 BENCHMARKS = {
@@ -52,6 +53,7 @@ BENCHMARKS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
+    write_utf8()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="python -m tools.benchmark",

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from data_pipeline.console import write_utf8
 from data_pipeline.manifest import Manifest
 from pretrain.overlay import RecipeError
 from pretrain.recipe import load_recipe, load_resolved
@@ -52,6 +53,7 @@ _HELD_OUT_SCENES = 1000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    write_utf8()
     options = parse_arguments(argv)
     try:
         classes = pack(options)

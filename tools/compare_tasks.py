@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_pipeline.console import write_utf8
 from tools.experiment import Plan, Run, describe, evaluations, markdown, slug, train
 
 console = Console(soft_wrap=True)
@@ -42,6 +43,7 @@ WAYS: dict[str, tuple[str, ...]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    write_utf8()
     parser = argparse.ArgumentParser(
         prog="tools.compare_tasks", description=__doc__.split("\n\n")[0]
     )

@@ -21,6 +21,8 @@ import psutil
 from rich.console import Console
 from rich.rule import Rule
 
+from data_pipeline.console import write_utf8
+
 console = Console(soft_wrap=True)
 # What the script `deepspeed` runs. The script itself does not start where the environment's path
 # has a space, since its first line names the interpreter.
@@ -69,6 +71,7 @@ class Demo:
 
 def main(argv: list[str] | None = None) -> int:
     """Run all stages; returns the exit code."""
+    write_utf8()
     parser = argparse.ArgumentParser(prog="tools.demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"),
                         help="everything goes here; an earlier demo's run and export are replaced")

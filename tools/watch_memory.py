@@ -24,6 +24,8 @@ from typing import IO
 
 import psutil
 
+from data_pipeline.console import write_utf8
+
 GIB = 2**30
 ENDED = 3
 _KINDS = ("Pss_Anon", "Pss_Shmem", "Pss_File")
@@ -78,6 +80,7 @@ class Watch:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    write_utf8()
     options = parse_arguments(argv)
     process = subprocess.Popen(
         options.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",

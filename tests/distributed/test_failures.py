@@ -1,6 +1,7 @@
 """Runs that cannot go on: they end, on every rank, and say why, where and what to do."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -100,6 +101,18 @@ def test_arguments_and_recipes_are_judged_before_anything_starts(data, tmp_path,
     assert "seed cannot change on a resume" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([])
+
+
+@pytest.mark.parametrize("utf8_mode", ["0", "1"])
+def test_a_locale_in_which_torch_fails_is_named(tmp_path, utf8_mode):
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain.train", "--resume", str(tmp_path)], cwd=ROOT,
+        capture_output=True, text=True, timeout=240,
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": utf8_mode, "PYTHONCOERCECLOCALE": "0"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    said = "locale's encoding is ASCII" if utf8_mode == "0" else "is not a run directory"
+    assert said in done.stderr and "Traceback" not in done.stderr
 
 
 LAUNCHERS = {

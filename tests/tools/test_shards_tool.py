@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.index import ShardIndex
+from data_pipeline.packer import ShardWriter
 from tests.data_pipeline.samples import sample, write_shards
 from tools.serve import RangeServer
 from tools.shards import main
@@ -123,6 +124,20 @@ def test_nothing_there(tmp_path, capsys):
 def test_a_folder_of_splits_is_told_from_a_split(folder, capsys):
     assert run("verify", folder.parent) == 1
     assert f"nor a *.tar; packed shards lie in {folder}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_texts_are_written_in_utf8_in_any_locale(tmp_path, locale):
+    with ShardWriter(tmp_path / "set", max_samples=9) as writer:
+        writer.write("0", {"txt": "au caf\u00e9, \u00b11".encode()})
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.shards", "inspect", str(tmp_path / "set"), "--sample", "0"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "au caf\u00e9, \u00b11" in done.stdout.decode("utf-8")
 
 
 def test_wrong_usage_has_its_own_exit_code():
