@@ -80,8 +80,14 @@ def executed(code: Code, mark: str, expected: int, inner: int) -> int:
         inner: how often within one trip of an outer loop, if loops are nested.
 
     Raises:
-        ValueError: the trips do not come out whole, so the code is not as this function thinks.
+        ValueError: the trips do not come out whole, or there are subroutines: the code is not as
+            this function thinks.
     """
+    # Some loops end with a call of a label in the kernel, which does not return.
+    called = {target for name, target in code.instructions
+              if name.startswith("CALL") and not str(target).startswith(".L_x_")}  # fmt: skip
+    if called:
+        raise ValueError(f"what {called} execute is not known")
     marked = [name.startswith(mark) for name, _ in code.instructions]
     trips = [1] * len(code.instructions)
     for start, end in sorted(code.loops, key=lambda loop: loop[1] - loop[0]):

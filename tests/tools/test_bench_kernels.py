@@ -44,6 +44,7 @@ def test_trips_follow_from_the_loads(given, expected, inner, count):
         (code("abb", (1, 3)), 4, "0 L, which does not divide 4"),
         (code("aLL"), 4, "2 L are executed, not 4"),
         (code("LLLLLLL"), 4, "7 L are executed, not 4"),
+        (code("LLLL")._replace(instructions=[("CALL.REL.NOINC", "$div")]), 4, "div.* is not known"),
     ],
 )
 def test_code_of_another_form_is_not_counted(given, expected, says):
