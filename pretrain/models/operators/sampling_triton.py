@@ -3,7 +3,7 @@
 An item is one position of one group (or query of one head); a program computes BLOCK items that
 follow each other in memory, all channels of each. So results are written and offsets read in one
 run, and neighbouring threads read neighbouring pixels. Sums and coordinates are float32 (float64
-for float64 values). Indices are 64-bit where a tensor or an image needs it (see `index_type`). The
+for float64 values). Indices are 64-bit where a tensor or an image needs it (INDEX_LIMIT). The
 gradient of the values is scattered by atomic additions into a float32 buffer. Under
 `torch.use_deterministic_algorithms(True)` it is scattered as 64-bit fixed-point numbers, whose sum
 does not depend on the order: the same bits in every run, at twice the traffic of that buffer.
