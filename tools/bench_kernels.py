@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pretrain.models.operators.window import Window
-from tools.bench_gpu import BACKWARD, BARS, FORWARD
+from tools.bench_gpu import BACKWARD, FORWARD, floor_bars
 
 MAPS, POINTS = ((28, 28), (14, 14), (7, 7), (4, 4)), 4
 
@@ -83,13 +83,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     spilled = max(row["spilled bytes"] for row in rows)
     bars = [{"what": "bytes of registers spilled", "measured": spilled, "bar": 0,
              "at_least": False}]  # fmt: skip
-    bars += [
-        {"what": f"DCNv3 {what}, bfloat16: least share that instructions allow", "at_least": True,
-         "bar": bar, "measured": min(row["share of the floor at most"] for row in rows
-                                     if row["pass"] == what and row["type"] == "bfloat16"
-                                     and row["case"].startswith("DCNv3"))}
-        for what, bar in BARS.items()
-    ]  # fmt: skip
+    dcnv3 = [row for row in rows if row["case"].startswith("DCNv3")]
+    bars += floor_bars(
+        dcnv3, "share of the floor at most", "least share that instructions allow"
+    )
     return {
         "title": f"Machine code for one {args.gpu} (sm_{gpu.capability}); nothing was run",
         "rows": rows,
