@@ -229,7 +229,8 @@ class Recipe(Settings):
     """Engine settings: the name of a file in `ds_configs/`, or the path of a DeepSpeed JSON."""
 
     threads_per_rank: int | None = Field(default=None, ge=1)
-    """CPU threads of each rank; null = the cores of the node divided by its ranks."""
+    """CPU threads of each rank (on GPUs of an offloaded optimizer); null = the cores of the node
+    divided by its ranks."""
 
     initial_weights: str | None = None
     """A safetensors file with weights in our names, read at the start of the run (not on a

@@ -14,6 +14,8 @@ settings.load_profile("omnipretrain")
 
 def pytest_configure() -> None:
     """Make the surroundings of tests those of a plain shell."""
+    # What tests start trains on the CPU, where equal runs are equal bit for bit, GPUs or not.
+    os.environ["DS_ACCELERATOR"] = "cpu"
     # Shells start background jobs (`make test &`), and so what these start, with Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Servers of tests are here, whatever proxy leads elsewhere.

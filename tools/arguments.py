@@ -2,7 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_run(parser: Any, required: bool = True) -> None:
@@ -21,6 +24,15 @@ def add_weights(parser: Any, targets: bool = True) -> None:
                         help=", or ".join(text.values()) + " (default %(default)s)")
 
 
+def add_device(parser: Any) -> None:
+    """Add --device, where a model runs: a torch.device, a GPU if there is one."""
+    import torch  # tools that only handle files do without
+
+    parser.add_argument("--device", type=_device, metavar="DEVICE",
+                        default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where the model runs (default %(default)s)")
+
+
 def positive(text: str) -> int:
     """Parse a count."""
     return _whole(text, 1)
@@ -29,6 +41,18 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """Parse a number that may be 0."""
     return _whole(text, 0)
+
+
+def _device(text: str) -> "torch.device":
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device such as cpu or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text}: this machine shows no GPU to torch; use cpu")
+    return device
 
 
 def _whole(text: str, least: int) -> int:

@@ -152,6 +152,8 @@ def _batch(size: int, task: str, generator: torch.Generator) -> dict[str, torch.
 
 def _bare(args: argparse.Namespace, engine, batches: dict[str, list]) -> int:
     """DeepSpeed as its tutorials use it: the tasks of a fixed list, counts known beforehand."""
+    from pretrain.engine.zero import to_device
+
     schedule = _schedule(args)
     for task in [schedule(step)[0] for step in range(args.steps)]:
         objective = engine.module.objectives[task]
@@ -163,7 +165,7 @@ def _bare(args: argparse.Namespace, engine, batches: dict[str, list]) -> int:
         _tell_task(engine, task)
         for index, batch in enumerate(batches[task]):
             engine.set_gradient_accumulation_boundary(index == last)
-            loss = engine(task, batch, totals)["loss"]
+            loss = engine(task, to_device(batch, engine.device), totals)["loss"]
             engine.backward(loss, scale_wrt_gas=False)
         engine.step()
     return args.steps

@@ -31,7 +31,7 @@ from data_pipeline.stream import DataError
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.objectives.caption_evaluation import CaptionExample, evaluate_captions
-from tools.arguments import positive
+from tools.arguments import add_device, positive
 from tools.contact_sheet import Cell, contact_sheet
 from tools.export_record import ExportRecord, heldout_loader
 
@@ -277,9 +277,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="at most so many, spread evenly over the shards")
     parser.add_argument("--workers", type=int, default=2, metavar="N",
                         help="processes that read images (default %(default)s)")
-    parser.add_argument("--device", type=_device,
-                        default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="where the model runs (default %(default)s)")
+    add_device(parser)
     parser.add_argument("--examples", type=int, default=4, metavar="N",
                         help="captions to print (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write metrics and captions")
@@ -289,16 +287,6 @@ def _parser() -> argparse.ArgumentParser:
                         help=f"rows of {_COLUMNS} images on the sheet (default %(default)s)")
     parser.add_argument("--font", help="TrueType file for the sheet, for other than Latin scripts")
     return parser
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device such as cpu or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"{text}: this machine shows no GPU to torch; use cpu")
-    return device
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pretrain.build import evaluation_image
 from pretrain.models.pixels import normalise_pixels
 from pretrain.objectives.image_tokens import image_vectors, vector_width
 from pretrain.objectives.probing import knn_top1, linear_top1
-from tools.arguments import add_weights, natural, positive
+from tools.arguments import add_device, add_weights, natural, positive
 from tools.trained import TrainedRun, open_run
 
 console = Console(stderr=True)
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="what an image is: the mean of its tokens, the first one, or what "
                              "the encoder's own head makes of them")
     add_weights(parser)
+    add_device(parser)
     parser.add_argument("--neighbours", type=positive, default=20, help="that vote (default: 20)")
     parser.add_argument("--batch", type=positive, default=64, help="images at a time")
     parser.add_argument("--workers", type=natural, default=2, help="processes that decode")
@@ -115,8 +116,7 @@ def features(
     data = LabelDataSettings(
         shards=shards, image=image, label_source=args.label_source, classes=args.classes
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = run.model.encoders[name].to(device)
+    encoder = run.model.encoders[name].to(args.device)
     vector_width(encoder, args.pool)  # or an error that says why not
     batch_size = 1 if image.mode == "keep_aspect" else args.batch
     stream = TaskStream(
@@ -128,7 +128,7 @@ def features(
     with console.status(f"features of {len(ShardSet.open(shards))} images"):
         for batch in loader:
             pixels = normalise_pixels(
-                batch["images"].to(device), image.mean, image.std, encoder.dtype
+                batch["images"].to(args.device), image.mean, image.std, encoder.dtype
             )
             known = batch["labels"] != NO_LABEL
             vectors = image_vectors(encoder, pixels, args.pool, draws=None)

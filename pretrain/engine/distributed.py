@@ -42,30 +42,24 @@ def init_distributed(threads_per_rank: int | None = None) -> Ranks:
     """Read the launcher's environment, choose the device and start the process group.
 
     Args:
-        threads_per_rank: threads of a CPU rank's operators. None divides the cores of the node
-            among its ranks. Part of what "bitwise" depends on (a reduction's order follows it).
+        threads_per_rank: threads of a rank's operators on the CPU: all of them without a GPU, the
+            optimizer's where it is offloaded. None divides the cores of the node among its ranks.
+            Part of what "bitwise" depends on (a reduction's order follows it).
 
     Raises:
-        RuntimeError: the launcher's variables contradict each other, or there are more ranks on
-            this node than GPUs.
+        RuntimeError: the launcher's variables contradict each other, or see `choose_device`.
     """
     rank, world, local_rank, local_world = _read_environment()
-    on_gpu = torch.cuda.is_available()
-    if on_gpu and local_rank >= torch.cuda.device_count():
-        raise RuntimeError(
-            f"rank {rank}: local rank {local_rank} has no GPU, this node shows "
-            f"{torch.cuda.device_count()}; start at most that many processes per node"
-        )
-    if not on_gpu:
-        # DeepSpeed counts NUMA nodes unless told the number of ranks, and would choose its
-        # accelerator by probing what happens to be installed.
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        os.environ["LOCAL_SIZE"] = str(local_world)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(threads_per_rank or max(1, (cores or 1) // local_world))
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = choose_device(rank, local_rank)
+    on_gpu = device.type == "cuda"
+    # DeepSpeed would choose by probing what happens to be installed.
+    os.environ["DS_ACCELERATOR"] = device.type
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # before NCCL takes the present one
+    else:
+        os.environ["LOCAL_SIZE"] = str(local_world)  # or DeepSpeed counts NUMA nodes
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(threads_per_rank or max(1, (cores or 1) // local_world))
 
     import deepspeed
 
@@ -80,6 +74,32 @@ def init_distributed(threads_per_rank: int | None = None) -> Ranks:
             dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
     return Ranks(rank, world, local_rank, local_world, device)
+
+
+def choose_device(rank: int, local_rank: int) -> torch.device:
+    """The GPU of this rank; the CPU where there is none, or where DS_ACCELERATOR=cpu asks for it.
+
+    Raises:
+        RuntimeError: more ranks on this node than GPUs, or DS_ACCELERATOR asks for what is not
+            here.
+    """
+    asked = os.environ.get("DS_ACCELERATOR")
+    if asked not in (None, "cpu", "cuda"):
+        raise RuntimeError(f"DS_ACCELERATOR={asked}: this project runs on cpu and cuda")
+    if asked == "cpu" or not torch.cuda.is_available():
+        if asked == "cuda":
+            raise RuntimeError(
+                f"rank {rank}: DS_ACCELERATOR=cuda, but torch {torch.__version__} sees no GPU: "
+                "look at the driver and at CUDA_VISIBLE_DEVICES, or unset DS_ACCELERATOR"
+            )
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"rank {rank}: local rank {local_rank} has no GPU, this node shows "
+            f"{torch.cuda.device_count()}; start at most that many processes per node, or set "
+            "DS_ACCELERATOR=cpu"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def shutdown() -> None:

@@ -177,7 +177,8 @@ class Loop:
         for part in window.parts:
             samples = state.samples.get(part.task, 0) + self.global_batches[part.task]
             state.samples[part.task] = samples
-        # After engine.step() the host has waited for the device, so these reads cost nothing.
+        # Here the host waits until the device has stepped: `seconds` are those of the whole step,
+        # and ZeRO-3, whose gathering stream waits for no other, finds weights that are written.
         stop, save = (bool(flag > 0) for flag in requests.tolist())
         now = time.perf_counter()
         seconds = {**window.seconds, "wait": waited - self._begin_mark, "step": now - waited}
@@ -220,7 +221,9 @@ class Loop:
         for part in window.parts:
             objective = self.engine.module.objectives[part.task]
             for batch in part.micro_batches:
-                for name, count in objective.count(batch).items():
+                # The objective gets them back: the host has to ask a device for such numbers.
+                batch["counts"] = objective.count(batch)
+                for name, count in batch["counts"].items():
                     counts[part.task, name] = counts.get((part.task, name), 0) + count
         stop = self.signals.received is not None
         save = False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data_pipeline.settings import Settings
 from pretrain.models.channels_last import Conv, layer_norm
 from pretrain.models.dcnv3 import DCNv3
+from pretrain.models.host_numbers import on_device
 from pretrain.models.internimage_heads import AttentionPool, ConvHead, PixelUp
 from pretrain.models.internimage_layers import Layer, Stage, Stem
 from pretrain.models.internimage_sizes import SIZES
@@ -367,7 +368,7 @@ class InternImage(nn.Module):
             uniform = torch.rand(2 * layers, batch, device=images.device)
         else:
             uniform = draws.uniform("drop_path", 2 * layers)
-        rates = torch.tensor(self.drop_rates, device=images.device)[:, None, None]
+        rates = on_device(self.drop_rates, images.device)[:, None, None]
         kept = (uniform.view(layers, 2, batch) >= rates) / (1 - rates)
         return kept.to(images.dtype)
 

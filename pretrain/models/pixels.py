@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pretrain.models.host_numbers import on_device
+
 
 def normalise_pixels(
     images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
@@ -16,6 +18,6 @@ def normalise_pixels(
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, not {images.dtype}: they are normalised here")
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    scale = on_device([1 / (255 * s) for s in std], images.device)
+    shift = on_device([-m / s for m, s in zip(mean, std, strict=True)], images.device)
     return torch.addcmul(shift[:, None, None], images.float(), scale[:, None, None]).to(dtype)

@@ -87,7 +87,7 @@ def caption_ids(tokens: Tensor, mask: Tensor) -> Tensor:
     tokens: (..., T) int64; mask: (..., T) bool, True at the tokens that make the text. Returns
     (...,) int64: equal for equal texts, and for different ones with a chance of about 2**-47.
     """
-    powers = _powers(tokens.shape[-1]).to(tokens.device)
+    powers = _powers(tokens.shape[-1]).to(tokens.device, non_blocking=True)
     return ((tokens + 1) * powers * mask).sum(dim=-1)  # products wrap around, as they should
 
 

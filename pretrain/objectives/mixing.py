@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.labels import NO_LABEL
+from pretrain.models.host_numbers import on_device
 
 
 def mix_pairs(pixels: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,7 @@ def partners(rows: Tensor) -> Tensor:
 
 def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
     """(B, H, W) float32: 1 inside of each box, (B, 4) as shares of height and width."""
-    scale = torch.tensor([height, width, height, width], device=boxes.device)
+    scale = on_device([height, width, height, width], boxes.device)
     top, left, bottom, right = (boxes * scale).round().unbind(1)
     y = torch.arange(height, device=boxes.device)
     x = torch.arange(width, device=boxes.device)

@@ -35,8 +35,9 @@ def test_features_are_those_of_the_encoder(run_dir, scenes):
     run = open_run(run_dir)
     name, image = probe.choose_encoder(run, None)
     args = probe._parser().parse_args(
-        [str(run_dir), "--train", "x", "--test", "x", "--classes", "10", "--workers", "0"]
-    )
+        [str(run_dir), "--train", "x", "--test", "x", "--classes", "10", "--workers", "0",
+         "--device", "cpu"]
+    )  # fmt: skip
     found, labels = probe.features(run, name, image, [str(scenes / "heldout")], args)
     reader = SampleReader(ShardSet.open(str(scenes / "heldout")))
     rows = [row for row in range(10) if "cls" in reader.read(row).members]
@@ -54,7 +55,8 @@ def test_features_of_an_internimage(scenes, pool):
     run = SimpleNamespace(model=SimpleNamespace(encoders={"image": encoder}))
     image = ImageSettings(size=48)
     args = probe._parser().parse_args(["x", "--train", "x", "--test", "x", "--classes", "10",
-                                       "--workers", "0", "--pool", pool])  # fmt: skip
+                                       "--workers", "0", "--device", "cpu",
+                                       "--pool", pool])  # fmt: skip
     found, labels = probe.features(run, "image", image, [str(scenes / "heldout")], args)
     reader = SampleReader(ShardSet.open(str(scenes / "heldout")))
     row = next(row for row in range(10) if "cls" in reader.read(row).members)

@@ -52,6 +52,19 @@ def test_totals_may_be_tensors() -> None:
     assert number == tensor
 
 
+@pytest.mark.parametrize("supervised", [True, False])
+def test_counts_that_the_host_knows_change_nothing(supervised: bool) -> None:
+    model, batch = small_model(), small_batch()
+    batch["loss_mask"][0] = False
+    batch["loss_mask"] &= supervised
+    asked, gradients = loss_and_gradients(model, batch, 20)
+    batch["counts"] = model.objectives["caption"].count(batch)
+    known, same = loss_and_gradients(model, batch, 20)
+    assert asked.keys() == known.keys() and gradients.keys() == same.keys()
+    assert all(torch.equal(asked[name], known[name]) for name in asked)
+    assert all(torch.equal(gradients[name], same[name]) for name in gradients)
+
+
 def test_padding_rows_and_tokens_have_no_influence() -> None:
     model, batch = small_model(), small_batch(images=4)
     batch["loss_mask"][2:] = False
