@@ -24,6 +24,7 @@ def switched_on():
     """Into which state `be_deterministic` brings torch, but with the memory filled."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
