@@ -203,10 +203,11 @@ def _axis(coordinate, size, INDEX: tl.constexpr, UNSIGNED: tl.constexpr):
     The range is open: at -1 exactly nothing is inside, though the upper neighbour exists. A
     coordinate that is distant or not a number would overflow as an index, and becomes -1 or `size`.
     """
-    bounded = tl.minimum(tl.maximum(coordinate, -1.0), size.to(coordinate.dtype))
+    above = coordinate > -1
+    bounded = tl.minimum(tl.where(above, coordinate, -1.0), size.to(coordinate.dtype))
     low = tl.floor(bounded)
     index = low.to(INDEX)
-    upper = (coordinate > -1) & ((index + 1).to(UNSIGNED) < size.to(UNSIGNED))
+    upper = above & ((index + 1).to(UNSIGNED) < size.to(UNSIGNED))
     return index, bounded - low, index.to(UNSIGNED) < size.to(UNSIGNED), upper
 
 
