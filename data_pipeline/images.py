@@ -64,6 +64,8 @@ class ImageFields:
     """
 
     draws_second_view = False
+    made_views: int | None = None
+    """How many of the `views` are made, the first ones; None: all."""
 
     def __init__(self, settings: ImageDataSettings, train: bool) -> None:
         self.settings, self.train = settings, train
@@ -85,6 +87,10 @@ class ImageFields:
             self._of_sizes[sizes] = copy.copy(self)
             self._of_sizes[sizes]._set_sizes(sizes)
         return self._of_sizes[sizes]
+
+    def of_place(self, place: int) -> Self:
+        """These fields for the row with number `place` of a micro-batch: the same for all rows."""
+        return self
 
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the uint8 batch arrays that `load_image` can write rows of in place; those of
@@ -110,14 +116,14 @@ class ImageFields:
             clock: books "decode" and "transform".
 
         Returns:
-            images (H, W, 3) uint8, the row of `out` if it was given, and other `views`; with
-            `second_view` also what `describe_views` returns.
+            images (H, W, 3) uint8, the row of `out` if it was given, and other `views` that are
+            made; with `second_view` also what `describe_views` returns.
 
         Raises:
             BadSample: no usable image.
         """
         views = self.load_views(sample, rng_for, out, clock)
-        item = {name: view.image for name, view in zip(self._views, views, strict=True)}
+        item = {name: view.image for name, view in zip(self._views, views, strict=False)}
         return item if self.settings.second_view is None else item | describe_views(views[:VIEWS])
 
     def load_views(
@@ -136,7 +142,8 @@ class ImageFields:
         places = [None if out is None else out[name] for name in self._views]
         try:
             data = self._image_bytes(sample)
-            return make_views(data, list(self._transforms.values()), rngs, places, clock)
+            transforms = list(self._transforms.values())
+            return make_views(data, transforms, rngs, places, clock, self.made_views)
         except DecodeError as error:
             raise BadSample(str(error), sample.shard, sample.key, sample.row) from error
 
@@ -148,8 +155,9 @@ class ImageFields:
         """The images of a batch, from what `load_image` returned; None stands for a padding row.
 
         Returns:
-            images (B, 3, H, W) uint8, channels_last in memory, zeros in padding rows, and other
-            `views` likewise; with `second_view` also what `collate_views` returns.
+            images (B, 3, H, W) uint8, channels_last in memory, zeros in padding rows and where a
+            view was not made, and other `views` likewise; with `second_view` also what
+            `collate_views` returns.
 
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
@@ -174,10 +182,10 @@ class ImageFields:
         if buffers:
             images = buffers[name]
             for row, item in enumerate(items):
-                if item is None:
+                if item is None or name not in item:
                     images[row].zero_()
             return images
-        arrays = [item[name] for item in items if item is not None]
+        arrays = [item[name] for item in items if item is not None and name in item]
         sizes = {array.shape for array in arrays}
         if len(sizes) > 1:
             raise ValueError(
@@ -186,7 +194,7 @@ class ImageFields:
             )
         size = self._transforms[name].settings.size
         blank = np.zeros(sizes.pop() if sizes else (size, size, 3), dtype=np.uint8)
-        rows = [blank if item is None else item[name] for item in items]
+        rows = [blank if item is None else item.get(name, blank) for item in items]
         return torch.from_numpy(np.stack(rows))
 
     def _image_bytes(self, sample: Sample) -> bytes:

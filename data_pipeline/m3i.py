@@ -1,5 +1,6 @@
 """Data with everything that one image may be asked about: another view, a text, a class."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
@@ -52,7 +53,11 @@ class M3IDataSettings(CaptionDataSettings):
 
 class M3IFields(CaptionFields):
     """Turns samples into arrays and arrays into a batch; as `CaptionFields`, but that texts may be
-    missing, and with labels. In evaluation the second view is drawn like in training."""
+    missing, and with labels. In evaluation the second view is drawn like in training.
+
+    Of partners, rows 2i and 2i + 1 of a micro-batch, only the second one is asked for its other
+    view, so that this is all that is made: `second_images` of rows 2i are zeros.
+    """
 
     draws_second_view = True
 
@@ -63,6 +68,14 @@ class M3IFields(CaptionFields):
             if settings.label_source is None
             else LabelSource(settings.label_source, settings.classes)
         )
+
+    def of_place(self, place: int) -> Self:
+        """As `ImageFields.of_place`: even rows without their second view."""
+        if place % 2:
+            return self
+        first = copy.copy(self)
+        first.made_views = 1
+        return first
 
     @property
     def extensions(self) -> frozenset[str]:

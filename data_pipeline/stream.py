@@ -60,6 +60,9 @@ class Fields(Protocol):
     def of_step(self, seed: int, task: str, step: int) -> "Fields":
         """These fields, with what is chosen once for all samples of a step, on all ranks."""
 
+    def of_place(self, place: int) -> "Fields":
+        """These fields, for the row with number `place` of a micro-batch."""
+
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the uint8 arrays of a batch that `sample` writes in place, a row each; the
         largest of any step, if steps differ."""
@@ -293,7 +296,7 @@ def load_batch(
     for place in wanted.tolist():
         out = {name: array[place] for name, array in arrays.items()} or None
         where = int(positions[place]), int(rows[place])
-        found = usable(fields, *where, out, clock, faults)
+        found = usable(fields.of_place(place), *where, out, clock, faults)
         if found is None:
             rows[place] = -1
         else:

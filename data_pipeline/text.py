@@ -43,6 +43,10 @@ class TextFields:
         """Nothing is chosen by the step."""
         return self
 
+    def of_place(self, place: int) -> "TextFields":
+        """All rows of a micro-batch are alike."""
+        return self
+
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
         """No arrays are written in place."""
         return {}

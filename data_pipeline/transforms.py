@@ -296,25 +296,28 @@ def make_views(
     rngs: Sequence[np.random.Generator | None],
     outs: Sequence[np.ndarray | None],
     clock: StageClock | None = None,
+    made: int | None = None,
 ) -> list[View]:
     """Apply several transforms to one image, which is decoded once.
 
     Arguments, but for one of each per transform, and errors: as `ImageTransform.__call__`.
+    made: only the first so many are returned, with the pixels that they have among all.
     """
     header = read_header(data, transforms[0].settings.max_pixels)
     cuts = [
         transform.plan(header, rng) for transform, rng in zip(transforms, rngs, strict=True)
     ]
     # Factors are powers of two: what lies on the grid of one lies on that of any smaller one.
+    # Of all views, so that the pixels of one do not depend on which of the others are made.
     factor = min(cut.factor for cut in cuts)
     origin = grid_origin(header, factor)
-    places = [at_scale(cut.box, factor, origin) for cut in cuts]
+    places = [at_scale(cut.box, factor, origin) for cut in cuts[:made]]
     window = around(places)
     pixels = decode(data, header, factor, transforms[0].scratch, window)
     if clock is not None:
         clock.lap("decode")
     views = []
-    for transform, cut, place, rng, out in zip(transforms, cuts, places, rngs, outs, strict=True):
+    for place, transform, cut, rng, out in zip(places, transforms, cuts, rngs, outs, strict=False):
         x, y = place.x - window.x, place.y - window.y
         region = pixels[y : y + place.height, x : x + place.width]
         views.append(transform.render(region, cut, rng, out))

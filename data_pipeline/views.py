@@ -14,7 +14,8 @@ from data_pipeline.transforms import ImageSettings, View
 
 VIEWS = 2
 
-# What stands in padding rows: harmless where a loss divides by it, or takes its logarithm.
+# What stands in padding rows, and for a view that was not made: harmless where a loss divides by
+# it, or takes its logarithm.
 _BLANK = {
     "crops": np.tile(np.array([0.0, 0.0, 1.0, 1.0]), (VIEWS, 1)),
     "flips": np.zeros(VIEWS, dtype=bool),
@@ -44,13 +45,16 @@ def check_views(first: ImageSettings, second: ImageSettings) -> None:
 
 
 def describe_views(views: Sequence[View]) -> dict[str, np.ndarray]:
-    """What `collate_views` needs of both views of one image."""
-    return {
+    """What `collate_views` needs of both views of one image, or of the first if it is alone."""
+    made = {
         "crops": np.array([view.geometry.crop for view in views]),
         "flips": np.array([view.geometry.flip for view in views]),
         "colours": np.array([view.colours for view in views], dtype=np.float32),
-        "image_sizes": np.array(views[0].source),
     }
+    described = {
+        name: np.concatenate([known, _BLANK[name][len(views) :]]) for name, known in made.items()
+    }
+    return described | {"image_sizes": np.array(views[0].source)}
 
 
 def collate_views(items: Sequence[dict[str, Any] | None]) -> dict[str, torch.Tensor]:
@@ -60,7 +64,8 @@ def collate_views(items: Sequence[dict[str, Any] | None]) -> dict[str, torch.Ten
         crops (B, 2, 4) float64: x0, y0, x1, y1 of each view in pixels of the upright image;
         flips (B, 2) bool: mirrored left to right, after cropping; colours (B, 2, 7) float32: the
         fields of `colours.Colours`; image_sizes (B, 2) int64: height and width of the upright
-        image. Padding rows: the whole of an image of 1 x 1.
+        image. Padding rows: the whole of an image of 1 x 1; the same crop for a view that was not
+        made.
     """
     return {
         name: torch.from_numpy(

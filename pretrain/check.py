@@ -88,7 +88,13 @@ def _engine(recipe: Recipe, world: int, zero: list[dict]) -> list[str]:
     config = engine_config(recipe, world)
     zero.append(config["zero_optimization"])
     file = find_engine_file(recipe.deepspeed)
-    return [f"engine: ZeRO stage {zero[0]['stage']}, {recipe.precision} ({file})"]
+    lines = [f"engine: ZeRO stage {zero[0]['stage']}, {recipe.precision} ({file})"]
+    if recipe.deterministic:
+        lines.append(
+            "deterministic: the same bits in every run on the same world, GPUs and software, at "
+            "the cost of speed (on CPUs that is so without it)"
+        )
+    return lines
 
 
 def _tokenizer(recipe: Recipe, found: list["Tokenizer | None"]) -> list[str]:

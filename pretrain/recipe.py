@@ -232,6 +232,11 @@ class Recipe(Settings):
     """CPU threads of each rank (on GPUs of an offloaded optimizer); null = the cores of the node
     divided by its ranks."""
 
+    deterministic: bool = False
+    """Compute the same bits in every run on the same GPUs and software, or end where an operator
+    cannot: fixed orders of addition within GPUs and between them, which cost speed. CPUs do so
+    without it."""
+
     initial_weights: str | None = None
     """A safetensors file with weights in our names, read at the start of the run (not on a
     resume). Every tensor in it must belong to the model; parameters that it lacks are drawn from

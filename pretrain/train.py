@@ -33,6 +33,7 @@ CHANGEABLE = (
     "checkpoint.*",
     "failure.*",
     "threads_per_rank",
+    "deterministic",
     "deepspeed",
     "evaluation_every_steps",
     "tasks.*.evaluation.*",

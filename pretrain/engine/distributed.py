@@ -15,6 +15,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from pretrain.engine.determinism import be_deterministic
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -38,20 +40,24 @@ class Ranks:
         return self.rank == 0
 
 
-def init_distributed(threads_per_rank: int | None = None) -> Ranks:
+def init_distributed(threads_per_rank: int | None = None, deterministic: bool = False) -> Ranks:
     """Read the launcher's environment, choose the device and start the process group.
 
     Args:
         threads_per_rank: threads of a rank's operators on the CPU: all of them without a GPU, the
             optimizer's where it is offloaded. None divides the cores of the node among its ranks.
             Part of what "bitwise" depends on (a reduction's order follows it).
+        deterministic: see `be_deterministic`.
 
     Raises:
-        RuntimeError: the launcher's variables contradict each other, or see `choose_device`.
+        RuntimeError: the launcher's variables contradict each other, or see `choose_device` and
+            `be_deterministic`.
     """
     rank, world, local_rank, local_world = _read_environment()
     device = choose_device(rank, local_rank)
     on_gpu = device.type == "cuda"
+    if deterministic:
+        be_deterministic(on_gpu)
     # DeepSpeed would choose by probing what happens to be installed.
     os.environ["DS_ACCELERATOR"] = device.type
     if on_gpu:

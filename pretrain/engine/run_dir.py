@@ -47,7 +47,9 @@ def check_resumable(run_dir: Path) -> Path:
     return path
 
 
-def record_start(run_dir: Path, world: int, zero_stage: int, device: str, step: int) -> None:
+def record_start(
+    run_dir: Path, world: int, zero_stage: int, device: str, step: int, deterministic: bool
+) -> None:
     """Append what this start ran on to `starts.jsonl`."""
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -56,6 +58,7 @@ def record_start(run_dir: Path, world: int, zero_stage: int, device: str, step: 
         "world": world,
         "zero_stage": zero_stage,
         "device": device,
+        "deterministic": deterministic,
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "packages": _versions(),

@@ -50,7 +50,7 @@ def train_recipe(recipe: Recipe, resume: bool) -> int:
     rank = os.environ.get("RANK", "0")
     run_dir = Path(recipe.run_dir)
     try:
-        ranks = init_distributed(recipe.threads_per_rank)
+        ranks = init_distributed(recipe.threads_per_rank, recipe.deterministic)
         prepare_run_dir(recipe, ranks, resume)
         Trainer(recipe, ranks, signals).run()
     except Exception as error:
@@ -182,7 +182,9 @@ class Trainer:
         ):
             if ranks.leads:
                 stage = self.engine.zero_optimization_stage()
-                record_start(self.run_dir, ranks.world, stage, str(ranks.device), step)
+                record_start(
+                    self.run_dir, ranks.world, stage, str(ranks.device), step, recipe.deterministic
+                )
                 self.control.status("running", step)
             self._announce(newest)
             self.evaluator = Evaluator(
@@ -362,9 +364,10 @@ class Trainer:
         count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
         log.info(
-            "%s: %.1f M parameters%s, ZeRO-%d, %s, %d process(es) on %s; %s", self.recipe.name,
+            "%s: %.1f M parameters%s, ZeRO-%d, %s, %d process(es) on %s%s; %s", self.recipe.name,
             count / 1e6, f" ({trained / 1e6:.1f} M trained)" if trained < count else "",
             self.engine.zero_optimization_stage(), self.recipe.precision,
             self.ranks.world, self.ranks.device.type,
+            ", deterministic" if self.recipe.deterministic else "",
             f"resumed from {restored.name}" if restored else "from the start",
         )

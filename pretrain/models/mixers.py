@@ -150,17 +150,21 @@ class WindowAttention(nn.Module):
 
         query: (B * windows, heads, window**2, head width); shape: (B, windows).
         """
-        places = torch.arange(self.window, device=query.device)
-        seen = torch.arange(self.window + 2 * self.halo, device=query.device) - self.halo
-        distance = seen - places[:, None] + self.window + self.halo - 1
         if self.query_positions:
             grid = query.unflatten(2, (self.window, self.window))
-            rows = torch.einsum("bhijd,ikd->bhijk", grid, self.rows[distance])
-            columns = torch.einsum("bhijd,jld->bhijl", grid, self.columns[distance])
+            rows = torch.einsum("bhijd,idk->bhijk", grid, self._seen(self.rows, 0))
+            columns = torch.einsum("bhijd,jdl->bhijl", grid, self._seen(self.columns, 0))
             scores = rows[..., None] + columns[..., None, :]
             return scores.flatten(4).flatten(2, 3).unflatten(0, shape)
-        biases = self.biases[:, distance[:, None, :, None], distance[None, :, None, :]]
+        biases = self._seen(self._seen(self.biases, 1), 2)
         return biases.flatten(3).flatten(1, 2)[None, None]
+
+    def _seen(self, table: Tensor, dim: int) -> Tensor:
+        """What each place of a window sees of a table of distances (..., distances, ...): (...,
+        window, ..., window + 2 halo). Each place sees a run that begins one before that of the
+        place before it. (A table of indices would do, too, but CPUs add up its gradient in no
+        fixed order.)"""
+        return table.unfold(dim, self.window + 2 * self.halo, 1).flip(dim)
 
     def flops(self, height: int, width: int) -> int:
         """Multiplications and additions for one map, of whole windows."""

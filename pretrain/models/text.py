@@ -116,8 +116,8 @@ class TextEncoder(nn.Module):
         if self.pool == "mean":
             places = torch.arange(tokens.shape[1], device=tokens.device)
             return masked_mean(self.norm(hidden), places <= end[:, None])
-        at_end = hidden[torch.arange(len(tokens), device=tokens.device), end]
-        return self.norm(at_end)
+        at_end = hidden.gather(1, end[:, None, None].expand(-1, 1, self.width))
+        return self.norm(at_end[:, 0])
 
     def flops(self, length: int) -> int:
         """Floating-point operations of one forward pass over one text (matrix products only)."""

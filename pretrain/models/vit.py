@@ -227,11 +227,19 @@ class PatchEmbedding(nn.Module):
         """The position table, resized to a grid of rows x columns: (1 + rows * columns, width)."""
         if rows == self.grid and columns == self.grid:
             return self.positions
-        table = self.positions[1:].reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
         # Bicubic weights in bfloat16 would move every position; the table is small, so use float32.
-        table = F.interpolate(table.float(), (rows, columns), mode="bicubic", align_corners=False)
-        table = table.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(self.positions.dtype)
-        return torch.cat([self.positions[:1], table])
+        table = self.positions[1:].float().unflatten(0, (self.grid, self.grid))
+        down = _bicubic(self.grid, rows, table.device)
+        across = _bicubic(self.grid, columns, table.device)
+        table = across @ (down @ table.flatten(1)).unflatten(1, (self.grid, -1))
+        return torch.cat([self.positions[:1], table.flatten(0, 1).to(self.positions.dtype)])
+
+
+def _bicubic(size: int, new_size: int, device: torch.device) -> Tensor:
+    """Weights (new_size, size) by which `F.interpolate` resizes one side of a map. A product with
+    them has a deterministic gradient on GPUs; its own has none."""
+    unit = torch.eye(size, device=device)[None, None]
+    return F.interpolate(unit, (new_size, size), mode="bicubic", align_corners=False)[0, 0]
 
 
 class Block(nn.Module):

@@ -123,9 +123,10 @@ class M3I(nn.Module):
     ) -> dict[str, Tensor]:
         """Features of a micro-batch, or the loss where it is all that this rank has of the batch.
 
-        batch: images, second_images (B, 3, H, W) uint8, two views; crops (B, 2, 4), flips (B, 2);
-            tokens (B, 1, T) int64, loss_mask (B, 1, T) bool, empty where there is no text; labels
-            (B,) int64; valid (B,) bool; draws of the samples; B even.
+        batch: images, second_images (B, 3, H, W) uint8, two views, of rows 2i only the first is
+            read; crops (B, 2, 4), flips (B, 2); tokens (B, 1, T) int64, loss_mask (B, 1, T) bool,
+            empty where there is no text; labels (B,) int64; valid (B,) bool; draws of the samples;
+            B even.
         totals: as in `coupled_loss`.
 
         Returns what `coupled_loss` returns, or with part "features" what it reads.

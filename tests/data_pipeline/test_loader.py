@@ -185,6 +185,9 @@ class Slow:
     def of_step(self, *step):
         return self
 
+    def of_place(self, place):
+        return self
+
     def sample(self, sample, *arguments):
         if sample.row == self.row:
             time.sleep(self.seconds)

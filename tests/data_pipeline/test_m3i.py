@@ -8,12 +8,16 @@ import torch
 from pydantic import ValidationError
 
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.evaluation import EvaluationLoader
+from data_pipeline.loader import LoaderSettings, StepLoader
 from data_pipeline.m3i import M3IDataSettings, M3IFields
-from data_pipeline.reader import BadSample, Sample
+from data_pipeline.order import Order
+from data_pipeline.reader import BadSample, Sample, SampleReader
 from data_pipeline.rng import sample_rng
+from data_pipeline.stream import TaskStream
 from data_pipeline.tokenizer import train_byte_level_bpe
 from data_pipeline.transforms import ImageSettings
-from tests.data_pipeline.photos import encoded, photograph
+from tests.data_pipeline.photos import encoded, pack, photograph
 
 PHOTO = encoded(photograph(1, 90, 120), "PNG")
 VIEW = ImageSettings(size=32, flip_probability=0.5)
@@ -96,6 +100,56 @@ def test_evaluation_draws_the_second_view_alone(tokenizer):
     assert items[0]["captions"] == ["a red digit"]
     x0, y0, x1, y1 = items[0]["crops"][0].tolist()
     assert (y0, y1) == (0, 90) and abs((x0 + x1) / 2 - 60) < 2 and not items[0]["flips"][0]
+
+
+class SamePairs(CaptionFields):
+    """Both views of every row, and the second one drawn in evaluation too."""
+
+    draws_second_view = True
+
+
+def test_the_view_that_nobody_asks_for_is_not_made(tokenizer, tmp_path):
+    """Of partners the first predicts itself, the second its other view. All else, the pixels of
+    reduced JPEGs too, is what it is where every row has both."""
+    shards = pack(tmp_path, 40)
+    # So small that most JPEGs are reduced, and often less for both views than for the first.
+    view = VIEW.model_copy(update={"size": 12, "brightness": 0.4})
+    options = {"shards": ["x"], "image": view, "text_length": 12}
+    pair = {**options, "second_view": view.model_copy(update={"solarize_probability": 0.5})}
+
+    def windows(fields, workers=0):
+        order = Order.plan(len(shards), 7, 6)
+        task = TaskStream("m3i", SampleReader(shards), order, fields, 7, 6, 4)
+        settings = LoaderSettings(workers=workers)
+        loader = StepLoader({"m3i": task}, lambda s: ("m3i", s), settings, 0, 1, 2, 8)
+        return [batch for window in loader for batch in window.micro_batches]
+
+    def evaluation(fields):
+        reader = SampleReader(shards)
+        task = TaskStream("m3i", reader, None, fields, 7, 4, 4)
+        return list(EvaluationLoader(task, 0, 1, max_samples=7))
+
+    alone = windows(CaptionFields(CaptionDataSettings(**options), tokenizer, True))
+    reduced_less = False
+    for train in (True, False):
+        ours = M3IFields(M3IDataSettings(**pair), tokenizer, train)
+        theirs = SamePairs(CaptionDataSettings(**pair), tokenizer, train)
+        found = [windows(ours), windows(ours, workers=1)] if train else [evaluation(ours)]
+        wanted = windows(theirs) if train else evaluation(theirs)
+        for batches in found:
+            assert len(batches) == len(wanted)
+            for number, (one, other) in enumerate(zip(batches, wanted, strict=True)):
+                for name in ("images", "image_sizes", "tokens", "valid", "position", "row"):
+                    assert torch.equal(one[name], other[name]), name
+                for name in ("crops", "flips", "colours"):
+                    assert torch.equal(one[name][:, 0], other[name][:, 0]), name
+                for name in ("second_images", "crops", "flips", "colours"):
+                    assert torch.equal(one[name][1::2], other[name][1::2]), name
+                assert not one["second_images"][::2].any() and other["second_images"][::2].any()
+                if train:
+                    even = one["images"][::2], alone[number]["images"][::2]
+                    reduced_less |= not torch.equal(*even)
+    assert reduced_less
 
 
 @pytest.mark.parametrize("options, message", [

@@ -104,10 +104,12 @@ def after_steps(count: int):
 
 
 def test_killed_between_steps_and_inside_a_save(data, straight, tmp_path):
-    """Through a cache, which the uninterrupted run does not have."""
+    """Through a cache and with `deterministic`, neither of which the uninterrupted run has."""
     moments = [inside_a_save, after_steps(random.randint(5, 11))]
     cache = {"folder": str(tmp_path / "cache"), "max_gib": 0.001, "block_mib": 0.01}
-    run = kill_and_resume(data, tmp_path, 2, moments, loader__cache=cache)
+    run = kill_and_resume(data, tmp_path, 2, moments, loader__cache=cache, deterministic=True)
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) > 1 and all(start["deterministic"] for start in starts)
     assert_same_run(straight(2), run)
     kept = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert len(kept) > 3 and not [name for name in kept if name.endswith((".tmp", ".lock"))]

@@ -198,6 +198,13 @@ def small_batch(seed: int = 0, images: int = 3, captions: int = 2, length: int =
     }
 
 
+def clips_of(batch: dict, frames: int) -> dict:
+    """Clips whose frames are images of the batch, in other orders."""
+    images = batch["images"]
+    clips = torch.stack([images.roll(frame, 0) for frame in range(frames)], dim=1)
+    return batch | {"images": clips}
+
+
 def loss_and_gradients(model: MultiTaskModel, batch: dict, total: float | None = None):
     """Loss and gradients by parameter name; totals are this batch's own unless given."""
     model.zero_grad()

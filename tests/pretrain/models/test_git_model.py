@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -161,6 +162,23 @@ def test_other_image_sizes_and_too_small_ones() -> None:
     assert encoder.tokens(24, 41) == 1 + 3 * 5
     with pytest.raises(ValueError, match="holds no patch"):
         encoder(torch.randn(1, 3, 7, 16))
+
+
+@pytest.mark.parametrize("grid", [(5, 3), (2, 9), (4, 1), (1, 4)])
+def test_positions_of_other_sizes_are_bicubic(grid: tuple[int, int]) -> None:
+    """And so is their gradient."""
+    vit = VitSettings(image_size=16, patch_size=4, width=6, layers=1, heads=2).build()
+    embedding = vit.embedding
+    torch.nn.init.normal_(embedding.positions)
+    table = embedding.positions[1:].detach().clone().requires_grad_()
+    maps = table.T.reshape(1, 6, 4, 4)
+    wanted = F.interpolate(maps, grid, mode="bicubic", align_corners=False)[0].flatten(1).T
+    found = embedding._positions_for(*grid)
+    assert torch.equal(found[0], embedding.positions[0])
+    torch.testing.assert_close(found[1:], wanted, rtol=1e-6, atol=1e-6)
+    upstream = torch.randn_like(wanted)
+    wanted.backward(upstream), found[1:].backward(upstream)
+    torch.testing.assert_close(embedding.positions.grad[1:], table.grad, rtol=2e-6, atol=2e-6)
 
 
 def test_quick_gelu() -> None:

@@ -17,6 +17,7 @@ from tests.pretrain.models.git_models import (
     STD,
     Words,
     build,
+    clips_of,
     initialise,
     loss_and_gradients,
     small_batch,
@@ -204,13 +205,6 @@ def evaluation_batches(images: int, size: int) -> list[dict]:
 def evaluate(model, batches, reduce=lambda value: [value], **options):
     objective, device = model.objectives["caption"], torch.device("cpu")
     return objective.evaluate(model.encoders, batches, Words(), device, reduce, **options)
-
-
-def clips_of(batch: dict, frames: int) -> dict:
-    """Clips whose frames are images of the batch, in other orders."""
-    images = batch["images"]
-    clips = torch.stack([images.roll(frame, 0) for frame in range(frames)], dim=1)
-    return batch | {"images": clips}
 
 
 def test_clips_are_images_whose_tokens_stand_side_by_side() -> None:

@@ -1,6 +1,7 @@
 """A step of every objective on the stand-in for a GPU: one device, and no wait of the host."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.classification import ClassificationSettings
 from pretrain.objectives.step_count import StepCount
 from tests.device_stand_in import DEVICE, on_stand_in, watched
-from tests.pretrain.models.git_models import MEAN, STD, small_batch, small_model_without_values
+from tests.pretrain.models.git_models import (
+    MEAN,
+    STD,
+    clips_of,
+    small_batch,
+    small_model_without_values,
+)
 from tests.pretrain.objectives.m3i_models import build_m3i, m3i_batch
 from tests.pretrain.objectives.pair_models import CLASSES, build_pair_model, pair_batch
 
@@ -24,10 +31,17 @@ def mixed_pairs() -> dict:
     return pairs() | {"mix_share": torch.rand(6), "mix_box": torch.rand(6, 4)}
 
 
-def internimage_classifier() -> MultiTaskModel:
+def enlarged_pairs() -> dict:
+    """Images for which position tables are resized, and maps of InternImage have several windows.
+    """
+    return pairs() | {"images": torch.randint(0, 256, (6, 3, 48, 40), dtype=torch.uint8)}
+
+
+def internimage_classifier(mixer: str = "dcnv3") -> MultiTaskModel:
     """With drop path, a batch norm and a second size."""
     encoders = {"image": InternImageSettings(
-        channels=16, depths=[1, 1, 1, 1], groups=[1, 2, 4, 8], drop_path=0.2, head={"type": "conv"}
+        channels=16, depths=[1, 1, 2, 1], groups=[1, 2, 4, 8], drop_path=0.2,
+        head={"type": "conv"}, mixer={"type": mixer},
     ).build()}  # fmt: skip
     settings = ClassificationSettings(pool="head", smaller_sizes=[8])
     objective = settings.build(encoders, None, MEAN, STD, classes=CLASSES)
@@ -42,6 +56,13 @@ CASES: dict[str, tuple[Callable, str, Callable]] = {
     "classification": (build_pair_model, "classify", pairs),
     "mixed": (build_pair_model, "classify", mixed_pairs),
     "InternImage": (internimage_classifier, "classify", mixed_pairs),
+    **{mixer: (partial(internimage_classifier, mixer), "classify", enlarged_pairs)
+       for mixer in ("halo", "shifted_window", "reduced_attention", "depthwise_conv")},
+    "resized": (build_pair_model, "contrast", enlarged_pairs),
+    "clips": (
+        lambda: small_model_without_values(frames=2), "caption",
+        lambda: clips_of(small_batch(), 2),
+    ),
     "contrast": (build_pair_model, "contrast", pairs),
     "M3I": (lambda: build_m3i(balance={}), "m3i", lambda: m3i_batch(6)),
     "M3I of groups": (lambda: build_m3i(group_attention=True), "m3i", lambda: m3i_batch(6)),
