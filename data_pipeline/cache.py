@@ -59,6 +59,7 @@ class CachedShards:
         self._folder = CacheFolder(settings.folder, settings.max_bytes)
         self._origin, self._direct = Origin(shards), byte_source_of(shards)
         self._gave_up = False
+        self._distrusted: set[str] = set()  # damaged copies that cannot be removed
         self._start()
 
     def pread(self, number: int, begin: int, end: int) -> bytes:
@@ -86,16 +87,19 @@ class CachedShards:
         Returns False if there are none and they come from a local shard, so that reading again
         would give the same.
         """
-        dropped = False
+        dropped, what_now = False, "fetching it again"
         for extent, _, _ in self._parts(number, begin, end):
             try:
                 dropped |= self._folder.remove(extent.name)
             except CacheError as error:
                 self._give_up(error)
+                if extent.name not in self._distrusted and self._folder.has(extent.name):
+                    self._distrusted.add(extent.name)
+                    dropped, what_now = True, "reading past it"
         if dropped:
             label = self._shards.shards[number].label
-            log.warning("cache %s: a copy of bytes %d-%d of %s does not match its checksums; "
-                        "fetching it again", self._folder.folder, begin, end - 1, label)
+            log.warning("cache %s: a copy of bytes %d-%d of %s does not match its checksums; %s",
+                        self._folder.folder, begin, end - 1, label, what_now)
         past = self._direct  # what the cap left no room for
         return dropped or (isinstance(past, KeepsCopies) and past.renew(number, begin, end))
 
@@ -153,6 +157,8 @@ class CachedShards:
         return self._read_direct(extent.number, begin, end) if found is None else found
 
     def _copy(self, extent: Extent, begin: int, end: int) -> bytes | None:
+        if extent.name in self._distrusted:
+            return None
         first = extent.begin
         return self._folder.read(extent.name, extent.size, begin - first, end - first)
 

@@ -342,4 +342,11 @@ def _unusable(folder: Path, error: OSError) -> CacheError:
     reason = error.strerror or str(error)
     if error.errno == errno.ENOSPC:
         reason = "the disk is full; lower loader.cache.max_gib"
+    if error.errno in (errno.EACCES, errno.EPERM):  # most likely it is that of another user
+        place = f" for {error.filename}" if error.filename else ""
+        reason = (
+            f"{reason}{place}. Users share a cache by a group that may write to it: "
+            "chgrp -R GROUP, chmod -R g+rwX, chmod g+s of its folders, and umask 002 in all of "
+            "their runs; or name another loader.cache.folder, of your own"
+        )
     return CacheError(f"cache {folder}: {reason}")

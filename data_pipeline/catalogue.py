@@ -89,6 +89,7 @@ class Catalogue:
         except PermissionError as error:
             if is_url(folder):  # some stores refuse what is not there
                 self._refusals[folder] = error
+                self.storage.refusing.add(without_secrets(folder))
                 return None
             raise
 

@@ -46,6 +46,24 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def give_usual_access(path: Path) -> None:
+    """Give a file the access that `open` gives to new ones beside it: safetensors writes for the
+    owner alone, whatever the umask is.
+
+    Errors: OSError if the folder cannot be written.
+    """
+    # A file tells the umask; asking for it means setting it, for all threads.
+    example = temporary_name(path)
+    descriptor = os.open(example, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        usual = os.fstat(descriptor).st_mode & 0o777
+    finally:
+        os.close(descriptor)
+        example.unlink()
+    if path.stat().st_mode & 0o777 != usual:  # not every file system has modes that can be set
+        path.chmod(usual)
+
+
 def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write `chunks` to `path`, one after the other; readers see the old file or all of the new.
 

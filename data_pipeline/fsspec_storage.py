@@ -72,10 +72,13 @@ class FsspecStorage:
         self._renew_at = 0.0
         _check_driver(protocol)
 
-    def state(self, url: str) -> FileState:
-        """Size and version; FileNotFoundError, PermissionError, ShardError, TransientReadError."""
+    def state(self, url: str, patient: bool = True) -> FileState:
+        """Size and version; FileNotFoundError, PermissionError, ShardError, TransientReadError.
+
+        patient: as in Storage.
+        """
         patience = self._patience(url)
-        return repeated(lambda _: self._state(url, patience.left_s), patience)
+        return repeated(lambda _: self._state(url, patience.left_s, patient), patience)
 
     def read(self, url: str, begin: int, end: int, expected: FileState | None = None) -> bytes:
         """Exactly the bytes [begin, end); errors as `state`, and ShardError if the file changed."""
@@ -127,8 +130,8 @@ class FsspecStorage:
             )
         return found
 
-    def _state(self, url: str, timeout_s: float) -> FileState:
-        info = self._call(url, "info", timeout_s)
+    def _state(self, url: str, timeout_s: float, patient: bool) -> FileState:
+        info = self._call(url, "info", timeout_s, patient)
         if info.get("type") == "directory" or info.get("size") is None:
             raise FileNotFoundError(f"{without_secrets(url)}: is not a file")
         version = next((info[name] for name in _VERSIONS if info.get(name)), "")
@@ -147,7 +150,12 @@ class FsspecStorage:
                 return  # `resumed` asks again from here
 
     def _call(
-        self, url: str, method: str, timeout_s: float | None = None, **options: int
+        self,
+        url: str,
+        method: str,
+        timeout_s: float | None = None,
+        patient: bool = True,
+        **options: int,
     ) -> Any:
         """Ask the driver; sort its errors into what may heal and what will not."""
         shown = without_secrets(url)
@@ -174,6 +182,8 @@ class FsspecStorage:
             raise Interrupted(f"the driver came to no end in {timeout_s:.1f} s") from error
         except Exception as error:
             refused = _refusal(error)
+            if not patient and (_denied(error) or _code(error) == 403):
+                raise PermissionError(f"{shown}: {refused}") from error
             if refused and filesystem is not None:
                 self._renew(filesystem, error)
             raise Interrupted(
@@ -198,9 +208,7 @@ class FsspecStorage:
 def _refusal(error: Exception) -> str:
     """What to say if a driver means that access is refused; "" if it means something else."""
     text = f"access is refused: {_in_a_line(error)}"
-    # gcsfs raises an OSError of this text.
-    forbidden = type(error) is OSError and str(error).startswith("Forbidden")
-    if isinstance(error, PermissionError) or forbidden:
+    if _denied(error):
         return text
     if "Credential" in type(error).__name__ or _code(error) in (401, 403):
         return (
@@ -209,6 +217,13 @@ def _refusal(error: Exception) -> str:
             "~/.aws and what the machine may use; for public data of s3:// set FSSPEC_S3_ANON=true"
         )
     return ""
+
+
+def _denied(error: Exception) -> bool:
+    """Whether a driver says so by an error of the system's kind."""
+    # gcsfs raises an OSError of this text.
+    by_text = type(error) is OSError and str(error).startswith("Forbidden")
+    return isinstance(error, PermissionError) or by_text
 
 
 def _heals(error: Exception) -> bool:

@@ -54,13 +54,17 @@ class HttpStorage:
         self.answered: set[tuple[str, str]] = set()
         """(scheme, host and port) of those that did."""
 
-    def state(self, url: str) -> FileState:
+    def state(self, url: str, patient: bool = True) -> FileState:
         """Size and version (entity tag or time of modification), by a request for one byte.
+
+        patient: as in Storage.
 
         Raises:
             FileNotFoundError, PermissionError, ShardError, TransientReadError
         """
-        return repeated(lambda timeout_s: self._state(url, timeout_s), self._patience(url))
+        return repeated(
+            lambda timeout_s: self._state(url, timeout_s, patient), self._patience(url)
+        )
 
     def read(self, url: str, begin: int, end: int, expected: FileState | None = None) -> bytes:
         """Exactly the bytes [begin, end); errors as `state`, and ShardError if the file changed."""
@@ -93,13 +97,16 @@ class HttpStorage:
         with self._lock:
             self.retries += 1
 
-    def _state(self, url: str, timeout_s: float) -> FileState:
+    def _state(self, url: str, timeout_s: float, patient: bool) -> FileState:
         # By GET: an address that is signed for GET refuses HEAD.
         headers = {"Range": "bytes=0-0"}
         with closing(_Exchange(self, url, headers, timeout_s)) as exchange:
             answer = exchange.answer
             if answer.status == 416 and answer.headers.get("Content-Range") == "bytes */0":
                 return FileState(0, _version(answer))
+            if answer.status == 403 and not patient:
+                shown = without_secrets(url)
+                raise PermissionError(f"{shown}: HTTP 403 {answer.reason}: access is refused")
             _raise_for_status(answer, url)
             _, _, total = _content_range(answer, url, 0)
             return FileState(total, _version(answer))

@@ -59,6 +59,9 @@ class UrlStorage:
     def __init__(self, settings: RemoteSettings | None = None) -> None:
         """Nothing is opened before it is used."""
         self.settings = settings or RemoteSettings()
+        self.refusing: set[str] = set()
+        """Folders (without secrets) that refused a file that may not be there, however often it was
+        asked for: the next refusal of such a file can be believed at once."""
         self._start()
 
     @property
@@ -67,9 +70,9 @@ class UrlStorage:
         self._leave_parent()
         return sum(storage.retries for storage in list(self._by_scheme.values()))
 
-    def state(self, url: str) -> FileState:
+    def state(self, url: str, patient: bool = True) -> FileState:
         """As Storage.state."""
-        return self._storage(url).state(url)
+        return self._storage(url).state(url, patient)
 
     def read(self, url: str, begin: int, end: int, expected: FileState | None = None) -> bytes:
         """As Storage.read."""

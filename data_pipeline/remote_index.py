@@ -17,7 +17,7 @@ from pathlib import Path
 from data_pipeline.files import cache_folder, exclusive, leftovers, temporary_name
 from data_pipeline.index import SUFFIX, ShardIndex
 from data_pipeline.index_builder import index_file
-from data_pipeline.locations import base_name, beside, identity, without_secrets
+from data_pipeline.locations import base_name, beside, folder_of, identity, without_secrets
 from data_pipeline.remote import UrlStorage
 from data_pipeline.remote_file import RemoteFile
 from data_pipeline.storage import FileState
@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 # Processes of a node that open the same shards within this time ask once for better indices.
 _LOOK_AGAIN_S = 60.0
+
+_told: set[str] = set()
 
 
 def foreign_index(
@@ -46,7 +48,7 @@ def foreign_index(
     if full is None:
         full = storage.settings.foreign_index == "full"
     index = remote_index(
-        url, state, storage, full=full, force=force, look_again=True, progress=progress
+        url, state, storage, full=full, force=force, opening=True, progress=progress
     )
     return index, state.version
 
@@ -59,7 +61,7 @@ def remote_index(
     digest: str = "",
     full: bool = False,
     force: bool = False,
-    look_again: bool = False,
+    opening: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ShardIndex:
     """Return the index of a remote shard: as stored, as it lies beside the shard, or a new one.
@@ -73,7 +75,8 @@ def remote_index(
         full: an index of headers alone will not do; a new one takes one pass over all bytes. An
             index that a manifest wants is always built so.
         force: build it in any case.
-        look_again: in place of a stored index of headers, see whether there is a full one by now.
+        opening: the shard has just been found, with others. In place of a stored index of headers,
+            see whether there is a full one by now; and if the folder refuses indices, believe it.
         progress: called with the number of bytes passed since its last call.
 
     Raises:
@@ -83,17 +86,19 @@ def remote_index(
     """
     place = _place(url, state, digest or "full")
     weak = None if full or digest else _place(url, state, "headers")
-    if not force and (index := _at_hand(place, weak, look_again, digest)) is not None:
+    if not force and (index := _at_hand(place, weak, opening, digest)) is not None:
         return index
     place.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(place) as locked:
-        if not force and (index := _at_hand(place, weak, look_again, digest)) is not None:
+        if not force and (index := _at_hand(place, weak, opening, digest)) is not None:
             return index  # another process got it while this one waited
         if locked:
             for leftover in (*leftovers(place), *(leftovers(weak) if weak else ())):
                 leftover.unlink(missing_ok=True)
-        if not force and (index := _fetched(url, state, storage, place, weak, digest)) is not None:
-            return index
+        if not force:
+            index = _fetched(url, state, storage, place, weak, digest, opening)
+            if index is not None:
+                return index
         if not force and weak is not None and (index := _stored(weak)) is not None:
             with contextlib.suppress(OSError):
                 os.utime(weak)  # for `_at_hand`: looked for, and not found
@@ -109,7 +114,7 @@ def remote_index(
 
 
 def _at_hand(
-    place: Path, weak: Path | None, look_again: bool, digest: str
+    place: Path, weak: Path | None, opening: bool, digest: str
 ) -> ShardIndex | None:
     """The index that is stored: in `place` or, where one of headers will do, in `weak`."""
     index = _stored(place)
@@ -117,7 +122,7 @@ def _at_hand(
         index = None
     if index is not None or weak is None:
         return index
-    if look_again:
+    if opening:
         with contextlib.suppress(FileNotFoundError):
             if abs(time.time() - weak.stat().st_mtime) > _LOOK_AGAIN_S:
                 return None
@@ -141,15 +146,26 @@ def _stored(place: Path) -> ShardIndex | None:
 
 
 def _fetched(
-    url: str, state: FileState, storage: UrlStorage, place: Path, weak: Path | None, digest: str
+    url: str,
+    state: FileState,
+    storage: UrlStorage,
+    place: Path,
+    weak: Path | None,
+    digest: str,
+    opening: bool,
 ) -> ShardIndex | None:
     """The index that lies beside the shard, now in `place` or, if it is one of headers, in `weak`;
     None if there is none that will do. One of another digest than is wanted is not kept."""
-    source = beside(url, SUFFIX)
+    source, folder = beside(url, SUFFIX), without_secrets(folder_of(url))
     try:
-        found = storage.state(source)
+        # The first refusal may heal; from then on each shard would wait for nothing.
+        found = storage.state(source, patient=not (opening and folder in storage.refusing))
         pieces = storage.chunks(source, 0, found.size, found)
-    except (FileNotFoundError, PermissionError):  # some stores refuse what is not there
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:  # some stores refuse what is not there
+        storage.refusing.add(folder)
+        _tell_of_refusal(folder, error)
         return None
     temporary = temporary_name(place)
     try:
@@ -169,3 +185,16 @@ def _fetched(
     finally:
         temporary.unlink(missing_ok=True)
     return index
+
+
+def _tell_of_refusal(folder: str, error: PermissionError) -> None:
+    """Say once in a process, and not for each shard, that indices of a folder are done without."""
+    if folder not in _told:
+        _told.add(folder)
+        _log.warning(
+            "%s: indices are refused, though shards can be read: taken as if there were none. "
+            "If there are some, grant the right to read them; an object store says what is absent "
+            "to those who may list it. (%s)",
+            folder,
+            error,
+        )

@@ -33,8 +33,9 @@ class Storage(Protocol):
     retries: int
     """Failed attempts so far that were followed by another one."""
 
-    def state(self, url: str) -> FileState:
-        """Size and version, without reading the content."""
+    def state(self, url: str, patient: bool = True) -> FileState:
+        """Size and version, without reading the content. Unless `patient`, the first refusal (403)
+        counts: for files that may not be there, which some stores refuse."""
 
     def read(self, url: str, begin: int, end: int, expected: FileState | None = None) -> bytes:
         """Exactly the bytes [begin, end)."""

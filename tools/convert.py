@@ -31,6 +31,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data_pipeline.console import write_utf8
+from data_pipeline.files import give_usual_access, temporary_name
 from data_pipeline.tar_headers import ShardError
 from pretrain.engine.checkpoint_files import CheckpointError, sync_file
 from pretrain.overlay import to_yaml
@@ -69,9 +70,9 @@ def _export_git(options: argparse.Namespace) -> int:
     with console.status("reading the checkpoint"):
         captioner = open_captioner(options.run_dir, options.task, options.weights)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    temporary = temporary_name(out)
+    temporary.mkdir()
     try:
-        temporary.chmod(0o755)
         with console.status("writing the export"):
             record = write_git(captioner, temporary, options.image_size)
         with console.status("reading it back with transformers"):
@@ -102,7 +103,7 @@ def _check_replaceable(out: Path) -> None:
 def _publish(temporary: Path, out: Path) -> None:
     """Move a finished folder to its place, where an earlier export may lie."""
     for file in temporary.iterdir():
-        file.chmod(0o644)  # safetensors writes for the owner only
+        give_usual_access(file)
         sync_file(file)
     if not out.exists():
         os.rename(temporary, out)

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_pipeline.files import write_atomically
+from data_pipeline.files import give_usual_access, write_atomically
 from pretrain.engine.checkpoint_files import sync_file
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.internimage_weights import (
@@ -289,7 +289,7 @@ def _write_folder(out: Path, tensors: Mapping[str, Tensor], files: Mapping[str, 
         for name, content in files.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for file in temporary.iterdir():
-            file.chmod(0o644)
+            give_usual_access(file)
             sync_file(file)
         os.rename(temporary, out)
     finally:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_pipeline.files import give_usual_access
 from pretrain.engine.checkpoint_files import sync_file
 from tools.tensor_pickle import read_torch_zip
 
@@ -136,7 +137,7 @@ def save_tensors(tensors: Mapping[str, Tensor], out: Path, source: str) -> None:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with writing(out):
             save_file(whole, temporary, metadata={"format": "pt", "source": source})
-        temporary.chmod(0o644)
+        give_usual_access(temporary)
         sync_file(temporary)
         os.replace(temporary, out)
     finally:

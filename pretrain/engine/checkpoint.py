@@ -20,6 +20,7 @@ import torch.distributed as dist
 from pydantic import Field
 from safetensors.torch import save_file
 
+from data_pipeline.files import give_usual_access
 from data_pipeline.settings import Settings
 from pretrain.engine.checkpoint_files import (
     EMA,
@@ -184,6 +185,7 @@ class Checkpoints:
                 shutil.copyfile(source, folder / name)
                 written.append(folder / name)
         for path in written:
+            give_usual_access(path)
             sync_file(path)
         return {str(path.relative_to(folder)): file_entry(path) for path in written}
 

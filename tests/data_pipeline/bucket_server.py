@@ -30,13 +30,22 @@ def listed(folder: Path, prefix: str, delimiter: str) -> tuple[list[str], list[s
 
 
 class BucketServer(FaultyServer):
-    """S3: /BUCKET/KEY is the file KEY of the folder BUCKET."""
+    """S3: /BUCKET/KEY is the file KEY of the folder BUCKET.
+
+    Attributes: may_list: False: who asks may not list buckets, nor hear what they do not hold.
+    """
+
+    may_list = True
 
     def answer(self, request: Any) -> None:
         query = parse_qs(urlsplit(request.path).query)
-        if "list-type" in query:
+        lists, there = "list-type" in query, (self.folder / request.name).is_file()
+        if not self.may_list and (lists or not there):
+            self.asked.append((request.name, ""))
+            refused(403, "AccessDenied")(request)
+        elif lists:
             self._list(request, query.get("prefix", [""])[0], query.get("delimiter", [""])[0])
-        elif not (self.folder / request.name).is_file():
+        elif not there:
             refused(404, "NoSuchKey")(request)
         else:
             super().answer(request)

@@ -84,6 +84,14 @@ def login_page(request: Any) -> None:
     request.wfile.write(b"<html>Who are you?</html>".ljust(5000))
 
 
+def refusing_what_is_absent(request: Any) -> None:
+    """403 in place of 404, as stores answer to those who may not list."""
+    if (request.server.folder / request.name).is_file():
+        request.send_file()
+    else:
+        request.refuse(403, {})
+
+
 def compressed(request: Any) -> None:
     """A body that a proxy has compressed."""
     request.refuse(206, {"Content-Encoding": "gzip", "Content-Range": "bytes 0-0/1"})

@@ -24,6 +24,7 @@ from data_pipeline.blocks import (
     extent_of_row,
 )
 from data_pipeline.cache import CachedShards, CacheSettings
+from data_pipeline.cache_folder import CacheFolder
 from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
 from data_pipeline.remote import RemoteSettings
@@ -250,6 +251,39 @@ def test_a_damaged_copy_is_fetched_again(server, settings, caplog):
     os.truncate(blocks_in(settings)[0], 100)
     check(third)
     assert third.source.counters["cache_misses"] == 1
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_damaged_copy_that_cannot_be_removed_is_read_past(
+    server, www, settings, caplog, monkeypatch, remote
+):
+    """It belongs to another user, or its disk can only be read."""
+    shards = ShardSet.open(server.url + "/set" if remote else www / "set", QUICK)
+    check(reader(shards, settings))
+    for path in blocks_in(settings):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    monkeypatch.setattr(CacheFolder, "_locked", forbidden)
+    with caplog.at_level(logging.WARNING, "omnipretrain.data"):
+        check(again := reader(shards, settings))
+    assert "does not match its checksums; reading past it" in caplog.text
+    assert again.source.counters["cache_hits"] and again.source.counters["cache_misses"]
+    # Damage that the origin has too is still what it is.
+    if not remote:
+        path, offset = Path(shards.shards[0].path), shards.index(0).members(5)[0][1]
+        content = bytearray(path.read_bytes())
+        content[offset] ^= 1
+        path.write_bytes(content)
+        (copy,) = (p for p in blocks_in(settings) if p.name == extent_of_row(
+            shards, 0, 5, settings.block_bytes).name)  # fmt: skip
+        copy.write_bytes(bytes(copy.stat().st_size))
+        with pytest.raises(BadSample, match="'000005'"):
+            reader(shards, settings).read(5)
+
+
+def forbidden(folder: CacheFolder):
+    raise PermissionError(13, "Permission denied", str(folder.folder / "usage.lock"))
 
 
 def test_damage_at_the_origin_is_a_bad_sample(tmp_path, settings):

@@ -238,6 +238,22 @@ def test_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
         with pytest.raises(CacheError, match=r"cache .*file/cache: Not a directory"):
             action()
 
+    usable = CacheFolder(tmp_path / "of another user", 1000)
+    put(usable, "aa1", b"x" * 10)
+
+    def refused(path, flags, *mode, open=os.open):
+        if flags & (os.O_WRONLY | os.O_RDWR):  # whoever runs this test: root may do everything
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open(path, flags, *mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        for action in (lambda: usable.reserve("aa2", 10), usable.scan, lambda: usable.remove("aa1"),
+                       lambda: usable.reading_ahead().__enter__()):  # fmt: skip
+            with pytest.raises(CacheError, match=r"user/.*\. Users .*umask 002.*of your own$"):
+                action()
+        assert usable.read("aa1", 10, 0, 10) == b"x" * 10  # what is there is used all the same
+
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

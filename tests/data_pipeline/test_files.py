@@ -7,7 +7,14 @@ import time
 
 import pytest
 
-from data_pipeline.files import exclusive, leftovers, temporary_name, write_atomically
+from data_pipeline.files import (
+    exclusive,
+    give_usual_access,
+    leftovers,
+    temporary_name,
+    write_atomically,
+)
+from tests.umask import umask
 
 HOLDER = """
 import sys, time
@@ -41,6 +48,17 @@ def test_write_is_whole_or_absent(tmp_path):
         write_atomically(path, broken())
     assert path.read_bytes() == b"onetwo"
     assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o022, 0o027, 0o077])
+def test_usual_access_is_that_of_a_new_file(tmp_path, mask):
+    for path, mode in ((tmp_path / "closed", 0o600), (tmp_path / "open", 0o777)):
+        path.write_bytes(b"x")
+        path.chmod(mode)
+        with umask(mask):
+            give_usual_access(path)
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+    assert sorted(os.listdir(tmp_path)) == ["closed", "open"]
 
 
 def test_the_lock_of_a_killed_owner_is_free(tmp_path):

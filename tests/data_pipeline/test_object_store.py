@@ -124,6 +124,25 @@ def test_shards_of_buckets(store, www, monkeypatch, request):
         assert storage.retries == 0
 
 
+def test_a_bucket_that_may_not_be_listed(server, www, caplog):
+    """403 for what is not there; asked for again, and said, once."""
+    local = ShardSet.open(www / "bucket" / "set")
+    digests = [local.index(number).headers_digest for number in range(3)]
+    for path in (www / "bucket" / "set").iterdir():
+        if path.suffix != ".tar":
+            path.unlink()
+    server.may_list = False
+    caplog.set_level(logging.WARNING)
+    opened = ShardSet.open("s3://bucket/set/train-00000{0..2}.tar", QUICK)
+    assert [opened.index(number).digest for number in range(3)] == digests and is_whole(opened)
+    asked = [name for name, _ in server.asked if name.endswith(".idx")]
+    assert sorted(asked) == [f"bucket/set/train-00000{number}.tar.idx" for number in range(3)]
+    texts = [record.getMessage() for record in caplog.records]
+    assert sum("s3://bucket/set: indices are refused" in text for text in texts) == 1
+    with pytest.raises(PermissionError, match=r"s3://bucket/none\.tar: access is refused"):
+        ShardSet.open("s3://bucket/none.tar", QUICK)
+
+
 FAULTS = [
     dropped, short, refused(503, "SlowDown"), refused(500, "InternalError"), status(429), whole,
     refused(403, "RequestTimeTooSkewed"), refused(400, "RequestTimeout"), garbled,

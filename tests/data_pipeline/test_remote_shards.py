@@ -26,6 +26,7 @@ from tests.data_pipeline.faulty_server import (
     dropped,
     garbled,
     login_page,
+    refusing_what_is_absent,
     shifted,
     short,
     slow,
@@ -210,6 +211,58 @@ def test_a_full_index_that_comes_later_takes_the_place_of_one_of_headers(server,
     other = ShardSet([weak.shards[0], dataclasses.replace(weak.shards[1], index_digest="0")])
     with pytest.raises(ShardError, match="its index does not belong to the shard"):
         other.index(1)
+
+
+ONE_BY_ONE = QUICK.model_copy(update={"requests_per_host": 1})
+
+
+def asked_indices(server) -> list[int]:
+    asked = Counter(name for name, _ in server.asked if name.endswith(".idx"))
+    return [asked[name] for name in sorted(asked)]
+
+
+def refusals_of_indices(caplog) -> list[str]:
+    texts = (record.getMessage() for record in caplog.records)
+    return [text for text in texts if "indices are refused" in text]
+
+
+@pytest.mark.parametrize("named_by", ["names", "other folders"])
+def test_refused_indices_beside_shards_that_can_be_read_are_absent_ones(
+    server, www, cache, caplog, named_by
+):
+    """What a store answers to those who may not list it; said, and asked again, once."""
+    local = ShardSet.open(www / "set")
+    digests = [local.index(number).headers_digest for number in range(3)]
+    without_companions(www / "set")
+    server.of, server.always = "", refusing_what_is_absent
+    if named_by == "names":  # the folder refused its manifest before
+        specs, asked = server.url + "/set/train-00000{0..2}.tar", [1, 1, 1]
+    else:
+        server.faults.append(status(404))  # the manifest
+        specs, asked = server.url + "/set/./train-00000{0..2}.tar", [4, 1, 1]
+    caplog.set_level(logging.WARNING)
+    opened = ShardSet.open(specs, ONE_BY_ONE)
+    assert [opened.index(number).digest for number in range(3)] == digests and is_whole(opened)
+    assert asked_indices(server) == asked
+    (said,) = refusals_of_indices(caplog)
+    assert "/set" in said and "HTTP 403" in said and "may list" in said
+    server.asked.clear()
+    grown_old(cache)
+    assert ShardSet.open(specs, ONE_BY_ONE).fingerprint == opened.fingerprint
+    assert sum(asked_indices(server)) <= sum(asked) and len(refusals_of_indices(caplog)) == 1
+
+
+def test_an_index_that_was_refused_once_is_taken(server, www, caplog):
+    (www / "set" / "manifest.json").unlink()
+    server.of = ".idx"
+    server.faults.extend([status(403)] * 3)
+    opened = ShardSet.open(server.url + "/set/train-00000{0..2}.tar", ONE_BY_ONE)
+    assert all(opened.index(number).payloads_hashed for number in range(3))
+    assert not server.faults and not refusals_of_indices(caplog)
+    # And a shard that is refused is no shard without an index.
+    server.of, server.always = ".tar", status(403)
+    with pytest.raises(PermissionError, match=r"train-000000\.tar: HTTP 403 .*refuses access"):
+        ShardSet.open(server.url + "/set/train-000000.tar", ONE_BY_ONE)
 
 
 def test_where_a_full_index_is_wanted_one_of_headers_will_not_do(server, www, cache):

@@ -23,6 +23,7 @@ from pretrain.recipe import load_resolved
 from tests.pretrain.models.git_models import GOLDENS, Golden, Words, build
 from tests.tiny_run import tiny_recipe
 from tests.tools.conftest import make_run, train
+from tests.umask import modes, umask
 from tools.convert import main
 from tools.export_record import ExportRecord
 from tools.trained import open_captioner
@@ -99,18 +100,27 @@ def test_round_trip_is_bitwise(export, run_dir, tmp_path, capsys) -> None:
 
 def test_the_moving_average_is_exported_on_request(export, run_dir, tmp_path) -> None:
     out = tmp_path / "averaged"
-    assert run("export-git", "--run", run_dir, "--weights", "ema", "--out", out) == 0
+    with umask(0o027):  # others of the group may read it, and nobody else
+        assert run("export-git", "--run", run_dir, "--weights", "ema", "--out", out) == 0
+    assert modes(out) == {0o640} and out.stat().st_mode & 0o777 == 0o750
     assert ExportRecord.read(out).weights == "ema"
     assert ExportRecord.read(export).weights == "master"
     assert "step 24, averaged weights" in (out / "README.md").read_text()
     back = tmp_path / "back.safetensors"
-    assert run("import-git", out, "--out", back) == 0
+    with umask(0o027):
+        assert run("import-git", out, "--out", back) == 0
+    assert modes(back) == {0o640}
     checkpoint = newest_whole(run_dir / "checkpoints")
     average, trained = read_full_state(checkpoint, "ema"), read_full_state(checkpoint)
     for name, tensor in load_file(back).items():
         assert torch.equal(tensor, average[name]), name
     assert not torch.equal(average["encoders.image.norm_after.weight"],
                            trained["encoders.image.norm_after.weight"])
+
+
+def test_a_checkpoint_is_as_open_to_others_as_what_lies_around_it(run_dir, tmp_path) -> None:
+    (tmp_path / "any").write_bytes(b"")
+    assert modes(newest_whole(run_dir / "checkpoints")) == modes(tmp_path / "any")
 
 
 def test_an_untied_model_for_larger_images_than_its_table(scenes, tmp_path, capsys) -> None:

@@ -18,6 +18,7 @@ from tests.pretrain.models.internimage_models import (
     small_settings,
 )
 from tests.tools.conftest import full_disk
+from tests.umask import modes, umask
 from tools.convert import main
 from tools.convert_internimage import _encoder
 from tools.internimage_config import config_of_settings, settings_of_config
@@ -185,8 +186,10 @@ def test_a_run_goes_out_and_comes_back(internimage_run, tmp_path, kind, weights,
 
     out = tmp_path / ("folder" if kind == "transformers" else "a.pth")
     task = [] if kind == "detection" else ["--task", "classify"]
-    assert main(["export-internimage", "--run", str(internimage_run), "--out", str(out),
-                 "--format", kind, "--weights", weights, *task]) == 0  # fmt: skip
+    with umask(0o027):
+        assert main(["export-internimage", "--run", str(internimage_run), "--out", str(out),
+                     "--format", kind, "--weights", weights, *task]) == 0  # fmt: skip
+    assert modes(out) == {0o640}
     assert "read back bit for bit" in capsys.readouterr().err
     trained = open_run(internimage_run, weights)
     ours = trained.model.state_dict()
