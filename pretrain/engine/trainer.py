@@ -1,6 +1,7 @@
 """One run on this rank, from start to end: set up, restore, loop, evaluate, save, report."""
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -46,11 +47,15 @@ log = logging.getLogger("omnipretrain.train")
 
 def train_recipe(recipe: Recipe, resume: bool) -> int:
     """Run a recipe on this process and its peers; returns the exit code (0 or 1)."""
+    # Where every thread stands, if C++ ends this process: NCCL's watchdog does after a time-out.
+    faulthandler.enable()
     signals = StopSignals()
     rank = os.environ.get("RANK", "0")
     run_dir = Path(recipe.run_dir)
     try:
-        ranks = init_distributed(recipe.threads_per_rank, recipe.deterministic)
+        ranks = init_distributed(
+            recipe.threads_per_rank, recipe.deterministic, trace_dir=run_dir / "logs"
+        )
         prepare_run_dir(recipe, ranks, resume)
         Trainer(recipe, ranks, signals).run()
     except Exception as error:
@@ -85,7 +90,7 @@ def prepare_run_dir(recipe: Recipe, ranks: Ranks, resume: bool) -> None:
     if ranks.leads:
         try:
             run_dir = Path(recipe.run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
             for old in run_dir.glob("control/failure_rank_*.json"):
                 old.unlink()
             if not resume and recipe.tokenizer is not None:
