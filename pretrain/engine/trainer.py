@@ -23,6 +23,7 @@ from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.data_metrics import DataMetrics
 from pretrain.engine.data_record import data_entries
+from pretrain.engine.device_peak import choose_peak
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
 from pretrain.engine.ds_config import engine_config, offloads_optimizer
 from pretrain.engine.ema import Ema
@@ -211,7 +212,12 @@ class Trainer:
         with_rows = {name: s for name, s in streams.items() if isinstance(s, TaskStream)}
         self.quarantine = Quarantine(self.run_dir, self.ranks, state, with_rows)
         self.agreement = self._agreement(fingerprints)
-        self.throughput = Throughput(self.ranks, recipe.logging.peak_tflops_per_device)
+        peak, said = choose_peak(
+            recipe.logging.peak_tflops_per_device, self.ranks.device, recipe.precision
+        )
+        if said:
+            log.info("%s", said)
+        self.throughput = Throughput(self.ranks, peak)
         loop = Loop(
             self.engine, self.ranks, recipe.seed,
             (recipe.optimizer.lr, lambda step: lr_factor(step, recipe.schedule, recipe.steps)),
