@@ -34,6 +34,11 @@ INDEX_LIMIT = 2**31
 """Elements of a tensor from which on indices are 64-bit: these take a quarter more instructions in
 the forward pass, a tenth in the backward pass. An image begins at a 64-bit place in any case."""
 
+_FIRST_IS_NEAR = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
+# Neighbouring threads go along the axis on which addresses run on; then, as none does so on the
+# others, along the first of these before Triton 3.7, the last one since. It has to be the items:
+# were it the parts, threads would pass gradients on to each other, or read apart.
+
 
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on the CPU."""
@@ -164,18 +169,31 @@ def block(
     WARPS: tl.constexpr,
 ):  # fmt: skip
     """What a program computes: items (BLOCK,), their positions and groups, and which of them are
-    its own: beyond the last one it computes that again, for no one. Channels (parts, 1, of a part)
-    and which of them there are."""
+    its own: beyond the last one it computes that again, for no one. Channels (parts, 1, of a part),
+    or (of a part, 1, parts), and which of them there are."""
     PART: tl.constexpr = part_channels(BLOCK_CHANNELS, ELEMENT, WIDTH, SPAN)
     BLOCK: tl.constexpr = items_of_program(BLOCK_CHANNELS, ELEMENT, WIDTH, SPAN, WARPS)
     item = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     own = item < items
     item = tl.where(own, item, items - 1)
-    part = tl.arange(0, BLOCK_CHANNELS // PART)[:, None, None]
-    channel = part * PART + tl.arange(0, PART)[None, None, :]
+    part = tl.arange(0, BLOCK_CHANNELS // PART)
+    inner = tl.arange(0, PART)
     RUN: tl.constexpr = _smaller(PART, WIDTH)
-    channel = tl.max_contiguous(channel, [1, 1, RUN])
+    if _FIRST_IS_NEAR:
+        channel = part[None, None, :] * PART + inner[:, None, None]
+        channel = tl.max_contiguous(channel, [RUN, 1, 1])
+    else:
+        channel = part[:, None, None] * PART + inner[None, None, :]
+        channel = tl.max_contiguous(channel, [1, 1, RUN])
     return item, own, item // GROUPS, item % GROUPS, channel, channel < CHANNELS
+
+
+@triton.jit
+def _sum_of_channels(terms):
+    """(BLOCK,): of the parts first, which a thread holds together."""
+    if _FIRST_IS_NEAR:
+        return tl.sum(tl.sum(terms, axis=2), axis=0)
+    return tl.sum(tl.sum(terms, axis=0), axis=1)
 
 
 @triton.jit
@@ -185,10 +203,11 @@ def _axis(coordinate, size, INDEX: tl.constexpr, UNSIGNED: tl.constexpr):
     The range is open: at -1 exactly nothing is inside, though the upper neighbour exists. A
     coordinate that is distant or not a number would overflow as an index, and becomes -1 or `size`.
     """
-    bounded = tl.minimum(tl.maximum(coordinate, -1.0), size.to(coordinate.dtype))
+    above = coordinate > -1
+    bounded = tl.minimum(tl.where(above, coordinate, -1.0), size.to(coordinate.dtype))
     low = tl.floor(bounded)
     index = low.to(INDEX)
-    upper = (coordinate > -1) & ((index + 1).to(UNSIGNED) < size.to(UNSIGNED))
+    upper = above & ((index + 1).to(UNSIGNED) < size.to(UNSIGNED))
     return index, bounded - low, index.to(UNSIGNED) < size.to(UNSIGNED), upper
 
 
@@ -255,7 +274,7 @@ def scatter_sample(
             wanted = (row_inside & (column_high if far_x else column_low))[None, :, None] & used
             places = pixel + (far_y * width.to(tl.int64) + far_x) * PIXEL
             read = tl.load(value + places, mask=wanted, other=0.0)
-            product = tl.sum(tl.sum(widen(read, SUM, PAIRS) * upstream, axis=0), axis=1)
+            product = _sum_of_channels(widen(read, SUM, PAIRS) * upstream)
             along_weight += product * share_y * share_x
             along_y += product * share_x * (2 * far_y - 1)
             along_x += product * share_y * (2 * far_x - 1)

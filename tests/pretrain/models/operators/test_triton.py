@@ -57,10 +57,6 @@ def _deterministic(call: tuple[tuple, dict]) -> tuple[tuple, dict]:
     return (*arguments[:4], buffer, *arguments[5:]), settings | changed
 
 
-@pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7),
-    reason="before Triton 3.7 the backward pass moves gradients through shared memory",
-)
 @pytest.mark.parametrize("operator", [0, 2], ids=["dcnv3", "ms_deform_attn"])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_code_for_gpus_moves_nothing_between_threads_but_sums(
