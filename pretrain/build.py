@@ -1,6 +1,7 @@
 """From a recipe to objects. The only place that knows both: components take plain arguments."""
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -124,12 +125,13 @@ def build_objective(
 ) -> nn.Module:
     """The objective of a task, told what its data knows.
 
-    new_encoder: makes another encoder of a name, for objectives with a target of their own.
+    new_encoder: makes another encoder of a name, for objectives whose `build` asks for it: those
+        with a target of their own.
     """
     known: dict[str, Any] = {}
     if isinstance(task.data, ImageDataSettings):
         known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
-    if task.objective.type == "m3i":
+    if "new_encoder" in signature(task.objective.build).parameters:
         known["new_encoder"] = new_encoder
     if isinstance(task.data, LabelDataSettings | BoxDataSettings | M3IDataSettings):
         known["classes"] = task.data.classes

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.boxes import BoxDataSettings
+from data_pipeline.labels import LabelDataSettings
 from data_pipeline.loader import MicroBatch, StepSampler, TaskStream
 from data_pipeline.order import Order
 from data_pipeline.pictures import PictureDataSettings
@@ -20,6 +22,7 @@ from pretrain.build import (
     build_evaluation_loader,
     build_fields,
     build_model,
+    build_objective,
     build_schedule,
     build_streams,
     build_tokenizer,
@@ -46,6 +49,35 @@ def recipe_file(data, tmp_path, monkeypatch):
     monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     return write_recipe(tmp_path / "tiny.yaml", tiny_recipe(data, tmp_path / "run"))
+
+
+class Follower:
+    """Settings of an objective that nobody here knows, which has a target of its own."""
+
+    type = "follower"
+
+    def build(
+        self, encoders, vocabulary, image_mean, image_std, classes, smaller_views, new_encoder
+    ):
+        return image_mean, classes, smaller_views, new_encoder("image")
+
+
+class Plain:
+    type = "plain"
+
+    def build(self, encoders, vocabulary, image_mean, image_std):
+        return image_std
+
+
+def test_an_objective_is_given_what_pretrain_readme_says():
+    image = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    labels = LabelDataSettings(shards=["x"], classes=7, image=image, smaller_views=[160])
+    pictures = PictureDataSettings(shards=["x"], image=image)
+    built = [
+        build_objective(SimpleNamespace(data=data, objective=objective), {}, None, str.upper)
+        for data, objective in ((labels, Follower()), (pictures, Plain()))
+    ]
+    assert built == [((0.1, 0.2, 0.3), 7, (160,), "IMAGE"), (0.4, 0.5, 0.6)]
 
 
 def test_model_learns_from_the_streams_of_its_recipe(recipe_file):
