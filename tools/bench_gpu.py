@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.engine.device_peak import peak_tflops
 from pretrain.models.init import initialise
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.operators.dcnv3 import dcnv3
@@ -49,7 +50,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU here; --device cpu shows that it runs, its figures say nothing")
     clock = _Clock(device, args.repeats)
-    copy, peak = _copy_speed(clock, args.copy_mib), _matmul_speed(clock)
+    copy, product = _copy_speed(clock, args.copy_mib), _matmul_speed(clock)
+    sheet = peak_tflops(_name(device), "bf16")  # what a run's MFU refers to
+    peak = sheet * 1e12 if sheet else product
     rows = [
         row
         for dtype in (torch.bfloat16, torch.float32)
@@ -66,7 +69,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "bars": floor_bars(rows, "share of the floor", "least share of the copy speed"),
         "notes": [
             f"copy: {copy / 1e9:.0f} GB/s read and written; matrix product in bfloat16: "
-            f"{peak / 1e12:.1f} TFLOP/s, which MFU is a share of",
+            f"{product / 1e12:.1f} TFLOP/s; MFU is a share of "
+            + (f"{sheet:g}, the dense peak of the data sheet" if sheet else "the matrix product"),
             "share of the floor: time of touching each tensor once at the speed of the copy, by "
             "the time taken; gradients of values count once, in their own type",
             said,

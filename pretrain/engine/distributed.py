@@ -10,12 +10,14 @@ import socket
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from pretrain.engine.determinism import be_deterministic
+from pretrain.engine.gpu_surroundings import claim_gpu, keep_float32, set_gpu_defaults
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ class Ranks:
         return self.rank == 0
 
 
-def init_distributed(threads_per_rank: int | None = None, deterministic: bool = False) -> Ranks:
+def init_distributed(
+    threads_per_rank: int | None = None,
+    deterministic: bool = False,
+    trace_dir: Path | None = None,
+) -> Ranks:
     """Read the launcher's environment, choose the device and start the process group.
 
     Args:
@@ -48,10 +54,11 @@ def init_distributed(threads_per_rank: int | None = None, deterministic: bool = 
             optimizer's where it is offloaded. None divides the cores of the node among its ranks.
             Part of what "bitwise" depends on (a reduction's order follows it).
         deterministic: see `be_deterministic`.
+        trace_dir: where a collective of GPUs that times out leaves a file for each rank.
 
     Raises:
-        RuntimeError: the launcher's variables contradict each other, or see `choose_device` and
-            `be_deterministic`.
+        RuntimeError: the launcher's variables contradict each other, or see `choose_device`,
+            `claim_gpu` and `be_deterministic`.
     """
     rank, world, local_rank, local_world = _read_environment()
     device = choose_device(rank, local_rank)
@@ -61,7 +68,10 @@ def init_distributed(threads_per_rank: int | None = None, deterministic: bool = 
     # DeepSpeed would choose by probing what happens to be installed.
     os.environ["DS_ACCELERATOR"] = device.type
     if on_gpu:
+        set_gpu_defaults(trace_dir, os.environ)  # before CUDA starts
+        keep_float32()
         torch.cuda.set_device(device)  # before NCCL takes the present one
+        os.environ["LOCAL_RANK"] = str(device.index)  # which is what DeepSpeed takes it for
     else:
         os.environ["LOCAL_SIZE"] = str(local_world)  # or DeepSpeed counts NUMA nodes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -76,6 +86,10 @@ def init_distributed(threads_per_rank: int | None = None, deterministic: bool = 
         # rank (minutes, and a lock that outlives a killed build).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
+        if on_gpu and world > 1:
+            # Kept while the process group starts, which serves its own from the same port.
+            store, *_ = next(dist.rendezvous("env://", rank, world))
+            claim_gpu(store, rank, str(torch.cuda.get_device_properties(device).uuid))
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
@@ -84,6 +98,9 @@ def init_distributed(threads_per_rank: int | None = None, deterministic: bool = 
 
 def choose_device(rank: int, local_rank: int) -> torch.device:
     """The GPU of this rank; the CPU where there is none, or where DS_ACCELERATOR=cpu asks for it.
+
+    A process that sees one GPU takes it, whatever its rank: job schedulers may show each task its
+    own. That it is no other rank's is seen by `claim_gpu`.
 
     Raises:
         RuntimeError: more ranks on this node than GPUs, or DS_ACCELERATOR asks for what is not
@@ -99,13 +116,13 @@ def choose_device(rank: int, local_rank: int) -> torch.device:
                 "look at the driver and at CUDA_VISIBLE_DEVICES, or unset DS_ACCELERATOR"
             )
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    visible = torch.cuda.device_count()
+    if visible > 1 and local_rank >= visible:
         raise RuntimeError(
-            f"rank {rank}: local rank {local_rank} has no GPU, this node shows "
-            f"{torch.cuda.device_count()}; start at most that many processes per node, or set "
-            "DS_ACCELERATOR=cpu"
+            f"rank {rank}: local rank {local_rank} has no GPU, this node shows {visible}; start at "
+            "most that many processes per node, or set DS_ACCELERATOR=cpu"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", 0 if visible == 1 else local_rank)
 
 
 def shutdown() -> None:

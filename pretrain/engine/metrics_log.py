@@ -47,8 +47,9 @@ class LoggingSettings(Settings):
     """Images with captions that TensorBoard shows for each evaluation; 0 = none."""
 
     peak_tflops_per_device: float | None = Field(default=None, gt=0.0)
-    """Peak TFLOP/s of one device in the precision of the run, for model FLOP utilisation (bf16:
-    A100 312, H100 SXM 989); null = FLOP/s are logged without utilisation."""
+    """Dense peak TFLOP/s of one device in the precision of the run, for model FLOP utilisation;
+    null = that of common GPUs by their name (the log says which), and for others FLOP/s without
+    utilisation."""
 
     plain_progress_seconds: float = Field(default=15.0, gt=0.0)
     """Where no terminal is, a line of progress is printed at most every so many seconds."""

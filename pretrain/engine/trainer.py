@@ -1,6 +1,7 @@
 """One run on this rank, from start to end: set up, restore, loop, evaluate, save, report."""
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.data_metrics import DataMetrics
 from pretrain.engine.data_record import data_entries
+from pretrain.engine.device_peak import choose_peak
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
 from pretrain.engine.ds_config import engine_config, offloads_optimizer
 from pretrain.engine.ema import Ema
@@ -46,11 +48,15 @@ log = logging.getLogger("omnipretrain.train")
 
 def train_recipe(recipe: Recipe, resume: bool) -> int:
     """Run a recipe on this process and its peers; returns the exit code (0 or 1)."""
+    # Where every thread stands, if C++ ends this process: NCCL's watchdog does after a time-out.
+    faulthandler.enable()
     signals = StopSignals()
     rank = os.environ.get("RANK", "0")
     run_dir = Path(recipe.run_dir)
     try:
-        ranks = init_distributed(recipe.threads_per_rank, recipe.deterministic)
+        ranks = init_distributed(
+            recipe.threads_per_rank, recipe.deterministic, trace_dir=run_dir / "logs"
+        )
         prepare_run_dir(recipe, ranks, resume)
         Trainer(recipe, ranks, signals).run()
     except Exception as error:
@@ -85,7 +91,7 @@ def prepare_run_dir(recipe: Recipe, ranks: Ranks, resume: bool) -> None:
     if ranks.leads:
         try:
             run_dir = Path(recipe.run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
             for old in run_dir.glob("control/failure_rank_*.json"):
                 old.unlink()
             if not resume and recipe.tokenizer is not None:
@@ -206,7 +212,12 @@ class Trainer:
         with_rows = {name: s for name, s in streams.items() if isinstance(s, TaskStream)}
         self.quarantine = Quarantine(self.run_dir, self.ranks, state, with_rows)
         self.agreement = self._agreement(fingerprints)
-        self.throughput = Throughput(self.ranks, recipe.logging.peak_tflops_per_device)
+        peak, said = choose_peak(
+            recipe.logging.peak_tflops_per_device, self.ranks.device, recipe.precision
+        )
+        if said:
+            log.info("%s", said)
+        self.throughput = Throughput(self.ranks, peak)
         loop = Loop(
             self.engine, self.ranks, recipe.seed,
             (recipe.optimizer.lr, lambda step: lr_factor(step, recipe.schedule, recipe.steps)),

@@ -12,8 +12,11 @@ from torch import Tensor
 
 
 def resized(pixels: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Bicubic antialiased copy of `pixels` (B, C, H, W) of that height and width."""
-    return F.interpolate(pixels, shape, mode="bicubic", antialias=True, align_corners=False)
+    """Bicubic antialiased copy of `pixels` (B, C, H, W) of that height and width, computed in
+    float32: CPUs have no such operator for bfloat16."""
+    wide = pixels.float()
+    copy = F.interpolate(wide, shape, mode="bicubic", antialias=True, align_corners=False)
+    return copy.to(pixels.dtype)
 
 
 def scaled_shapes(height: int, width: int, sizes: Sequence[int]) -> list[tuple[int, int]]:

@@ -128,7 +128,8 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers(data, tmp_path, launcher):
     run = tmp_path / "run"
-    recipe = tiny_recipe(data, run, steps=2, schedule__warmup_steps=1)
+    recipe = tiny_recipe(data, run, steps=2, schedule__warmup_steps=1,
+                         logging__peak_tflops_per_device=0.5)
     path = write_recipe(tmp_path / "r.yaml", recipe)
     command = list(LAUNCHERS[launcher])
     if launcher == "deepspeed":
@@ -145,3 +146,6 @@ def test_launchers(data, tmp_path, launcher):
     assert start["world"] == (1 if launcher == "python" else 2)
     assert start["packages"]["torch"] and start["from_step"] == 0
     assert status(run)["state"] == "finished"
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["mfu"] == pytest.approx(first["model_tflops_per_device"] / 0.5)
+    assert "MFU refers to 0.5 TFLOP/s (logging.peak" in done.stdout + done.stderr

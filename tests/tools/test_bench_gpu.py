@@ -28,6 +28,14 @@ def test_all_rows_have_all_columns(monkeypatch):
     assert all(row["ms"] > 0 and row["share of the floor"] > 0 for row in kernels)
     assert model["images/s"] > 0 and model["MFU"] > 0 and model["peak GiB"] is None
     assert [bar["bar"] for bar in result["bars"]] == [0.6, 0.35]
+    assert "MFU is a share of the matrix product" in result["notes"][0]
+    # A GPU whose peak is known, as a run's MFU has it.
+    monkeypatch.setattr(bench_gpu, "_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(bench_gpu, "_kernel_rows", lambda *_: [])
+    monkeypatch.setattr(bench_gpu, "floor_bars", lambda *_: [])
+    result = bench_gpu.run(options(*small))
+    assert result["rows"][0]["MFU"] == pytest.approx(result["rows"][0]["TFLOP/s"] / 989.4)
+    assert "share of 989.4, the dense peak" in result["notes"][0]
 
 
 def package(monkeypatch, function) -> None:

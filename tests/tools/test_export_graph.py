@@ -134,12 +134,13 @@ def test_a_run_to_a_program_of_torch(internimage_run, tmp_path, weights):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["halo", "shifted_window", "reduced_attention", "vit"])
+@pytest.mark.parametrize("kind", ["halo", "shifted_window", "reduced_attention", 40, 64])
 def test_other_encoders_classify_too(kind, tmp_path):
-    """Mixers of attention, and a vision transformer: the same head reads them."""
+    """Mixers of attention, and vision transformers, one with positions of another size: the same
+    head reads them."""
     need_onnx()
-    if kind == "vit":
-        encoder = VitSettings(image_size=40, patch_size=8, width=16, layers=1, heads=2).build()
+    if isinstance(kind, int):
+        encoder = VitSettings(image_size=kind, patch_size=8, width=16, layers=1, heads=2).build()
         initialise(encoder, 0)
     else:
         encoder = small_encoder(mixer={"type": kind})

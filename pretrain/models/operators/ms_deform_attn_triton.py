@@ -1,6 +1,6 @@
 """Multi-scale deformable attention on GPUs, in Triton; see `sampling_triton.py`."""
 
-import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -23,7 +23,12 @@ Sizes = tuple[tuple[int, ...], tuple[int, ...]]
 # Points of a map computed at a time.
 UNROLLS = (2, 1, 4)
 # No compilation of its own for each image size.
-_SIZES = ("items", "queries", "pixels", "magnitude")
+_SIZES = ("heights", "more_heights", "widths", "more_widths", "items", "queries", "pixels",
+          "magnitude")  # fmt: skip
+# Sides of maps go to the kernels within numbers (`_packed`). A table of them would have to be kept
+# for later calls, in the GPU's memory: if a CUDA graph is made of the first one, in the graph's,
+# which others write over.
+_IN_NUMBER, _SIDE_BITS = 4, 15
 
 
 def forward(value: Tensor, locations: Tensor, weights: Tensor, maps: Sizes) -> Tensor:
@@ -64,10 +69,19 @@ def backward(
 
 
 def geometry(value: Tensor, queries: int, maps: Sizes) -> tuple:
-    """The table of the maps, and sizes, that the kernels take after their other tensors."""
+    """Sizes that the kernels take after their tensors.
+
+    Errors: ValueError for more maps, or longer ones, than there is room for.
+    """
     n, pixels, heads, _ = value.shape
     items = n * queries * heads
-    return _table(*maps, value.device), items, queries, pixels, items.bit_length()
+    heights, widths = maps
+    if len(heights) > 2 * _IN_NUMBER or max(heights + widths) >> _SIDE_BITS:
+        raise ValueError(
+            f"maps of heights {heights} and widths {widths}: backend='triton' has room for "
+            f"{2 * _IN_NUMBER} maps with sides below {1 << _SIDE_BITS}; take backend='torch'"
+        )
+    return *_packed(heights), *_packed(widths), items, queries, pixels, items.bit_length()
 
 
 def settings(
@@ -80,20 +94,21 @@ def settings(
     } | constants(value, *value.shape[2:], largest, buffer)  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
-def _table(heights: tuple[int, ...], widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(maps, 3) int64: height, width, and pixels of the maps before it."""
-    starts = [0]
-    for height, width in zip(heights, widths, strict=True):
-        starts.append(starts[-1] + height * width)
-    return torch.tensor(list(zip(heights, widths, starts, strict=False)), device=device)
+def _packed(sides: Sequence[int]) -> tuple[int, int]:
+    """The sides of four maps, and of the next four, from the lowest bits on."""
+    # A bit above all sides: Triton's type of a number depends on its size.
+    numbers = [1 << 62, 1 << 62]
+    for place, side in enumerate(sides):
+        numbers[place // _IN_NUMBER] |= side << place % _IN_NUMBER * _SIDE_BITS
+    return tuple(numbers)
 
 
 @triton.jit
-def _map(table, level):
-    """Height and width of a map, and how many pixels come before it."""
-    entry = table + 3 * level
-    return tl.load(entry).to(tl.int32), tl.load(entry + 1).to(tl.int32), tl.load(entry + 2)
+def _side(sides, more_sides, level, MAPS: tl.constexpr):
+    """That of a map, out of two numbers that `_packed` made."""
+    if MAPS > 4:
+        sides = tl.where(level < 4, sides, more_sides)
+    return (sides >> (level % 4 * 15) & 0x7FFF).to(tl.int32)
 
 
 @triton.jit
@@ -109,7 +124,8 @@ def _place(locations, point, height, width, SUM: tl.constexpr):
 )
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
-    value, locations, weights, out, table, items, queries, pixels, magnitude,
+    value, locations, weights, out,
+    heights, more_heights, widths, more_widths, items, queries, pixels, magnitude,
     MAPS: tl.constexpr, POINTS: tl.constexpr,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr,
     INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr,
@@ -123,8 +139,10 @@ def forward_kernel(
     image = position // queries * pixels.to(tl.int64) * step + head * CHANNELS
     image = (value + image)[None, :, None] + channel
     total = tl.zeros((channel.shape[0], item.shape[0], channel.shape[2]), SUM)
+    start = pixels.to(tl.int64) * 0
     for level in range(MAPS):
-        height, width, start = _map(table, level)
+        height = _side(heights, more_heights, level, MAPS)
+        width = _side(widths, more_widths, level, MAPS)
         for number in tl.range(POINTS, loop_unroll_factor=UNROLL):
             point = (item * MAPS + level) * POINTS + number
             y, x = _place(locations, point, height, width, SUM)
@@ -133,6 +151,7 @@ def forward_kernel(
                 total, image + start * step, y, x, weight, height, width, used, step, SUM, INDEX,
                 UNSIGNED, PAIRS,
             )  # fmt: skip
+        start += height.to(tl.int64) * width
     places = (out + item * CHANNELS)[None, :, None] + channel
     tl.store(places, total.to(out.dtype.element_ty), mask=own[None, :, None] & used)
 
@@ -145,7 +164,7 @@ def forward_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
     gradient, value, locations, weights, value_gradient, location_gradient, weight_gradient, scale,
-    table, items, queries, pixels, magnitude,
+    heights, more_heights, widths, more_widths, items, queries, pixels, magnitude,
     FIXED: tl.constexpr, MAPS: tl.constexpr, POINTS: tl.constexpr,
     GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr,
     INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr,
@@ -161,8 +180,10 @@ def backward_kernel(
     places = (gradient + item * CHANNELS)[None, :, None] + channel
     upstream = tl.load(places, mask=own[None, :, None] & used, other=0.0).to(SUM)
     fixed_scale = tl.load(scale)
+    start = pixels.to(tl.int64) * 0
     for level in range(MAPS):
-        height, width, start = _map(table, level)
+        height = _side(heights, more_heights, level, MAPS)
+        width = _side(widths, more_widths, level, MAPS)
         for number in tl.range(POINTS, loop_unroll_factor=UNROLL):
             point = (item * MAPS + level) * POINTS + number
             y, x = _place(locations, point, height, width, SUM)
@@ -176,3 +197,4 @@ def backward_kernel(
             tl.store(location_gradient + 2 * point + 1, (along_y * height).to(kind), mask=own)
             kind = weight_gradient.dtype.element_ty
             tl.store(weight_gradient + point, along_weight.to(kind), mask=own)
+        start += height.to(tl.int64) * width

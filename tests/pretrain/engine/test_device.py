@@ -21,6 +21,11 @@ def test_a_gpu_of_its_own_for_each_local_rank(two_gpus):
         choose_device(6, 2)
 
 
+def test_the_only_gpu_that_a_task_sees(two_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert [choose_device(rank, rank) for rank in (0, 3)] == [torch.device("cuda", 0)] * 2
+
+
 def test_the_cpu_where_it_is_asked_for(two_gpus, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert choose_device(6, 2) == torch.device("cpu")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pretrain.engine.zero import to_device
 from pretrain.models.init import initialise
 from pretrain.models.operators import dcnv3_torch, ms_deform_attn_torch
 from tests.nondeterministic_operators import DOCUMENTED, NAMES, ON_CPUS, watched_order
@@ -24,6 +25,7 @@ def switched_on():
     """Into which state `be_deterministic` brings torch, but with the memory filled."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -37,35 +39,61 @@ def test_the_list_names_what_torch_documents():
         assert getattr(torch.ops.aten, name)
 
 
-def step(model, task: str, batch: dict) -> dict[str, torch.Tensor]:
-    """Loss and gradients by name."""
-    model.zero_grad()
-    counts = model.objectives[task].count(batch)
-    totals = {name: torch.tensor(float(count)) for name, count in counts.items()}
-    loss = model(task, batch | {"counts": counts}, totals)["loss"]
-    loss.backward()
-    return {"loss": loss.detach()} | {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
+class Step:
+    """A step of a case that can be repeated: from the same weights and buffers."""
+
+    def __init__(self, case: str, device: torch.device, dtype: torch.dtype) -> None:
+        build, self.task, make_batch = CASES[case]
+        self.model, batch = build(), make_batch()
+        initialise(self.model, 0)
+        with torch.no_grad():  # masks and offsets of zero would hide a wrong order
+            for parameter in self.model.parameters():
+                parameter.add_(torch.randn(parameter.shape), alpha=0.02)
+        self.model.to(device, dtype)
+        self.start = {name: value.clone() for name, value in self.model.state_dict().items()}
+        batch["counts"] = self.model.objectives[self.task].count(batch)
+        self.totals = {
+            name: torch.tensor(float(count), device=device)
+            for name, count in batch["counts"].items()
+        }
+        self.batch = to_device(batch, device)
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """Loss and gradients by name."""
+        self.model.load_state_dict(self.start)
+        self.model.zero_grad()
+        loss = self.model(self.task, self.batch, self.totals)["loss"]
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in self.model.named_parameters()
+                     if p.grad is not None}  # fmt: skip
+        assert len(gradients) > 10
+        return {"loss": loss.detach()} | gradients
+
+
+def different(one: dict, other: dict) -> list[str]:
+    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_has_a_fixed_order(case, request):
-    build, task, make_batch = CASES[case]
-    model, batch = build(), make_batch()
-    initialise(model, 0)
-    with torch.no_grad():  # masks and offsets of zero would hide a wrong order
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape), alpha=0.02)
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    plain = step(model, task, batch)
-    assert len(plain) > 10
-    model.load_state_dict(start)
+    step = Step(case, torch.device("cpu"), torch.float32)
+    plain = step.run()
     request.getfixturevalue("switched_on")
     with watched_order() as found:
-        fixed = step(model, task, batch)
+        fixed = step.run()
     assert not found
-    assert [name for name in plain if not torch.equal(plain[name], fixed[name])] == []
+    assert not different(plain, fixed)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_repeats_its_bits(case, dtype, switched_on, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    step = Step(case, torch.device("cuda"), dtype)
+    first = step.run()
+    for _ in range(3):
+        assert not different(first, step.run())
 
 
 EVALUATIONS = {

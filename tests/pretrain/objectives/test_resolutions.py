@@ -23,6 +23,9 @@ def test_sizes():
     copy = resized(pixels, (16, 24))
     assert copy.shape == (2, 3, 16, 24)
     torch.testing.assert_close(copy.mean(), pixels.mean(), atol=0.02, rtol=0)
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = pixels.to(dtype)
+        assert torch.equal(resized(rounded, (16, 24)), resized(rounded.float(), (16, 24)).to(dtype))
 
 
 def test_consistency_is_its_formula_and_teaches_downwards_only():

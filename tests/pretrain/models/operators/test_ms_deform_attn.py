@@ -14,6 +14,7 @@ SHAPES = [
     {"sizes": [(9, 8), (5, 4)], "heads": 3, "depth": 32, "queries": 130},
     {"sizes": [(5, 5)], "heads": 4, "depth": 16, "queries": 41, "points": 4},
     {"sizes": [(4, 6)], "depth": 61},
+    {"sizes": [(3, 2), (1, 2), (2, 2), (2, 1), (1, 4), (2, 3)], "points": 2},
 ]  # fmt: skip
 
 

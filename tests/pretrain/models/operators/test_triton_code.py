@@ -116,9 +116,11 @@ def test_deterministic(gpu):
         torch.use_deterministic_algorithms(False)
 
 
-def test_attention_on_maps_of_several_sizes(gpu):
+@pytest.mark.parametrize("sizes", [
+    [(3, 5), (2, 3)], [(1, 32767), (2, 1), (1, 3), (2, 2), (4, 1), (1, 5)],
+])  # fmt: skip
+def test_attention_on_maps_of_several_sizes(gpu, sizes):
     gpu(90, 3)  # of 5 points 2 are computed at a time
-    sizes = [(3, 5), (2, 3)]
     tensors, gradient = attention_case(sizes, depth=16, queries=7, points=5, dtype=torch.bfloat16)
     maps = Maps(*zip(*sizes, strict=True))
     ours, right = (

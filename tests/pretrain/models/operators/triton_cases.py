@@ -164,6 +164,14 @@ def _attention_equals(shape: dict, dtype: torch.dtype, bound: float) -> None:
         torch.testing.assert_close(ours.cpu(), right, atol=bound, rtol=bound)
 
 
+@pytest.mark.parametrize("sizes", [[(1, 2)] * 9, [(1, 2), (32768, 1)], [(1, 32768)]])
+def test_more_maps_or_longer_ones_than_there_is_room_for(sizes):
+    value = torch.zeros(1, sum(h * w for h, w in sizes), 1, 1, device=DEVICE)
+    places = torch.zeros(1, 1, 1, len(sizes), 1, 2, device=DEVICE)
+    with pytest.raises(ValueError, match=r"has room for 8 maps with sides below 32768"):
+        ms_deform_attn(value, sizes, places, places[..., 0], backend="triton")
+
+
 def _configurations(kernel) -> list[triton.Config]:
     """Those that a GPU chooses from; in the interpreter, which unrolls nothing, small programs."""
     if not INTERPRETED:
