@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     run_dir = Path(options.run_dir)
     recipe_path = check_resumable(run_dir)
-    listed = [entry for entry in read_list(run_dir) if options.task in (None, entry.task)]
+    every = [*read_list(run_dir), *_not_taken_in(run_dir)]
+    listed = [entry for entry in every if options.task in (None, entry.task)]
     edits = [*_released(listed, options.release)]
     if options.exclude:
         edits += _excluded(recipe_path, options.task, options.exclude)
@@ -63,6 +64,15 @@ def _run(options: argparse.Namespace) -> int:
               f"{entry.reason}")
     print(f"{len(listed)} samples; {len(read_edits(run_dir))} changes by hand since the run began")
     return 0
+
+
+def _not_taken_in(run_dir: Path) -> Iterator[Listed]:
+    """What was excluded by hand, and is not on the run's list yet."""
+    known = {(entry.task, entry.row) for entry in read_list(run_dir)}
+    last = {(edit.task, edit.row): edit for edit in read_edits(run_dir)}
+    for place, edit in last.items():
+        if edit.exclude and place not in known:
+            yield Listed(*edit[:4], "excluded by hand", None)
 
 
 def _released(listed: list[Listed], wanted: list[str]) -> Iterator[Edit]:

@@ -101,8 +101,10 @@ class Quarantine:
         entries = []
         for task in sorted(self.streams):
             bad = set(expand(self.state.bad_rows.pop(task, [])).tolist())
-            bad |= {edit.row for edit in edits if edit.task == task and edit.exclude}
-            released = {edit.row for edit in edits if edit.task == task and not edit.exclude}
+            # The last edit of a row is what holds.
+            wanted = {edit.row: edit.exclude for edit in edits if edit.task == task}
+            bad |= {row for row, exclude in wanted.items() if exclude}
+            released = {row for row, exclude in wanted.items() if not exclude}
             entries += self._entries(task, bad - released, released, samples.get(task, 0))
         self.state.ledger += entries
         for entry in entries:

@@ -185,7 +185,7 @@ def test_another_recipe_starts_from_weights(m3i_run, tmp_path, weights):
 
 def test_what_cannot_be_exported(m3i_run, run_dir, tmp_path, capsys):
     for arguments, message in (
-        (["--format", "m3i"], "name an m3i task that learns classes"),
+        (["--format", "m3i"], "learns classes (--task), or take --format official"),
         (["--format", "m3i", "--task", "m3i", "--weights", "target"], "leave --weights target out"),
     ):
         command = ["export-internimage", "--run", str(m3i_run), "--out", str(tmp_path / "a.pth")]

@@ -68,6 +68,21 @@ def test_samples_are_excluded_by_key_or_row(run_dir, data):
     ]
 
 
+def test_what_the_run_has_not_taken_in_can_be_taken_back(run_dir, capsys):
+    assert quarantine(run_dir, "--exclude", "000028", "3") == 0
+    capsys.readouterr()
+    assert quarantine(run_dir) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("caption, not yet: ") and lines[-2].endswith(
+        "train-000001.tar, key '000028', row 28: excluded by hand"
+    )
+    assert lines[-1] == "4 samples; 2 changes by hand since the run began"
+    assert quarantine(run_dir, "--release", "000028") == 0
+    last = read_edits(run_dir)[-1]
+    assert (last.task, last.row, last.exclude) == ("caption", 28, False)
+    assert quarantine(run_dir, "--release", "000028") == 1
+
+
 def test_mistakes_are_named(run_dir, data, tmp_path, capsys):
     for arguments, text in (
         (["--release", "nothing"], "'nothing' is no key, row or shard"),

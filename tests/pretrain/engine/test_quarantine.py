@@ -151,6 +151,17 @@ def test_edits_are_taken_in_once(tmp_path):
     assert read_list(tmp_path) == []
 
 
+def test_the_last_edit_of_a_sample_holds(tmp_path):
+    state = TrainerState()
+    quarantine = start(tmp_path, state)
+    quarantine.gather([fault("plain", 4), fault("plain", 5)])
+    changes = ((2, True), (2, False), (3, False), (3, True), (4, False), (5, False), (5, True))
+    append_edits(tmp_path, [Edit("plain", "x.tar", f"k{row}", row, out) for row, out in changes])
+    assert quarantine.revise({"plain": 5})
+    (entry,) = state.ledger
+    assert (entry["excluded"], entry["released"]) == ([[3, 4], [5, 6]], [])
+
+
 @pytest.mark.parametrize(
     ("ledger", "edit", "text"),
     [
