@@ -4,8 +4,9 @@
 #   make demo VENV=/path/to/venv       another place for the environment
 #   make demo PYTHON=python3.12        another Python (3.11 or newer)
 #
-# A torch that $(PYTHON) already has is kept (GPU machines); otherwise $(TORCH) is installed first, so
-# that nothing else pulls in a torch of its own choice. The clone may lie in a folder with spaces in its
+# A torch that $(PYTHON) already has is kept (GPU machines), also one in a virtual environment, which
+# the new one sees through kept_torch.pth; otherwise $(TORCH) is installed first, so that nothing else
+# pulls in a torch of its own choice. The clone may lie in a folder with spaces in its
 # path: all paths here are relative to it.
 
 PYTHON ?= python3
@@ -29,6 +30,8 @@ $(READY): pyproject.toml
 	@if [ ! -x $(BIN)/python ]; then \
 	  if $(PYTHON) -c 'import torch, sys; v = torch.__version__.split(".")[:2]; sys.exit(tuple(map(int, v)) < (2, 9))' 2>/dev/null; \
 	  then echo "keeping the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	    $(PYTHON) -c 'import site, sys; print("\n".join(site.getsitepackages()) if sys.prefix != sys.base_prefix else "")' \
+	      > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kept_torch.pth"; \
 	  else $(PYTHON) -m venv $(VENV); fi; fi
 	@$(BIN)/python -c 'import torch' 2>/dev/null || \
 	  { echo "installing $(TORCH)"; $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH); }

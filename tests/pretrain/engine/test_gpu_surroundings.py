@@ -119,8 +119,10 @@ def start_cuda(device):
 def start_nccl(dist_backend, **_):
     torch.distributed.init_process_group("gloo")
     print(dist_backend, os.environ["LOCAL_RANK"], os.environ["TORCH_FR_DUMP_TEMP_FILE"], flush=True)
-    torch.distributed.barrier()
-    os.abort()
+    try:
+        torch.distributed.barrier()  # both are here
+    finally:
+        os.abort()
 
 torch.cuda.set_device, deepspeed.init_distributed = start_cuda, start_nccl
 recipe = load_recipe("digits_demo", ["run_dir=" + run_dir, "threads_per_rank=1"])
