@@ -106,9 +106,9 @@ class _Clock:
             action()
             return time.perf_counter() - start
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The cache of the device is emptied: kernels would otherwise read from it. The third of a
-        # millisecond that it takes lets the host queue the whole call: else what is timed of a
-        # short kernel would be how long Python takes to launch it.
+        # The cache of the device is emptied: kernels would otherwise read from it. While that goes
+        # on, a third of a millisecond, the host queues the whole call: else the time of a short
+        # kernel would be that of Python's launching it.
         torch.empty(2**30, dtype=torch.uint8, device=self.device).zero_()
         begin.record()
         action()
