@@ -53,10 +53,12 @@ def data_entries(
     ):
         return [entry]
     if other:
+        lost = sum(len(by_headers.get(name, ())) for name in other)
+        unread = f", or the indices (.idx) of {lost} shards cannot be read any more" if lost else ""
         raise RunDirError(
             f"tasks.{', '.join(other)}: the training data are not those that this run has been "
-            "trained on: other shards, another `repeats`, or other samples meet `where`. Put them "
-            "back, or start a new run from this one's weights (initial_weights)"
+            "trained on: other shards, another `repeats`, or other samples meet `where`"
+            f"{unread}. Put them back, or start a new run from this one's weights (initial_weights)"
         )
     return []
 

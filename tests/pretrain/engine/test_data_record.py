@@ -53,3 +53,12 @@ def test_a_run_goes_on_where_shards_got_better_indices(says_which):
         data_entries(found, full, ledger, 500, then(a="others"))
     with pytest.raises(RunDirError, match=r"tasks\.a, b: the training data"):
         data_entries({"a": "full", "b": "other"}, full, ledger, 500, then(a="weak", b="weak"))
+
+
+def test_a_run_that_began_with_better_indices_says_so():
+    ledger = data_entries({"a": "full", "b": "b"}, {"a": [], "b": []}, [], 0, never)
+    found, weak = {"a": "weaker", "b": "b"}, {"a": [3, 4], "b": []}
+    with pytest.raises(RunDirError, match=r"`where`, or the indices \(\.idx\) of 2 shards cannot"):
+        data_entries(found, weak, ledger, 500, lambda task, numbers: "weaker")
+    with pytest.raises(RunDirError, match=r"`where`\. Put them back"):
+        data_entries({"a": "full", "b": "c"}, weak, ledger, 500, lambda task, numbers: "c")
