@@ -108,7 +108,7 @@ def choose_device(rank: int, local_rank: int) -> torch.device:
         RuntimeError: more ranks on this node than GPUs, or DS_ACCELERATOR asks for what is not
             here.
     """
-    asked = os.environ.get("DS_ACCELERATOR")
+    asked = os.environ.get("DS_ACCELERATOR") or None
     if asked not in (None, "cpu", "cuda"):
         raise RuntimeError(f"DS_ACCELERATOR={asked}: this project runs on cpu and cuda")
     if asked == "cpu" or not torch.cuda.is_available():
