@@ -30,7 +30,7 @@ $(READY): pyproject.toml
 	@if [ ! -x $(BIN)/python ]; then \
 	  if $(PYTHON) -c 'import torch, sys; v = torch.__version__.split(".")[:2]; sys.exit(tuple(map(int, v)) < (2, 9))' 2>/dev/null; \
 	  then echo "keeping the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
-	    $(PYTHON) -c 'import site, sys; print("\n".join(site.getsitepackages()) if sys.prefix != sys.base_prefix else "")' \
+	    $(PYTHON) -c 'import site, sys; [print(f"import site; site.addsitedir({p!r})") for p in site.getsitepackages() if sys.prefix != sys.base_prefix]' \
 	      > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kept_torch.pth"; \
 	  else $(PYTHON) -m venv $(VENV); fi; fi
 	@$(BIN)/python -c 'import torch' 2>/dev/null || \

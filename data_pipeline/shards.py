@@ -14,7 +14,7 @@ import logging
 import os
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -50,6 +50,8 @@ class Shard:
     index_digest: str
     version: str | None = None
     """Of a remote file without a manifest, as FileState has it; None where it was not asked for."""
+    payloads_hashed: bool = True
+    """False: its index was built from its headers alone."""
 
     @property
     def name(self) -> str:
@@ -127,13 +129,22 @@ class ShardSet:
         return sha256("".join(lines).encode()).hexdigest()
 
     @property
-    def fingerprint_by_headers(self) -> str:
-        """`fingerprint` as it was when remote shards without a manifest had no index but one of
-        their headers: the same samples, of which less was known. Reads the indices of these."""
+    def known_by_headers(self) -> list[int]:
+        """Numbers of the shards whose indices were built from their headers alone."""
+        return [number for number, shard in enumerate(self.shards) if not shard.payloads_hashed]
+
+    def fingerprint_by_headers(self, numbers: Collection[int] | None = None) -> str:
+        """`fingerprint` as it was when shards had no index but one of their headers: the same
+        samples, of which less was known. Reads the indices of these shards.
+
+        numbers: which shards; None: all remote ones that no manifest covers.
+        """
+        if numbers is None:
+            numbers = {n for n, shard in enumerate(self.shards) if shard.version is not None}
         lines = (
             f"{s.name}\0{s.samples}\0"
-            f"{s.index_digest if s.version is None else self.read_index(number).headers_digest}\n"
-            for number, s in enumerate(self.shards)
+            f"{self.read_index(n).headers_digest if n in numbers else s.index_digest}\n"
+            for n, s in enumerate(self.shards)
         )
         return sha256("".join(lines).encode()).hexdigest()
 
@@ -323,7 +334,8 @@ def _open_shards(paths: list[str], catalogue: Catalogue) -> list[Shard]:
             index, version = load_or_build_index(path), None
         else:
             index, version = foreign_index(path, catalogue.storage)
-        return Shard(path, len(index), index.shard_bytes, index.digest, version)
+        hashed = index.payloads_hashed
+        return Shard(path, len(index), index.shard_bytes, index.digest, version, hashed)
 
     if not any(is_url(path) and records[path] is None for path in paths):
         return [open_one(path) for path in paths]

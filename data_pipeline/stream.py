@@ -1,6 +1,6 @@
 """One task's data: positions in, batch out, damaged samples replaced on the way."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
@@ -138,10 +138,9 @@ class TaskStream:
         """Tells training data apart: shards (without their folders), and samples that take part."""
         return self._fingerprint(self.reader.shards.fingerprint)
 
-    @property
-    def fingerprint_by_headers(self) -> str:
+    def fingerprint_by_headers(self, numbers: Collection[int] | None = None) -> str:
         """`fingerprint` before shards got full indices; see `ShardSet.fingerprint_by_headers`."""
-        return self._fingerprint(self.reader.shards.fingerprint_by_headers)
+        return self._fingerprint(self.reader.shards.fingerprint_by_headers(numbers))
 
     def _fingerprint(self, of_shards: str) -> str:
         return sha256(f"{of_shards}\n{self.order.taking_part}".encode()).hexdigest()

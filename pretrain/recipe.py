@@ -229,8 +229,8 @@ class Recipe(Settings):
     """Engine settings: the name of a file in `ds_configs/`, or the path of a DeepSpeed JSON."""
 
     threads_per_rank: int | None = Field(default=None, ge=1)
-    """CPU threads of each rank (on GPUs of an offloaded optimizer); null = the cores of the node
-    divided by its ranks."""
+    """CPU threads of each rank (on GPUs of an offloaded optimizer); null = the cores that it may
+    use, each divided by the ranks of the node that may use it."""
 
     deterministic: bool = False
     """Compute the same bits in every run on the same GPUs and software, or end where an operator

@@ -7,7 +7,9 @@ import atexit
 import os
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,8 +52,8 @@ def init_distributed(
 
     Args:
         threads_per_rank: threads of a rank's operators on the CPU: all of them without a GPU, the
-            optimizer's where it is offloaded. None divides the cores of the node among its ranks.
-            Part of what "bitwise" depends on (a reduction's order follows it).
+            optimizer's where it is offloaded. None: `own_cores`. Part of what "bitwise" depends on
+            (a reduction's order follows it).
         deterministic: see `be_deterministic`.
         trace_dir: where a collective of GPUs that times out leaves a file for each rank.
 
@@ -72,8 +74,6 @@ def init_distributed(
         os.environ["LOCAL_RANK"] = str(device.index)  # which is what DeepSpeed takes it for
     else:
         os.environ["LOCAL_SIZE"] = str(local_world)  # or DeepSpeed counts NUMA nodes
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(threads_per_rank or max(1, (cores or 1) // local_world))
 
     import deepspeed
 
@@ -91,6 +91,8 @@ def init_distributed(
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
+    cores = own_cores(world)  # asked for in any case: a collective, and recipes may differ
+    torch.set_num_threads(threads_per_rank or cores)
     return Ranks(rank, world, local_rank, local_world, device)
 
 
@@ -104,7 +106,7 @@ def choose_device(rank: int, local_rank: int) -> torch.device:
         RuntimeError: more ranks on this node than GPUs, or DS_ACCELERATOR asks for what is not
             here.
     """
-    asked = os.environ.get("DS_ACCELERATOR")
+    asked = os.environ.get("DS_ACCELERATOR") or None
     if asked not in (None, "cpu", "cuda"):
         raise RuntimeError(f"DS_ACCELERATOR={asked}: this project runs on cpu and cuda")
     if asked == "cpu" or not torch.cuda.is_available():
@@ -121,6 +123,20 @@ def choose_device(rank: int, local_rank: int) -> torch.device:
             "most that many processes per node, or set DS_ACCELERATOR=cpu"
         )
     return torch.device("cuda", 0 if visible == 1 else local_rank)
+
+
+def own_cores(world: int) -> int:
+    """This rank's part of the cores that it may use; a collective.
+
+    Each core is divided among the ranks that may use it: all of the node's, unless the launcher
+    has bound them to cores of their own (`srun --cpus-per-task`, `torchrun --numa-binding`).
+    """
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    host, mine = socket.gethostname(), sorted(affinity(0))
+    everyone: list = [None] * world
+    dist.all_gather_object(everyone, (host, mine))
+    users = Counter(core for where, cores in everyone if where == host for core in cores)
+    return max(1, int(sum(Fraction(1, users[core]) for core in mine)))
 
 
 def shutdown() -> None:

@@ -222,8 +222,8 @@ class Loop:
             objective = self.engine.module.objectives[part.task]
             for batch in part.micro_batches:
                 # The objective gets them back: the host has to ask a device for such numbers.
-                batch["counts"] = objective.count(batch)
-                for name, count in batch["counts"].items():
+                batch["counted"] = objective.count(batch)
+                for name, count in batch["counted"].items():
                     counts[part.task, name] = counts.get((part.task, name), 0) + count
         stop = self.signals.received is not None
         save = False

@@ -202,14 +202,18 @@ class Trainer:
         recipe, state = self.recipe, self.state
         streams = build.build_streams(recipe, self.tokenizer)
         fingerprints = {name: stream.fingerprint for name, stream in streams.items()}
+        with_rows = {name: s for name, s in streams.items() if isinstance(s, TaskStream)}
         state.ledger += data_entries(
-            fingerprints, state.ledger, state.step,
-            lambda task: getattr(streams[task], "fingerprint_by_headers", ""),
+            fingerprints,
+            {name: stream.reader.shards.known_by_headers for name, stream in with_rows.items()},
+            state.ledger, state.step,
+            lambda task, shards: (
+                with_rows[task].fingerprint_by_headers(shards) if task in with_rows else ""
+            ),
         )
         self.schedule = schedule = self._schedule(
             {name: stream.n_rows for name, stream in streams.items() if stream.n_rows is not None}
         )
-        with_rows = {name: s for name, s in streams.items() if isinstance(s, TaskStream)}
         self.quarantine = Quarantine(self.run_dir, self.ranks, state, with_rows)
         self.agreement = self._agreement(fingerprints)
         peak, said = choose_peak(

@@ -236,9 +236,9 @@ class PatchEmbedding(nn.Module):
 
 
 def _bicubic(size: int, new_size: int, device: torch.device) -> Tensor:
-    """Weights (new_size, size) by which `F.interpolate` resizes one side of a map. A product with
-    them has a deterministic gradient on GPUs; its own has none."""
-    unit = torch.eye(size, device=device)[None, None]
+    """Weights (new_size, size), float32, by which `F.interpolate` resizes one side of a map. A
+    product with them has a deterministic gradient on GPUs; its own has none."""
+    unit = torch.eye(size, dtype=torch.float32, device=device)[None, None]
     return F.interpolate(unit, (new_size, size), mode="bicubic", align_corners=False)[0, 0]
 
 

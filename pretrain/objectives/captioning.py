@@ -128,7 +128,7 @@ class Captioning(nn.Module):
 
         batch: images (B, 3, H, W) uint8, or clips (B, F, 3, H, W); tokens (B, K, T) int64, K
             captions per image, padded on the right; loss_mask (B, K, T) bool, True at tokens to be
-            predicted; draws of the images, if the encoder needs some; counts, what `count` says of
+            predicted; draws of the images, if the encoder needs some; counted, what `count` says of
             this batch, if that is known.
         totals: "tokens", the supervised tokens of the global batch.
 
@@ -151,14 +151,14 @@ class Captioning(nn.Module):
         """Smoothed loss, cross-entropy and correct guesses, summed over supervised tokens.
 
         image_tokens: (B, N, D) of the encoder; of `batch` tokens, loss_mask and, if it is there,
-            counts are read.
+            counted are read.
         Returns three 0-dim float32 tensors; the first carries a gradient.
         """
         tokens, loss_mask = batch["tokens"], batch["loss_mask"]
         # The scores after token t are held against token t + 1; after the last there is nothing.
         targets, supervised = tokens[..., 1:].reshape(-1), loss_mask[..., 1:].reshape(-1)
-        if "counts" in batch:  # without it the host waits for the device, to learn how many
-            positions = supervised.nonzero_static(size=batch["counts"]["tokens"])[:, 0]
+        if "counted" in batch:  # without it the host waits for the device, to learn how many
+            positions = supervised.nonzero_static(size=batch["counted"]["tokens"])[:, 0]
         else:
             positions = supervised.nonzero()[:, 0]
         weights = torch.ones(len(positions), device=tokens.device)

@@ -231,7 +231,7 @@ def test_bundles_behind_a_server_and_in_a_stream(tmp_path, monkeypatch, indexed)
         with SampleReader(shards) as reader:
             found = [reader.read(row) for row in range(len(shards))]
         # Bundles have their checksums with them: their headers tell all that an index knows.
-        assert shards.fingerprint == shards.fingerprint_by_headers == local.fingerprint
+        assert shards.fingerprint == shards.fingerprint_by_headers() == local.fingerprint
     streamed = list(streamed_samples(str(tmp_path / "set" / "train-000000.tar"), 0))
     for samples in (found, streamed):
         assert [(s.key, s.members) for s in samples] == [sample(n) for n in range(10)]

@@ -200,7 +200,8 @@ def test_a_full_index_that_comes_later_takes_the_place_of_one_of_headers(server,
     grown_old(cache)
     full = ShardSet.open(specs, QUICK)
     assert full.fingerprint == local.fingerprint != weak.fingerprint
-    assert full.fingerprint_by_headers == weak.fingerprint == weak.fingerprint_by_headers
+    assert full.fingerprint_by_headers() == weak.fingerprint == weak.fingerprint_by_headers()
+    assert (weak.known_by_headers, full.known_by_headers) == ([0, 1, 2], [])
     # A run that began before goes on: the samples are the same, and more is known of them.
     for shards in (weak, ShardSet(weak.shards, storage=weak.storage)):
         assert is_whole(shards)
@@ -263,6 +264,21 @@ def test_an_index_that_was_refused_once_is_taken(server, www, caplog):
     server.of, server.always = ".tar", status(403)
     with pytest.raises(PermissionError, match=r"train-000000\.tar: HTTP 403 .*refuses access"):
         ShardSet.open(server.url + "/set/train-000000.tar", ONE_BY_ONE)
+
+
+def test_a_run_goes_on_though_one_of_its_indices_was_refused_when_it_began(server, www, cache):
+    (www / "set" / "manifest.json").unlink()
+    server.of, server.always = "train-000001.tar.idx", status(403)
+    specs = server.url + "/set/train-00000{0..2}.tar"
+    before = ShardSet.open(specs, QUICK)
+    server.always = None
+    shutil.rmtree(cache)
+    now, local = ShardSet.open(specs, QUICK), ShardSet.open(www / "set")
+    assert (before.known_by_headers, now.known_by_headers) == ([1], [])
+    assert now.fingerprint != before.fingerprint != now.fingerprint_by_headers()
+    for later in (now, local):  # or on a copy of the shards
+        assert later.fingerprint_by_headers([1]) == before.fingerprint
+    assert is_whole(before)
 
 
 def test_where_a_full_index_is_wanted_one_of_headers_will_not_do(server, www, cache):

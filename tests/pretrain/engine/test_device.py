@@ -34,6 +34,11 @@ def test_the_cpu_where_it_is_asked_for(two_gpus, monkeypatch):
         choose_device(0, 0)
 
 
+def test_an_empty_variable_asks_for_nothing(two_gpus, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    assert choose_device(1, 1) == torch.device("cuda", 1)
+
+
 def test_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)

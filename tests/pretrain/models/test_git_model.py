@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.models.generation import generate_greedy
 from pretrain.models.git import GitDecoderSettings, caption_mask
-from pretrain.models.vit import VitSettings, quick_gelu
+from pretrain.models.vit import PatchEmbedding, VitSettings, quick_gelu
 from tests.pretrain.models.git_models import Golden, loss_and_gradients, small_batch, small_model
 
 
@@ -179,6 +179,16 @@ def test_positions_of_other_sizes_are_bicubic(grid: tuple[int, int]) -> None:
     upstream = torch.randn_like(wanted)
     wanted.backward(upstream), found[1:].backward(upstream)
     torch.testing.assert_close(embedding.positions.grad[1:], table.grad, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_positions_do_not_depend_on_the_default_type(default: torch.dtype, request) -> None:
+    embedding = PatchEmbedding(16, 4, 6, 1.0)
+    torch.nn.init.normal_(embedding.positions)
+    wanted = embedding._positions_for(5, 3)
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(default)
+    assert torch.equal(embedding._positions_for(5, 3), wanted)
 
 
 def test_quick_gelu() -> None:

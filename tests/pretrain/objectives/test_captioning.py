@@ -59,7 +59,7 @@ def test_counts_that_the_host_knows_change_nothing(supervised: bool) -> None:
     batch["loss_mask"][0] = False
     batch["loss_mask"] &= supervised
     asked, gradients = loss_and_gradients(model, batch, 20)
-    batch["counts"] = model.objectives["caption"].count(batch)
+    batch["counted"] = model.objectives["caption"].count(batch)
     known, same = loss_and_gradients(model, batch, 20)
     assert asked.keys() == known.keys() and gradients.keys() == same.keys()
     assert all(torch.equal(asked[name], known[name]) for name in asked)

@@ -51,10 +51,10 @@ class Step:
                 parameter.add_(torch.randn(parameter.shape), alpha=0.02)
         self.model.to(device, dtype)
         self.start = {name: value.clone() for name, value in self.model.state_dict().items()}
-        batch["counts"] = self.model.objectives[self.task].count(batch)
+        batch["counted"] = self.model.objectives[self.task].count(batch)
         self.totals = {
             name: torch.tensor(float(count), device=device)
-            for name, count in batch["counts"].items()
+            for name, count in batch["counted"].items()
         }
         self.batch = to_device(batch, device)
 

@@ -78,8 +78,8 @@ def test_the_host_never_waits(case, monkeypatch):
     monkeypatch.setattr(StepCount, "of", lambda self, buffer: 1)
     build, task, make_batch = CASES[case]
     model, batch = on_stand_in(build()), make_batch()
-    batch["counts"] = model.objectives[task].count(batch)
-    totals = {name: torch.empty((), device=DEVICE) for name in batch["counts"]}
+    batch["counted"] = model.objectives[task].count(batch)
+    totals = {name: torch.empty((), device=DEVICE) for name in batch["counted"]}
     with watched() as found:
         shares = model(task, to_device(batch, DEVICE), totals)
         shares["loss"].backward()
