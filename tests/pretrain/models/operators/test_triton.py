@@ -58,7 +58,7 @@ def _deterministic(call: tuple[tuple, dict]) -> tuple[tuple, dict]:
 
 
 @pytest.mark.parametrize("operator", [0, 2], ids=["dcnv3", "ms_deform_attn"])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 def test_code_for_gpus_moves_nothing_between_threads_but_sums(
     capability, operator, tmp_path, monkeypatch
 ):
