@@ -3,6 +3,7 @@
     python -m pretrain.train RECIPE [key.path=value ...]            one process
     torchrun --nproc-per-node 8 -m pretrain.train RECIPE            one node
     deepspeed --num_gpus 8 --module pretrain.train RECIPE           the same by DeepSpeed's launcher
+    srun --ntasks-per-node 8 python -m pretrain.train RECIPE        the nodes of a SLURM job
     ... -m pretrain.train --resume RUN_DIR                          go on where the run stopped
 
 Exit code 0: finished, or stopped as asked with a checkpoint (control/status.json says which);
@@ -15,16 +16,19 @@ import locale
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from pretrain.engine.launch_environment import LaunchError, translate
 from pretrain.engine.run_dir import RunDirError, check_new, check_resumable
 from pretrain.recipe import Recipe, RecipeError, load_layers, load_recipe, load_resolved, validate
 
 log = logging.getLogger("omnipretrain.train")
 
 WRONG_USAGE = 2
+RANK_0_FIRST_S = 5.0  # ranks start some seconds apart
 
 # What may change on a resume: it decides where and how things are computed, or what comes later.
 CHANGEABLE = (
@@ -48,15 +52,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = parse_arguments(argv)
     try:
+        translate(os.environ)
         check_locale()
         recipe = read_recipe(arguments)
-    except (LocaleError, RecipeError, RunDirError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
+    except (LaunchError, LocaleError, RecipeError, RunDirError) as error:
+        say(error)
         return WRONG_USAGE
     from pretrain.engine.trainer import train_recipe  # imports DeepSpeed, which takes seconds
 
     return train_recipe(recipe, resume=arguments.resume is not None)
+
+
+def say(error: Exception) -> None:
+    """Print what is wrong; rank 0 first.
+
+    Most launchers end all processes as soon as one of them fails. Were that another one than rank
+    0, nobody would have said why; a fault of another rank alone has to be said too.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(error, file=sys.stderr, flush=True)
+    else:
+        time.sleep(RANK_0_FIRST_S)
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 class LocaleError(RuntimeError):

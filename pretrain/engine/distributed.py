@@ -1,7 +1,6 @@
 """Who this process is among its peers, and the process group that joins them.
 
-Started by `deepspeed`, `torchrun` or `accelerate launch` the ranks come from the environment that
-they set; started by plain `python` the process is rank 0 of 1.
+The ranks come from what the launcher says in the environment (`launch_environment`).
 """
 
 import atexit
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from pretrain.engine.determinism import be_deterministic
 from pretrain.engine.gpu_surroundings import claim_gpu, keep_float32, set_gpu_defaults
+from pretrain.engine.launch_environment import read_ranks
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Ranks:
 
     @property
     def of_node(self) -> range:
-        """The ranks of this node; launchers number them without gaps."""
+        """The ranks of this node; they follow each other."""
         first = self.rank - self.local_rank
         return range(first, first + self.local_world)
 
@@ -59,10 +59,9 @@ def init_distributed(
         trace_dir: where a collective of GPUs that times out leaves a file for each rank.
 
     Raises:
-        RuntimeError: the launcher's variables contradict each other, or see `choose_device`,
-            `claim_gpu` and `be_deterministic`.
+        RuntimeError: see `read_ranks`, `choose_device`, `claim_gpu` and `be_deterministic`.
     """
-    rank, world, local_rank, local_world = _read_environment()
+    rank, world, local_rank, local_world = read_ranks(os.environ)
     device = choose_device(rank, local_rank)
     on_gpu = device.type == "cuda"
     if deterministic:
@@ -158,34 +157,3 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _read_environment() -> tuple[int, int, int, int]:
-    environment = os.environ
-    if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        environment.setdefault("MASTER_ADDR", "127.0.0.1")
-        environment["MASTER_PORT"] = str(_free_port())
-    missing = [k for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-               if k not in environment]
-    if missing:
-        raise RuntimeError(
-            f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}; start with "
-            "`deepspeed`, `torchrun`, or plain `python` for one process"
-        )
-    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    local_rank = int(environment["LOCAL_RANK"])
-    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
-    local_world = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world)
-    if not (0 <= rank < world and 0 <= local_rank < local_world):
-        raise RuntimeError(
-            f"impossible ranks from the launcher: RANK={rank} of WORLD_SIZE={world}, "
-            f"LOCAL_RANK={local_rank} of {local_world} on this node"
-        )
-    return rank, world, local_rank, local_world
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

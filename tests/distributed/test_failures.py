@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from pretrain import train
 from pretrain.train import main
 from tests.distributed.launch import (
     ROOT,
+    free_port,
     kill_ranks,
     rank_environment,
     run_ranks,
@@ -103,6 +105,15 @@ def test_arguments_and_recipes_are_judged_before_anything_starts(data, tmp_path,
         main([])
 
 
+def test_another_rank_speaks_after_rank_0(tmp_path, capsys, monkeypatch):
+    """Which ends it, in most launchers, before it repeats what was said."""
+    monkeypatch.setenv("RANK", "3")
+    waits = []
+    monkeypatch.setattr(train.time, "sleep", waits.append)
+    assert main(["--resume", str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err.startswith("rank 3: ") and waits == [train.RANK_0_FIRST_S]
+
+
 @pytest.mark.parametrize("utf8_mode", ["0", "1"])
 def test_a_locale_in_which_torch_fails_is_named(tmp_path, utf8_mode):
     done = subprocess.run(
@@ -133,14 +144,9 @@ def test_launchers(data, tmp_path, launcher):
     path = write_recipe(tmp_path / "r.yaml", recipe)
     command = list(LAUNCHERS[launcher])
     if launcher == "deepspeed":
-        from tests.distributed.launch import free_port
-
         command[command.index("0")] = str(free_port())
-    environment = {k: v for k, v in rank_environment(0, 1, 0).items()
-                   if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
-                                "MASTER_ADDR", "MASTER_PORT")}
-    done = subprocess.run([*command, str(path)], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, timeout=240)
+    done = subprocess.run([*command, str(path)], cwd=ROOT, env=without_ranks(),
+                          capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     start = json.loads((run / "starts.jsonl").read_text())
     assert start["world"] == (1 if launcher == "python" else 2)
@@ -149,3 +155,33 @@ def test_launchers(data, tmp_path, launcher):
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert first["mfu"] == pytest.approx(first["model_tflops_per_device"] / 0.5)
     assert "MFU refers to 0.5 TFLOP/s (logging.peak" in done.stdout + done.stderr
+
+
+def without_ranks() -> dict[str, str]:
+    return {k: v for k, v in rank_environment(0, 1, 0).items()
+            if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                         "MASTER_PORT")}
+
+
+def test_tasks_of_srun(data, tmp_path):
+    """Two on one node; a failure note has the rank that SLURM gave."""
+    run = tmp_path / "run"
+    recipe = tiny_recipe(data, run, steps=2, schedule__warmup_steps=1)
+    recipe["tasks"]["caption"]["data"]["shards"] = ["${SHARDS}"]
+    path = write_recipe(tmp_path / "r.yaml", recipe)
+    job = without_ranks() | {
+        "SLURM_JOB_ID": str(free_port()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0",
+    }  # fmt: skip
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pretrain.train", str(path)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=job | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SHARDS": shards},
+        )
+        for rank, shards in (("0", str(data / "train")), ("1", str(tmp_path / "nothing")))
+    ]  # fmt: skip
+    said = [task.communicate(timeout=240)[0] for task in tasks]
+    assert all(task.returncode == 1 for task in tasks), said
+    assert "nothing" in json.loads((run / "control/failure_rank_00001.json").read_text())["reason"]
+    assert json.loads((run / "starts.jsonl").read_text())["world"] == 2
