@@ -5,6 +5,7 @@ The ranks come from what the launcher says in the environment (`launch_environme
 
 import atexit
 import os
+import socket
 import sys
 import warnings
 from collections import Counter
