@@ -34,7 +34,7 @@ _THREADS = 16
 # With fewer shards a progress bar would be gone before it can be read.
 _SHARDS_OF_A_BAR = 200
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("omnipretrain.data")
 
 
 def _checked(text: str) -> str:

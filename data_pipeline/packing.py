@@ -35,7 +35,7 @@ Build = Callable[[Any], Mapping[str, bytes]]
 Progress = Callable[[int], None]
 
 _REPORT_EVERY_SAMPLES = 16
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("omnipretrain.data")
 
 
 class SampleFault(ValueError):

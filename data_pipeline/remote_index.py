@@ -23,7 +23,7 @@ from data_pipeline.remote_file import RemoteFile
 from data_pipeline.storage import FileState
 from data_pipeline.tar_headers import ShardError
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("omnipretrain.data")
 
 # Processes of a node that open the same shards within this time ask once for better indices.
 _LOOK_AGAIN_S = 60.0

@@ -36,7 +36,7 @@ from data_pipeline.tar_headers import ShardError
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 Progress = Callable[[int], None]
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("omnipretrain.data")
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,12 +63,15 @@ def _read(path: Path, kind: type[Listed] | type[Edit]) -> list[dict]:
     if not path.exists():
         return []
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             if entry.keys() != set(kind._fields) or type(entry["row"]) is not int:
                 raise ValueError(f"it needs {', '.join(kind._fields)}")
         except (ValueError, AttributeError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break  # somebody is writing it: it will be there the next time
             raise RunDirError(f"{path}:{number}: not an entry of this file: {error}") from None
         entries.append(entry)
     return entries

@@ -113,6 +113,8 @@ def test_a_cache_that_cannot_be_written_costs_time_only(shards, cache, caplog):
     with caplog.at_level(logging.WARNING):
         assert kept(shards, "width > 100") == list(range(91, SAMPLES))
     assert "is not kept for the next start" in caplog.text
+    # A run writes down what comes under its own name.
+    assert {record.name for record in caplog.records} == {"omnipretrain.data"}
 
 
 def test_with_a_progress_bar(shards, cache, monkeypatch, capfd):

@@ -125,7 +125,7 @@ def test_a_column_that_some_shards_lack(tmp_path):
 def test_foreign_shards_are_indexed_once(foreign, caplog):
     with caplog.at_level(logging.INFO):
         first = ShardSet.open(foreign)
-        assert len(caplog.records) == 3
+        assert [record.name for record in caplog.records] == 3 * ["omnipretrain.data"]
         assert ShardSet.open(foreign).fingerprint == first.fingerprint
         assert len(caplog.records) == 3
     assert sorted(p.name for p in foreign.glob("*.idx")) == [

@@ -20,7 +20,7 @@ import torch
 
 from data_pipeline.files import cache_folder, exclusive
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("omnipretrain.operators")
 
 _HERE = Path(__file__).parent
 _SOURCES = ("dcnv3_cpu.cpp", "ms_deform_attn_cpu.cpp")

@@ -162,6 +162,22 @@ def test_the_last_edit_of_a_sample_holds(tmp_path):
     assert (entry["excluded"], entry["released"]) == ([[3, 4], [5, 6]], [])
 
 
+def test_a_line_that_is_being_written_waits_for_the_next_time(tmp_path):
+    state = TrainerState()
+    quarantine = start(tmp_path, state)
+    append_edits(tmp_path, [Edit("plain", "x.tar", f"k{row}", row, True) for row in (2, 3)])
+    file = tmp_path / "quarantine_edits.jsonl"
+    lines = file.read_text()
+    file.write_text(lines[:-10])
+    assert quarantine.revise({"plain": 5}) and state.quarantine_edits == 1
+    file.write_text(lines)
+    assert quarantine.revise({"plain": 5}) and state.quarantine_edits == 2
+    assert [entry["excluded"] for entry in state.ledger] == [[[2, 3]], [[3, 4]]]
+    file.write_text(lines[:-10] + "\n")  # nobody is
+    with pytest.raises(RunDirError, match=r"quarantine_edits\.jsonl:2: not an entry"):
+        start(tmp_path, TrainerState()).revise({"plain": 5})
+
+
 @pytest.mark.parametrize(
     ("ledger", "edit", "text"),
     [
