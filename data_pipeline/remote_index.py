@@ -81,15 +81,22 @@ def remote_index(
 
     Raises:
         ShardError: the shard is damaged, or the index beside it belongs to another one.
-        OSError: the cache folder cannot be written.
+        OSError: the cache folder cannot be written, and no index that will do lies there.
         FileNotFoundError, PermissionError, TransientReadError: the shard cannot be read.
     """
     place = _place(url, state, digest or "full")
     weak = None if full or digest else _place(url, state, "headers")
     if not force and (index := _at_hand(place, weak, opening, digest)) is not None:
         return index
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(place) as locked:
+    with contextlib.ExitStack() as stack:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            locked = stack.enter_context(exclusive(place))
+        except OSError:
+            # The folder may be that of another user: then what lies there will do.
+            if not force and weak is not None and (index := _stored(weak)) is not None:
+                return index
+            raise
         if not force and (index := _at_hand(place, weak, opening, digest)) is not None:
             return index  # another process got it while this one waited
         if locked:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline import remote_index
 from data_pipeline.cache import CachedShards, CacheSettings, source_of
 from data_pipeline.index import ShardIndex, with_digest
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
@@ -266,6 +267,23 @@ def test_an_index_that_was_refused_once_is_taken(server, www, caplog):
     server.of, server.always = ".tar", status(403)
     with pytest.raises(PermissionError, match=r"train-000000\.tar: HTTP 403 .*refuses access"):
         ShardSet.open(server.url + "/set/train-000000.tar", ONE_BY_ONE)
+
+
+def test_indices_in_a_folder_of_another_user_are_read(server, www, cache, monkeypatch):
+    without_companions(www / "set")
+    specs = server.url + "/set/train-00000{0..2}.tar"
+    before = ShardSet.open(specs, QUICK)
+    grown_old(cache)  # so that better ones would be looked for
+
+    def forbidden(place):
+        raise PermissionError(13, "Permission denied", f"{place}.lock")
+
+    monkeypatch.setattr(remote_index, "exclusive", forbidden)
+    now = ShardSet.open(specs, QUICK)
+    assert now.fingerprint == before.fingerprint and is_whole(now)
+    next((cache / "indices").glob("*train-000001.tar.idx")).unlink()
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*000001\.tar\.idx\.lock"):
+        ShardSet.open(specs, QUICK)
 
 
 def test_a_run_goes_on_though_one_of_its_indices_was_refused_when_it_began(server, www, cache):
