@@ -110,7 +110,7 @@ def remote_index(
             with contextlib.suppress(OSError):
                 os.utime(weak)  # for `_at_hand`: looked for, and not found
             return index
-        _log.info("indexing %s%s", without_secrets(url), " by its headers" if weak else "")
+        _log.debug("indexing %s%s", without_secrets(url), " by its headers" if weak else "")
         file = RemoteFile(storage, url, state)
         index = index_file(
             file, without_secrets(url), state.size, progress, headers_only=weak is not None

@@ -12,9 +12,10 @@ import errno
 import itertools
 import logging
 import os
+import time
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -34,6 +35,7 @@ from data_pipeline.storage import FileState
 from data_pipeline.tar_headers import ShardError
 
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+_REPORT_EVERY_S = 10.0
 
 Progress = Callable[[int], None]
 _log = logging.getLogger("omnipretrain.data")
@@ -279,7 +281,7 @@ def load_or_build_index(
         if locked:
             for leftover in leftovers(place):
                 leftover.unlink(missing_ok=True)
-        _log.info("indexing %s", shard_path)
+        _log.debug("indexing %s", shard_path)
         index = build_index(shard_path, progress)
         index.save(place)
         return index
@@ -322,6 +324,17 @@ def _can_write_beside(place: Path) -> bool:
     return True
 
 
+def _reported(shards: Iterable[Shard], total: int) -> Iterator[Shard]:
+    """The shards as they come; says now and then how many have, if that takes long."""
+    told = time.monotonic()
+    for number, shard in enumerate(shards, 1):
+        yield shard
+        if (now := time.monotonic()) - told >= _REPORT_EVERY_S:
+            told = now
+            _log.info("opened %d of %d shards (an index that is missing is built, once)", number,
+                      total)  # fmt: skip
+
+
 def _open_shards(paths: list[str], catalogue: Catalogue) -> list[Shard]:
     """Shards by manifest or by their indices; those of servers several at a time."""
     records = {path: catalogue.record(path) for path in paths}
@@ -338,9 +351,9 @@ def _open_shards(paths: list[str], catalogue: Catalogue) -> list[Shard]:
         return Shard(path, len(index), index.shard_bytes, index.digest, version, hashed)
 
     if not any(is_url(path) and records[path] is None for path in paths):
-        return [open_one(path) for path in paths]
+        return list(_reported(map(open_one, paths), len(paths)))
     with ThreadPoolExecutor(catalogue.storage.settings.requests_per_host) as executor:
         try:
-            return list(executor.map(open_one, paths))
+            return list(_reported(executor.map(open_one, paths), len(paths)))
         finally:
             executor.shutdown(wait=True, cancel_futures=True)

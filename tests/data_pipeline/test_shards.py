@@ -123,14 +123,23 @@ def test_a_column_that_some_shards_lack(tmp_path):
 
 
 def test_foreign_shards_are_indexed_once(foreign, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG, "omnipretrain.data"):
         first = ShardSet.open(foreign)
-        assert [record.name for record in caplog.records] == 3 * ["omnipretrain.data"]
+        said = [record.message for record in caplog.records]
+        assert len(said) == 3 and all(line.startswith("indexing ") for line in said)
         assert ShardSet.open(foreign).fingerprint == first.fingerprint
         assert len(caplog.records) == 3
     assert sorted(p.name for p in foreign.glob("*.idx")) == [
         f"train-00000{n}.tar.idx" for n in range(3)
     ]
+
+
+def test_opening_that_takes_long_says_how_far_it_is(foreign, caplog, monkeypatch):
+    monkeypatch.setattr(shards_module, "_REPORT_EVERY_S", 0.0)
+    with caplog.at_level(logging.INFO, "omnipretrain.data"):
+        ShardSet.open(foreign)
+    said = [record.message[:20] for record in caplog.records]
+    assert said == ["opened 1 of 3 shards", "opened 2 of 3 shards", "opened 3 of 3 shards"]
 
 
 def test_the_index_of_a_read_only_folder_goes_to_the_cache(monkeypatch, foreign):
