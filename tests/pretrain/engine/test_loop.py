@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from data_pipeline.boxes import BoxDataSettings, BoxFields
 from data_pipeline.loader import Part, StepWindow
@@ -13,14 +12,7 @@ from pretrain.engine.distributed import Ranks
 from pretrain.engine.loop import Loop
 
 RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group(tmp_path_factory):
-    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 class Boxes:

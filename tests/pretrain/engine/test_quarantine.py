@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from data_pipeline.order import Order
 from data_pipeline.repeats import RepeatedOrder
@@ -20,14 +19,7 @@ from pretrain.engine.quarantine_files import Edit, append_edits, read_list
 from pretrain.engine.run_dir import RunDirError
 
 RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def group(tmp_path_factory):
-    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 def streams() -> dict:
