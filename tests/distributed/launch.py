@@ -1,12 +1,15 @@
 """Start a few gloo ranks of a worker module and wait for them, with a hard time limit."""
 
 import contextlib
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.distributed.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,10 +29,28 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@functools.cache
+def fork_server() -> ForkServer:
+    """The server of this session; it starts with the first rank."""
+    return ForkServer(ROOT)
+
+
 def start_ranks(module: str, arguments: list[str], world: int, log_dir: Path) -> list:
-    """Start `python -m module arguments` as `world` ranks in sessions of their own."""
+    """Start `python -m module arguments` as `world` ranks in sessions of their own.
+
+    They are forks of a process that has imported what they need (`fork_server`), unless
+    OMNIPRETRAIN_TEST_STARTS=processes asks for whole processes.
+    """
     port = free_port()
     log_dir.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("OMNIPRETRAIN_TEST_STARTS") != "processes":
+        return [
+            fork_server().start(
+                module, list(map(str, arguments)), rank_environment(rank, world, port), ROOT,
+                log_dir / f"out_{rank}.txt",
+            )
+            for rank in range(world)
+        ]
     processes = []
     for rank in range(world):
         with open(log_dir / f"out_{rank}.txt", "w", encoding="utf-8") as out:
