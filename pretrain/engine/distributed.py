@@ -20,6 +20,7 @@ import torch.distributed as dist
 from pretrain.engine.determinism import be_deterministic
 from pretrain.engine.gpu_surroundings import claim_gpu, keep_float32, set_gpu_defaults
 from pretrain.engine.launch_environment import read_ranks
+from pretrain.engine.rendezvous import store_of_this_start
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,19 @@ def init_distributed(
         # rank (minutes, and a lock that outlives a killed build).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        if on_gpu and world > 1:
+        backend = "nccl" if on_gpu else "gloo"
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if world > 1 and (on_gpu or of_agent):
             # Kept while the process group starts, which serves its own from the same port.
             store, *_ = next(dist.rendezvous("env://", rank, world))
-            claim_gpu(store, rank, str(torch.cuda.get_device_properties(device).uuid))
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
-        )
+            if of_agent:
+                store = store_of_this_start(store, rank, world)
+            if on_gpu:
+                claim_gpu(store, rank, str(torch.cuda.get_device_properties(device).uuid))
+            if of_agent:
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                        timeout=deepspeed.constants.default_pg_timeout)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     cores = own_cores(world)  # asked for in any case: a collective, and recipes may differ
     torch.set_num_threads(threads_per_rank or cores)
     return Ranks(rank, world, local_rank, local_world, device)
