@@ -1,7 +1,7 @@
 """What can be known of a run before it starts: data, batches, engine settings, size and memory."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,9 +55,10 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
     """
     findings = [Finding(True, f"recipe {recipe.name}: {recipe.steps} steps on {world} rank(s)")]
 
-    def attempt(what: str, action: Callable[[], list[str]]) -> None:
+    def attempt(what: str, action: Callable[[], Iterable[str | Finding]]) -> None:
         try:
-            findings.extend(Finding(True, line) for line in action())
+            found = [Finding(True, line) if isinstance(line, str) else line for line in action()]
+            findings.extend(found)
         except Exception as error:  # whatever a run would raise there is a line of this report
             faults = [Finding(False, f"{what}: {line}") for line in _lines_of(error)]
             findings.extend(fault for fault in faults if fault not in findings)
@@ -77,7 +78,7 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
         attempt(f"tasks.{name}", lambda n=name, t=task: _task(recipe, n, t, world))
     for name in recipe.tasks if tokenizers else ():
         attempt(f"tasks.{name}", lambda n=name: _first_samples(recipe, n, tokenizers[0]))
-        findings += _targets(recipe, name, tokenizers[0])
+        attempt(f"tasks.{name}", lambda n=name: _targets(recipe, n, tokenizers[0]))
     if recipe.loader.cache is not None:
         attempt("cache", lambda: cache_lines(recipe, world, ranks_per_node))
     if tokenizers and zero:
@@ -199,16 +200,13 @@ def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer | None") -> 
 def _targets(recipe: Recipe, name: str, tokenizer: "Tokenizer | None") -> Iterator[Finding]:
     """What the start of a run looks at, too: shards that changed, samples that teach nothing."""
     recipe = _without_cache(recipe)
-    try:
-        groups = [{name: build_stream(recipe, name, tokenizer)}, {}]
-        if recipe.tasks[name].evaluation is not None:
-            groups[1][name] = build_evaluation_loader(recipe, name, tokenizer).stream
-        if changed := changed_data(*groups):
-            yield Finding(False, f"tasks.{name}: {changed}")
-            return
-        found = look_at_samples(recipe, *groups)
-    except Exception:  # what cannot be opened has been said already
+    groups = [{name: build_stream(recipe, name, tokenizer)}, {}]
+    if recipe.tasks[name].evaluation is not None:
+        groups[1][name] = build_evaluation_loader(recipe, name, tokenizer).stream
+    if changed := changed_data(*groups):
+        yield Finding(False, f"tasks.{name}: {changed}")
         return
+    found = look_at_samples(recipe, *groups)
     yield from (Finding(False, line) for line in found.faults)
     yield from (Finding(True, line, warns=True) for line in found.warnings)
 
