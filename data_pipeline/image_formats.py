@@ -35,7 +35,7 @@ SUFFIXES = frozenset(f".{name}" for name in _NAMES)
 HEAD_BYTES = 32
 _HEAD = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{12}[\x0c-\x7c]\0\0\0|II\*\0|MM\0\*|II\+\0|MM\0\+"
-    rb"|P[1-6][\s#]|RIFF.{4}WEBP|qoif|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"
+    rb"|P[1-6]\s+(#|\d)|RIFF.{4}WEBP|qoif|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"
     rb"|.{4}ftyp(avif|avis|.{8}.{0,12}avi[fs])",
     re.DOTALL,
 )

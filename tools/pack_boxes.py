@@ -267,7 +267,7 @@ def _yolo_box(
     x, y, half_w, half_h = values[0], values[1], values[2] / 2, values[3] / 2
     x0, y0, x1, y1 = _in_pixels([x - half_w, y - half_h, x + half_w, y + half_h], 2, size)
     more = {}
-    if points:
+    if len(values) > 4:
         flat = _in_pixels(values[4:], numbers, size)
         more = {"key_points": [flat[i : i + numbers] for i in range(0, len(flat), numbers)]}
     return Box((x0, y0, x1, y1), name, where, more)
