@@ -24,7 +24,8 @@ from tools.pack_walk import walk_images
 
 # What people's texts hold, and what readers of tables stumble over.
 HOSTILE = ['"', '""', '"open', 'close"', '12" vinyl', "a,b", "'", "\\", "\\N", "#", " x ", "é",
-           "\u2028", "\x0b", "NaN", "null", "=1+1", '"Sunset" over a bay', "\ufeffmark", "\x1c"]  # fmt: skip
+           "\u2028", "\x0b", "NaN", "null", "=1+1", '"Sunset" over a bay',
+           "\ufeffmark", "\x1c"]  # fmt: skip
 ROWS = 12
 BROKEN = {2, 7}
 """Numbers of rows whose image is missing."""
