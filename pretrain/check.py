@@ -23,6 +23,7 @@ from pretrain.build import (
 from pretrain.check_cache import cache_lines
 from pretrain.engine.ds_config import engine_config, find_engine_file
 from pretrain.engine.momentum_pairs import moving_targets, require_weights_in_memory
+from pretrain.models.frozen import freeze
 from pretrain.models.init import classes_hint
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import Recipe, TaskSettings
@@ -208,6 +209,7 @@ def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
 def _model(recipe: Recipe, tokenizer: "Tokenizer | None", zero: dict, world: int) -> Iterator[str]:
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
+    frozen_names = freeze(model, recipe.optimizer.frozen)
     total, trained = _count(model), _count(model, trained=True)
     yield f"model: {_millions(total)} parameters ({_parts(model)})"
     require_weights_in_memory(model, zero)
@@ -215,7 +217,11 @@ def _model(recipe: Recipe, tokenizer: "Tokenizer | None", zero: dict, world: int
     following = sum(sizes[name] for name in moving_targets(model))
     if trained < total:
         targets = f", of them {_millions(following)} in momentum targets" if following else ""
-        yield f"model: {_millions(total - trained)} parameters are not trained{targets}"
+        yield (f"model: {_millions(trained)} parameters are trained, {_millions(total - trained)} "
+               f"are not{targets}")
+    if frozen_names:
+        yield (f"model: {_millions(sum(sizes[name] for name in frozen_names))} parameters in "
+               f"{len(frozen_names)} tensors are frozen by optimizer.frozen")
     if recipe.initial_weights is not None:
         yield _check_initial_weights(model, recipe.initial_weights)
     groups = parameter_groups(model, recipe.optimizer)

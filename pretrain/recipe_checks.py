@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from data_pipeline.images import ImageDataSettings
+from pretrain.pattern_checks import check_patterns
 from pretrain.sampler.settings import problems as sampling_problems
 
 if TYPE_CHECKING:
@@ -408,4 +409,5 @@ _CHECKS = (
     _check_m3i,
     _check_evaluation,
     _check_optimizer,
+    check_patterns,
 )
