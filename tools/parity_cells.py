@@ -1,6 +1,6 @@
 """The cells of the parity matrix: DeepSpeed in one mode against plain PyTorch on one process.
 
-    python -m tools.parity_cells OUT_DIR CELL... [--no-guard CELL...]      (one rank of a launcher's)
+    python -m tools.parity_cells OUT_DIR CELL... [--no-guard CELL...]     (one rank of several)
 
 Runs the named cells one after the other in one process group (starting one is what costs) and
 writes OUT_DIR/cells.json and a safetensors file per cell on rank 0. `faults` compares them with the

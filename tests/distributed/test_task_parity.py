@@ -54,7 +54,8 @@ def test_fp32_equals_plain_pytorch(launched, references):
     fp32 = [cell for cell in cells if cell.precision == "fp32"]
     found = {c.name: faults(c, out, references.get((c.tasks, c.optimizer))) for c in fp32}
     assert {name: said for name, said in found.items() if said} == {}
-    assert {(c.stage, c.offload) for c in fp32} == {(s, o) for s in (1, 2, 3) for o in (False, True)}
+    modes = {(stage, offload) for stage in (1, 2, 3) for offload in (False, True)}
+    assert {(cell.stage, cell.offload) for cell in fp32} == modes
 
 
 def test_bf16_losses_agree_between_stages(launched):
