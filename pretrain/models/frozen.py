@@ -1,6 +1,6 @@
 """Parameters that are kept as they are: `optimizer.frozen`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -30,6 +30,20 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
             frozen.append(names[0])
     rest_frozen(model)
     return frozen
+
+
+def training_flops(module: nn.Module, forward: Callable[..., int]) -> Callable[..., int]:
+    """FLOPs of forward and backward through a module that the model begins with.
+
+    forward: anything -> FLOPs of a forward pass; three times that, or just that if nothing of the
+    module is trained, which is looked at when the FLOPs are asked for.
+    """
+
+    def both_ways(*arguments) -> int:
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        return (3 if trained else 1) * forward(*arguments)
+
+    return both_ways
 
 
 def rest_frozen(model: nn.Module) -> None:

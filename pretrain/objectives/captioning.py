@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from data_pipeline.settings import Settings
+from pretrain.models.frozen import training_flops
 from pretrain.models.generation import alone, generate_greedy
 from pretrain.models.git import GitDecoder, GitDecoderSettings
 from pretrain.models.sample_draws import SampleDraws
@@ -61,7 +62,7 @@ class CaptioningSettings(Settings):
             encoder=self.encoder,
             encoder_cost=lambda height, width: (
                 encoder.tokens(height, width),
-                encoder.flops(height, width),
+                training_flops(encoder, encoder.flops)(height, width),
             ),
             visual_width=encoder.width,
             bos_id=vocabulary.bos_id,
@@ -80,7 +81,7 @@ class Captioning(nn.Module):
     Args:
         decoder: the text decoder; its parameters are the ones this objective owns.
         encoder: name of the encoder that `forward` picks from those it is given.
-        encoder_cost: (height, width) -> (tokens, FLOPs of a forward pass) for one image.
+        encoder_cost: (height, width) -> (tokens; FLOPs, forward and backward) for one image.
         visual_width: channels of the encoder's tokens.
         image_mean, image_std: per channel, in units of the full range.
     """
@@ -185,7 +186,7 @@ class Captioning(nn.Module):
         _, captions, length = batch["tokens"].shape
         scored = counts["tokens"] / images
         decoder_flops = self.decoder.flops(tokens, self.visual_width, captions, length - 1, scored)
-        return 3 * images * (encoder_flops + decoder_flops)
+        return images * (encoder_flops + 3 * decoder_flops)
 
     def generate(
         self,

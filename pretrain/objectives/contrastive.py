@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.settings import Settings
+from pretrain.models.frozen import training_flops
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.contrastive_loss import caption_ids, contrastive_sums
@@ -73,7 +74,10 @@ class ContrastiveSettings(Settings):
             encoder=self.encoder,
             text_encoder=self.text_encoder,
             encoder_widths=(vector_width(image, self.pool), text.width),
-            encoder_flops=(vector_flops(image, self.pool), text.flops),
+            encoder_flops=(
+                training_flops(image, vector_flops(image, self.pool)),
+                training_flops(text, text.flops),
+            ),
             image_mean=image_mean,
             image_std=image_std,
             pool=self.pool,
@@ -117,7 +121,7 @@ class Contrastive(nn.Module):
         width: channels of the common space.
         encoder, text_encoder: names of the encoders that `forward` picks from those it is given.
         encoder_widths: channels of the image encoder's vector and of the text feature.
-        encoder_flops: FLOPs of a forward pass, (height, width) -> of an image, and length -> of a
+        encoder_flops: FLOPs, forward and backward: (height, width) -> of an image, length -> of a
             text.
         image_mean, image_std: per channel, in units of the full range.
         pool, temperature, max_scale, identical_captions_match: as in `ContrastiveSettings`.
@@ -231,8 +235,8 @@ class Contrastive(nn.Module):
         each = of_image(*batch["images"].shape[-2:]) + of_text(batch["tokens"].shape[-1])
         # Not numel(): under ZeRO-3 a weight is empty outside of forward.
         for layer in (self.image_projection, self.text_projection):
-            each += 2 * layer.in_features * layer.out_features
-        return 3 * int(batch["valid"].sum()) * each
+            each += 3 * 2 * layer.in_features * layer.out_features
+        return int(batch["valid"].sum()) * each
 
     def evaluate(
         self,

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from data_pipeline.settings import Settings
+from pretrain.models.frozen import training_flops
 from pretrain.objectives.contrastive import check_temperature
 from pretrain.objectives.image_tokens import find_encoder
 from pretrain.objectives.loss_balance import BalanceSettings
@@ -109,7 +110,7 @@ class M3ISettings(Settings):
             encoder=find_encoder(encoders, self.encoder),
             target_encoder=new_encoder(self.encoder),
             text_width=None if text is None else text.width,
-            text_flops=None if text is None else text.flops,
+            text_flops=None if text is None else training_flops(text, text.flops),
             classes=classes,
             image_mean=image_mean,
             image_std=image_std,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.models.frozen import freeze
+from pretrain.models.frozen import freeze, training_flops
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.models.vit import VitSettings
@@ -64,6 +64,17 @@ def test_a_frozen_encoder_costs_no_backward_pass(gradient_checkpointing):
     assert len(runs) == len(model.encoders["image"].blocks)  # once: nothing is recomputed
     assert all(p.grad is None for p in model.encoders.parameters())
     assert all(p.grad is not None for p in model.objectives.parameters())
+
+
+def test_flops_of_a_frozen_encoder_are_those_of_its_forward_pass():
+    encoder = small_model().encoders["image"]
+    flops = training_flops(encoder, encoder.flops)
+    forward = encoder.flops(16, 16)
+    assert flops(16, 16) == 3 * forward > 0
+    freeze(encoder, ("blocks.*",))
+    assert flops(16, 16) == 3 * forward
+    encoder.requires_grad_(False)
+    assert flops(16, 16) == forward
 
 
 def test_what_is_frozen_stays_in_evaluation_mode():
