@@ -97,7 +97,7 @@ class Head(nn.Module):
         valid = batch["valid"].float()
         right = (logits.argmax(-1) == batch["label"]).float()
         loss = (losses * valid).sum() / totals["images"]
-        if share := batch.get("late_share", 1.0):
+        if share := batch.get("late_share", 0.0):
             # Of the weights alone, so that any division of the batch has the same sum.
             ones = torch.ones(1, WIDTH, dtype=dtype, device=losses.device)
             loss = loss + 0.05 * share * self.late(ones).float().square().sum()
@@ -113,13 +113,17 @@ def parity_model(reentrant: bool = False) -> MultiTaskModel:
     return MultiTaskModel({"still": Still(), "image": Trunk(reentrant)}, heads)
 
 
-def parity_batch(step: int) -> dict[str, torch.Tensor]:
-    """The global batch of a step: SAMPLES samples, one of them padding."""
+def parity_batch(step: int) -> dict[str, torch.Tensor | float]:
+    """The global batch of a step: SAMPLES samples, one of them padding.
+
+    late_share: 1, of the loss that `share_of` leaves out of a window's first micro-step.
+    """
     generator = torch.Generator().manual_seed(1000 + step)
     batch = {
         "images": torch.randn(SAMPLES, 3, 4, 4, generator=generator),
         "hint": torch.randint(CLASSES, (SAMPLES,), generator=generator),
         "valid": torch.ones(SAMPLES, dtype=torch.bool),
+        "late_share": 1.0,
     }
     batch["label"] = (3 * batch["hint"] + 1) % CLASSES  # something to learn
     batch["valid"][step % SAMPLES] = False
@@ -127,10 +131,9 @@ def parity_batch(step: int) -> dict[str, torch.Tensor]:
 
 
 def share_of(batch: dict, rank: int, world: int, micro_steps: int) -> list[dict]:
-    """This rank's micro-batches of a global batch; empty places are padding that counts nothing.
-
-    late_share: of the loss that runs in no window's first micro-step, if there are several.
-    """
+    """This rank's micro-batches of a global batch; empty places are padding that counts nothing."""
+    late = batch.get("late_share", 0.0)
+    batch = {name: value for name, value in batch.items() if torch.is_tensor(value)}
     shares = []
     for micro in range(micro_steps):
         rows = torch.arange(rank + world * micro, SAMPLES, world * micro_steps)
@@ -138,8 +141,7 @@ def share_of(batch: dict, rank: int, world: int, micro_steps: int) -> list[dict]
         if not len(rows):
             part = {name: value[:1] for name, value in batch.items()}
             part["valid"] = torch.zeros(1, dtype=torch.bool)
-        part["late_share"] = 1 / (world * max(1, micro_steps - 1))
-        if micro == 0 and micro_steps > 1:
-            part["late_share"] = 0.0
+        resting = micro == 0 and micro_steps > 1
+        part["late_share"] = 0.0 if resting else late / (world * max(1, micro_steps - 1))
         shares.append(part)
     return shares
