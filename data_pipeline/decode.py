@@ -18,6 +18,7 @@ import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from data_pipeline.crops import Box
+from data_pipeline.image_formats import PILLOW_FORMATS
 
 try:
     from data_pipeline import _jpeg_window
@@ -28,9 +29,6 @@ _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PLAIN_COLORSPACES = ("YCbCr", "RGB", "Gray")
 _ORIENTATION_TAG = 0x0112
 _DCT_FACTORS = (8, 4, 2)
-# What shards hold. Of the other formats that Pillow opens, some start programs (EPS), and many have
-# parsers that nobody looks after; a member of a shard may claim to be any of them.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI")
 
 
 class DecodeError(ValueError):
@@ -239,7 +237,7 @@ def _mirrored(orientation: int) -> tuple[bool, bool]:
 
 def _open(data: bytes) -> ImageFile.ImageFile:
     try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        return Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     except UnidentifiedImageError:  # its text names a memory address, different in every process
         raise DecodeError("not a readable image: of no known format") from None
     except Exception as error:  # Pillow's plug-ins raise whatever their parsers meet

@@ -348,7 +348,7 @@ def test_table_of_json_lines(tmp_path, table):
         ("path\nimg/0.jpg\n", ["--number-fields", "score"], "has no fields ['score']"),
         ("path\n", [], "has no rows"),
         ("path,n,n\nimg/0.jpg,1,2\n", [], "has the fields ['n'] twice"),
-        ("path\nimg/\udcff.jpg\n", [], "pairs.csv: is not UTF-8 text"),
+        ("path\nimg/\udcff.jpg\n", [], "pairs.csv, line 2: byte 0xff is not UTF-8"),
     ],
 )
 def test_bad_tables_name_the_line(tmp_path, table, capsys, text, options, message):
