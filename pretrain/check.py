@@ -23,7 +23,7 @@ from pretrain.build import (
 from pretrain.check_cache import cache_lines
 from pretrain.engine.ds_config import engine_config, find_engine_file
 from pretrain.engine.momentum_pairs import moving_targets, require_weights_in_memory
-from pretrain.models.frozen import freeze
+from pretrain.models.frozen import freeze, kept_at_random
 from pretrain.models.init import classes_hint
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import Recipe, TaskSettings
@@ -191,7 +191,9 @@ def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer | None") -> 
     yield f"tasks.{name}: first samples {', '.join(batch['key'])}: {shapes}"
 
 
-def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
+def _check_initial_weights(
+    model: "MultiTaskModel", path: str, frozen: list[str]
+) -> Iterator[str]:
     """Names and shapes of the file against the model; `models.init.load_weights` does the rest."""
     places = [*model.named_parameters(), *model.named_buffers()]
     shapes = {name: list(tensor.shape) for name, tensor in places}
@@ -203,7 +205,9 @@ def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
             f"initial_weights: {len(wrong)} of {len(found)} tensors have no place in this model, "
             f"among them {wrong[0]} {tuple(found[wrong[0]])}{classes_hint(wrong[0])}"
         )
-    return f"initial_weights: {len(found)} of {len(shapes)} tensors from {path}"
+    yield f"initial_weights: {len(found)} of {len(shapes)} tensors from {path}"
+    if random := sorted(set(frozen) - set(found)):
+        yield f"warning: {kept_at_random(random)}"
 
 
 def _model(recipe: Recipe, tokenizer: "Tokenizer | None", zero: dict, world: int) -> Iterator[str]:
@@ -221,9 +225,10 @@ def _model(recipe: Recipe, tokenizer: "Tokenizer | None", zero: dict, world: int
                f"are not{targets}")
     if frozen_names:
         yield (f"model: {_millions(sum(sizes[name] for name in frozen_names))} parameters in "
-               f"{len(frozen_names)} tensors are frozen by optimizer.frozen")
+               f"{len(frozen_names)} tensors are frozen by optimizer.frozen"
+               + ("" if recipe.initial_weights else ", at their random first values"))
     if recipe.initial_weights is not None:
-        yield _check_initial_weights(model, recipe.initial_weights)
+        yield from _check_initial_weights(model, recipe.initial_weights, frozen_names)
     groups = parameter_groups(model, recipe.optimizer)
     yield "optimizer groups: " + "; ".join(
         f"{group['name']}: {_millions(sum(p.numel() for p in group['params']))}" for group in groups

@@ -15,10 +15,12 @@ from pretrain.engine.cached_features import accumulate_coupled, must_couple
 from pretrain.engine.host_memory import return_freed_memory
 from pretrain.engine.partitions import clear_padding, gathered
 from pretrain.engine.stale_gradients import clear_gradients
-from pretrain.models.frozen import freeze
+from pretrain.models.frozen import freeze, kept_at_random
 from pretrain.models.init import initialise, load_weights
 from pretrain.optim.groups import OptimizerSettings, parameter_groups
 from pretrain.optim.mt_adamw import MTAdamW
+
+log = logging.getLogger(__name__)
 
 
 def start_engine(
@@ -57,9 +59,10 @@ def start_engine(
         model.to(device)
     writable = partial(gathered, writable=True)
     initialise(model, seed, gather=writable)
-    if initial_weights:
-        load_weights(model, initial_weights, gather=writable)
-    freeze(model, optimizer.frozen)
+    drawn = load_weights(model, initial_weights, gather=writable) if initial_weights else []
+    random = sorted(set(freeze(model, optimizer.frozen)) & set(drawn))
+    if random:
+        log.warning("%s", kept_at_random(random))
     groups = parameter_groups(model, optimizer)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(groups, optimizer), config=config

@@ -32,6 +32,14 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return frozen
 
 
+def kept_at_random(names: Sequence[str]) -> str:
+    """What to say of frozen parameters that a file of first weights does not hold."""
+    return (
+        f"optimizer.frozen keeps {len(names)} tensors at their random first values, which the file "
+        f"of initial_weights does not hold, among them {names[0]}"
+    )
+
+
 def training_flops(module: nn.Module, forward: Callable[..., int]) -> Callable[..., int]:
     """FLOPs of forward and backward through a module that the model begins with.
 

@@ -328,6 +328,10 @@ def test_check_compares_initial_weights(recipe_file, tmp_path, capsys):
     save_file(part, path)
     assert main(["check", str(recipe_file), f"initial_weights={path}"]) == 0
     assert f"initial_weights: {len(part)} of " in capsys.readouterr().out
+    for pattern, random in (("encoders.*", False), ("*.weight", True)):
+        frozen = f'optimizer.frozen=["{pattern}"]'
+        assert main(["check", str(recipe_file), f"initial_weights={path}", frozen]) == 0
+        assert ("at their random first values" in capsys.readouterr().out) == random
     save_file({**part, "encoders.image.positions": torch.zeros(2, 2)}, path)
     assert main(["check", str(recipe_file), f"initial_weights={path}"]) == 1
     text = capsys.readouterr().out
@@ -360,7 +364,8 @@ def test_check_counts_what_is_trained_and_what_is_frozen(capsys):
     main(["check", "internimage_t_in1k", override, "--world", "8"])
     text = capsys.readouterr().out
     assert "model: 0.77 M parameters are trained, 29.15 M are not" in text
-    assert "model: 29.15 M parameters in" in text and "frozen by optimizer.frozen" in text
+    assert "model: 29.15 M parameters in" in text
+    assert "frozen by optimizer.frozen, at their random first values" in text
     assert "memory per rank: about 0.06 GiB" in text
 
 
