@@ -68,15 +68,18 @@ class Still(nn.Module):
 
 
 class Head(nn.Module):
-    """Classification behind the trunk; the share of a micro-batch counts its valid samples."""
+    """Classification behind the trunk; the share of a micro-batch counts its valid samples.
 
-    def __init__(self, tied: bool) -> None:
+    late: has a layer whose loss is `late_share` of the batch, often 0.
+    """
+
+    def __init__(self, tied: bool, late: bool = False) -> None:
         super().__init__()
         self.words = nn.Embedding(CLASSES, WIDTH)
         self.output = nn.Linear(WIDTH, CLASSES)
         if tied:
             self.output.weight = self.words.weight
-        self.late = nn.Linear(WIDTH, 3)
+        self.late = nn.Linear(WIDTH, 3) if late else None
         self.temperature = nn.Parameter(torch.ones(1))
         self.initial_std = {"temperature": None}
 
@@ -97,10 +100,11 @@ class Head(nn.Module):
         valid = batch["valid"].float()
         right = (logits.argmax(-1) == batch["label"]).float()
         loss = (losses * valid).sum() / totals["images"]
-        if share := batch.get("late_share", 0.0):
+        if self.late is not None and batch["late_share"]:
             # Of the weights alone, so that any division of the batch has the same sum.
             ones = torch.ones(1, WIDTH, dtype=dtype, device=losses.device)
-            loss = loss + 0.05 * share * self.late(ones).float().square().sum()
+            share = 0.05 * batch["late_share"]
+            loss = loss + share * self.late(ones).float().square().sum()
         return {
             "loss": loss,
             "accuracy": (right * valid).sum().detach() / totals["images"],
@@ -109,7 +113,7 @@ class Head(nn.Module):
 
 def parity_model(reentrant: bool = False) -> MultiTaskModel:
     """The trunk with three tasks; the first one's output is tied to its embedding."""
-    heads = {task: Head(tied=task == TASKS[0]) for task in TASKS}
+    heads = {task: Head(tied=task == TASKS[0], late=True) for task in TASKS}
     return MultiTaskModel({"still": Still(), "image": Trunk(reentrant)}, heads)
 
 
