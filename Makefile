@@ -42,8 +42,9 @@ $(READY): pyproject.toml
 demo: setup
 	@$(BIN)/python -m tools.demo
 
+# Two files at a time: the tests of one file share runs, and start processes of their own.
 test: setup
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup
 	$(PYTEST) -m slow

@@ -31,7 +31,8 @@ class BoxDataSettings(ImageDataSettings):
     """Where the objects are: a JSON member's extension, or "json:KEY" for an object under KEY
     (dots descend). It has boxes ([x0, y0, x1, y1] in pixels of the upright image) and labels, and
     may have crowd (0 or 1), segmentations (as in COCO), and width and height, which must then be
-    those of the image."""
+    those of the image. A box that is empty, or sticks out of the image by more than a pixel, makes
+    a bad sample, which is named, counted and replaced."""
     classes: int = Field(ge=1)
     """Number of classes; labels run from 0. A label outside of that is a bad sample."""
     masks: bool = False
@@ -99,6 +100,11 @@ class BoxFields(ImageFields):
                 f"{self.source.source}: boxes are for height and width {list(objects.size)}, the "
                 f"upright image has {list(view.source)}",
             )
+        try:
+            objects.check_inside(view.source)
+        except ValueError as error:
+            # Cut away, it would leave an image that counts as looked at and found empty.
+            raise bad(sample, f"{self.source.source}: {error}") from None
         item |= self._seen(sample, objects, view)
         if clock is not None:
             clock.lap("transform")

@@ -23,6 +23,7 @@ import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from data_pipeline.crops import Box
+from data_pipeline.image_formats import PILLOW_FORMATS
 from data_pipeline.jpeg_bytes import plain_forms, read_head, strange_stretch
 from data_pipeline.png_bytes import without_large_texts
 
@@ -39,9 +40,6 @@ _ORIENTATION_TAG = 0x0112
 _BITS_TAG, _PHOTOMETRIC_TAG, _FORMAT_TAG = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 _DCT_FACTORS = (8, 4, 2)
-# What shards hold. Of the other formats that Pillow opens, some start programs (EPS), and many have
-# parsers that nobody looks after; a member of a shard may claim to be any of them.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI")
 
 MAX_PIXELS = 89_000_000
 """The largest image that is read, where nothing else is said; for all formats alike."""
@@ -259,7 +257,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     if data.startswith(_PNG_START):
         data = without_large_texts(data)
     try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        return Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     except UnidentifiedImageError:  # its text names a memory address, different in every process
         raise DecodeError("not a readable image: of no known format") from None
     except Exception as error:  # Pillow's plug-ins raise whatever their parsers meet

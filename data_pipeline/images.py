@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from data_pipeline.decode import DecodeError
+from data_pipeline.image_formats import MEMBERS
 from data_pipeline.members import bad
 from data_pipeline.reader import BadSample, Sample
 from data_pipeline.rng import sample_rng
@@ -23,7 +24,7 @@ class ImageDataSettings(ShardedData):
 
     type: str
     """Kind of data; subclasses name theirs."""
-    image_extensions: list[str] = Field(default=["jpg", "jpeg", "png", "webp"], min_length=1)
+    image_extensions: list[str] = Field(default=MEMBERS, min_length=1)
     """Members that may hold the image, in order of preference."""
     image: ImageSettings = ImageSettings()
     """Decode and augmentation."""

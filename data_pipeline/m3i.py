@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
+from data_pipeline.caption_texts import SampleTexts
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
 from data_pipeline.labels import NO_LABEL, LabelSource
 from data_pipeline.members import AbsentValue, check_source
@@ -85,12 +86,12 @@ class M3IFields(CaptionFields):
 
     def captions(
         self, sample: Sample, rng_for: Callable[[str], np.random.Generator]
-    ) -> list[str]:
-        """As `CaptionFields.captions`; an empty list if the sample has none."""
+    ) -> SampleTexts:
+        """As `CaptionFields.captions`; no texts if the sample has none."""
         try:
             return super().captions(sample, rng_for)
         except AbsentValue:
-            return []
+            return SampleTexts([])
 
     def sample(
         self,

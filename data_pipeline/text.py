@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from data_pipeline.members import bad
+from data_pipeline.plain_text import decoded
 from data_pipeline.reader import Sample
 from data_pipeline.sources import ShardedData
 from data_pipeline.timing import StageClock
@@ -69,7 +70,7 @@ class TextFields:
         """
         tokens = self._ids(sample)
         try:
-            record = json.loads(sample.members["json"])
+            record = json.loads(decoded(sample.members["json"]))
             starts = np.array(record["starts"], dtype=np.int64)
             mark = record["tokenizer"]
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:

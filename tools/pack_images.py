@@ -2,7 +2,6 @@
 
 import binascii
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,19 +10,13 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.decode import MAX_PIXELS, ImageHeader, decode, largest_factor, read_header
+from data_pipeline.image_formats import EXTENSIONS
 from data_pipeline.packer import sample_bytes
 from data_pipeline.packing import SampleFault
+from data_pipeline.plain_text import json_bytes
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-_EXTENSIONS = {
-    "JPEG": "jpg",
-    "MPO": "jpg",  # JPEG with further views behind it, from phones
-    "PNG": "png",
-    "WEBP": "webp",
-    "BMP": "bmp",
-    "GIF": "gif",
-    "TIFF": "tif",
-}
+OWN_COLUMNS = "columns"
+"""Field of the json member with the columns of a table whose names are also names of ours."""
 # Room for width, height and label, which are known only when the image is read.
 _JSON_RESERVE = 128
 _JPEG_QUALITY = 92
@@ -43,6 +36,13 @@ class ImageItem(NamedTuple):
     """First byte of the image in the file at `path`; None: the file is the image."""
     base64: bool = False
     """Whether those bytes are base64 text."""
+    size: tuple[int, int] | None = None
+    """Width and height of the image that the annotations are for; None: they do not say."""
+
+    @property
+    def name(self) -> str:
+        """Where it was asked for, and the file if that is another."""
+        return f"{self.origin}: {self.path}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class BuildImage:
         """Return the members. Errors: SampleFault if the file is missing or not an image."""
         image = store_image(item, self.short_side, self.max_pixels)
         size = image.size
-        expected = item.record.get("width", size[0]), item.record.get("height", size[1])
+        expected = item.size or size
         if expected != size and not (image.turned and expected == size[::-1]):
             raise SampleFault(
                 f"{item.origin}: {item.path} has {size[0]} x {size[1]} pixels, but the annotations "
@@ -95,7 +95,7 @@ def store_image(
     try:
         data = image_bytes(item)
         header = read_header(data, max_pixels)
-        extension = _EXTENSIONS.get(header.format)
+        extension = EXTENSIONS.get(header.format)
         if extension is None:
             raise ValueError(f"format {header.format} is not supported")
         turned = header.orientation >= 5
@@ -145,18 +145,13 @@ def item_bytes(item: ImageItem, bundle: int = 1) -> int:
     return sample_bytes(item.key, {"jpeg": item.bytes, "json": json_size, "cls": 8}, bundle)
 
 
-def json_bytes(record: Mapping[str, Any]) -> bytes:
-    """Return the json member of a sample."""
-    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-    if not is_utf8(text):  # half a surrogate pair, from a careless JSON file: keep it escaped
-        text = json.dumps(record, separators=(",", ":"))
-    return text.encode()
+def beside_ours(ours: dict[str, Any], theirs: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """Return the record of a table's row: our fields, and all of theirs under their own names.
 
-
-def is_utf8(text: str) -> bool:
-    """Whether a text holds no surrogates, as which bytes that are not UTF-8 arrive."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    Columns that are called as our fields are (`file`, `width`, `height`, and `more`) go into an
+    object of their own, `columns`: neither displaces the other.
+    """
+    taken = {*ours, "file", "width", "height", OWN_COLUMNS, *more}
+    own = {n: value for n, value in theirs.items() if n in taken and value is not None}
+    rest = {name: value for name, value in theirs.items() if name not in taken}
+    return {**ours, **rest, **({OWN_COLUMNS: own} if own else {})}

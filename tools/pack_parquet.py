@@ -17,7 +17,7 @@ from typing import Any
 
 from data_pipeline.files import write_atomically
 from data_pipeline.packing import PackJob
-from tools.pack_images import ImageItem
+from tools.pack_images import OWN_COLUMNS, ImageItem, beside_ours
 from tools.pack_options import add_classes, add_image_source, classes_of, image_job
 from tools.pack_sources import Source, stat_items
 
@@ -59,17 +59,22 @@ def parquet_source(
     """
     items: list[ImageItem] = []
     missing: list[str] = []
+    read = 0
 
     def images() -> Iterator[bytes]:
         """Pass over the rows; yield the images that are in them."""
+        nonlocal read
         begin = 0
         for count, (table, number, row) in enumerate(_rows(tables, (image_field, label_field))):
+            read = count + 1
             origin = f"{table.name}, row {number}"
             data, path = _image(row.pop(image_field), origin)
             if data is None and path is None:
                 missing.append(f"{origin}: no image in {image_field!r}")
                 continue
-            record = {"file": path or f"{table.name}:{number}", **row}
+            file = path or f"{table.name}:{number}"
+            more = ["label"] if label_field is not None else []
+            record = beside_ours({"file": file}, row, *more)
             item = ImageItem(f"{count:09d}", os.fspath(spool), 0, record, None, origin)
             if data is not None:
                 items.append(item._replace(bytes=len(data), begin=begin))
@@ -84,9 +89,9 @@ def parquet_source(
     spool.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(spool, images())
     if label_field is None:
-        return Source(items, missing=missing)
+        return Source(items, missing=missing, rows=read)
     labelled, names = _labelled(items, label_field, classes)
-    return Source(labelled, names, missing=missing)
+    return Source(labelled, names, missing=missing, rows=read)
 
 
 def _job(options: argparse.Namespace) -> PackJob:
@@ -188,7 +193,12 @@ def _labelled(
     items: list[ImageItem], label_field: str, classes: Sequence[str] | None
 ) -> tuple[list[ImageItem], list[str] | None]:
     """Return the items with labels: the numbers in `label_field`, or the places of its names."""
-    values = [item.record[label_field] for item in items]
+    values = [
+        item.record[label_field]
+        if label_field in item.record
+        else item.record[OWN_COLUMNS][label_field]
+        for item in items
+    ]
     for item, value in zip(items, values, strict=True):
         if value is None or isinstance(value, bool | float | list | dict):
             raise ValueError(f"{item.origin}: {label_field!r} is {value!r}, not a name or a number")

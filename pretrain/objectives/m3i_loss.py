@@ -49,8 +49,9 @@ def m3i_losses(
     features: of all B rows that this rank has of the global batch: prediction, target (B, N, C)
         float32, of the predictor and of the target branch; counted (B, N) bool, the target tokens
         that the loss is about; valid (B,) bool; if there are texts: image, text (B, D) float32 of
-        unit length, caption_id (B,) int64, has_text (B,) bool, scale (1,) float32; labels (B,)
-        int64; if there are classes: logits (B, K) float32.
+        unit length, caption_id (B,) int64, match_class (B,) int64 as in `match_classes`,
+        has_text (B,) bool, scale (1,) float32; labels (B,) int64; if there are classes: logits
+        (B, K) float32.
     totals: global sums of `count_targets`, 0-dim float32.
     decorrelation, label_smoothing, center: as in `M3ISettings`.
 
@@ -68,7 +69,8 @@ def m3i_losses(
     if "text" in features:
         loss, image_hits, text_hits = contrastive_sums(
             features["image"], features["text"], features["scale"], features["caption_id"],
-            features["has_text"], identical_match=True, labels=labels,
+            features["has_text"], identical_match=True,
+            match_class=features["match_class"],
         )
         texts = totals["texts"].clamp(min=1.0)
         mine = valid.sum() / totals["images"].clamp(min=1.0)

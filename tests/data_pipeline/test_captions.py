@@ -182,7 +182,7 @@ def test_first_image_extension_present_is_taken():
     [
         ("txt", {}, "has no member txt"),
         ("txt", {"txt": b" \n "}, "holds no caption"),
-        ("txt", {"txt": b"\xff\xfe"}, "UnicodeDecodeError"),
+        ("txt", {"txt": b"\xff\xfe"}, "txt: line 1: it is UTF-16"),
         ("json:captions", {"json": b"{"}, "JSONDecodeError"),
         ("json:captions", {"json": b"{}"}, "KeyError: 'captions'"),
         ("json:captions", {"json": b"[1]"}, "TypeError"),

@@ -293,7 +293,7 @@ def read_in_another_process(url_storage, url, queue):
     queue.put(url_storage.read(url, 100, 200) == CONTENT[100:200])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_other_processes_have_connections_of_their_own(server, method):
     url = server.url + "/x.tar"
     shared = UrlStorage(RemoteSettings(retry_deadline_s=5))

@@ -106,7 +106,9 @@ def test_restarts_and_other_worlds_load_the_same_bytes(
     assert found == expected
 
 
-@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+@pytest.mark.parametrize(
+    "start_method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)]
+)
 def test_workers_that_are_not_forked(shards, uninterrupted, start_method):
     found = contents(loader(shards, 10, workers=1, start_method=start_method))
     assert found == {key: value for key, value in uninterrupted.items() if key[0] >= 10}

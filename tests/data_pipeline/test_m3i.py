@@ -76,6 +76,18 @@ def test_texts_are_those_of_caption_data(tokenizer):
         assert torch.equal(one[name], other[name]), name
 
 
+def test_which_texts_were_made_from_class_names(tokenizer):
+    """Row by row; the label of an image does not tell."""
+    sources = [{"source": "json:label", "class_names": ["red", "blue"]}, {"source": "txt"}]
+    fields = M3IFields(settings(caption_source=sources), tokenizer, train=True)
+    label = [json.dumps({"label": n}).encode() for n in (0, 1)]
+    item = [load(fields, 0, json=label[0], cls=b"3"), load(fields, 1, json=label[1], cls=b"3"),
+            load(fields, 2, json=label[1]), load(fields, 3, txt=b"blue", cls=b"3"),
+            load(fields, 4, cls=b"3"), None]  # fmt: skip
+    red, blue, again, *rest = fields.collate(item, [True] * 5 + [False])["prompt_class"].tolist()
+    assert blue == again != red and min(red, blue) >= 0 and rest == [-1, -1, -1]
+
+
 def test_without_classes(tokenizer):
     fields = M3IFields(settings(label_source=None, classes=None), tokenizer, train=True)
     assert "cls" not in fields.extensions

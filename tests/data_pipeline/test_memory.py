@@ -9,7 +9,7 @@ from tools.bench_memory import MOST_GROWTH, growth, measure
 @pytest.mark.parametrize(
     ("workers", "rows", "steps"),
     [
-        (2, 4_000, 62),
+        pytest.param(2, 4_000, 62, marks=pytest.mark.slow),
         pytest.param(8, 10**8, 600, marks=pytest.mark.slow),
         pytest.param(2, 64_000, 10**9, marks=pytest.mark.slow),
     ],

@@ -226,7 +226,9 @@ def test_killed_and_started_again(tmp_path, processes):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("to_workers", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "to_workers", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_stopped_by_the_user_or_by_the_system(tmp_path, to_workers):
     """Two interrupts in a row, or a worker that is killed, end the packing soon, and it goes on."""
     script = tmp_path / "slow.py"

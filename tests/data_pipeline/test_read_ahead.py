@@ -288,7 +288,9 @@ def uninterrupted(photos) -> dict:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
-    ("workers", "method", "kib"), [(0, "fork", 10**6), (2, "fork", 150), (1, "spawn", 10**6)]
+    ("workers", "method", "kib"),
+    [(0, "fork", 10**6), (2, "fork", 150),
+     pytest.param(1, "spawn", 10**6, marks=pytest.mark.slow)],
 )
 def test_batches_do_not_know_of_the_cache(
     tmp_path, photos, uninterrupted, workers, method, kib

@@ -213,7 +213,7 @@ def read_all(reader, queue):
     queue.put([reader.read(row).members == sample(row)[1] for row in range(10)])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_use_in_other_processes(shards, method):
     reader = SampleReader(shards)
     reader.read(0)

@@ -465,7 +465,7 @@ def read_in_another_process(reader, queue):
     queue.put([reader.read(row).members == sample(row)[1] for row in range(100)])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_use_in_other_processes(server, method):
     reader = SampleReader(ShardSet.open(server.url + "/set", QUICK))
     reader.read(0)

@@ -35,7 +35,10 @@ class Failing(LocalFiles):
         return super().pread(number, begin, end)
 
 
-@pytest.mark.parametrize(("workers", "method"), [(0, "fork"), (2, "fork"), (1, "spawn")])
+@pytest.mark.parametrize(
+    ("workers", "method"),
+    [(0, "fork"), (2, "fork"), pytest.param(1, "spawn", marks=pytest.mark.slow)],
+)
 def test_a_stall_names_everything(tmp_path, caplog, workers, method):
     shards = pack(tmp_path, 50)
     task = stream(shards, 12, 4, name="a")

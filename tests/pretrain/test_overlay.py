@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.overlay import (
@@ -71,6 +71,7 @@ plain = st.recursive(
 )
 
 
+@settings(max_examples=25)
 @given(st.dictionaries(st.text("abc.*", min_size=1), plain))
 def test_written_yaml_reads_back_equal(data):
     assert parse_yaml(to_yaml(data), "t").data == data

@@ -62,6 +62,7 @@ def test_warps_that_a_multiprocessor_holds(registers, warps, held):
     assert bench_kernels.resident(registers, warps) == held
 
 
+@pytest.mark.slow
 def test_rows_of_an_operator(monkeypatch, tmp_path):
     pytest.importorskip("triton")
     from pretrain.models.operators import dcnv3_triton as module

@@ -167,6 +167,7 @@ def start_ranks(tmp_path):
         rank.wait()
 
 
+@pytest.mark.slow
 def test_ranks_that_see_one_gpu_each(start_ranks, tmp_path):
     for number, rank in enumerate(start_ranks("GPU-a", "GPU-b")):
         assert rank.wait(timeout=120) == -signal.SIGABRT

@@ -129,7 +129,7 @@ def test_text_must_fit_the_position_table() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_graph_under_compile(tied: bool) -> None:
     model, batch = small_model(tied_output=tied), small_batch()
     encoder, decoder = model.encoders["image"], model.objectives["caption"].decoder
