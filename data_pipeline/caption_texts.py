@@ -163,12 +163,18 @@ class CaptionTexts:
             else CaptionSource(settings.source)
             for settings in sources
         ]
+        self._names = [settings.source for settings in sources]
         self._templates = [settings.templates for settings in sources]
         self._weights = np.array([settings.weight for settings in sources])
         self.cleaning = cleaning
         # One pass, so that nothing is replaced in what has been put in place of something else.
         parts = sorted(cleaning.replace, key=len, reverse=True)
         self._replaced = re.compile("|".join(map(re.escape, parts))) if parts else None
+
+    @property
+    def sources(self) -> dict[str, "CaptionSource | ClassNameSource"]:
+        """What the settings call each source -> what reads it."""
+        return dict(zip(self._names, self._sources, strict=True))
 
     @property
     def extensions(self) -> frozenset[str]:
