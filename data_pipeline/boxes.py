@@ -17,6 +17,7 @@ from data_pipeline.masks import mask_boxes, segmentation_mask, shown_mask
 from data_pipeline.members import AbsentValue, bad, check_source
 from data_pipeline.objects import Objects, ObjectSource, cut_boxes
 from data_pipeline.reader import Sample
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.transforms import View
 from data_pipeline.warps import joined
@@ -43,9 +44,10 @@ class BoxDataSettings(ImageDataSettings):
     """Boxes of which a crop leaves less than this share of their area are dropped."""
     min_side: float = Field(default=1.0, gt=0.0)
     """So are boxes that are narrower or lower than this in the output, in pixels."""
-    unannotated: Literal["without_loss", "fault"] = "without_loss"
+    unannotated: Literal["without_loss", "fault", "expected"] = "without_loss"
     """Samples without `boxes`, which nobody has looked at (an empty list says that there is
-    nothing): `without_loss` keeps them in the batch, marked; `fault` treats them as bad samples."""
+    nothing): `without_loss` keeps them in the batch, marked; `fault` treats them as bad samples;
+    `expected` is `without_loss` where it is meant that few samples, or none, have them."""
 
     @field_validator("annotation_source")
     @classmethod
@@ -72,6 +74,12 @@ class BoxFields(ImageFields):
     def extensions(self) -> frozenset[str]:
         """Members that are needed; a reader may leave out the others."""
         return frozenset([*self.settings.image_extensions, self.source.extension])
+
+    def targets(self) -> list[Target]:
+        """The annotations: an empty list of boxes is one."""
+        required = self.settings.unannotated == "fault"
+        where = ("boxes", "annotation_source", self.source.source, self.source.extension)
+        return [Target(*where, self.source.read, required)]
 
     def sample(
         self,

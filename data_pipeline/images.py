@@ -14,6 +14,7 @@ from data_pipeline.members import bad
 from data_pipeline.reader import BadSample, Sample
 from data_pipeline.rng import sample_rng
 from data_pipeline.sources import ShardedData
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.transforms import ImageSettings, ImageTransform, View, make_views
 from data_pipeline.views import VIEWS, check_views, collate_views, describe_views
@@ -88,6 +89,10 @@ class ImageFields:
             self._of_sizes[sizes] = copy.copy(self)
             self._of_sizes[sizes]._set_sizes(sizes)
         return self._of_sizes[sizes]
+
+    def targets(self) -> list[Target]:
+        """What samples hold beside their image that an objective may learn from."""
+        return []
 
     def of_place(self, place: int) -> Self:
         """These fields for the row with number `place` of a micro-batch: the same for all rows."""

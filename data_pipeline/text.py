@@ -12,6 +12,7 @@ from data_pipeline.members import bad
 from data_pipeline.plain_text import decoded
 from data_pipeline.reader import Sample
 from data_pipeline.sources import ShardedData
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import ID_TYPES, Tokenizer
 
@@ -43,6 +44,10 @@ class TextFields:
     def of_step(self, seed: int, task: str, step: int) -> "TextFields":
         """Nothing is chosen by the step."""
         return self
+
+    def targets(self) -> list[Target]:
+        """A row that is none is a bad sample, always: nothing may be missing."""
+        return []
 
     def of_place(self, place: int) -> "TextFields":
         """All rows of a micro-batch are alike."""

@@ -71,7 +71,6 @@ def walk(root: Path, takes: Callable[[Path], bool]) -> Found:
         if not is_utf8(os.fspath(path)):
             raise ValueError(f"{os.fsencode(root / path)!r}: its name is not UTF-8: rename it")
         found.files.append(path)
-    found.files.sort()
     return found
 
 
@@ -108,7 +107,7 @@ def _reason(name: str) -> str | None:
 def _entries(
     root: Path, below: Path, reason: str | None, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[Path, str | None]]:
-    """Yield each file, and why it takes no part by its path, if so.
+    """Yield each file, in the order of paths, and why it takes no part by its path, if so.
 
     `above` identifies the folders that this one lies in: a link to one of them has no end.
     """

@@ -135,6 +135,9 @@ class Contrastive(nn.Module):
 
     couples_samples = True
     shared_features = ("scale",)
+    counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
+        name: ("pairs",) for name in ("loss", "image_to_text", "text_to_image", "temperature")
+    }
 
     def __init__(
         self,

@@ -80,6 +80,9 @@ def test_voc_lists_name_what_is_there(tmp_path, voc, capsys):
     (tmp_path / "train.txt").write_text("0\na cat\n")
     assert run(*arguments_of("voc", tmp_path / "other", **options)) == 1
     assert "--list names 'a cat'" in capsys.readouterr().err
+    (tmp_path / "train.txt").write_text("0\n0 1\n")
+    assert run(*arguments_of("voc", tmp_path / "other", **options)) == 1
+    assert "train.txt: names ['0'] twice" in capsys.readouterr().err
 
 
 def test_bad_boxes_are_named_or_dropped(tmp_path, voc, capsys):
