@@ -67,6 +67,9 @@ RECORDED = (
 )
 """May change on purpose; the ledger says when, and from what to what."""
 
+SAID = ("tasks.*.data.unlabelled", "tasks.*.data.unannotated")
+"""May change unless to or from `fault`: other values differ in what is said, not in the data."""
+
 JUMP = 0.1
 """A learning rate that differs by more than this share at the resume is said."""
 
@@ -126,7 +129,11 @@ def check_changes(before: "Recipe", now: "Recipe", where: str, step: int | None 
             `steps`.
     """
     changes = differences(before, now)
-    wrong = [path for path in changes if not matches(path, FREE + RECORDED)]
+    wrong = [
+        path for path, values in changes.items()
+        if not matches(path, FREE + RECORDED)
+        and ("fault" in values or not matches(path, SAID))
+    ]
     if wrong:
         lines = [f"  {path}: {changes[path][0]} in {where}, {changes[path][1]} now"
                  for path in wrong]

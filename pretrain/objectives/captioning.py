@@ -85,6 +85,10 @@ class Captioning(nn.Module):
         image_mean, image_std: per channel, in units of the full range.
     """
 
+    counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
+        name: ("tokens",) for name in ("loss", "cross_entropy", "token_accuracy")
+    }
+
     def __init__(
         self,
         decoder: GitDecoder,

@@ -11,7 +11,7 @@ from data_pipeline.labels import NO_LABEL, smaller_view_name
 from data_pipeline.settings import Settings
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
-from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
+from pretrain.objectives.evaluation_mode import Gather, alone, evaluating, mean
 from pretrain.objectives.image_tokens import (
     Pool,
     find_encoder,
@@ -106,6 +106,11 @@ class Classification(nn.Module):
     Sizes are passes: each has a forward and a backward pass of its own, so that a step takes the
     memory of the largest. Only vectors of the next larger size go on to a smaller one.
     """
+
+    counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
+        **{name: ("labels",) for name in ("loss", "cross_entropy", "top1", "top5")},
+        "labelled": ("images",),
+    }
 
     def __init__(
         self,
@@ -245,11 +250,12 @@ class Classification(nn.Module):
         device: torch.device,
         reduce: Gather = alone,
         **_: Any,
-    ) -> tuple[dict[str, float], list]:
+    ) -> tuple[dict[str, float | None], list]:
         """Classify every image of `loader`, which has equally many batches on every rank.
 
         Returns loss, cross_entropy, top1 and top5 over the labelled images of all ranks, images
-        and labelled (as in `forward`), the same on every rank; and no examples.
+        and labelled (as in `forward`), the same on every rank, None where nothing was counted; and
+        no examples.
         """
         names = ("loss", "cross_entropy", "top1", "top5")
         sums = torch.zeros(len(names), dtype=torch.float64)
@@ -267,10 +273,10 @@ class Classification(nn.Module):
         labels = sum(part["labels"] for part in parts)
         images = sum(part["images"] for part in parts)
         metrics = {
-            name: sum(part["sums"][place] for part in parts) / max(1, labels)
+            name: mean(sum(part["sums"][place] for part in parts), labels)
             for place, name in enumerate(names)
         }
-        return metrics | {"images": float(images), "labelled": labels / max(1, images)}, []
+        return metrics | {"images": float(images), "labelled": mean(labels, images)}, []
 
     def _shapes(self, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         """(height, width) of the images of each pass."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data_pipeline.settings import Settings
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
-from pretrain.objectives.contrastive_loss import caption_ids, contrastive_sums
+from pretrain.objectives.contrastive_loss import caption_ids, contrastive_sums, match_classes
 from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
 from pretrain.objectives.image_tokens import (
     Pool,
@@ -47,6 +47,10 @@ class ContrastiveSettings(Settings):
     identical_captions_match: bool = True
     """Equal captions in a batch are matches of each other's images (the target is spread over
     them), and in retrieval too; otherwise they count as wrong, as in CLIP."""
+    labels_match: Literal["prompts", "never"] | None = None
+    """Texts that were made from class names (a source with `class_names`) match each other's images
+    where the name is the same, also in different templates (`prompts`), or not (`never`). null:
+    `never` where identical captions do not match, else `prompts`."""
     evaluation_references: int = Field(5, ge=1)
     """Captions of each held-out image that retrieval uses, at most."""
 
@@ -80,6 +84,7 @@ class ContrastiveSettings(Settings):
             temperature=self.temperature,
             max_scale=self.max_scale,
             identical_captions_match=self.identical_captions_match,
+            labels_match=self.labels_match,
         )
 
 
@@ -120,11 +125,15 @@ class Contrastive(nn.Module):
         encoder_flops: FLOPs of a forward pass, (height, width) -> of an image, and length -> of a
             text.
         image_mean, image_std: per channel, in units of the full range.
-        pool, temperature, max_scale, identical_captions_match: as in `ContrastiveSettings`.
+        pool, temperature, max_scale, identical_captions_match, labels_match: as in
+            `ContrastiveSettings`.
     """
 
     couples_samples = True
     shared_features = ("scale",)
+    counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
+        name: ("pairs",) for name in ("loss", "image_to_text", "text_to_image", "temperature")
+    }
 
     def __init__(
         self,
@@ -140,6 +149,7 @@ class Contrastive(nn.Module):
         temperature: float = 0.07,
         max_scale: float = 100.0,
         identical_captions_match: bool = True,
+        labels_match: Literal["prompts", "never"] | None = None,
     ) -> None:
         super().__init__()
         self.image_projection = _projection(encoder_widths[0], width)
@@ -152,6 +162,7 @@ class Contrastive(nn.Module):
         self.image_std = tuple(image_std)
         self.pool: Pool = pool
         self.identical_captions_match = identical_captions_match
+        self.labels_match = labels_match or ("prompts" if identical_captions_match else "never")
 
     def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Pairs of a micro-batch; their global sum is `totals`."""
@@ -167,7 +178,8 @@ class Contrastive(nn.Module):
         """Features of a micro-batch, or the loss where it is all that this rank has of the batch.
 
         batch: images (B, 3, H, W) uint8; tokens (B, 1, T) int64; loss_mask (B, 1, T) bool, True at
-            words and EOS; valid (B,) bool; draws of the images, if the encoder needs some.
+            words and EOS; prompt_class (B,) int64 as in `match_classes`; valid (B,) bool; draws of
+            the images, if the encoder needs some.
         totals: as in `coupled_loss`.
 
         Returns what `coupled_loss` returns, or with part "features" what it reads.
@@ -177,6 +189,7 @@ class Contrastive(nn.Module):
             "image": self.image_features(encoders, batch["images"], batch.get("draws")),
             "text": self.text_features(encoders, tokens),
             "caption_id": caption_ids(tokens, mask),
+            "match_class": match_classes(batch, self.labels_match),
             "valid": batch["valid"],
             "scale": self.temperature(),
         }
@@ -189,7 +202,7 @@ class Contrastive(nn.Module):
         read, so it may run outside of the engine.
 
         features: of all samples that this rank has of the global batch: image, text (n, width)
-            float32; caption_id (n,) int64; valid (n,) bool; scale (1,) float32.
+            float32; caption_id, match_class (n,) int64; valid (n,) bool; scale (1,) float32.
         totals: "pairs" of the global batch.
 
         Returns 0-dim float32 tensors; summed over ranks each is the mean over the pairs of the

@@ -8,6 +8,7 @@ from torch import nn
 
 from data_pipeline.settings import Settings
 from pretrain.objectives.contrastive import check_temperature
+from pretrain.objectives.contrastive_loss import LabelsMatch
 from pretrain.objectives.image_tokens import find_encoder
 from pretrain.objectives.loss_balance import BalanceSettings
 from pretrain.objectives.m3i_decoder import DecoderSettings
@@ -78,6 +79,11 @@ class M3ISettings(Settings):
     """First value of the learned temperature of the text loss."""
     max_scale: float = Field(100.0, gt=1)
     """The inverse of the temperature is held at or below this."""
+    labels_match: LabelsMatch = "prompts"
+    """Between which texts a class makes a match, so that an image may find any text of its class
+    (UniCL): `prompts`, those that were made from class names (a source with `class_names`) of the
+    same name; `always`, all whose images have the same label, so that what a caption says beyond
+    the class is not learned; `never`. Equal texts match in any case."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of a class target that is spread evenly over all classes."""
     evaluation_references: int = Field(5, ge=1)

@@ -25,14 +25,14 @@ from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.collapse import CollapseWatch
 from pretrain.objectives.contrastive import Temperature
-from pretrain.objectives.contrastive_loss import caption_ids
+from pretrain.objectives.contrastive_loss import caption_ids, match_classes
 from pretrain.objectives.decorrelation import effective_rank, target_deviation
 from pretrain.objectives.evaluation_mode import Gather, alone
 from pretrain.objectives.loss_balance import LossBalance
 from pretrain.objectives.m3i_decoder import Predictor, Projector
 from pretrain.objectives.m3i_evaluation import evaluate_m3i
 from pretrain.objectives.m3i_heads import MeanPool, ProjectorPool, SourceMark, TargetBranch
-from pretrain.objectives.m3i_loss import KINDS, count_targets, m3i_losses
+from pretrain.objectives.m3i_loss import KINDS, count_targets, counted_by, m3i_losses
 from pretrain.objectives.pair_masks import (
     check_pairs,
     gather_own,
@@ -109,6 +109,7 @@ class M3I(nn.Module):
         )
         self.pooled_width, self.text_width, self.text_flops = pooled, text_width, text_flops
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        self.counted_by = counted_by(text_width is not None, classes is not None)
 
     def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """What the losses of a micro-batch are averaged over; the global sums are `totals`."""
@@ -125,8 +126,8 @@ class M3I(nn.Module):
 
         batch: images, second_images (B, 3, H, W) uint8, two views, of rows 2i only the first is
             read; crops (B, 2, 4), flips (B, 2); tokens (B, 1, T) int64, loss_mask (B, 1, T) bool,
-            empty where there is no text; labels (B,) int64; valid (B,) bool; draws of the samples;
-            B even.
+            empty where there is no text; prompt_class (B,) int64 as in `match_classes`; labels
+            (B,) int64; valid (B,) bool; draws of the samples; B even.
         totals: as in `coupled_loss`.
 
         Returns what `coupled_loss` returns, or with part "features" what it reads.
@@ -238,6 +239,7 @@ class M3I(nn.Module):
                 "image": F.normalize(vectors.float(), dim=1),
                 "text": self.text_features(encoders, tokens),
                 "caption_id": caption_ids(tokens, mask),
+                "match_class": match_classes(batch, self.settings.labels_match),
                 "has_text": mask.any(dim=1) & batch["valid"],
                 "scale": self.temperature(),
             }

@@ -60,3 +60,15 @@ def test_patterns_name_fields_and_no_more_than_they_say():
     assert matches("tasks.caption.weight", FREE)
     assert not matches("tasks.caption.data.sources.web.weight", FREE)
     assert not matches("tasks.caption.objective.weight", FREE)
+
+
+def test_missing_labels_may_be_said_to_be_meant():
+    """As a warning in the middle of a run advises; to leave such samples out changes the data."""
+    before = load_recipe("digits_demo")
+    for value, allowed in (("expected", True), ("fault", False)):
+        now = load_recipe("digits_demo", [f"tasks.classify.data.unlabelled={value}"])
+        if allowed:
+            assert "tasks.classify.data.unlabelled" in check_changes(before, now, "there")
+        else:
+            with pytest.raises(RecipeError, match="unlabelled"):
+                check_changes(before, now, "there")
