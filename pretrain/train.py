@@ -102,7 +102,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--resume", metavar="RUN_DIR", type=Path, help="continue this run")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.resume is not None and arguments.recipe is not None:
         arguments.overrides.insert(0, arguments.recipe)  # there the first word is an override too
         arguments.recipe = None
