@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from data_pipeline.labels import NO_LABEL, LabelSource
 from data_pipeline.members import AbsentValue, MemberSource, bad, check_source
+from data_pipeline.plain_text import MARK
 from data_pipeline.reader import Sample
 from data_pipeline.settings import Settings
 
@@ -120,7 +121,7 @@ class CaptionSource(MemberSource):
             raise bad(sample, f"{self.source} is neither a string nor a list of strings")
         if not all(_is_unicode(text) for text in found):
             raise bad(sample, f"{self.source} holds half a surrogate pair")
-        captions = [folded for text in found if (folded := _fold(text))]
+        captions = [folded for text in found if (folded := _fold(text.removeprefix(MARK)))]
         if not captions:
             raise bad(sample, f"{self.source} holds no caption", AbsentValue)
         return captions
@@ -162,12 +163,18 @@ class CaptionTexts:
             else CaptionSource(settings.source)
             for settings in sources
         ]
+        self._names = [settings.source for settings in sources]
         self._templates = [settings.templates for settings in sources]
         self._weights = np.array([settings.weight for settings in sources])
         self.cleaning = cleaning
         # One pass, so that nothing is replaced in what has been put in place of something else.
         parts = sorted(cleaning.replace, key=len, reverse=True)
         self._replaced = re.compile("|".join(map(re.escape, parts))) if parts else None
+
+    @property
+    def sources(self) -> dict[str, "CaptionSource | ClassNameSource"]:
+        """What the settings call each source -> what reads it."""
+        return dict(zip(self._names, self._sources, strict=True))
 
     @property
     def extensions(self) -> frozenset[str]:

@@ -18,6 +18,7 @@ from data_pipeline.caption_texts import (
 from data_pipeline.images import ImageDataSettings, ImageFields
 from data_pipeline.labels import NO_LABEL
 from data_pipeline.reader import Sample
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import Tokenizer
 
@@ -85,6 +86,13 @@ class CaptionFields(ImageFields):
     def extensions(self) -> frozenset[str]:
         """Members that are needed; a reader may leave out the others."""
         return frozenset(self.settings.image_extensions) | self.texts.extensions
+
+    def targets(self) -> list[Target]:
+        """A text of each source; a sample needs one of them."""
+        return [
+            Target("text", "caption_source", name, source.extension, source.read, required=True)
+            for name, source in self.texts.sources.items()
+        ]
 
     def sample(
         self,

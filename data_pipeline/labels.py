@@ -13,6 +13,7 @@ from data_pipeline.images import ImageDataSettings, ImageFields
 from data_pipeline.members import AbsentValue, MemberSource, bad, check_source
 from data_pipeline.mixing import MixingSettings, collate_mixes, draw_mix
 from data_pipeline.reader import Sample
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.transforms import ImageSettings
 
@@ -42,9 +43,10 @@ class LabelDataSettings(ImageDataSettings):
     """Number of classes; labels run from 0. A label outside of that is a bad sample."""
     mixing: MixingSettings | None = None
     """Mixup and CutMix of neighbours, images and labels; null: none. Needs an even micro-batch."""
-    unlabelled: Literal["without_loss", "fault"] = "without_loss"
+    unlabelled: Literal["without_loss", "fault", "expected"] = "without_loss"
     """Samples that have no label: `without_loss` keeps them in the batch, where they count for
-    nothing; `fault` treats them as bad samples, which are replaced, counted and limited."""
+    nothing; `fault` treats them as bad samples, which are replaced, counted and limited; `expected`
+    is `without_loss` where it is meant that few samples, or none, have one."""
 
     smaller_views: tuple[int, ...] = ()
     """Further sizes of each image in training, in pixels, descending and below `image.size`: each
@@ -176,6 +178,13 @@ class LabelFields(ImageFields):
     def extensions(self) -> frozenset[str]:
         """Members that are needed; a reader may leave out the others."""
         return frozenset([*self.settings.image_extensions, self.source.extension])
+
+    def targets(self) -> list[Target]:
+        """The label."""
+        read = self.source.read_probabilities if self._soft else self.source.read
+        required = self.settings.unlabelled == "fault"
+        source = self.source
+        return [Target("label", "label_source", source.source, source.extension, read, required)]
 
     def sample(
         self,

@@ -14,6 +14,7 @@ from data_pipeline.captions import CaptionDataSettings, CaptionFields
 from data_pipeline.labels import NO_LABEL, LabelSource
 from data_pipeline.members import AbsentValue, check_source
 from data_pipeline.reader import Sample
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import Tokenizer
 
@@ -32,6 +33,9 @@ class M3IDataSettings(CaptionDataSettings):
     classes: int | None = Field(default=None, ge=2)
     """Number of classes, with `label_source`; a label outside of 0 .. classes - 1 is a bad
     sample."""
+    unlabelled: Literal["without_loss", "expected"] = "without_loss"
+    """Samples without a text or a class stay, and count for nothing there; `expected`: it is meant
+    that few samples, or none, have them."""
 
     @field_validator("label_source")
     @classmethod
@@ -87,6 +91,14 @@ class M3IFields(CaptionFields):
         """Members that are needed; a reader may leave out the others."""
         label = [] if self.labels is None else [self.labels.extension]
         return super().extensions | frozenset(label)
+
+    def targets(self) -> list[Target]:
+        """The texts and the label; none of them has to be there."""
+        found = [target._replace(required=False) for target in super().targets()]
+        if (labels := self.labels) is not None:
+            where = ("label", "label_source", labels.source, labels.extension)
+            found.append(Target(*where, labels.read, required=False))
+        return found
 
     def captions(
         self, sample: Sample, rng_for: Callable[[str], np.random.Generator]

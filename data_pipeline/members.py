@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from data_pipeline.plain_text import decoded
 from data_pipeline.reader import BadSample, Sample
 
 
@@ -43,7 +44,10 @@ class MemberSource:
         if data is None:
             raise bad(sample, f"has no member {self.extension}", AbsentValue)
         try:
-            found: Any = data.decode("utf-8")
+            found: Any = decoded(data)
+        except ValueError as error:
+            raise bad(sample, f"{self.source}: {error}") from error
+        try:
             if self._keys:
                 found = json.loads(found)
                 for key in self._keys:

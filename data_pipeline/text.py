@@ -10,8 +10,10 @@ import numpy as np
 from pydantic import Field
 
 from data_pipeline.members import bad
+from data_pipeline.plain_text import decoded
 from data_pipeline.reader import Sample
 from data_pipeline.sources import ShardedData
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import ID_TYPES, Tokenizer
 
@@ -47,6 +49,10 @@ class TextFields:
         """Nothing is chosen by the step."""
         return self
 
+    def targets(self) -> list[Target]:
+        """A row that is none is a bad sample, always: nothing may be missing."""
+        return []
+
     def of_place(self, place: int) -> TextFields:
         """All rows of a micro-batch are alike."""
         return self
@@ -73,7 +79,7 @@ class TextFields:
         """
         tokens = self._ids(sample)
         try:
-            record = json.loads(sample.members["json"])
+            record = json.loads(decoded(sample.members["json"]))
             starts = np.array(record["starts"], dtype=np.int64)
             mark = record["tokenizer"]
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -99,7 +99,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
     findings = report(recipe, arguments.world, arguments.ranks_per_node)
     for finding in findings:
-        print(f"{'ok   ' if finding.ok else 'FAULT'} {finding.text}")
+        verdict = "FAULT" if not finding.ok else "warn " if finding.warns else "ok   "
+        print(f"{verdict} {finding.text}")
     return 0 if all(finding.ok for finding in findings) else 1
 
 

@@ -1,7 +1,7 @@
 """What can be known of a run before it starts: data, batches, engine settings, size and memory."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from data_pipeline.sources import MixedOrder, Source, concatenated, open_source,
 from data_pipeline.step_sampler import MicroBatch, deal
 from data_pipeline.weak_stream import PROMISES_NOT
 from pretrain.build import (
+    build_evaluation_loader,
     build_model,
     build_schedule,
     build_stream,
@@ -21,8 +22,10 @@ from pretrain.build import (
     repeats_of,
 )
 from pretrain.check_cache import cache_lines
+from pretrain.engine.data_start import changed_data, look_at_samples
 from pretrain.engine.ds_config import engine_config, find_engine_file
 from pretrain.engine.momentum_pairs import moving_targets, require_weights_in_memory
+from pretrain.idle_ranks import idle_ranks
 from pretrain.models.init import classes_hint
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import Recipe, TaskSettings
@@ -38,6 +41,8 @@ class Finding:
 
     ok: bool
     text: str
+    warns: bool = False
+    """Whether it would run, but most likely not as it was meant."""
 
 
 def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
@@ -50,9 +55,10 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
     """
     findings = [Finding(True, f"recipe {recipe.name}: {recipe.steps} steps on {world} rank(s)")]
 
-    def attempt(what: str, action: Callable[[], list[str]]) -> None:
+    def attempt(what: str, action: Callable[[], Iterable[str | Finding]]) -> None:
         try:
-            findings.extend(Finding(True, line) for line in action())
+            found = [Finding(True, line) if isinstance(line, str) else line for line in action()]
+            findings.extend(found)
         except Exception as error:  # whatever a run would raise there is a line of this report
             faults = [Finding(False, f"{what}: {line}") for line in _lines_of(error)]
             findings.extend(fault for fault in faults if fault not in findings)
@@ -65,12 +71,14 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
     attempt("engine", lambda: _engine(recipe, world, zero))
     if recipe.tokenizer:
         attempt("tokenizer", lambda: _tokenizer(recipe, tokenizers))
+    findings += [Finding(True, line, warns=True) for line in idle_ranks(recipe, world)]
     if len(recipe.tasks) > 1:
         attempt("schedule", lambda: _schedule(recipe))
     for name, task in recipe.tasks.items():
         attempt(f"tasks.{name}", lambda n=name, t=task: _task(recipe, n, t, world))
     for name in recipe.tasks if tokenizers else ():
         attempt(f"tasks.{name}", lambda n=name: _first_samples(recipe, n, tokenizers[0]))
+        attempt(f"tasks.{name}", lambda n=name: _targets(recipe, n, tokenizers[0]))
     if recipe.loader.cache is not None:
         attempt("cache", lambda: cache_lines(recipe, world, ranks_per_node))
     if tokenizers and zero:
@@ -179,8 +187,7 @@ def _kept(samples: int, stored: int) -> str:
 
 def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer | None") -> Iterator[str]:
     """Load the first two samples as training will: members, captions and pixels are there."""
-    loader = recipe.loader.model_copy(update={"cache": None})  # of nodes, not of this machine
-    stream = build_stream(recipe.model_copy(update={"loader": loader}), name, tokenizer)
+    stream = build_stream(_without_cache(recipe), name, tokenizer)
     batch = stream.load(MicroBatch(0, 0, name, (0, 1), (True, True)))
     shapes = ", ".join(
         f"{key} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
@@ -188,6 +195,25 @@ def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer | None") -> 
         if torch.is_tensor(value) and (value.dim() > 1 or key == "labels")
     )
     yield f"tasks.{name}: first samples {', '.join(batch['key'])}: {shapes}"
+
+
+def _targets(recipe: Recipe, name: str, tokenizer: "Tokenizer | None") -> Iterator[Finding]:
+    """What the start of a run looks at, too: shards that changed, samples that teach nothing."""
+    recipe = _without_cache(recipe)
+    groups = [{name: build_stream(recipe, name, tokenizer)}, {}]
+    if recipe.tasks[name].evaluation is not None:
+        groups[1][name] = build_evaluation_loader(recipe, name, tokenizer).stream
+    if changed := changed_data(*groups):
+        yield Finding(False, f"tasks.{name}: {changed}")
+        return
+    found = look_at_samples(recipe, *groups)
+    yield from (Finding(False, line) for line in found.faults)
+    yield from (Finding(True, line, warns=True) for line in found.warnings)
+
+
+def _without_cache(recipe: Recipe) -> Recipe:
+    """The recipe without the cache, which is of nodes and not of this machine."""
+    return recipe.model_copy(update={"loader": recipe.loader.model_copy(update={"cache": None})})
 
 
 def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:

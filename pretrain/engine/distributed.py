@@ -19,7 +19,12 @@ import torch.distributed as dist
 
 from pretrain.engine.determinism import be_deterministic
 from pretrain.engine.gpu_surroundings import claim_gpu, keep_float32, set_gpu_defaults
-from pretrain.engine.launch_environment import read_ranks
+from pretrain.engine.launch_environment import (
+    LaunchError,
+    free_port,
+    naming_taken_port,
+    read_ranks,
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,28 @@ def init_distributed(
         # rank (minutes, and a lock that outlives a killed build).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
+        try:
+            _meet(rank, world, device)
+        except LaunchError:
+            if world > 1:
+                raise
+            os.environ["MASTER_PORT"] = str(free_port())  # somebody was faster
+            _meet(rank, world, device)
+    cores = own_cores(world)  # asked for in any case: a collective, and recipes may differ
+    torch.set_num_threads(threads_per_rank or cores)
+    return Ranks(rank, world, local_rank, local_world, device)
+
+
+def _meet(rank: int, world: int, device: torch.device) -> None:
+    """Start the process group.
+
+    Raises:
+        LaunchError: the port where ranks meet is taken; see `claim_gpu` for other errors.
+    """
+    import deepspeed
+
+    on_gpu = device.type == "cuda"
+    with naming_taken_port(os.environ):
         if on_gpu and world > 1:
             # Kept while the process group starts, which serves its own from the same port.
             store, *_ = next(dist.rendezvous("env://", rank, world))
@@ -92,9 +119,6 @@ def init_distributed(
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
         )
-    cores = own_cores(world)  # asked for in any case: a collective, and recipes may differ
-    torch.set_num_threads(threads_per_rank or cores)
-    return Ranks(rank, world, local_rank, local_world, device)
 
 
 def choose_device(rank: int, local_rank: int) -> torch.device:

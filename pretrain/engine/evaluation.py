@@ -9,7 +9,7 @@ import torch.distributed as dist
 from data_pipeline.faults import FaultFile
 from pretrain import build
 from pretrain.engine.distributed import Ranks
-from pretrain.engine.metrics_log import MetricsLog
+from pretrain.engine.metrics_log import MetricsLog, shown
 from pretrain.objectives.caption_evaluation import CaptionExample
 from pretrain.recipe import Recipe
 
@@ -30,8 +30,9 @@ class Evaluator:
         self.metrics = metrics
         self.fault_file = fault_file
 
-    def evaluate(self, step: int) -> dict[str, dict[str, float]]:
-        """Evaluate after `step` steps. A collective. Returns task -> metrics."""
+    def evaluate(self, step: int) -> dict[str, dict[str, float | None]]:
+        """Evaluate after `step` steps. A collective. Returns task -> metrics, None where nothing
+        was counted."""
         results = {}
         for name, task in self.recipe.tasks.items():
             if task.evaluation is None:
@@ -49,7 +50,7 @@ class Evaluator:
             self.metrics.log(step, name, values, kind="evaluation")
             self._show(step, name, [e for e in examples if e.image is not None])
             log.info("step %d, %s on %d held-out samples: %s", step, name, values["images"],
-                     ", ".join(f"{k} {v:.4g}" for k, v in sorted(values.items())))
+                     ", ".join(f"{k} {shown(v)}" for k, v in sorted(values.items())))
             results[name] = values
         return results
 

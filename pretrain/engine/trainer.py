@@ -17,12 +17,14 @@ from data_pipeline.loader import StepLoader, TaskStream
 from data_pipeline.rng import keyed_u64
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import build, recipe_checks
+from pretrain.check_targets import targets_may_miss
 from pretrain.engine.agreement import Agreement
 from pretrain.engine.balance import TaskBalance
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.data_metrics import DataMetrics
 from pretrain.engine.data_record import data_entries
+from pretrain.engine.data_start import look_at_data
 from pretrain.engine.device_peak import choose_peak
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
 from pretrain.engine.ds_config import engine_config, offloads_optimizer
@@ -31,7 +33,7 @@ from pretrain.engine.engine_state import fill_masters
 from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.loop import Loop, StepReport, TrainerState
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
-from pretrain.engine.metrics_log import MetricsLog
+from pretrain.engine.metrics_log import MetricsLog, shown
 from pretrain.engine.momentum import TargetNetworks
 from pretrain.engine.momentum_pairs import declared_targets, require_weights_in_memory
 from pretrain.engine.quarantine import Quarantine
@@ -39,6 +41,7 @@ from pretrain.engine.run_dir import RunDirError, open_fault_file, record_start
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.throughput import Throughput
 from pretrain.engine.zero import start_engine
+from pretrain.idle_ranks import idle_ranks
 from pretrain.optim.schedule import lr_factor
 from pretrain.recipe import Recipe
 from pretrain.sampler import Schedule, ledger_entries
@@ -201,6 +204,7 @@ class Trainer:
     def _train(self) -> None:
         recipe, state = self.recipe, self.state
         streams = build.build_streams(recipe, self.tokenizer)
+        look_at_data(recipe, self.ranks, streams, self.tokenizer)
         fingerprints = {name: stream.fingerprint for name, stream in streams.items()}
         with_rows = {name: s for name, s in streams.items() if isinstance(s, TaskStream)}
         state.ledger += data_entries(
@@ -231,6 +235,7 @@ class Trainer:
             self.agreement,
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self._after_update,
+            meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
         )
         stopped, self.loader = None, None
         if state.step < recipe.steps:
@@ -292,7 +297,7 @@ class Trainer:
         metrics |= self.quarantine.metrics(report.task)
         metrics |= self.data_metrics.describe(report.task)
         self.log.log(state.step, report.task, metrics)
-        self.status_line = f"{report.task} loss {metrics['loss']:.4f}"
+        self.status_line = f"{report.task} loss {shown(metrics['loss'], '.4f')}"
 
     def _after_update(self, update: int) -> None:
         if self.ema is not None:
@@ -373,7 +378,8 @@ class Trainer:
     def _announce(self, restored: Path | None) -> None:
         for problem in self.checkpoints.passed_over:
             log.warning("checkpoint %s", problem)
-        for warning in recipe_checks.warnings(self.recipe):
+        idle = idle_ranks(self.recipe, self.ranks.world)
+        for warning in [*recipe_checks.warnings(self.recipe), *idle]:
             log.warning("%s", warning)
         parameters = list(self.engine.module.parameters())
         count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)

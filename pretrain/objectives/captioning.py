@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ class Captioning(nn.Module):
         visual_width: channels of the encoder's tokens.
         image_mean, image_std: per channel, in units of the full range.
     """
+
+    counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
+        name: ("tokens",) for name in ("loss", "cross_entropy", "token_accuracy")
+    }
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Classification: a linear layer on one vector per image."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.classification_settings import (  # noqa: F401
     ClassificationSettings,
 )
-from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
+from pretrain.objectives.evaluation_mode import Gather, alone, evaluating, mean
 from pretrain.objectives.image_tokens import (
     Pool,
     image_vectors,
@@ -39,6 +39,11 @@ class Classification(nn.Module):
     Sizes are passes: each has a forward and a backward pass of its own, so that a step takes the
     memory of the largest. Only vectors of the next larger size go on to a smaller one.
     """
+
+    counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
+        **{name: ("labels",) for name in ("loss", "cross_entropy", "top1", "top5")},
+        "labelled": ("images",),
+    }
 
     def __init__(
         self,
@@ -178,11 +183,12 @@ class Classification(nn.Module):
         device: torch.device,
         reduce: Gather = alone,
         **_: Any,
-    ) -> tuple[dict[str, float], list]:
+    ) -> tuple[dict[str, float | None], list]:
         """Classify every image of `loader`, which has equally many batches on every rank.
 
         Returns loss, cross_entropy, top1 and top5 over the labelled images of all ranks, images
-        and labelled (as in `forward`), the same on every rank; and no examples.
+        and labelled (as in `forward`), the same on every rank, None where nothing was counted; and
+        no examples.
         """
         names = ("loss", "cross_entropy", "top1", "top5")
         sums = torch.zeros(len(names), dtype=torch.float64)
@@ -200,10 +206,10 @@ class Classification(nn.Module):
         labels = sum(part["labels"] for part in parts)
         images = sum(part["images"] for part in parts)
         metrics = {
-            name: sum(part["sums"][place] for part in parts) / max(1, labels)
+            name: mean(sum(part["sums"][place] for part in parts), labels)
             for place, name in enumerate(names)
         }
-        return metrics | {"images": float(images), "labelled": labels / max(1, images)}, []
+        return metrics | {"images": float(images), "labelled": mean(labels, images)}, []
 
     def _shapes(self, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         """(height, width) of the images of each pass."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,9 @@ class Contrastive(nn.Module):
 
     couples_samples = True
     shared_features = ("scale",)
+    counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
+        name: ("pairs",) for name in ("loss", "image_to_text", "text_to_image", "temperature")
+    }
 
     def __init__(
         self,

@@ -23,6 +23,21 @@ from pretrain.objectives.label_loss import label_losses
 Kind = Literal["intra", "inter", "text", "category"]
 KINDS: tuple[Kind, ...] = ("intra", "inter", "text", "category")
 
+COUNTED_BY = {"intra": "intra", "inter": "inter", "text": "texts", "category": "labels"}
+"""Kind of loss -> the count of `count_targets` that its mean is over."""
+
+
+def counted_by(with_text: bool, with_classes: bool) -> dict[str, tuple[str, ...]]:
+    """Metric -> the counts that it is a mean over; of the loss, those of its parts."""
+    kinds = ["intra", "inter", *["text"] * with_text, *["category"] * with_classes]
+    of_images = ("temperature", "with_text", "labelled", "target_std", "effective_rank")
+    return {
+        "loss": tuple(COUNTED_BY[kind] for kind in kinds),
+        **{kind: (COUNTED_BY[kind],) for kind in kinds},
+        "image_to_text": ("texts",), "text_to_image": ("texts",), "top1": ("labels",),
+        **{name: ("images",) for name in of_images},
+    }  # fmt: skip
+
 
 def count_targets(batch: Mapping[str, Any]) -> dict[str, int]:
     """What the losses of a micro-batch are averaged over: images, intra and inter (images of either

@@ -32,7 +32,7 @@ from pretrain.objectives.loss_balance import LossBalance
 from pretrain.objectives.m3i_decoder import Predictor, Projector
 from pretrain.objectives.m3i_evaluation import evaluate_m3i
 from pretrain.objectives.m3i_heads import MeanPool, ProjectorPool, SourceMark, TargetBranch
-from pretrain.objectives.m3i_loss import KINDS, count_targets, m3i_losses
+from pretrain.objectives.m3i_loss import KINDS, count_targets, counted_by, m3i_losses
 from pretrain.objectives.pair_masks import (
     check_pairs,
     gather_own,
@@ -113,6 +113,7 @@ class M3I(nn.Module):
         )
         self.pooled_width, self.text_width, self.text_flops = pooled, text_width, text_flops
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        self.counted_by = counted_by(text_width is not None, classes is not None)
 
     def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """What the losses of a micro-batch are averaged over; the global sums are `totals`."""
