@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.images import ImageDataSettings
+from pretrain.optim.schedule import problems as schedule_problems
 from pretrain.sampler.settings import problems as sampling_problems
 
 if TYPE_CHECKING:
@@ -54,13 +55,7 @@ def _check_sampling(recipe: "Recipe") -> list[str]:
 
 
 def _check_schedule(recipe: "Recipe") -> list[str]:
-    warmup = recipe.schedule.warmup_steps
-    if warmup >= recipe.steps:
-        return [
-            f"schedule.warmup_steps={warmup} must be smaller than steps={recipe.steps}: "
-            "lower warmup_steps"
-        ]
-    return []
+    return schedule_problems(recipe.schedule, recipe.steps)
 
 
 def _check_data(recipe: "Recipe") -> list[str]:

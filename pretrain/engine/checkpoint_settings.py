@@ -13,6 +13,7 @@ class CheckpointSettings(Settings):
     every_steps: int = Field(1000, ge=1)
     """Write a checkpoint after every so many steps; the last step always writes one."""
     keep_last: int = Field(3, ge=1)
-    """Keep this many of the newest checkpoints."""
+    """Keep this many of the newest checkpoints; and while steps are skipped (their gradients are
+    not finite), the last one before that, and the last one from which a step could be taken."""
     keep_every_steps: int | None = Field(None, ge=1)
     """Besides, keep for good each checkpoint whose step is a multiple of this."""

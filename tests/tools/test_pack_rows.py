@@ -210,6 +210,20 @@ def test_rows_of_several_lines_are_counted(tmp_path):
     assert source.account["rows_of_several_lines"] == {"rows": 1, "first": [3]}
 
 
+def test_quotes_of_a_tsv_are_text_and_said(tmp_path):
+    photo(tmp_path / "0.jpg")
+    path = tmp_path / "t.tsv"
+    path.write_text('path\tc\n0.jpg\t"a ""b"" c"\n0.jpg\t"Sun" set\n')
+    source = table_source(path, image_field="path")
+    assert [item.record["c"] for item in source.items] == ['"a ""b"" c"', '"Sun" set']
+    assert source.account["texts_in_quotes"] == {"texts": 1, "without them": "--quoted"}
+    path.write_text('path\tc\n0.jpg\t"a\tb"\n')
+    with pytest.raises(ValueError, match=r"line 2: not 2 fields.*\(--quoted if texts"):
+        table_source(path, image_field="path")
+    (item,) = table_source(path, image_field="path", quoted=True).items
+    assert item.record["c"] == "a\tb"
+
+
 def test_own_columns_stay_beside_ours(tmp_path):
     photo(tmp_path / "0.jpg", 40, 30)
     row = {"path": "0.jpg", "width": 4000, "height": None, "file": "my id", "label": "dog",
