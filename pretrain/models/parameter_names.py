@@ -1,10 +1,14 @@
-"""Patterns over parameter names, as the settings of the optimizer have them."""
+"""Patterns over parameter names, as the settings of the optimizer have them. Without torch."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def aliases(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:

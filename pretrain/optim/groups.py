@@ -5,13 +5,17 @@ two towers with one learning rate each and the usual decay rule give four groups
 Layer-wise decay gives two groups for each layer.
 """
 
-from typing import Any, Literal, Self
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
-from torch import nn
 
 from data_pipeline.settings import Settings
 from pretrain.models.parameter_names import aliases, matches, require_matches
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class OptimizerSettings(Settings):
