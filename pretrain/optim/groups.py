@@ -5,15 +5,19 @@ two towers with one learning rate each and the usual decay rule give four groups
 Layer-wise decay gives two groups for each layer.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
-from torch import nn
 
 from data_pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class OptimizerSettings(Settings):
