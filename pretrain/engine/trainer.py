@@ -42,6 +42,7 @@ from pretrain.engine.zero import start_engine
 from pretrain.idle_ranks import idle_ranks
 from pretrain.optim.schedule import lr_factor
 from pretrain.recipe import Recipe
+from pretrain.resume_rules import RECIPE, Turn, way_back
 from pretrain.sampler import Schedule, ledger_entries
 
 log = logging.getLogger("omnipretrain.train")
@@ -51,9 +52,11 @@ class Trainer:
     """The parts of a run on this rank, and what happens between its steps."""
 
     def __init__(
-        self, recipe: Recipe, ranks: Ranks, signals: StopSignals, ownership: Ownership
+        self, recipe: Recipe, ranks: Ranks, signals: StopSignals, ownership: Ownership,
+        from_step: int | None = None,
     ) -> None:
         self.recipe = recipe
+        self.from_step = from_step
         self.ranks = ranks
         self.signals = signals
         self.run_dir = Path(recipe.run_dir)
@@ -75,7 +78,7 @@ class Trainer:
             attachments={
                 f"tokenizer/{path.name}": path
                 for path in sorted((self.run_dir / "tokenizer").glob("*"))
-            } | {"recipe.yaml": self.run_dir / "recipe.yaml"},
+            } | {RECIPE: recipe.to_yaml().encode()},  # not the file, which may be edited
         )
 
     def run(self, on_first_step: Callable[[], None]) -> None:
@@ -85,7 +88,8 @@ class Trainer:
         """
         self.on_first_step = on_first_step
         recipe, ranks = self.recipe, self.ranks
-        newest = self.checkpoints.newest()
+        newest = self.checkpoints.newest(self.from_step)
+        self.turn = Turn.plan(recipe, newest)
         self.engine = start_engine(
             lambda: build.build_model(recipe, self.tokenizer), recipe.optimizer, self.config,
             recipe.seed, ranks.device, initial_weights=None if newest else recipe.initial_weights,
@@ -101,6 +105,8 @@ class Trainer:
                 self.targets.start()
         if newest is not None:
             self._restore(newest)
+            self.ownership.require()
+            self.turn.take(self.checkpoints, self.state, self.from_step)
         self._settle()
         step = self.state.step
         with (
@@ -170,6 +176,7 @@ class Trainer:
             self.agreement,
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self._after_update,
+            way_back=lambda step: way_back(recipe, step),
             meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
         )
         stopped, self.loader = None, None
@@ -268,12 +275,13 @@ class Trainer:
         if not self.recipe.loader.quarantine:
             return
         self.quarantine.gather(faults)
-        if self.state.step % planned == 0 and self.state.step < self.recipe.steps:
+        if self.state.step % planned == 0:  # at the last step too: the run may be made longer
             visits = self.schedule.visits(self.state.step)
             samples = {n: v * self.recipe.tasks[n].global_batch for n, v in visits.items()}
             if self.quarantine.revise(samples):
                 self.agreement.common["ledger"] = self._ledger_digest()
-                self.loader.restart()
+                if self.state.step < self.recipe.steps:
+                    self.loader.restart()
         if self.ownership.holds():
             self.quarantine.write_list()
 
@@ -323,6 +331,7 @@ class Trainer:
     def _announce(self, restored: Path | None) -> None:
         for problem in self.checkpoints.passed_over:
             log.warning("checkpoint %s", problem)
+        self.turn.tell()
         idle = idle_ranks(self.recipe, self.ranks.world)
         for warning in [*recipe_checks.warnings(self.recipe), *idle]:
             log.warning("%s", warning)
