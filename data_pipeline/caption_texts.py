@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from data_pipeline.labels import NO_LABEL, LabelSource
 from data_pipeline.members import AbsentValue, MemberSource, bad, check_source
+from data_pipeline.plain_text import MARK
 from data_pipeline.reader import Sample
 from data_pipeline.settings import Settings
 
@@ -120,7 +121,7 @@ class CaptionSource(MemberSource):
             raise bad(sample, f"{self.source} is neither a string nor a list of strings")
         if not all(_is_unicode(text) for text in found):
             raise bad(sample, f"{self.source} holds half a surrogate pair")
-        captions = [folded for text in found if (folded := _fold(text))]
+        captions = [folded for text in found if (folded := _fold(text.removeprefix(MARK)))]
         if not captions:
             raise bad(sample, f"{self.source} holds no caption", AbsentValue)
         return captions

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_MARK = "\ufeff"
+MARK = "\ufeff"
+"""The byte order mark, as a character."""
 _OTHER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark is its beginning
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -27,7 +28,7 @@ def decoded(data: bytes, place: str = "") -> str:
     Errors: ValueError naming `place`, the line and the byte if it is not UTF-8.
     """
     try:
-        return data.decode().removeprefix(_MARK)
+        return data.decode().removeprefix(MARK)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         what = f"byte {data[error.start]:#04x} is not UTF-8"

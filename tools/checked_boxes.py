@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
+from data_pipeline.decode import DecodeError, read_header
 from data_pipeline.masks import check_segmentation
 from data_pipeline.objects import box_fault
 from data_pipeline.packing import SampleFault
 
 _FAULTS_SHOWN = 5
-_ORIENTATION_TAG = 0x0112
+_ANY_PIXELS = 1 << 62
 
 
 class Box(NamedTuple):
@@ -118,8 +117,7 @@ def add_on_bad_box(parser: argparse.ArgumentParser) -> None:
 def upright_size(path: Path) -> tuple[int, int] | None:
     """Return width and height as a viewer shows the image; None if it is none."""
     try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
-            return image.size[::-1] if turned else image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
+        header = read_header(path.read_bytes(), _ANY_PIXELS)
+    except (OSError, DecodeError):
+        return None  # said when the image is packed
+    return header.width, header.height

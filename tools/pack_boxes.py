@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,6 +165,8 @@ def _voc_job(options: argparse.Namespace) -> PackJob:
     if options.list is not None:
         lines = read_text(options.list).split("\n")
         names = [_listed(line.strip(), options.annotations) for line in lines if line.strip()]
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"{options.list}: names {repeated[:_NAMES_SHOWN]} twice")
     source = voc_source(
         options.images,
         options.annotations,

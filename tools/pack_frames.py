@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.packer import sample_bytes
 from data_pipeline.packing import PackJob, SampleFault
 from data_pipeline.plain_text import json_bytes, read_json
@@ -39,6 +40,8 @@ class BuildClip:
 
     short_side: int | None = None
     """As that of BuildImage."""
+    max_pixels: int = MAX_PIXELS
+    """As that of BuildImage."""
 
     def __call__(self, item: ClipItem) -> dict[str, bytes]:
         """Return the members. Errors: SampleFault if a frame is no image, or of another size."""
@@ -46,7 +49,7 @@ class BuildClip:
         sizes: Counter[tuple[int, int]] = Counter()
         digits = max(3, len(str(len(item.frames) - 1)))
         for number, frame in enumerate(item.frames):
-            image = store_image(frame, self.short_side)
+            image = store_image(frame, self.short_side, self.max_pixels)
             members[f"f{number:0{digits}d}.{image.extension}"] = image.data
             sizes[image.stored] += 1
             if len(sizes) > 1:
@@ -73,7 +76,9 @@ def add_sources(sources: Any) -> None:
     parser.add_argument("--max-frames", type=positive, help="spread evenly over the clip")
     parser.add_argument("--fps", type=float, help="frames per second of the folders, for the json")
     parser.add_argument(
-        "--captions", type=Path, metavar="FILE",
+        "--captions",
+        type=Path,
+        metavar="FILE",
         help='JSON: {"folder of a clip, below --images": ["caption", ...]}, for all clips',
     )
     add_classes(parser)
@@ -145,7 +150,12 @@ def _job(options: argparse.Namespace) -> PackJob:
         fps=options.fps,
         captions=options.captions and read_captions(options.captions),
     )
-    return image_job(options, source, BuildClip(options.short_side), _clip_bytes)
+    return image_job(
+        options,
+        source,
+        BuildClip(options.short_side, options.max_pixels or MAX_PIXELS),
+        _clip_bytes,
+    )
 
 
 def read_captions(path: Path) -> dict[str, list[str]]:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image
 
+from data_pipeline.decode import MAX_PIXELS, ImageHeader, decode, largest_factor, read_header
 from data_pipeline.image_formats import EXTENSIONS
 from data_pipeline.packer import sample_bytes
 from data_pipeline.packing import SampleFault
@@ -17,7 +19,6 @@ OWN_COLUMNS = "columns"
 """Field of the json member with the columns of a table whose names are also names of ours."""
 # Room for width, height and label, which are known only when the image is read.
 _JSON_RESERVE = 128
-_ORIENTATION_TAG = 0x0112
 _JPEG_QUALITY = 92
 
 
@@ -50,10 +51,12 @@ class BuildImage:
 
     short_side: int | None = None
     """Shrink so that the shorter side has this many pixels, and store as JPEG; None: copy bytes."""
+    max_pixels: int = MAX_PIXELS
+    """Larger images are refused, as the loader does with `image.max_pixels`."""
 
     def __call__(self, item: ImageItem) -> dict[str, bytes]:
         """Return the members. Errors: SampleFault if the file is missing or not an image."""
-        image = store_image(item, self.short_side)
+        image = store_image(item, self.short_side, self.max_pixels)
         size = image.size
         expected = item.size or size
         if expected != size and not (image.turned and expected == size[::-1]):
@@ -82,36 +85,41 @@ class StoredImage(NamedTuple):
     """Whether the EXIF orientation of the file swaps width and height."""
 
 
-def store_image(item: ImageItem, short_side: int | None) -> StoredImage:
-    """Read the image of an item, look at its header, and shrink it if `short_side` is given.
+def store_image(
+    item: ImageItem, short_side: int | None, max_pixels: int = MAX_PIXELS
+) -> StoredImage:
+    """Read the image of an item as the loader reads it, and shrink it if `short_side` is given.
 
-    Errors: SampleFault if the file is missing or not an image.
+    Errors: SampleFault if the file is missing, not an image, damaged, or larger than `max_pixels`.
     """
     try:
         data = image_bytes(item)
-        with Image.open(io.BytesIO(data)) as image:
-            extension = EXTENSIONS.get(image.format or "")
-            if extension is None:
-                raise ValueError(f"format {image.format} is not supported")
-            turned = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
-            size = stored = image.size
-            if short_side is not None and min(size) > short_side:
-                data, stored = _shrunk(image, short_side)
-                extension = "jpg"
-    except UnidentifiedImageError:
-        raise SampleFault(f"{item.origin}: cannot use {item.path}: not an image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        header = read_header(data, max_pixels)
+        extension = EXTENSIONS.get(header.format)
+        if extension is None:
+            raise ValueError(f"format {header.format} is not supported")
+        turned = header.orientation >= 5
+        upright = header.width, header.height
+        size = stored = upright[::-1] if turned else upright
+        if short_side is not None and min(size) > short_side:
+            data, stored = _shrunk(data, header, short_side)
+            extension = "jpg"
+        elif header.picture is not None:
+            decode(data, header)  # not all that has a header can be brought to RGB
+    except (OSError, ValueError) as error:
         raise SampleFault(f"{item.origin}: cannot use {item.path}: {error}") from None
     return StoredImage(data, extension, size, stored, turned)
 
 
-def _shrunk(image: Image.Image, short_side: int) -> tuple[bytes, tuple[int, int]]:
+def _shrunk(data: bytes, header: ImageHeader, short_side: int) -> tuple[bytes, tuple[int, int]]:
     """Return a JPEG and its size (width, height)."""
-    image.draft("RGB", (2 * short_side, 2 * short_side))
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    scale = short_side / min(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    shorter = min(header.width, header.height)
+    # Twice the size, so that what the decoder drops is not seen after the resize.
+    pixels = decode(data, header, largest_factor(header, shorter / (2 * short_side)))
+    scale = short_side / shorter
+    size = max(1, round(header.width * scale)), max(1, round(header.height * scale))
     buffer = io.BytesIO()
+    image = Image.fromarray(np.ascontiguousarray(pixels))
     image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return buffer.getvalue(), size
 

@@ -109,7 +109,7 @@ def _job(options: argparse.Namespace) -> PackJob:
 
 def _parts(root: Path) -> list[Path]:
     """Return the tars, or the folders, in which the samples are."""
-    tars = sorted(root.glob("*.tar"))
+    tars = sorted(path for path in root.glob("*.tar") if not is_passed_over(path.name))
     if tars:
         return tars
     numbered = (path for path in root.glob("[0-9]*") if path.is_dir())

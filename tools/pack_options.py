@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.packing import Build, PackJob, SampleFault, plan_ranges
 from data_pipeline.plain_text import read_names, read_text
 from tools.arguments import natural, positive
@@ -49,7 +50,7 @@ def image_job(
         keys=[unique[number] for number in order],
         items=items,
         ranges=plan_ranges(sizes, options.max_samples, options.max_bytes),
-        build=build or BuildImage(options.short_side),
+        build=build or BuildImage(options.short_side, options.max_pixels or MAX_PIXELS),
         skip_faults=options.on_missing == "skip",
         bundle=options.bundle,
         licence=licence_of(options) or source.licence,
@@ -197,4 +198,9 @@ def add_image_source(sources: Any, name: str, text: str, run: Any) -> argparse.A
     """Add a sub-command as add_data_source, with the options of all sources of images."""
     parser = add_data_source(sources, name, text, run)
     parser.add_argument("--short-side", type=positive, help="shrink images to this many pixels")
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        help=f"of an image; as image.max_pixels of the loader (default {MAX_PIXELS:,})",
+    )
     return parser

@@ -9,6 +9,7 @@ import argparse
 import decimal
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -20,6 +21,7 @@ from data_pipeline.packing import PackJob
 from tools.pack_images import OWN_COLUMNS, ImageItem, beside_ours
 from tools.pack_options import add_classes, add_image_source, classes_of, image_job
 from tools.pack_sources import Source, stat_items
+from tools.pack_walk import walk_suffix
 
 _ROWS_AT_ONCE = 256
 
@@ -95,7 +97,7 @@ def parquet_source(
 
 
 def _job(options: argparse.Namespace) -> PackJob:
-    files = _files(options.table)
+    files, passed_over = _files(options.table)
     state = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     digest = sha256(repr([state, options.image_field]).encode()).hexdigest()[:16]
     # The digest keeps two packings of other tables from reading each other's images.
@@ -108,18 +110,30 @@ def _job(options: argparse.Namespace) -> PackJob:
         label_field=options.label_field,
         classes=classes_of(options),
     )
-    return replace(image_job(options, source), scratch=[spool])
+    job = image_job(options, source)
+    return replace(job, account={**job.account, "passed_over": passed_over}, scratch=[spool])
 
 
-def _files(tables: Sequence[Path]) -> list[Path]:
-    files = [
-        path
-        for table in tables
-        for path in (sorted(table.glob("*.parquet")) if table.is_dir() else [table])
-    ]
+def _files(tables: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
+    """Return the tables, and what was passed over in folders: sub-folders may be other splits."""
+    files: list[Path] = []
+    passed_over: dict[str, Any] = {}
+    for table in tables:
+        if not table.is_dir():
+            files.append(table)
+            continue
+        tree = walk_suffix(table, ".parquet")
+        for path in tree.files:
+            if len(path.parts) == 1:
+                files.append(table / path)
+            else:
+                tree.pass_over("in a sub-folder", path)
+        if tree.passed_over:
+            passed_over[str(table)] = tree.account()
     if not files:
-        raise ValueError(f"{', '.join(map(str, tables))}: no *.parquet in it")
-    return files
+        names = ", ".join(map(str, tables))
+        raise ValueError(f"{names}: no *.parquet in it; passed over: {passed_over}")
+    return files, passed_over
 
 
 def _rows(
@@ -135,6 +149,9 @@ def _rows(
         number = 0
         try:
             with pyarrow.parquet.ParquetFile(table) as file:
+                names = Counter(file.schema_arrow.names)
+                if repeated := [name for name, count in names.items() if count > 1]:
+                    raise ValueError(f"{table}: has the fields {repeated} twice")
                 absent = [n for n in needed if n is not None and n not in file.schema_arrow.names]
                 if absent:
                     raise ValueError(

@@ -24,6 +24,11 @@ _OF_SYSTEMS = frozenset(
         "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r",
     )
 )  # fmt: skip
+# TIFF and JPEG files of which the picture is a small preview of something else.
+_PREVIEWS = frozenset({
+    ".3fr", ".arw", ".cr2", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mos", ".nef", ".nrw", ".pef",
+    ".sr2", ".srw", ".thm",
+})  # fmt: skip
 HIDDEN, OF_A_SYSTEM, OTHER, UNREADABLE = "hidden", "of a system", "of another kind", "unreadable"
 _NO_SUFFIX = "no suffix"
 
@@ -71,7 +76,6 @@ def walk(root: Path, takes: Callable[[Path], bool]) -> Found:
         if not is_utf8(os.fspath(path)):
             raise ValueError(f"{os.fsencode(root / path)!r}: its name is not UTF-8: rename it")
         found.files.append(path)
-    found.files.sort()
     return found
 
 
@@ -91,8 +95,9 @@ def is_passed_over(name: str) -> bool:
 
 
 def _may_be_image(path: Path) -> bool:
-    if path.suffix.lower() in SUFFIXES:
-        return True
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES or suffix in _PREVIEWS:
+        return suffix in SUFFIXES
     if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
         return False
     with open(path, "rb") as file:
@@ -108,7 +113,7 @@ def _reason(name: str) -> str | None:
 def _entries(
     root: Path, below: Path, reason: str | None, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[Path, str | None]]:
-    """Yield each file, and why it takes no part by its path, if so.
+    """Yield each file, in the order of paths, and why it takes no part by its path, if so.
 
     `above` identifies the folders that this one lies in: a link to one of them has no end.
     """

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
 from data_pipeline.evaluation import EvaluationLoader
+from data_pipeline.image_formats import MEMBERS
 from data_pipeline.loader import LoaderSettings, StepLoader
 from data_pipeline.m3i import M3IDataSettings, M3IFields
 from data_pipeline.order import Order
@@ -42,7 +43,7 @@ def load(fields, position: int = 0, **members: bytes) -> dict:
 
 def test_a_text_and_a_class_may_be_missing(tokenizer):
     fields = M3IFields(settings(), tokenizer, train=True)
-    assert fields.extensions == {"jpg", "jpeg", "png", "webp", "txt", "cls"}
+    assert fields.extensions == {*MEMBERS, "txt", "cls"}
     items = [
         load(fields, 0, txt=b"a red digit", cls=b"7"), load(fields, 1, txt=b"a blue seven"),
         load(fields, 2, cls=b"0"), load(fields, 3), None,

@@ -200,7 +200,8 @@ def test_an_image_that_is_none_is_an_error_or_left_out(tmp_path, coco, capsys):
     arguments = coco_arguments(coco, tmp_path / "out")
     assert run(*arguments) == 1
     message = capsys.readouterr().err
-    assert "captions.json, image 2: cannot use" in message and "2.jpg: not an image" in message
+    assert "captions.json, image 2: cannot use" in message
+    assert "2.jpg: not a readable image" in message
     (coco["images"] / "2.jpg").write_bytes(b"")
     assert run(*coco_arguments(coco, tmp_path / "empty")) == 1
     assert "2.jpg: the file is empty" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import torch
 
 from data_pipeline.presence import changed_shards
 from data_pipeline.shards import Shard, ShardSet
+from data_pipeline.tar_headers import ShardError
 from pretrain.build import build_streams, build_tokenizer
 from pretrain.check import report
 from pretrain.engine.data_start import DataFault, look_at_data
@@ -57,6 +58,25 @@ def test_shards_that_are_gone_or_changed_end_a_start_by_name(tmp_path, start, sp
     first.write_bytes(kept)
     if split == "heldout":
         start()  # restored, as the message says
+
+
+def test_shards_that_no_manifest_covers_are_all_named(tmp_path, start):
+    """By a list of paths, as foreign data are given; the first one's error says what to do."""
+    shards = sorted((tmp_path / "train").glob("*.tar"))
+    (tmp_path / "train" / "manifest.json").unlink()
+    given = f"tasks.classify.data.shards=[{', '.join(map(str, shards))}]"
+    start(given)
+    for path in shards[1:]:
+        path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(ShardError) as error:
+        start(given)
+    assert str(error.value).startswith(f"{shards[1]}: has ")
+    assert str(error.value).endswith(f"and so it is with {shards[2]}")
+    for path in shards[1:]:
+        path.unlink()
+    with pytest.raises((ShardError, FileNotFoundError)) as error:
+        start(given)
+    assert all(str(path) in str(error.value) for path in shards[1:])
 
 
 def test_ten_thousand_shards_take_about_a_second(tmp_path):
