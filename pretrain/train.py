@@ -5,6 +5,7 @@
     deepspeed --num_gpus 8 --module pretrain.train RECIPE           the same by DeepSpeed's launcher
     srun --ntasks-per-node 8 python -m pretrain.train RECIPE        the nodes of a SLURM job
     ... -m pretrain.train --resume RUN_DIR                          go on where the run stopped
+    ... -m pretrain.train --resume RUN_DIR --from-step 4000         go back to that checkpoint first
 
 Exit code 0: finished, or stopped as asked with a checkpoint (control/status.json says which);
 1: failed; 2: the recipe or the arguments are wrong (said before any process group starts).
@@ -18,35 +19,19 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
+from pretrain.engine.checkpoint_files import CheckpointError, newest_whole
+from pretrain.engine.checkpoint_retention import find_checkpoint, step_of, step_to_go_back_to
 from pretrain.engine.launch_environment import LaunchError, translate
 from pretrain.engine.run_dir import RunDirError, check_new, check_resumable
 from pretrain.recipe import Recipe, RecipeError, load_layers, load_recipe, load_resolved, validate
+from pretrain.resume_rules import check_changes, recipe_of
 
 log = logging.getLogger("omnipretrain.train")
 
 WRONG_USAGE = 2
 RANK_0_FIRST_S = 5.0  # ranks start some seconds apart
-
-# What may change on a resume: it decides where and how things are computed, or what comes later.
-CHANGEABLE = (
-    "loader.*",
-    "logging.*",
-    "checkpoint.*",
-    "failure.*",
-    "threads_per_rank",
-    "deterministic",
-    "deepspeed",
-    "evaluation_every_steps",
-    "tasks.*.evaluation.*",
-    "tasks.*.micro_batch",
-    # What ran stays as the ledger has it; these decide what is to come.
-    "tasks.*.weight",
-    "sampling.*",
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
@@ -60,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG_USAGE
     from pretrain.engine.trainer import train_recipe  # imports DeepSpeed, which takes seconds
 
-    return train_recipe(recipe, resume=arguments.resume is not None)
+    return train_recipe(recipe, arguments.resume is not None, arguments.from_step)
 
 
 def say(error: Exception) -> None:
@@ -101,13 +86,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("recipe", nargs="?", help="a YAML file or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--resume", metavar="RUN_DIR", type=Path, help="continue this run")
+    parser.add_argument("--from-step", metavar="N", type=int,
+                        help="with --resume: go on from the checkpoint of this step; those after "
+                        "it are moved aside")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.resume is not None and arguments.recipe is not None:
         arguments.overrides.insert(0, arguments.recipe)  # there the first word is an override too
         arguments.recipe = None
     if (arguments.recipe is None) == (arguments.resume is None):
         parser.error("give a recipe, or --resume RUN_DIR")
+    if arguments.from_step is not None and arguments.resume is None:
+        parser.error("--from-step N goes with --resume RUN_DIR")
     return arguments
 
 
@@ -121,19 +111,35 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         check_new(Path(recipe.run_dir))
         return recipe
-    path = check_resumable(arguments.resume)
-    if not arguments.overrides:
-        return moved(load_resolved(path), arguments.resume)
-    for override in arguments.overrides:
-        key = override.split("=", 1)[0]
-        if not any(fnmatch(key, pattern) for pattern in CHANGEABLE):
-            raise RecipeError(
-                f"{key} cannot change on a resume: the run would not be the one that its "
-                f"checkpoints belong to. Changeable: {', '.join(CHANGEABLE)}. For anything else "
-                "start a new run from this one's weights (python -m tools.convert export-weights "
-                "writes a file for initial_weights)"
-            )
-    return moved(validate(load_layers(path, arguments.overrides)), arguments.resume)
+    root = arguments.resume / "checkpoints"
+    arguments.from_step = step_to_go_back_to(root, arguments.from_step, os.environ)
+    return read_resumed(arguments.resume, arguments.overrides, arguments.from_step)
+
+
+def read_resumed(run_dir: Path, overrides: Sequence[str], from_step: int | None) -> Recipe:
+    """The recipe in a run directory, with overrides, if the run may go on with it.
+
+    Raises:
+        RecipeError, RunDirError: as `read_recipe`.
+    """
+    path = check_resumable(run_dir)
+    written = moved(load_resolved(path), run_dir)
+    recipe = written
+    if overrides:
+        recipe = moved(validate(load_layers(path, overrides)), run_dir)
+    root = run_dir / "checkpoints"
+    try:
+        folder = newest_whole(root) if from_step is None else find_checkpoint(root, from_step)
+    except CheckpointError as error:
+        if from_step is not None:
+            raise RunDirError(str(error)) from None
+        folder = None  # there is none, or the trainer will say what is wrong with it
+    before = recipe_of(folder) if folder is not None else None
+    if before is None:
+        check_changes(written, recipe, str(path))
+    else:
+        check_changes(before, recipe, str(folder.relative_to(run_dir)), step_of(folder))
+    return recipe
 
 
 def moved(recipe: Recipe, run_dir: Path) -> Recipe:

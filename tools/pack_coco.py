@@ -56,7 +56,8 @@ def coco_source(
     sizes = {key: _size(record) for key, record in records.items()}
     for key, of_image in boxes.items():
         size = sizes[key] or (upright_size(images / records[key]["file"]) if of_image else None)
-        records[key] |= {"segmentations": []} | check.fields(of_image, size)
+        fields = check.fields(of_image, size)
+        records[key] |= {"segmentations": [None] * len(fields["boxes"]), **fields}
     origin = Path(captions or instances or "").name
     keys = {key: f"{key:012d}" if isinstance(key, int) else key for key in records}
     order = sorted(records, key=keys.__getitem__)

@@ -49,12 +49,7 @@ def table_source(
         rows = list(_text_rows(table, quoted or table.suffix == ".csv", number_fields, spans))
     if not rows:
         raise ValueError(f"{table}: has no rows")
-    for number, row in rows:
-        for name in filter(None, (image_field, label_field)):
-            if not str("" if row.get(name) is None else row[name]).strip():
-                raise ValueError(
-                    f"{table}, line {number}: no {name!r}; it has {', '.join(map(str, row))}"
-                )
+    _check_filled(table, rows, [name for name in (image_field, label_field) if name is not None])
     names = list(classes) if classes is not None else None
     if label_field is not None and names is None:
         names = sorted({_class(row, label_field) for _, row in rows})
@@ -76,13 +71,30 @@ def table_source(
 
     root = root or table.parent
     items, missing = stat_items(describe())
-    account = {}
+    account: dict[str, Any] = {}
     if spans:
         account["rows_of_several_lines"] = {"rows": len(spans), "first": spans[:_LINES_SHOWN]}
+    if table.suffix == ".tsv" and not quoted and (count := _in_quotes(rows)):
+        account["texts_in_quotes"] = {"texts": count, "without them": "--quoted"}
     if clashing := sorted({n for item in items for n in item.record.get(OWN_COLUMNS, ())}):
         account[f"kept_under_{OWN_COLUMNS}"] = clashing
     used = names if label_field is not None else None
     return Source(items, used, missing=missing, account=account, rows=len(rows))
+
+
+def _check_filled(table: Path, rows: Sequence[_Row], fields: Sequence[str]) -> None:
+    for number, row in rows:
+        for name in fields:
+            if not str("" if row.get(name) is None else row[name]).strip():
+                raise ValueError(
+                    f"{table}, line {number}: no {name!r}; it has {', '.join(map(str, row))}"
+                )
+
+
+def _in_quotes(rows: Sequence[_Row]) -> int:
+    """How many texts look as if a writer of CSV had put them in quotes."""
+    texts = (text for _, row in rows for text in row.values() if isinstance(text, str))
+    return sum(len(text) > 1 and text[0] == text[-1] == '"' for text in texts)
 
 
 def _class(row: dict[str, Any], field: str) -> str:
@@ -111,9 +123,10 @@ def _text_rows(
         raise ValueError(f"{table}: has no fields {unknown}; it has {names}")
     for first, last, fields in rows:
         if len(fields) != len(names):
+            hint = "" if quoted or delimiter == "," else " (--quoted if texts stand in quotes)"
             raise ValueError(
                 f"{table}, line {first}: not {len(names)} fields, as the header has, but "
-                f"{len(fields)}"
+                f"{len(fields)}{hint}"
             )
         if last > first:
             spans.append(first)

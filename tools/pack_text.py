@@ -137,7 +137,10 @@ def _job(options: argparse.Namespace) -> PackJob:
             "tokens_per_row": options.tokens,
             "tokenizer_digest": tokenizer.digest,
         },
-        account={"passed_over": passed_over},
+        account={
+            "rows": spool.documents + spool.empty + len(spool.left_out),
+            "passed_over": passed_over,
+        },
         missing=spool.left_out,
         scratch=[Path(spool.ids).with_suffix(s) for s in (".json", ".ids", ".starts")],
     )

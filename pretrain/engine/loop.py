@@ -81,6 +81,8 @@ class Loop:
         before_step: called with (step, task) before the forward pass of a step of one task.
         after_update: called after each optimizer step that changed the weights, with the number of
             such steps before it.
+        way_back: first of the steps that were skipped in a row -> what to do, as the end of a
+            sentence.
         meant_empty: tasks of whose missing targets nothing is said.
     """
 
@@ -98,6 +100,7 @@ class Loop:
         agreement: Agreement | None = None,
         before_step: Callable[[int, str], None] = lambda step, task: None,
         after_update: Callable[[int], None] = lambda update: None,
+        way_back: Callable[[int], str] = lambda step: "lower optimizer.lr",
         meant_empty: Collection[str] = (),
     ) -> None:
         self.engine = engine
@@ -112,6 +115,7 @@ class Loop:
         self.agreement = agreement or Agreement(ranks, every_steps=100)
         self.before_step = before_step
         self.after_update = after_update
+        self.way_back = way_back
         self.targets = TargetWatch(ranks.leads, meant_empty)
         self._begin_mark = time.perf_counter()
 
@@ -292,8 +296,8 @@ class Loop:
             raise TrainingFailed(
                 f"{state.skipped_in_a_row} steps in a row up to step {state.step - 1} had a "
                 "non-finite gradient and were skipped (failure.max_skipped_steps = "
-                f"{self.max_skipped_in_a_row}); resume from an earlier checkpoint with a lower "
-                "learning rate, or look at the data of these steps (logs/)"
+                f"{self.max_skipped_in_a_row}); "
+                + self.way_back(state.step - state.skipped_in_a_row)
             )
 
     def _agreed_reason(self) -> str:

@@ -44,13 +44,17 @@ from pretrain.engine.zero import start_engine
 from pretrain.idle_ranks import idle_ranks
 from pretrain.optim.schedule import lr_factor
 from pretrain.recipe import Recipe
+from pretrain.resume_rules import RECIPE, Turn, way_back
 from pretrain.sampler import Schedule, ledger_entries
 
 log = logging.getLogger("omnipretrain.train")
 
 
-def train_recipe(recipe: Recipe, resume: bool) -> int:
-    """Run a recipe on this process and its peers; returns the exit code (0 or 1)."""
+def train_recipe(recipe: Recipe, resume: bool, from_step: int | None = None) -> int:
+    """Run a recipe on this process and its peers; returns the exit code (0 or 1).
+
+    from_step: the checkpoint of this step is restored, not the newest one.
+    """
     # Where every thread stands, if C++ ends this process: NCCL's watchdog does after a time-out.
     faulthandler.enable()
     signals = StopSignals()
@@ -61,7 +65,7 @@ def train_recipe(recipe: Recipe, resume: bool) -> int:
             recipe.threads_per_rank, recipe.deterministic, trace_dir=run_dir / "logs"
         )
         prepare_run_dir(recipe, ranks, resume)
-        Trainer(recipe, ranks, signals).run()
+        Trainer(recipe, ranks, signals, from_step).run()
     except Exception as error:
         # Peers wait in a collective for this rank: leave the reason on disk, then leave at once,
         # so that the launcher ends them.
@@ -138,8 +142,11 @@ def require_hardware(precision: str, config: dict, device: torch.device) -> None
 class Trainer:
     """The parts of a run on this rank, and what happens between its steps."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, signals: StopSignals) -> None:
+    def __init__(
+        self, recipe: Recipe, ranks: Ranks, signals: StopSignals, from_step: int | None = None
+    ) -> None:
         self.recipe = recipe
+        self.from_step = from_step
         self.ranks = ranks
         self.signals = signals
         self.run_dir = Path(recipe.run_dir)
@@ -162,13 +169,14 @@ class Trainer:
             attachments={
                 f"tokenizer/{path.name}": path
                 for path in sorted((self.run_dir / "tokenizer").glob("*"))
-            } | {"recipe.yaml": self.run_dir / "recipe.yaml"},
+            } | {RECIPE: recipe.to_yaml().encode()},  # not the file, which may be edited
         )
 
     def run(self) -> None:
         """Train to the end of the recipe, or until a stop is asked for."""
         recipe, ranks = self.recipe, self.ranks
-        newest = self.checkpoints.newest()
+        newest = self.checkpoints.newest(self.from_step)
+        self.turn = Turn.plan(recipe, newest)
         self.engine = start_engine(
             lambda: build.build_model(recipe, self.tokenizer), recipe.optimizer, self.config,
             recipe.seed, ranks.device, initial_weights=None if newest else recipe.initial_weights,
@@ -184,6 +192,7 @@ class Trainer:
                 self.targets.start()
         if newest is not None:
             self._restore(newest)
+            self.turn.take(self.checkpoints, self.state, self.from_step)
         step = self.state.step
         with (
             MetricsLog(self.run_dir, ranks.rank, step, recipe.steps, recipe.logging) as self.log,
@@ -235,6 +244,7 @@ class Trainer:
             self.agreement,
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self._after_update,
+            way_back=lambda step: way_back(recipe, step),
             meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
         )
         stopped, self.loader = None, None
@@ -325,12 +335,13 @@ class Trainer:
         if not self.recipe.loader.quarantine:
             return
         self.quarantine.gather(faults)
-        if self.state.step % planned == 0 and self.state.step < self.recipe.steps:
+        if self.state.step % planned == 0:  # at the last step too: the run may be made longer
             visits = self.schedule.visits(self.state.step)
             samples = {n: v * self.recipe.tasks[n].global_batch for n, v in visits.items()}
             if self.quarantine.revise(samples):
                 self.agreement.common["ledger"] = self._ledger_digest()
-                self.loader.restart()
+                if self.state.step < self.recipe.steps:
+                    self.loader.restart()
         self.quarantine.write_list()
 
     # ---- checkpoints -----------------------------------------------------------------------------
@@ -378,6 +389,7 @@ class Trainer:
     def _announce(self, restored: Path | None) -> None:
         for problem in self.checkpoints.passed_over:
             log.warning("checkpoint %s", problem)
+        self.turn.tell()
         idle = idle_ranks(self.recipe, self.ranks.world)
         for warning in [*recipe_checks.warnings(self.recipe), *idle]:
             log.warning("%s", warning)

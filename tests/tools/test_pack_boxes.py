@@ -219,7 +219,7 @@ def test_boxes_do_not_shrink(tmp_path, yolo, capsys):
 
 def test_coco_boxes_are_checked_as_the_others(tmp_path, capsys):
     """Each bad box is named with its annotation, or left out and counted; the good ones stay."""
-    for number in range(3):
+    for number in range(4):
         photo(tmp_path / "images" / f"{number}.jpg", 100, 80, seed=number)
 
     def annotation(image: int, box: list, segmentation=None, category=1) -> dict:
@@ -238,9 +238,10 @@ def test_coco_boxes_are_checked_as_the_others(tmp_path, capsys):
         annotation(0, [10, 10, 20, 20], category=91),
         annotation(1, [-5, -5, 30, 30]),
         annotation(2, [0, 0, 100.5, 80], []),
+        annotation(3, [0, 0, 9, 9], []),
         annotation(2, [1, 1, 2, 2], runs),
     ]
-    images = [{"id": n, "file_name": f"{n}.jpg", "width": 100, "height": 80} for n in range(3)]
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 100, "height": 80} for n in range(4)]
     images[2] = {"id": 2, "file_name": "2.jpg"}  # the file says how large it is
     content = {"images": images, "categories": [{"id": 1, "name": "cup "}], "annotations": entries}
     path = tmp_path / "boxes.json"
@@ -248,7 +249,7 @@ def test_coco_boxes_are_checked_as_the_others(tmp_path, capsys):
     arguments = arguments_of("coco", tmp_path, images=tmp_path / "images", instances=path)
     assert run(*arguments) == 1
     message = capsys.readouterr().err
-    assert "8 of 11 boxes are bad" in message and "--on-bad-box drop" in message
+    assert "8 of 12 boxes are bad" in message and "--on-bad-box drop" in message
     assert "boxes.json, annotations[1]: box 10, 10, 40, 10 is empty" in message
     with pytest.raises(ValueError, match=r"annotations\[0\]: category 91 is not in categories"):
         path.write_text(json.dumps({**content, "annotations": [entries[7]]}))
@@ -257,9 +258,9 @@ def test_coco_boxes_are_checked_as_the_others(tmp_path, capsys):
     assert run(*arguments, "--on-bad-box", "drop") == 0
     found = [record for _, (_, record) in sorted(read_all(tmp_path / "out" / "train").items())]
     assert [record["boxes"] for record in found] == [
-        [[10, 10, 40, 40]], [], [[0, 0, 100, 80], [1, 1, 3, 3]],
+        [[10, 10, 40, 40]], [], [[0, 0, 100, 80], [1, 1, 3, 3]], [[0, 0, 9, 9]],
     ]  # fmt: skip
-    assert found[2]["segmentations"] == [None, runs]
+    assert [r["segmentations"] for r in found[1:]] == [[], [None, runs], [None]]
     manifest = Manifest.load(tmp_path / "out" / "train")
     assert manifest.classes == ["cup"] and manifest.details["dropped_boxes"] == 8
     assert manifest.details["images_left_without_boxes"] == 1

@@ -210,6 +210,20 @@ def test_rows_of_several_lines_are_counted(tmp_path):
     assert source.account["rows_of_several_lines"] == {"rows": 1, "first": [3]}
 
 
+def test_quotes_of_a_tsv_are_text_and_said(tmp_path):
+    photo(tmp_path / "0.jpg")
+    path = tmp_path / "t.tsv"
+    path.write_text('path\tc\n0.jpg\t"a ""b"" c"\n0.jpg\t"Sun" set\n')
+    source = table_source(path, image_field="path")
+    assert [item.record["c"] for item in source.items] == ['"a ""b"" c"', '"Sun" set']
+    assert source.account["texts_in_quotes"] == {"texts": 1, "without them": "--quoted"}
+    path.write_text('path\tc\n0.jpg\t"a\tb"\n')
+    with pytest.raises(ValueError, match=r"line 2: not 2 fields.*\(--quoted if texts"):
+        table_source(path, image_field="path")
+    (item,) = table_source(path, image_field="path", quoted=True).items
+    assert item.record["c"] == "a\tb"
+
+
 def test_own_columns_stay_beside_ours(tmp_path):
     photo(tmp_path / "0.jpg", 40, 30)
     row = {"path": "0.jpg", "width": 4000, "height": None, "file": "my id", "label": "dog",
@@ -240,6 +254,7 @@ def test_the_walk_takes_images_and_counts_the_rest(tmp_path):
     (root / "a" / "Thumbs.db").write_bytes(jpeg())
     (root / "a" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
     (root / "a" / "notes.txt").write_text("P6 of the notes")
+    Image.new("RGB", (4, 3)).save(root / "a" / "raw.NEF", "TIFF")  # of a camera: its preview
     os.mkfifo(root / "a" / "pipe")
     (root / "a" / "gone.md").symlink_to(root / "nowhere")
     (tmp_path / "elsewhere").mkdir()
@@ -250,7 +265,7 @@ def test_the_walk_takes_images_and_counts_the_rest(tmp_path):
     assert found.account() == {
         "hidden": {".jpg": 3},
         "of a system": {".db": 1, ".jpg": 3},
-        "of another kind": {".heic": 1, ".txt": 1, "no suffix": 1},
+        "of another kind": {".heic": 1, ".nef": 1, ".txt": 1, "no suffix": 1},
         "unreadable": {".md": 1},
     }
     (root / "a" / "round").symlink_to(root)
