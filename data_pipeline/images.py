@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.decode import DecodeError
 from data_pipeline.image_formats import MEMBERS
-from data_pipeline.members import bad
+from data_pipeline.members import no_member
 from data_pipeline.reader import BadSample, Sample
 from data_pipeline.rng import sample_rng
 from data_pipeline.sources import ShardedData
@@ -213,4 +213,4 @@ class ImageFields:
         for extension in self.settings.image_extensions:
             if extension in sample.members:
                 return sample.members[extension]
-        raise bad(sample, f"has no member {' or '.join(self.settings.image_extensions)}")
+        raise no_member(sample, self.settings.image_extensions)
