@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.images import ImageDataSettings
 from pretrain.optim.schedule import problems as schedule_problems
+from pretrain.pattern_checks import check_patterns
 from pretrain.sampler.settings import problems as sampling_problems
 
 if TYPE_CHECKING:
@@ -395,10 +396,14 @@ def _check_optimizer(recipe: "Recipe") -> list[str]:
 
 
 def warnings(recipe: "Recipe") -> list[str]:
-    """One line per setting that has no effect beside another one."""
+    """One line per setting that has no effect, or not the one that is meant, beside another one."""
+    random = [
+        "optimizer.frozen keeps parameters at their random first values, since there are no "
+        "initial_weights: name a file of them"
+    ] if recipe.optimizer.frozen and recipe.initial_weights is None else []
     if recipe.optimizer.kind != "mt_adamw":
-        return []
-    return [
+        return random
+    return random + [
         f"tasks.{name}.loss_weight={task.loss_weight:g} cancels with optimizer.kind=mt_adamw, "
         f"which divides each gradient by its norm: use optimizer.omega to weight task {name}"
         for name, task in recipe.tasks.items()
@@ -417,4 +422,5 @@ _CHECKS = (
     _check_m3i,
     _check_evaluation,
     _check_optimizer,
+    check_patterns,
 )

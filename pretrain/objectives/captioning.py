@@ -29,7 +29,7 @@ class Captioning(nn.Module):
     Args:
         decoder: the text decoder; its parameters are the ones this objective owns.
         encoder: name of the encoder that `forward` picks from those it is given.
-        encoder_cost: (height, width) -> (tokens, FLOPs of a forward pass) for one image.
+        encoder_cost: (height, width) -> (tokens; FLOPs, forward and backward) for one image.
         visual_width: channels of the encoder's tokens.
         image_mean, image_std: per channel, in units of the full range.
     """
@@ -138,7 +138,7 @@ class Captioning(nn.Module):
         _, captions, length = batch["tokens"].shape
         scored = counts["tokens"] / images
         decoder_flops = self.decoder.flops(tokens, self.visual_width, captions, length - 1, scored)
-        return 3 * images * (encoder_flops + decoder_flops)
+        return images * (encoder_flops + 3 * decoder_flops)
 
     def generate(
         self,

@@ -45,6 +45,7 @@ class CaptioningSettings(Settings):
         Raises:
             ValueError: `encoder` names none of the encoders, or captions cannot be that long.
         """
+        from pretrain.models.frozen import training_flops
         from pretrain.objectives.captioning import Captioning
         from pretrain.objectives.image_tokens import find_encoder
 
@@ -59,7 +60,7 @@ class CaptioningSettings(Settings):
             encoder=self.encoder,
             encoder_cost=lambda height, width: (
                 encoder.tokens(height, width),
-                encoder.flops(height, width),
+                training_flops(encoder, encoder.flops)(height, width),
             ),
             visual_width=encoder.width,
             bos_id=vocabulary.bos_id,

@@ -31,7 +31,7 @@ class Classification(nn.Module):
         classes: number of classes.
         encoder: name of the encoder that `forward` picks from those it is given.
         encoder_width: channels of what the encoder hands over.
-        encoder_flops: (height, width) -> FLOPs of a forward pass for one image.
+        encoder_flops: (height, width) -> FLOPs, forward and backward, for one image.
         image_mean, image_std: per channel, in units of the full range.
         pool, label_smoothing, head_std, smaller_sizes, consistency: as in `ClassificationSettings`.
         smaller_views: sizes of the further views that batches bring, in place of `smaller_sizes`.
@@ -173,7 +173,7 @@ class Classification(nn.Module):
         """Model FLOPs, forward and backward, that this micro-batch asks for; padding is free."""
         images = int(batch["valid"].sum())
         head = 2 * self.head.in_features * self.head.out_features
-        return 3 * images * sum(self.encoder_flops(*s) + head for s in self._shapes(batch))
+        return images * sum(self.encoder_flops(*s) + 3 * head for s in self._shapes(batch))
 
     def evaluate(
         self,

@@ -64,6 +64,7 @@ class ClassificationSettings(Settings):
         `vocabulary` is for objectives with text. Raises ValueError: no encoder of that name, one
         that cannot pool that way, or smaller sizes in two ways.
         """
+        from pretrain.models.frozen import training_flops
         from pretrain.objectives.classification import Classification
         from pretrain.objectives.image_tokens import find_encoder, vector_flops, vector_width
 
@@ -72,7 +73,7 @@ class ClassificationSettings(Settings):
             classes,
             encoder=self.encoder,
             encoder_width=vector_width(encoder, self.pool),
-            encoder_flops=vector_flops(encoder, self.pool),
+            encoder_flops=training_flops(encoder, vector_flops(encoder, self.pool)),
             image_mean=image_mean,
             image_std=image_std,
             pool=self.pool,

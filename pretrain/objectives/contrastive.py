@@ -48,7 +48,7 @@ class Contrastive(nn.Module):
         width: channels of the common space.
         encoder, text_encoder: names of the encoders that `forward` picks from those it is given.
         encoder_widths: channels of the image encoder's vector and of the text feature.
-        encoder_flops: FLOPs of a forward pass, (height, width) -> of an image, and length -> of a
+        encoder_flops: FLOPs, forward and backward: (height, width) -> of an image, length -> of a
             text.
         image_mean, image_std: per channel, in units of the full range.
         pool, temperature, max_scale, identical_captions_match, labels_match: as in
@@ -170,8 +170,8 @@ class Contrastive(nn.Module):
         each = of_image(*batch["images"].shape[-2:]) + of_text(batch["tokens"].shape[-1])
         # Not numel(): under ZeRO-3 a weight is empty outside of forward.
         for layer in (self.image_projection, self.text_projection):
-            each += 2 * layer.in_features * layer.out_features
-        return 3 * int(batch["valid"].sum()) * each
+            each += 3 * 2 * layer.in_features * layer.out_features
+        return int(batch["valid"].sum()) * each
 
     def evaluate(
         self,

@@ -62,6 +62,7 @@ class ContrastiveSettings(Settings):
 
         Raises ValueError: no encoder of that name, or one that cannot pool that way.
         """
+        from pretrain.models.frozen import training_flops
         from pretrain.objectives.contrastive import Contrastive
         from pretrain.objectives.image_tokens import find_encoder, vector_flops, vector_width
 
@@ -72,7 +73,10 @@ class ContrastiveSettings(Settings):
             encoder=self.encoder,
             text_encoder=self.text_encoder,
             encoder_widths=(vector_width(image, self.pool), text.width),
-            encoder_flops=(vector_flops(image, self.pool), text.flops),
+            encoder_flops=(
+                training_flops(image, vector_flops(image, self.pool)),
+                training_flops(text, text.flops),
+            ),
             image_mean=image_mean,
             image_std=image_std,
             pool=self.pool,

@@ -113,6 +113,7 @@ class M3ISettings(Settings):
 
         Raises ValueError: no encoder of that name, or one without dense features.
         """
+        from pretrain.models.frozen import training_flops
         from pretrain.objectives.image_tokens import find_encoder
         from pretrain.objectives.m3i_module import M3I
 
@@ -122,7 +123,7 @@ class M3ISettings(Settings):
             encoder=find_encoder(encoders, self.encoder),
             target_encoder=new_encoder(self.encoder),
             text_width=None if text is None else text.width,
-            text_flops=None if text is None else text.flops,
+            text_flops=None if text is None else training_flops(text, text.flops),
             classes=classes,
             image_mean=image_mean,
             image_std=image_std,
