@@ -5,7 +5,9 @@
     python -m tools.selfcheck --world 4
 
 Starts CPU processes, trains a small model under ZeRO with and without offload, one task and three
-in turn, and compares every loss, gradient and final weight with plain PyTorch. A pass is noted in
+in turn, and compares every loss, gradient and final weight with plain PyTorch: with a module that
+runs twice in a backward pass, with frozen parameters and with weights that must not stay gathered.
+Reentrant checkpointing, which loses gradients, has to be refused. A pass is noted in
 the user's cache folder; training asks for it where DeepSpeed's version is not one that the project
 was checked with. Exit codes: 0 all equal, 1 not, 2 wrong usage.
 """
