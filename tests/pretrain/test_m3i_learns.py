@@ -1,7 +1,7 @@
 """The recipe m3i_digits from shards to probe, and what happens without what keeps targets apart.
 
-The gate on the probe is what is asked for; untrained it is 0.17. Those on losses were set when labels
-made matches of all texts of a class, and are to be measured again.
+The gate on the probe is what is asked for; untrained it is 0.17. Those on losses were set when
+labels made matches of all texts of a class, and are to be measured again.
 """
 
 import itertools
