@@ -4,11 +4,12 @@ Boxes and masks follow the image through crops, resizes, flips and RandAugment e
 moved by the geometry of the pixels, and cut at the border.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.images import ImageDataSettings, ImageFields
@@ -21,6 +22,9 @@ from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.transforms import View
 from data_pipeline.warps import joined
+
+if TYPE_CHECKING:
+    import torch
 
 
 class BoxDataSettings(ImageDataSettings):
@@ -139,6 +143,8 @@ class BoxFields(ImageFields):
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
         """
+        import torch
+
         batch = self.stack_images(items, buffers)
         present = [(row, item) for row, item in enumerate(items) if item is not None]
         counts = np.zeros(len(items), dtype=np.int64)

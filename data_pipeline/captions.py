@@ -1,10 +1,11 @@
 """Caption data: from one sample of a shard to image, token and mask arrays, and to a batch."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.caption_texts import (
@@ -20,6 +21,9 @@ from data_pipeline.reader import Sample
 from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 # Texts are padded to a multiple of this, so that few different shapes occur.
 TEXT_MULTIPLE = 8
@@ -146,6 +150,8 @@ class CaptionFields(ImageFields):
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
         """
+        import torch
+
         tokens, lengths = self._encode(items)
         places = np.arange(tokens.shape[2])
         prompts = [NO_LABEL if item is None else item["prompt_class"] for item in items]

@@ -1,11 +1,12 @@
 """Class-label data: from one sample of a shard to an image and a label, and to a batch."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.images import ImageDataSettings, ImageFields
@@ -15,6 +16,9 @@ from data_pipeline.reader import Sample
 from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.transforms import ImageSettings
+
+if TYPE_CHECKING:
+    import torch
 
 NO_LABEL = -1
 """Stands where a sample, or a padding row, has no label."""
@@ -221,6 +225,8 @@ class LabelFields(ImageFields):
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
         """
+        import torch
+
         labels = [NO_LABEL if item is None else item["label"] for item in items]
         batch = {
             **self.stack_images(items, buffers),

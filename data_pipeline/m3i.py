@@ -1,11 +1,12 @@
 """Data with everything that one image may be asked about: another view, a text, a class."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.caption_texts import SampleTexts
@@ -16,6 +17,9 @@ from data_pipeline.reader import Sample
 from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 
 class M3IDataSettings(CaptionDataSettings):
@@ -128,6 +132,8 @@ class M3IFields(CaptionFields):
     ) -> dict[str, Any]:
         """As `CaptionFields.collate`, with labels (B,) int64, NO_LABEL where there is none and in
         padding rows; loss_mask is empty where there is no text."""
+        import torch
+
         labels = [NO_LABEL if item is None else item["label"] for item in items]
         batch = super().collate(items, valid, buffers)
         return batch | {"labels": torch.tensor(labels, dtype=torch.int64)}

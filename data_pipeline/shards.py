@@ -26,7 +26,7 @@ import numpy as np
 from data_pipeline.catalogue import Catalogue, Specs
 from data_pipeline.columns import column_names, column_of
 from data_pipeline.files import CACHE_VARIABLE, cache_folder, exclusive, leftovers, temporary_name
-from data_pipeline.index import SUFFIX, ShardIndex, index_path
+from data_pipeline.index import SUFFIX, ShardIndex, index_path, is_foreign
 from data_pipeline.index_builder import build_index
 from data_pipeline.locations import base_name, is_url, without_secrets
 from data_pipeline.remote import RemoteSettings, UrlStorage
@@ -270,7 +270,8 @@ def load_or_build_index(
         index.check_shard_size(shard_path, size)
         return index
     places = _index_places(shard_path)
-    place = next((place for place in places if _can_write_beside(place)), None)
+    own = (place for place in places if not is_foreign(place))
+    place = next((place for place in own if _can_write_beside(place)), None)
     if place is None:
         raise ShardError(
             f"{shard_path}: has no index, and neither its folder nor {places[1].parent} can be "
@@ -294,6 +295,8 @@ def stored_index(shard_path: str) -> ShardIndex | None:
     Errors: ShardError if the index file is damaged. The shard itself is not looked at.
     """
     for place in _index_places(shard_path):
+        if is_foreign(place):
+            continue  # left alone; ours lies in the cache folder
         try:
             return ShardIndex.load(place)
         except FileNotFoundError:

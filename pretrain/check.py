@@ -26,6 +26,7 @@ from pretrain.engine.data_start import changed_data, look_at_samples
 from pretrain.engine.ds_config import engine_config, find_engine_file
 from pretrain.engine.momentum_pairs import moving_targets, require_weights_in_memory
 from pretrain.idle_ranks import idle_ranks
+from pretrain.models.frozen import freeze, kept_at_random
 from pretrain.models.init import classes_hint
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import Recipe, TaskSettings
@@ -216,7 +217,9 @@ def _without_cache(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"loader": recipe.loader.model_copy(update={"cache": None})})
 
 
-def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
+def _check_initial_weights(
+    model: "MultiTaskModel", path: str, frozen: list[str]
+) -> Iterator[str | Finding]:
     """Names and shapes of the file against the model; `models.init.load_weights` does the rest."""
     places = [*model.named_parameters(), *model.named_buffers()]
     shapes = {name: list(tensor.shape) for name, tensor in places}
@@ -228,12 +231,17 @@ def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
             f"initial_weights: {len(wrong)} of {len(found)} tensors have no place in this model, "
             f"among them {wrong[0]} {tuple(found[wrong[0]])}{classes_hint(wrong[0])}"
         )
-    return f"initial_weights: {len(found)} of {len(shapes)} tensors from {path}"
+    yield f"initial_weights: {len(found)} of {len(shapes)} tensors from {path}"
+    if random := sorted(set(frozen) - set(found)):
+        yield Finding(True, kept_at_random(random), warns=True)
 
 
-def _model(recipe: Recipe, tokenizer: "Tokenizer | None", zero: dict, world: int) -> Iterator[str]:
+def _model(
+    recipe: Recipe, tokenizer: "Tokenizer | None", zero: dict, world: int
+) -> Iterator[str | Finding]:
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
+    frozen_names = freeze(model, recipe.optimizer.frozen)
     total, trained = _count(model), _count(model, trained=True)
     yield f"model: {_millions(total)} parameters ({_parts(model)})"
     require_weights_in_memory(model, zero)
@@ -241,9 +249,14 @@ def _model(recipe: Recipe, tokenizer: "Tokenizer | None", zero: dict, world: int
     following = sum(sizes[name] for name in moving_targets(model))
     if trained < total:
         targets = f", of them {_millions(following)} in momentum targets" if following else ""
-        yield f"model: {_millions(total - trained)} parameters are not trained{targets}"
+        yield (f"model: {_millions(trained)} parameters are trained, {_millions(total - trained)} "
+               f"are not{targets}")
+    if frozen_names:
+        yield (f"model: {_millions(sum(sizes[name] for name in frozen_names))} parameters in "
+               f"{len(frozen_names)} tensors are frozen by optimizer.frozen"
+               + ("" if recipe.initial_weights else ", at their random first values"))
     if recipe.initial_weights is not None:
-        yield _check_initial_weights(model, recipe.initial_weights)
+        yield from _check_initial_weights(model, recipe.initial_weights, frozen_names)
     groups = parameter_groups(model, recipe.optimizer)
     yield "optimizer groups: " + "; ".join(
         f"{group['name']}: {_millions(sum(p.numel() for p in group['params']))}" for group in groups

@@ -90,7 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="with --resume: go on from the checkpoint of this step; those after "
                         "it are moved aside")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.resume is not None and arguments.recipe is not None:
         arguments.overrides.insert(0, arguments.recipe)  # there the first word is an override too
         arguments.recipe = None

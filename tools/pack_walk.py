@@ -24,6 +24,11 @@ _OF_SYSTEMS = frozenset(
         "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r",
     )
 )  # fmt: skip
+# TIFF and JPEG files of which the picture is a small preview of something else.
+_PREVIEWS = frozenset({
+    ".3fr", ".arw", ".cr2", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mos", ".nef", ".nrw", ".pef",
+    ".sr2", ".srw", ".thm",
+})  # fmt: skip
 HIDDEN, OF_A_SYSTEM, OTHER, UNREADABLE = "hidden", "of a system", "of another kind", "unreadable"
 _NO_SUFFIX = "no suffix"
 
@@ -90,8 +95,9 @@ def is_passed_over(name: str) -> bool:
 
 
 def _may_be_image(path: Path) -> bool:
-    if path.suffix.lower() in SUFFIXES:
-        return True
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES or suffix in _PREVIEWS:
+        return suffix in SUFFIXES
     if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
         return False
     with open(path, "rb") as file:

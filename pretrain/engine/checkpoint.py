@@ -17,11 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from safetensors.torch import save_file
 
 from data_pipeline.files import give_usual_access
-from data_pipeline.settings import Settings
 from pretrain.engine.checkpoint_files import (
     EMA,
     FORMAT,
@@ -50,6 +48,9 @@ from pretrain.engine.checkpoint_retention import (
     set_aside,
     steps_there,
 )
+from pretrain.engine.checkpoint_settings import (
+    CheckpointSettings,
+)
 from pretrain.engine.engine_state import (
     check_parameters,
     describe_parameters,
@@ -68,18 +69,6 @@ from pretrain.engine.partitions import (
 
 __all__ = ["CheckpointError", "CheckpointSettings", "Checkpoints", "read_full_state"]
 log = logging.getLogger("omnipretrain.checkpoint")
-
-
-class CheckpointSettings(Settings):
-    """When checkpoints are written and which are kept."""
-
-    every_steps: int = Field(1000, ge=1)
-    """Write a checkpoint after every so many steps; the last step always writes one."""
-    keep_last: int = Field(3, ge=1)
-    """Keep this many of the newest checkpoints; and while steps are skipped (their gradients are
-    not finite), the last one before that, and the last one from which a step could be taken."""
-    keep_every_steps: int | None = Field(None, ge=1)
-    """Besides, keep for good each checkpoint whose step is a multiple of this."""
 
 
 @dataclass(frozen=True)

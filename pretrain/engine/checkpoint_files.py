@@ -16,15 +16,20 @@ Tensors and JSON only: nothing here can run code when it is read. A folder witho
 is not a checkpoint; a checkpoint is written under another name and renamed when it is whole.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -220,6 +225,8 @@ class FragmentReader:
     def whole(self, parameter: str, state: str = MASTER) -> torch.Tensor:
         """A trained parameter (or one of its optimizer states) or a momentum target in its own
         shape, float32."""
+        import torch
+
         shape = self.manifest["parameters"][parameter]["shape"]
         out = torch.empty(shape, dtype=torch.float32)
         self.read(parameter, state, 0, out.view(-1))

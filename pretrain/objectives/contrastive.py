@@ -6,95 +6,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from data_pipeline.settings import Settings
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.contrastive_loss import caption_ids, contrastive_sums, match_classes
+from pretrain.objectives.contrastive_settings import (  # noqa: F401
+    ContrastiveSettings,
+    check_temperature,
+)
 from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
 from pretrain.objectives.image_tokens import (
     Pool,
-    find_encoder,
     image_vectors,
-    vector_flops,
-    vector_width,
 )
 from pretrain.objectives.retrieval import gathered_recalls
-
-
-class ContrastiveSettings(Settings):
-    """Contrast of images and captions over the global batch."""
-
-    data_type: ClassVar[str] = "captions"
-    encoder_fields: ClassVar[dict[str, str]] = {"encoder": "images", "text_encoder": "text"}
-    type: Literal["contrastive"] = "contrastive"
-    """Selects this objective among the kinds that a recipe may name."""
-    encoder: str = "image"
-    """Name of the encoder in `model.encoders` that reads the images."""
-    text_encoder: str = "text"
-    """Name of the encoder in `model.encoders` (of type `text`) that reads the captions."""
-    pool: Pool = "mean"
-    """What stands for an image: the mean of its tokens, the first one (`class_token`), or the
-    vector that the encoder's own `head` makes."""
-    width: int = Field(512, gt=0)
-    """Channels of the space that both sides are projected to."""
-    temperature: float = Field(0.07, gt=0)
-    """First value of the learned temperature, which divides the similarities."""
-    max_scale: float = Field(100.0, gt=1)
-    """The inverse of the temperature is held at or below this."""
-    identical_captions_match: bool = True
-    """Equal captions in a batch are matches of each other's images (the target is spread over
-    them), and in retrieval too; otherwise they count as wrong, as in CLIP."""
-    labels_match: Literal["prompts", "never"] | None = None
-    """Texts that were made from class names (a source with `class_names`) match each other's images
-    where the name is the same, also in different templates (`prompts`), or not (`never`). null:
-    `never` where identical captions do not match, else `prompts`."""
-    evaluation_references: int = Field(5, ge=1)
-    """Captions of each held-out image that retrieval uses, at most."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "ContrastiveSettings":
-        check_temperature(self.temperature, self.max_scale)
-        return self
-
-    def build(
-        self,
-        encoders: Mapping[str, nn.Module],
-        vocabulary: Any,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-    ) -> "Contrastive":
-        """The objective for these encoders and the pixel statistics of the data.
-
-        Raises ValueError: no encoder of that name, or one that cannot pool that way.
-        """
-        image = find_encoder(encoders, self.encoder)
-        text = find_encoder(encoders, self.text_encoder)
-        return Contrastive(
-            self.width,
-            encoder=self.encoder,
-            text_encoder=self.text_encoder,
-            encoder_widths=(vector_width(image, self.pool), text.width),
-            encoder_flops=(vector_flops(image, self.pool), text.flops),
-            image_mean=image_mean,
-            image_std=image_std,
-            pool=self.pool,
-            temperature=self.temperature,
-            max_scale=self.max_scale,
-            identical_captions_match=self.identical_captions_match,
-            labels_match=self.labels_match,
-        )
-
-
-def check_temperature(temperature: float, max_scale: float) -> None:
-    """Raise ValueError for a first value at which a `Temperature` would not be learned."""
-    if 1 / temperature > max_scale:
-        raise ValueError(
-            f"temperature ({temperature}) is below 1 / max_scale ({1 / max_scale:g}),"
-            " where it would not be learned: raise one of them"
-        )
 
 
 class Temperature(nn.Module):
@@ -122,7 +48,7 @@ class Contrastive(nn.Module):
         width: channels of the common space.
         encoder, text_encoder: names of the encoders that `forward` picks from those it is given.
         encoder_widths: channels of the image encoder's vector and of the text feature.
-        encoder_flops: FLOPs of a forward pass, (height, width) -> of an image, and length -> of a
+        encoder_flops: FLOPs, forward and backward: (height, width) -> of an image, length -> of a
             text.
         image_mean, image_std: per channel, in units of the full range.
         pool, temperature, max_scale, identical_captions_match, labels_match: as in
@@ -244,8 +170,8 @@ class Contrastive(nn.Module):
         each = of_image(*batch["images"].shape[-2:]) + of_text(batch["tokens"].shape[-1])
         # Not numel(): under ZeRO-3 a weight is empty outside of forward.
         for layer in (self.image_projection, self.text_projection):
-            each += 2 * layer.in_features * layer.out_features
-        return 3 * int(batch["valid"].sum()) * each
+            each += 3 * 2 * layer.in_features * layer.out_features
+        return int(batch["valid"].sum()) * each
 
     def evaluate(
         self,

@@ -2,20 +2,19 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_pipeline.labels import NO_LABEL
 from pretrain.objectives.gather import gather_rows
+from pretrain.objectives.labels_match import (
+    LabelsMatch,
+)
 
 # An odd number: its powers modulo 2**64 never vanish.
 _HASH_BASE = 0x9E3779B97F4A7C15
-
-LabelsMatch = Literal["prompts", "always", "never"]
-"""Between which texts a class makes a match: those that were made from class names, all, none."""
-
 
 def contrastive_sums(
     image: Tensor,

@@ -55,7 +55,7 @@ class M3I(nn.Module):
         settings: see `M3ISettings`.
         encoder: the encoder that `forward` will be given as `settings.encoder`; not kept.
         target_encoder: another one of the same shape.
-        text_width, text_flops: of the text encoder; None without one.
+        text_width: of the text encoder; text_flops: of it, forward and backward; None without one.
         classes: number of classes; None: no classes are predicted.
         image_mean, image_std: per channel, in units of the full range.
     """
@@ -100,6 +100,10 @@ class M3I(nn.Module):
             self.text_projection.initial_std = {"weight": text_width**-0.5}
             self.temperature = Temperature(settings.temperature, settings.max_scale)
         self.head = None if classes is None else nn.Linear(pooled, classes)
+        if self.head is not None:
+            # Logits of about 1: with 0.02 classes send a fifth of the gradient that texts send, and
+            # stay at chance for hundreds of steps.
+            self.head.initial_std = {"weight": pooled**-0.5}
         self.watch = CollapseWatch()
         self.balance = None if settings.balance is None else LossBalance(KINDS, settings.balance)
         self.momentum_targets = MomentumTargets(
@@ -295,13 +299,14 @@ class M3I(nn.Module):
         trained = dense // 2 + self.projector.flops(tokens // 2)
         trained += self.predictor.flops(tokens // 2, tokens)
         trained += self.pool.flops(encoder, tokens // 2)
+        texts = 0
         if self.text_flops is not None:
-            trained += self.text_flops(batch["tokens"].shape[-1])
+            texts = self.text_flops(batch["tokens"].shape[-1])
             trained += 2 * self.text_width * self.pooled_width
         if self.head is not None:
             trained += 2 * self.head.in_features * self.head.out_features
         target = dense + self.projector.flops(tokens)
-        return int(batch["valid"].sum()) * (3 * trained + target)
+        return int(batch["valid"].sum()) * (3 * trained + texts + target)
 
     def evaluate(
         self,

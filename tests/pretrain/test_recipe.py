@@ -378,6 +378,11 @@ def test_loss_weights_that_cancel_are_pointed_out():
     balanced = ["optimizer.kind=mt_adamw", "optimizer.clip_norm=null"]
     weighted = ["tasks.caption.loss_weight=2"]
     assert recipe_checks.warnings(load_recipe("git_digits", balanced)) == []
+    frozen = ['optimizer.frozen=["encoders.*"]']
+    (line,) = recipe_checks.warnings(load_recipe("git_digits", frozen))
+    assert "random first values" in line
+    loaded = [*frozen, "initial_weights=w.safetensors"]
+    assert recipe_checks.warnings(load_recipe("git_digits", loaded)) == []
     (line,) = recipe_checks.warnings(load_recipe("git_digits", balanced + weighted))
     assert line.startswith("tasks.caption.loss_weight=2 cancels with") and "omega" in line
     assert recipe_checks.warnings(load_recipe("git_digits", weighted)) == []

@@ -25,7 +25,8 @@ FIELDS = [field.path.split(".") for field in reference(Recipe)]
 FOREIGN_OPTIONS = {
     "--nproc-per-node", "--num", "--ntasks-per-node", "--untracked-files", "--gpus-per-task",
     "--cpus-per-task", "--numa-binding", "--distribution", "--master", "--sort", "--logdir",
-    "--no-build-isolation", "--help", "--local", "--nnodes", "--max-restarts", "--standalone",
+    "--no-build-isolation", "--ignore-zeros", "--help", "--local", "--nnodes", "--max-restarts",
+    "--standalone",
 }  # fmt: skip
 FOREIGN_VARIABLES = {
     "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "FSSPEC_S3_ANON", "LC_ALL", "MASTER_ADDR",

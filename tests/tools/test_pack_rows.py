@@ -254,6 +254,7 @@ def test_the_walk_takes_images_and_counts_the_rest(tmp_path):
     (root / "a" / "Thumbs.db").write_bytes(jpeg())
     (root / "a" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
     (root / "a" / "notes.txt").write_text("P6 of the notes")
+    Image.new("RGB", (4, 3)).save(root / "a" / "raw.NEF", "TIFF")  # of a camera: its preview
     os.mkfifo(root / "a" / "pipe")
     (root / "a" / "gone.md").symlink_to(root / "nowhere")
     (tmp_path / "elsewhere").mkdir()
@@ -264,7 +265,7 @@ def test_the_walk_takes_images_and_counts_the_rest(tmp_path):
     assert found.account() == {
         "hidden": {".jpg": 3},
         "of a system": {".db": 1, ".jpg": 3},
-        "of another kind": {".heic": 1, ".txt": 1, "no suffix": 1},
+        "of another kind": {".heic": 1, ".nef": 1, ".txt": 1, "no suffix": 1},
         "unreadable": {".md": 1},
     }
     (root / "a" / "round").symlink_to(root)
