@@ -25,6 +25,7 @@ from pretrain.engine.launch_environment import (
     naming_taken_port,
     read_ranks,
 )
+from pretrain.engine.rendezvous import store_of_this_start
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,19 @@ def _meet(rank: int, world: int, device: torch.device) -> None:
 
     on_gpu = device.type == "cuda"
     with naming_taken_port(os.environ):
-        if on_gpu and world > 1:
+        backend = "nccl" if on_gpu else "gloo"
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if world > 1 and (on_gpu or of_agent):
             # Kept while the process group starts, which serves its own from the same port.
             store, *_ = next(dist.rendezvous("env://", rank, world))
-            claim_gpu(store, rank, str(torch.cuda.get_device_properties(device).uuid))
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
-        )
+            if of_agent:
+                store = store_of_this_start(store, rank, world)
+            if on_gpu:
+                claim_gpu(store, rank, str(torch.cuda.get_device_properties(device).uuid))
+            if of_agent:
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                        timeout=deepspeed.constants.default_pg_timeout)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 
 def choose_device(rank: int, local_rank: int) -> torch.device:
