@@ -1,17 +1,22 @@
 """How a rank ends that cannot go on: what it says, where it leaves it, its exit code."""
 
+import contextlib
 import json
 import os
+import re
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.engine.control import ControlFolder
+from data_pipeline.files import exclusive
+from pretrain.engine.control import STATUS_FILE, ControlFolder, read_status
 from pretrain.engine.ownership import Ownership, owned_by_launch
 
 FAILED, LOST = 1, 3
 """Exit codes; 3: another job has taken the run directory."""
+_TURN_S = 3.0
 
 
 def end_failed(run_dir: Path, rank: int, error: Exception, ownership: Ownership | None) -> int:
@@ -23,14 +28,16 @@ def end_failed(run_dir: Path, rank: int, error: Exception, ownership: Ownership 
     """
     reason = reason_of(error)
     ownership = ownership or owned_by_launch(run_dir, os.environ)
+    first = True
     try:
         if ownership is None or not ownership.holds():
             _note_loss(run_dir, rank, ownership)
             return LOST
-        note_failure(run_dir, rank, reason, ownership)
+        first = note_failure(run_dir, rank, reason, ownership)
     except OSError as problem:
         print(f"rank {rank}: cannot note the failure: {reason_of(problem)}", file=sys.stderr)
-    print(f"rank {rank}: {reason}", file=sys.stderr, flush=True)
+    if first:
+        print(f"rank {rank}: {reason}", file=sys.stderr, flush=True)
     return FAILED
 
 
@@ -47,15 +54,37 @@ def reason_of(error: BaseException) -> str:
     return f"{reason} ({Path(frame.filename).name}:{frame.lineno}, {frame.name}: {frame.line})"
 
 
-def note_failure(run_dir: Path, rank: int, reason: str, ownership: Ownership) -> None:
-    """Write `control/failure_rank_N.json` with the reason and the stack, and the status."""
+def note_failure(run_dir: Path, rank: int, reason: str, ownership: Ownership) -> bool:
+    """Write `control/failure_rank_N.json` with the reason and the stack, and the status.
+
+    Returns whether the status did not give this very reason before: of what ends all ranks alike,
+    one speaks.
+    """
     folder = run_dir / "control"
     note = {"rank": rank, "reason": reason, "stack": traceback.format_exc(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     file = folder / f"failure_rank_{rank:05d}.json"
     file.write_text(json.dumps(note, indent=1), encoding="utf-8")
-    ControlFolder(run_dir, ownership).failed(f"rank {rank}: {reason}")
-    ownership.leave()
+    with _in_turn(folder / STATUS_FILE):
+        status = read_status(run_dir)
+        said = re.sub(r"^rank \d+: ", "", str(status.get("reason")))
+        ControlFolder(run_dir, ownership).failed(f"rank {rank}: {reason}")
+        ownership.leave()
+    return status.get("state") != "failed" or said != reason
+
+
+@contextlib.contextmanager
+def _in_turn(path: Path) -> Iterator[None]:
+    """One rank after the other; but a rank that fails waits for nobody for long, since the launcher
+    ends the others once it is gone."""
+    until = time.monotonic() + _TURN_S
+    with contextlib.ExitStack() as held:
+        while time.monotonic() < until:
+            with contextlib.suppress(BlockingIOError):
+                held.enter_context(exclusive(path, wait=False))
+                break
+            time.sleep(0.02)
+        yield
 
 
 def _note_loss(run_dir: Path, rank: int, ownership: Ownership | None) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from data_pipeline.rng import keyed_u64
 from pretrain.engine.agreement import LENGTH, Agreement
 from pretrain.engine.control import ControlFolder, StopSignals
-from pretrain.engine.counted import TargetWatch, with_absences
+from pretrain.engine.counted import TargetWatch, has_targets, with_absences
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.ownership import OwnershipLost
 from pretrain.engine.update_size import mean_square_share
@@ -197,10 +197,11 @@ class Loop:
         if lost > 0:
             self._leave_lost_run()
         requests = stop > 0, save > 0
-        counts = _by_task(totals, sums)
+        counts, taught = _by_task(totals, sums), False
         for part in window.parts:
             objective = self.engine.module.objectives[part.task]
             self.targets.observe(state.step, part.task, objective, counts[part.task])
+            taught = taught or has_targets(objective, counts[part.task])
         now = time.perf_counter()
         seconds = {**window.seconds, "wait": waited - self._begin_mark, "step": now - waited}
         seconds["total"] = now - self._begin_mark
@@ -211,7 +212,7 @@ class Loop:
             shares[""] = {"update_size": size}
         metrics = self._reduce(shares)
         common = {
-            "gradient_norm": float(self.engine.get_global_grad_norm()),
+            "gradient_norm": float(self.engine.get_global_grad_norm()) if taught else None,
             "learning_rate": self.base_rate * rate,
             "skipped": float(not applied),
         }
