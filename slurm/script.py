@@ -88,6 +88,7 @@ def render(job: Job, site: Site, version: tuple[int, int]) -> str:
     supervise = [
         site.python, "-u", "-m", "slurm.supervise", _quoted(str(job.run)), "--launcher",
         job.launcher, "--per-node", str(site.ranks),
+        "--silent-minutes", str(site.silent_minutes),
     ]
     supervise += ["--requeue"] if job.requeue else []
     supervise += ["--chain", shlex.quote(job.name)] if job.chain else []
