@@ -101,4 +101,6 @@ def _words(hint: object) -> str:
     for start, words in (("list", "a list of texts"), ("dict", "a mapping")):
         if text.startswith(start):
             return words
-    return "a number" if "int" in text or "float" in text else "true or false" if "bool" in text else "a text"
+    if "int" in text or "float" in text:
+        return "a number"
+    return "true or false" if "bool" in text else "a text"

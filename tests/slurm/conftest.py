@@ -45,7 +45,7 @@ class DevCluster:
     def do(self, *words: str) -> None:
         """A verb of devcluster.sh."""
         # The daemons keep a pipe open that they inherit: output goes to a file.
-        with tempfile.TemporaryFile("w+") as said:
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
             done = subprocess.run([str(SCRIPT), *words], env=self.environment, stdout=said,
                                   stderr=said, check=False)
             said.seek(0)

@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from slurm.cluster import job_name
 from slurm.script import Job, render
 from slurm.site import Site
-from slurm.submit import job_name
 from tests.slurm.conftest import ROOT, attempts, kill_rank, rank, steps, wait_for
 
 pytestmark = pytest.mark.slurm
