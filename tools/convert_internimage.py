@@ -14,8 +14,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_pipeline.files import give_usual_access, write_atomically
-from pretrain.engine.checkpoint_files import sync_file
+from data_pipeline.files import give_usual_access, sync_file, write_atomically
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.internimage_weights import (
     Unwrapped,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.engine.checkpoint_files import sync_file
+from data_pipeline.files import sync_file
 from pretrain.models.operators.dcnv3_standard import standard_operators
 from pretrain.objectives.image_tokens import Pool, image_vectors
 

@@ -12,13 +12,13 @@ from pydantic import Field, ValidationError
 
 from data_pipeline.caption_texts import CaptionSources, CleaningSettings
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.files import write_atomically
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.reader import SampleReader
 from data_pipeline.settings import Settings
 from data_pipeline.sources import open_source
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
-from pretrain.engine.checkpoint_files import write_durable
 
 RECORD = "omnipretrain.json"
 
@@ -75,7 +75,7 @@ class ExportRecord(Settings):
 
     def write(self, folder: Path) -> None:
         """Put the record into `folder`."""
-        write_durable(folder / RECORD, self.model_dump_json(indent=1).encode())
+        write_atomically(folder / RECORD, [self.model_dump_json(indent=1).encode()])
 
     @classmethod
     def read(cls, folder: str | Path) -> "ExportRecord":

@@ -20,7 +20,13 @@ import torch.distributed as dist
 from pydantic import Field
 from safetensors.torch import save_file
 
-from data_pipeline.files import give_usual_access
+from data_pipeline.files import (
+    give_usual_access,
+    naming,
+    sync_file,
+    sync_folder,
+    write_atomically,
+)
 from data_pipeline.settings import Settings
 from pretrain.engine.checkpoint_files import (
     EMA,
@@ -30,18 +36,14 @@ from pretrain.engine.checkpoint_files import (
     MODULE,
     CheckpointError,
     FragmentReader,
-    checkpoint_name,
     file_entry,
-    list_checkpoints,
     rank_files,
     read_full_state,
     read_manifest,
     seal_manifest,
-    sync_file,
-    sync_folder,
     verify_file,
-    write_durable,
 )
+from pretrain.engine.checkpoint_names import checkpoint_name, list_checkpoints
 from pretrain.engine.engine_state import (
     check_parameters,
     describe_parameters,
@@ -52,7 +54,9 @@ from pretrain.engine.engine_state import (
     state_to_fill,
     states_of,
 )
+from pretrain.engine.failures import reason_of
 from pretrain.engine.momentum import TargetNetworks
+from pretrain.engine.ownership import OwnershipLost
 from pretrain.engine.partitions import (
     list_partitions,
     push_masters_to_module,
@@ -144,6 +148,7 @@ class Checkpoints:
         return final
 
     def _open_temporary(self, final: Path) -> Path:
+        self._may_commit()  # or it would clear away what the new owner is writing
         self.root.mkdir(parents=True, exist_ok=True)
         for stale in [*self.root.glob(".writing-*"), *self.root.glob(".removing-*")]:
             shutil.rmtree(stale, ignore_errors=True)
@@ -197,7 +202,8 @@ class Checkpoints:
             "zero_stage": engine.zero_optimization_stage(), "files": files, "trainer": trainer,
             **about,
         }
-        (temporary / MANIFEST).write_bytes(seal_manifest(manifest))
+        with naming(temporary / MANIFEST):
+            (temporary / MANIFEST).write_bytes(seal_manifest(manifest))
         sync_file(temporary / MANIFEST)
         sync_folder(temporary)
         self._may_commit()
@@ -205,7 +211,7 @@ class Checkpoints:
             _remove(final)
         os.rename(temporary, final)
         sync_folder(self.root)
-        write_durable(self.root / "latest", f"{final.name}\n".encode())
+        write_atomically(self.root / "latest", [f"{final.name}\n".encode()])
         self._retire()
 
     def _retire(self) -> None:
@@ -332,8 +338,9 @@ class Checkpoints:
         try:
             result = action()
         except Exception as problem:
-            log.exception("rank %d", self._rank)
-            error = f"rank {self._rank}: {type(problem).__name__}: {problem}"
+            if not isinstance(problem, OwnershipLost):
+                log.exception("rank %d", self._rank)
+            error = f"rank {self._rank}: {reason_of(problem)}"
         answers: list = [None] * self._world
         dist.all_gather_object(answers, (result, error))
         errors = [e for _, e in answers if e]

@@ -18,13 +18,13 @@ is not a checkpoint; a checkpoint is written under another name and renamed when
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+
+from pretrain.engine.checkpoint_names import list_checkpoints
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -32,24 +32,10 @@ MODULE = "module.safetensors"
 MASTER = "master"  # name of the fp32 weights among the states of a partition
 EMA = "ema"  # name of the moving average among the states of a partition
 READ_AT_ONCE = 2**22  # elements: bounds what a reader holds beside the tensor that it fills
-_NAME = re.compile(r"step_(\d{9,})$")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names the file and what to do."""
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` steps; sorts by step."""
-    return f"step_{step:09d}"
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoint folders under `root`, newest first; their contents are not looked at."""
-    if not root.is_dir():
-        return []
-    found = [(int(m[1]), p) for p in root.iterdir() if (m := _NAME.match(p.name)) and p.is_dir()]
-    return [path for _, path in sorted(found, reverse=True)]
 
 
 def rank_files(rank: int) -> tuple[str, str]:
@@ -66,32 +52,6 @@ def file_entry(path: Path) -> dict[str, int | str]:
             digest.update(block)
             size += len(block)
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def write_durable(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a crash leaves the old content or the new, nothing else."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_file(path: Path) -> None:
-    """Force a written file's bytes to the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Force a folder's entries (creations, renames) to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def seal_manifest(manifest: dict) -> bytes:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from data_pipeline.revisions import expand, to_ranges
-from pretrain.engine.run_dir import RunDirError
+from pretrain.engine.run_record import RunDirError
 
 KIND = "data"
 

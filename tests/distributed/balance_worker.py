@@ -1,6 +1,6 @@
 """One rank of the cells of MT-AdamW, per-task clipping and moving averages, at every ZeRO stage.
 
-Usage: python -m tests.distributed.balance_worker OUT_DIR   (under the ranks' environment)
+Usage: python -m tests.distributed.balance_worker OUT_DIR PART...   (under the ranks' environment)
 Writes cells.json (norms, update sizes) and one safetensors file per cell on rank 0.
 """
 
@@ -181,10 +181,11 @@ def main() -> None:
     out = Path(sys.argv[1])
     ranks = init_distributed(threads_per_rank=1)
     results = {}
+    golden_stages = [stage for stage in STAGES if f"goldens{stage}" in sys.argv[2:]]
     for path in ZERO_GOLDENS:
-        for stage in STAGES:
+        for stage in golden_stages:
             golden_cell(ranks, path, stage, out)
-    for cell in toy_cells():
+    for cell in toy_cells() if "toy" in sys.argv[2:] else ():
         results[cell_name(*cell)] = toy_cell(ranks, *cell, out)
         gc.collect()
     if ranks.leads:

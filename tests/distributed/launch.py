@@ -2,12 +2,15 @@
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.distributed.fork_server import ForkServer
 
@@ -21,6 +24,13 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1",
     }
+
+
+def without_ranks() -> dict[str, str]:
+    """What a person's shell has, for launchers that set the rest."""
+    return {k: v for k, v in rank_environment(0, 1, 0).items()
+            if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                         "MASTER_PORT")}
 
 
 def free_port() -> int:
@@ -81,6 +91,35 @@ def run_ranks(
         raise AssertionError(f"ranks hung after {timeout_s} s\n{tails(log_dir)}") from None
     finally:
         kill_ranks(processes)
+
+
+class Cells:
+    """Cells that a worker module runs in one launch: the `fast` ones in every run of the tests, the
+    others where they are asked for (`make test-slow`).
+
+    The worker gets a folder and the names of cells; it writes cells.json, name -> result.
+    """
+
+    def __init__(self, module: str, world: int, cells: list, fast: list, name) -> None:
+        self.module, self.world, self.name = module, world, name
+        self.fast, self.others = fast, [cell for cell in cells if cell not in fast]
+        self.params = [
+            pytest.param(cell, id=name(cell), marks=() if cell in fast else pytest.mark.slow)
+            for cell in cells
+        ]
+        self._done: dict[bool, tuple[Path, dict]] = {}
+
+    def result(self, cell, tmp_path_factory) -> tuple[Path, dict]:
+        """The folder of the launch that has run this cell, and what it has found of it."""
+        fast = cell in self.fast
+        if fast not in self._done:
+            out = tmp_path_factory.mktemp("cells")
+            names = [self.name(cell) for cell in (self.fast if fast else self.others)]
+            codes = run_ranks(self.module, [out, *names], self.world, out, timeout_s=800)
+            assert codes == [0] * self.world, tails(out)
+            self._done[fast] = out, json.loads((out / "cells.json").read_text(encoding="utf-8"))
+        out, results = self._done[fast]
+        return out, results[self.name(cell)]
 
 
 def tails(log_dir: Path, lines: int = 40) -> str:

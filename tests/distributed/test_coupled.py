@@ -23,7 +23,11 @@ from tests.distributed.launch import run_ranks, tails
 from tests.pretrain.objectives.pair_models import build_pair_model, gradients, pair_batch, rows_of
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda world: f"world{world}")
+@pytest.fixture(
+    scope="module",
+    params=[2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)],
+    ids=lambda world: f"world{world}",
+)
 def launched(request, tmp_path_factory):
     out = tmp_path_factory.mktemp(f"coupled_world{request.param}")
     codes = run_ranks("tests.distributed.coupled_worker", [out], request.param, out)

@@ -1,7 +1,7 @@
 """InternImage on two ranks, with drop path, recomputation, both heads, and a pass for each size of
 the images, against one process with one graph."""
 
-import json
+import functools
 import shutil
 
 import pytest
@@ -11,34 +11,30 @@ from safetensors.torch import load_file
 from pretrain.engine.checkpoint_files import read_full_state, read_manifest
 from tests.distributed.internimage_worker import (
     BATCH,
-    CELLS,
-    FORMS,
+    FAST,
     SGD,
     STEPS,
     batch_of,
     build_model,
+    cell_name,
     start,
 )
-from tests.distributed.launch import run_ranks, tails
+from tests.distributed.internimage_worker import CELLS as ALL
+from tests.distributed.launch import Cells, run_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 from tools.trained import open_run
 
 WORLD = 2
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    out = tmp_path_factory.mktemp("internimage")
-    codes = run_ranks("tests.distributed.internimage_worker", [out], WORLD, out)
-    assert codes == [0] * WORLD, tails(out)
-    return out, json.loads((out / "losses.json").read_text())
+CELLS = Cells("tests.distributed.internimage_worker", WORLD, ALL, FAST, cell_name)
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def plain(request):
+@functools.cache
+def plain(form: str):
     """One process with the undivided batch: losses, first gradients, and buffers at the end."""
     torch.set_num_threads(1)
-    model = start(build_model(request.param)).train()
+    model = start(build_model(form)).train()
     optimizer = torch.optim.SGD(model.parameters(), SGD.lr)
     losses, gradients = [], {}
     for step in range(STEPS):
@@ -48,28 +44,26 @@ def plain(request):
         losses.append(loss.item())
         gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters()}
         optimizer.step()
-    return request.param, losses, gradients, dict(model.named_buffers())
+    return losses, gradients, dict(model.named_buffers())
 
 
-def test_losses_gradients_and_statistics(launched, plain):
-    out, found_losses = launched
-    form, losses, gradients, buffers = plain
-    for stage in (stage for stage, other in CELLS if other == form):
-        assert found_losses[f"zero{stage}_{form}"] == pytest.approx(losses, rel=1e-5)
-        found = load_file(out / f"zero{stage}_{form}.safetensors")
-        assert found.keys() == gradients.keys() | buffers.keys()
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(
-                found[name].view_as(gradient), gradient, atol=1e-6, rtol=1e-4, msg=name
-            )
-        for name, buffer in buffers.items():
-            torch.testing.assert_close(
-                found[name], buffer.float(), atol=1e-6, rtol=1e-5, msg=name
-            )
-    assert bool(buffers) == (form == "conv")
+@pytest.mark.parametrize("cell", CELLS.params)
+def test_losses_gradients_and_statistics(tmp_path_factory, cell):
+    out, found_losses = CELLS.result(cell, tmp_path_factory)
+    losses, gradients, buffers = plain(cell[1])
+    assert found_losses == pytest.approx(losses, rel=1e-5)
+    found = load_file(out / f"{cell_name(cell)}.safetensors")
+    assert found.keys() == gradients.keys() | buffers.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            found[name].view_as(gradient), gradient, atol=1e-6, rtol=1e-4, msg=name
+        )
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(found[name], buffer.float(), atol=1e-6, rtol=1e-5, msg=name)
+    assert bool(buffers) == (cell[1] == "conv")
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_resume_repeats_drop_path_and_statistics(stage, tmp_path, monkeypatch):
     """bfloat16, on both ranks, views of two sizes: bit for bit what the run without a break has,
     whatever is in memory that nobody has written to. Nothing reads text: there is no tokenizer."""

@@ -13,20 +13,16 @@ from pretrain.engine.ds_config import DeepSpeedConfigFault, engine_config
 from pretrain.models.init import initialise
 from pretrain.recipe import load_recipe
 from tests.distributed.engines import SEED
-from tests.distributed.launch import run_ranks, tails
-from tests.distributed.m3i_worker import CELLS, SGD, STEPS, batch_of, build, cell_name
+from tests.distributed.launch import Cells, run_ranks, tails
+from tests.distributed.m3i_worker import CELLS as ALL
+from tests.distributed.m3i_worker import FAST, SGD, STEPS, batch_of, build, cell_name
 from tests.pretrain.objectives.m3i_models import follow, half_cosine
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
 WORLD = 2
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    out = tmp_path_factory.mktemp("m3i")
-    codes = run_ranks("tests.distributed.m3i_worker", [out], WORLD, out, timeout_s=600)
-    assert codes == [0] * WORLD, tails(out)
-    return out, json.loads((out / "cells.json").read_text())
+CELLS = Cells("tests.distributed.m3i_worker", WORLD, ALL, FAST, lambda cell: cell_name(*cell))
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +59,12 @@ def plain():
     return run
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell_name(*cell))
-def test_metrics_gradients_and_weights(launched, plain, cell):
+@pytest.mark.parametrize("cell", CELLS.params)
+def test_metrics_gradients_and_weights(tmp_path_factory, plain, cell):
     kind, _, _, balance = cell
-    out, results = launched
+    out, result = CELLS.result(cell, tmp_path_factory)
     metrics, gradients, weights = plain(kind, balance)
-    for found, wanted in zip(results[cell_name(*cell)], metrics, strict=True):
+    for found, wanted in zip(result, metrics, strict=True):
         # Roots of eigenvalues near 0, as of so few tokens, are rounding enlarged.
         rank = wanted["effective_rank"]
         assert found["effective_rank"] == pytest.approx(rank, rel=1e-3)

@@ -4,8 +4,11 @@ Equal means bit for bit: every logged loss and gradient norm, and the final weig
 """
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,10 +16,20 @@ import pytest
 import torch
 
 from pretrain.engine.checkpoint_files import newest_whole, read_full_state
-from tests.distributed.launch import kill_ranks, run_ranks, start_ranks, tails
+from tests.distributed.launch import (
+    ROOT,
+    kill_ranks,
+    run_ranks,
+    start_ranks,
+    tails,
+    without_ranks,
+)
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
 EXACT = ("loss", "cross_entropy", "token_accuracy", "gradient_norm", "learning_rate", "epoch")
+
+
+RECORDS = ("recipe.yaml", "starts.jsonl", "metrics.jsonl", "faults/rank_00000.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +160,32 @@ def test_stopped_by_a_signal_to_one_rank(data, straight, tmp_path):
     assert_same_run(straight(2), run)
 
 
+def test_torchrun_starts_a_killed_run_again(data, straight, tmp_path):
+    """One command, also for the first start; a rank dies after a checkpoint."""
+    run = tmp_path / "run"
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(data, run))
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--max-restarts", "2", "-m", "pretrain.train", str(recipe), "--start-or-resume",
+         "loader.workers=1"],
+        cwd=ROOT, env=without_ranks(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 120
+        while steps_logged(run) < 5 and time.monotonic() < until and agent.poll() is None:
+            time.sleep(0.001)
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        said, _ = agent.communicate(timeout=240)
+    finally:
+        agent.kill()
+    assert agent.returncode == 0, said
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert [start["world"] for start in starts] == [2, 2] and starts[1]["from_step"] >= 4
+    assert json.loads((run / "control/status.json").read_text())["state"] == "finished"
+    assert_same_run(straight(2), run)
+
+
 def test_other_world_and_stage_see_the_same_batches(data, straight, tmp_path):
     """Stopped by file at world 2, resumed at world 1 under ZeRO-3 with another micro-batch."""
     run = tmp_path / "run"
@@ -233,3 +272,10 @@ def test_a_resume_on_other_data_is_refused(data, tmp_path, monkeypatch):
     assert run_ranks("pretrain.train", ["--resume", run], 1, tmp_path) == [1]
     reason = json.loads((run / "control" / "failure_rank_00000.json").read_text())["reason"]
     assert "tasks.caption: the training data are not those that this run" in reason
+    for checkpoint in run.glob("checkpoints/step_*/manifest.json"):
+        checkpoint.write_text("{}")
+    kept = {name: (run / name).read_bytes() for name in RECORDS}
+    assert run_ranks("pretrain.train", ["--resume", run], 1, tmp_path) == [1]
+    reason = json.loads((run / "control" / "status.json").read_text())["reason"]
+    assert "none of the 1 checkpoints" in reason
+    assert {name: (run / name).read_bytes() for name in RECORDS} == kept

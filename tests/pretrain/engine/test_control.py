@@ -3,17 +3,18 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 
-from pretrain.engine.control import ControlFolder, OwnershipLost, StopSignals
+from pretrain.engine import control as control_module
+from pretrain.engine.control import ControlFolder, StopSignals
+from pretrain.engine.ownership import claim
 
 
 @pytest.fixture
 def control(tmp_path):
-    folder = ControlFolder(tmp_path)
-    folder.take_ownership()
-    return folder
+    return ControlFolder(tmp_path, claim(tmp_path, {}))
 
 
 def test_requests(control):
@@ -28,22 +29,36 @@ def test_requests(control):
     assert not control.save_requested()
 
 
-def test_an_old_request_does_not_stop_the_next_start(control, tmp_path):
-    (control.path / "stop").touch()
-    ControlFolder(tmp_path).take_ownership()
-    assert control.stop_requested() is None
+def test_only_requests_from_before_the_start_are_dropped(control):
+    """What is asked for while the run starts is asked of this run."""
+    names = ("stop", "stop.auto", "save")
+    before = time.time() - control_module._age_of_start() - 1.0
+    for name in names:
+        (control.path / name).touch()
+        os.utime(control.path / name, (before, before))
+    control.begin()
+    assert control.stop_requested() is None and not control.save_requested()
+    for name in names:
+        (control.path / name).touch()
+    control.begin()
+    assert control.stop_requested() == "control/stop" and control.save_requested()
 
 
-def test_ownership_passes_to_the_last_start(control, tmp_path):
-    control.check_ownership()
-    successor = ControlFolder(tmp_path)
-    successor.take_ownership()
-    successor.check_ownership()
-    with pytest.raises(OwnershipLost, match=f"process {os.getpid()} on "):
-        control.check_ownership()
-    (control.path / "owner.json").write_text("{")
-    with pytest.raises(OwnershipLost, match="cannot read"):
-        successor.check_ownership()
+@pytest.mark.parametrize("command", [
+    "python\0/usr/bin/torchrun\0--nproc-per-node", "python\0-m\0torch.distributed.run\0-m",
+    "python\0-u\0-m\0deepspeed.launcher.launch\0x", "python\0-m\0pytest\0-q", "bash\0",
+])  # fmt: skip
+def test_a_start_begins_with_its_launcher(command, monkeypatch):
+    """Which takes seconds until it starts a rank, and starts it anew after a crash."""
+    ages = {1: 9000.0, 10: 600.0, 20: 12.0, 30: 4.0}  # init, shell, launcher, rank
+    parents = {30: 20, 20: 10, 10: 1, 1: 0}
+    commands = {20: command, 10: "bash\0", 1: "init\0"}
+    monkeypatch.setattr(control_module.os, "getpid", lambda: 30)
+    monkeypatch.setattr(control_module, "process_age", ages.get)
+    monkeypatch.setattr(control_module, "_parent", parents.get)
+    monkeypatch.setattr(control_module, "_command", lambda pid: commands[pid].split("\0"))
+    launched = "torch" in command or "deepspeed" in command
+    assert control_module._age_of_start() == (12.0 if launched else 4.0)
 
 
 def test_status_and_heartbeat(control):
@@ -52,6 +67,18 @@ def test_status_and_heartbeat(control):
     assert (status["state"], status["step"]) == ("running", 7)
     control.beat()
     assert (control.path / "heartbeat").exists()
+    control.begin()  # of the next start, which may fail: the step is still that of the checkpoint
+    status = json.loads((control.path / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("starting", 7)
+
+
+def test_the_heart_beats_in_phases_without_steps(control, monkeypatch):
+    monkeypatch.setattr(control_module, "_BEAT_S", 0.01)
+    until = time.monotonic() + 30
+    with control.beating():
+        while not (control.path / "heartbeat").exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
 
 
 def test_the_first_failure_names_the_cause(control):
@@ -61,6 +88,9 @@ def test_the_first_failure_names_the_cause(control):
     status = json.loads((control.path / "status.json").read_text())
     assert status["state"] == "failed" and status["step"] == 7
     assert status["reason"] == "rank 3: shard damaged"
+    control.begin()  # the next start has failures of its own
+    control.failed("rank 1: no GPU")
+    assert json.loads((control.path / "status.json").read_text())["reason"] == "rank 1: no GPU"
 
 
 def test_signals_only_set_a_flag():

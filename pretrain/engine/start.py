@@ -1,0 +1,75 @@
+"""One run on this rank, from its first collective to its exit code."""
+
+import contextlib
+import faulthandler
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from data_pipeline.tokenizer import Tokenizer
+from pretrain.engine.control import ControlFolder, StopSignals
+from pretrain.engine.distributed import Ranks, init_distributed, shutdown
+from pretrain.engine.failures import end_failed, reason_of
+from pretrain.engine.ownership import Ownership
+from pretrain.engine.run_record import RunDirError
+from pretrain.engine.trainer import Trainer
+from pretrain.recipe import Recipe
+
+
+def train_recipe(
+    recipe: Recipe, resume: bool, signals: StopSignals, ownership: Ownership | None
+) -> int:
+    """Run a recipe on this process and its peers; returns the exit code (0, 1 or 3).
+
+    ownership: rank 0's claim on the run directory; the others learn of it from rank 0.
+    """
+    # Where every thread stands, if C++ ends this process: NCCL's watchdog does after a time-out.
+    faulthandler.enable()
+    rank = int(os.environ.get("RANK", "0"))
+    run_dir = Path(recipe.run_dir)
+    with contextlib.ExitStack() as starting:
+        try:
+            if ownership is not None:
+                starting.enter_context(ControlFolder(run_dir, ownership).beating())
+            ranks = init_distributed(
+                recipe.threads_per_rank, recipe.deterministic, trace_dir=run_dir / "logs"
+            )
+            ownership = prepare_run_dir(recipe, ranks, resume, ownership)
+            Trainer(recipe, ranks, signals, ownership).run(on_first_step=starting.close)
+            ownership.require()
+        except Exception as error:
+            # Peers wait in a collective for this rank: leave the reason on disk, then leave at
+            # once, so that the launcher ends them.
+            code = end_failed(run_dir, rank, error, ownership)
+            sys.stdout.flush()
+            os._exit(code)
+    if ranks.leads:
+        ownership.leave()
+    shutdown()
+    return 0
+
+
+def prepare_run_dir(
+    recipe: Recipe, ranks: Ranks, resume: bool, ownership: Ownership | None
+) -> Ownership:
+    """Rank 0 lays a new run directory out; the others wait until it is there, or fail alike.
+
+    What an earlier start left is not touched: see `Trainer._settle`.
+    """
+    said: list = [None, None]
+    if ranks.leads:
+        try:
+            run_dir = Path(recipe.run_dir)
+            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+            ownership.require()
+            if not resume and recipe.tokenizer is not None:
+                Tokenizer.load(recipe.tokenizer.path).save(run_dir / "tokenizer")
+            said[1] = ownership.token
+        except Exception as error:
+            said[0] = reason_of(error)
+    dist.broadcast_object_list(said, src=0)
+    if said[0]:
+        raise RunDirError(said[0])
+    return ownership or Ownership(Path(recipe.run_dir), said[1])
