@@ -203,6 +203,16 @@ class FailureSettings(Settings):
     """So many optimizer steps in a row may be skipped for a non-finite gradient; one more ends the
     run."""
 
+    start_minutes: float = Field(default=30, gt=0)
+    """From the start of a process to its first step, and a restore, at most; then the run ends,
+    with the stacks of all ranks on file and the silent ones named."""
+
+    step_minutes: float = Field(default=10, gt=0)
+    """A step with the wait for its data, or a batch of an evaluation, at most."""
+
+    save_minutes: float = Field(default=30, gt=0)
+    """Writing a checkpoint, at most."""
+
 
 class Recipe(Settings):
     """Everything that one run is made from."""

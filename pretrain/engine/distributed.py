@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import NoReturn
@@ -48,6 +49,7 @@ def init_distributed(
     threads_per_rank: int | None = None,
     deterministic: bool = False,
     trace_dir: Path | None = None,
+    timeout: timedelta | None = None,
 ) -> Ranks:
     """Read the launcher's environment, choose the device and start the process group.
 
@@ -57,6 +59,8 @@ def init_distributed(
             (a reduction's order follows it).
         deterministic: see `be_deterministic`.
         trace_dir: where a collective of GPUs that times out leaves a file for each rank.
+        timeout: of collectives in all process groups, DeepSpeed's own too, and of the meeting of
+            the ranks; None: torch's and DeepSpeed's defaults.
 
     Raises:
         RuntimeError: see `read_ranks`, `choose_device`, `claim_gpu` and `be_deterministic`.
@@ -84,13 +88,18 @@ def init_distributed(
         # The shared-memory collective is an optimisation that would start a C++ compiler on every
         # rank (minutes, and a lock that outlives a killed build).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    constants = dist.distributed_c10d
+    if timeout is not None:  # of the groups that DeepSpeed makes, which names none
+        constants.default_pg_timeout = constants.default_pg_nccl_timeout = timeout
     if not dist.is_initialized():
         if on_gpu and world > 1:
             # Kept while the process group starts, which serves its own from the same port.
-            store, *_ = next(dist.rendezvous("env://", rank, world))
+            meeting = dist.rendezvous("env://", rank, world, timeout=constants.default_pg_timeout)
+            store, *_ = next(meeting)
             claim_gpu(store, rank, str(torch.cuda.get_device_properties(device).uuid))
         deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+            dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False,
+            **({} if timeout is None else {"timeout": timeout}),
         )
     cores = own_cores(world)  # asked for in any case: a collective, and recipes may differ
     torch.set_num_threads(threads_per_rank or cores)

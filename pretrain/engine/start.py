@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,7 +16,12 @@ from pretrain.engine.failures import end_failed, reason_of
 from pretrain.engine.ownership import Ownership
 from pretrain.engine.run_record import RunDirError
 from pretrain.engine.trainer import Trainer
+from pretrain.engine.watchdog import Limits, Watchdog, meeting_place
 from pretrain.recipe import Recipe
+
+
+class RunHangs(RuntimeError):
+    """A phase of the run has taken longer than it may."""
 
 
 def train_recipe(
@@ -29,26 +35,43 @@ def train_recipe(
     faulthandler.enable()
     rank = int(os.environ.get("RANK", "0"))
     run_dir = Path(recipe.run_dir)
-    with contextlib.ExitStack() as starting:
-        try:
-            if ownership is not None:
-                starting.enter_context(ControlFolder(run_dir, ownership).beating())
-            ranks = init_distributed(
-                recipe.threads_per_rank, recipe.deterministic, trace_dir=run_dir / "logs"
-            )
-            ownership = prepare_run_dir(recipe, ranks, resume, ownership)
-            Trainer(recipe, ranks, signals, ownership).run(on_first_step=starting.close)
-            ownership.require()
-        except Exception as error:
-            # Peers wait in a collective for this rank: leave the reason on disk, then leave at
-            # once, so that the launcher ends them.
-            code = end_failed(run_dir, rank, error, ownership)
-            sys.stdout.flush()
-            os._exit(code)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    limits = Limits(*(60 * minutes for minutes in (
+        recipe.failure.start_minutes, recipe.failure.step_minutes, recipe.failure.save_minutes
+    )))  # fmt: skip
+    control = ControlFolder(run_dir, ownership) if ownership is not None else None
+    watchdog = Watchdog(
+        run_dir, rank, world, limits,
+        expired=lambda reason: end_failed(run_dir, rank, RunHangs(reason), ownership),
+        alive=partial(beat, control),
+        store=meeting_place if world > 1 else None,
+    )
+    try:
+        ranks = init_distributed(
+            recipe.threads_per_rank, recipe.deterministic, trace_dir=run_dir / "logs",
+            timeout=limits.of_collectives,
+        )
+        ownership = prepare_run_dir(recipe, ranks, resume, ownership)
+        Trainer(recipe, ranks, signals, ownership, watchdog).run()
+        ownership.require()
+    except Exception as error:
+        # Peers wait in a collective for this rank: leave the reason on disk, then leave at once,
+        # so that the launcher ends them.
+        code = end_failed(run_dir, rank, error, ownership)
+        sys.stdout.flush()
+        os._exit(code)
     if ranks.leads:
         ownership.leave()
+    watchdog.stop()
     shutdown()
     return 0
+
+
+def beat(control: ControlFolder | None) -> None:
+    """The heartbeat of rank 0, from the watchdog's thread: also in phases without steps."""
+    if control is not None:
+        with contextlib.suppress(OSError):  # the next step will say it
+            control.beat()
 
 
 def prepare_run_dir(

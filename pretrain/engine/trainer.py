@@ -3,7 +3,8 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ from pretrain.engine.run_dir import open_fault_file, record_start
 from pretrain.engine.run_record import RunDirError
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.throughput import Throughput
+from pretrain.engine.watchdog import Watchdog
 from pretrain.engine.zero import start_engine
 from pretrain.optim.schedule import lr_factor
 from pretrain.recipe import Recipe
@@ -48,13 +50,15 @@ class Trainer:
     """The parts of a run on this rank, and what happens between its steps."""
 
     def __init__(
-        self, recipe: Recipe, ranks: Ranks, signals: StopSignals, ownership: Ownership
-    ) -> None:
+        self, recipe: Recipe, ranks: Ranks, signals: StopSignals, ownership: Ownership,
+        watchdog: Watchdog,
+    ) -> None:  # fmt: skip
         self.recipe = recipe
         self.ranks = ranks
         self.signals = signals
         self.run_dir = Path(recipe.run_dir)
         self.ownership = ownership
+        self.watchdog = watchdog
         self.control = ControlFolder(self.run_dir, ownership)
         self.tokenizer = None
         if recipe.tokenizer is not None:
@@ -75,12 +79,8 @@ class Trainer:
             } | {"recipe.yaml": self.run_dir / "recipe.yaml"},
         )
 
-    def run(self, on_first_step: Callable[[], None]) -> None:
-        """Train to the end of the recipe, or until a stop is asked for.
-
-        on_first_step: called when all is set up.
-        """
-        self.on_first_step = on_first_step
+    def run(self) -> None:
+        """Train to the end of the recipe, or until a stop is asked for."""
         recipe, ranks = self.recipe, self.ranks
         newest = self.checkpoints.newest()
         self.engine = start_engine(
@@ -97,7 +97,8 @@ class Trainer:
             if newest is None:
                 self.targets.start()
         if newest is not None:
-            self._restore(newest)
+            with self._during("restore"):
+                self._restore(newest)
         self._settle()
         step = self.state.step
         with (
@@ -114,7 +115,7 @@ class Trainer:
             self._announce(newest)
             self.evaluator = Evaluator(
                 recipe, ranks, self.engine, self.tokenizer, self.log, self.faults, self.ema,
-                self._evaluation_is_to_stop,
+                self._evaluation_is_to_stop, partial(self._during, "evaluate"),
             )
             self._train()
 
@@ -178,7 +179,7 @@ class Trainer:
                 node_ranks=self.ranks.of_node,
             )
             self.data_metrics = DataMetrics(self.ranks, self.loader)
-            self.on_first_step()
+            self._enter_step()
             stopped = loop.run(
                 self.loader, state, wants_report=self._wants_report,
                 on_report=self._on_report, after_step=self._after_step,
@@ -248,9 +249,23 @@ class Trainer:
             self._save()
             if save_asked and self.ranks.leads:
                 self.control.save_done()
+        self.watchdog.enter("step", state.step)
         return not whole
 
+    def _enter_step(self) -> None:
+        self.watchdog.enter("step", self.state.step)
+        if self.ranks.leads:
+            self.control.enter("step")
+
+    @contextlib.contextmanager
+    def _during(self, phase: str) -> Iterator[None]:
+        """Within, the watchdog and the status know the run in this phase."""
+        said = self.control.during(phase) if self.ranks.leads else contextlib.nullcontext()
+        with self.watchdog.during(phase), said:
+            yield
+
     def _evaluation_is_to_stop(self) -> bool:
+        self.watchdog.enter("evaluate")  # another batch: it gets on
         stop = self.signals.received is not None
         if self.ranks.leads:
             self.control.beat()
@@ -281,7 +296,7 @@ class Trainer:
             **vars(self.state), "tokenizer": self._tokenizer_digest(), "seed": self.recipe.seed,
             "loss_scale": loss_scale_state(self.engine),
         }
-        with self.control.beating() if self.ranks.leads else contextlib.nullcontext():
+        with self._during("save"):
             self.checkpoints.save(
                 self.engine, self.state.step, trainer, self._averages(), self.targets
             )

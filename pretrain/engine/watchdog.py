@@ -13,6 +13,7 @@ import faulthandler
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ log = logging.getLogger("omnipretrain.watchdog")
 
 REPORT_S = 5.0
 """Seconds between two reports of a rank at most; who reports nothing for two of them is missed."""
+STORE_IS_GONE = "the store of rank 0 does not answer: rank 0 or its node hangs or is gone"
 _LAST_RESORT_S = 30.0
 _NAMED = 8
 
@@ -57,9 +59,11 @@ class Watchdog:
         run_dir: stacks go to its `logs/`.
         rank, world: this process.
         limits: seconds per phase.
-        note: called with the reason before the process ends.
+        expired: called with the reason before the process ends; returns its exit code.
         alive: called every few seconds from the thread, as long as the phase is within its limit
             (rank 0's heartbeat).
+        store: gives a connection to the store in which the ranks meet, or raises as long as there
+            is none; asked from the thread.
         end: ends the process.
     """
 
@@ -69,21 +73,23 @@ class Watchdog:
         rank: int,
         world: int,
         limits: Limits,
-        note: Callable[[str], None],
+        expired: Callable[[str], int],
         alive: Callable[[], None] = lambda: None,
+        store: Callable[[], dist.Store] | None = None,
         end: Callable[[int], None] = os._exit,
     ) -> None:
         self.run_dir, self.rank, self.world, self.limits = run_dir, rank, world, limits
-        self._note, self._alive, self._end = note, alive, end
-        self._store: dist.Store | None = None
-        self._reports_made, self._expired = 0, False
+        self._expired, self._alive, self._end = expired, alive, end
+        self._open_store, self._store = store, None
+        self._reports_made, self._is_over = 0, False
         self._phase, self._step, self._since = "start", 0, time.monotonic()
         self._stopped = threading.Event()
         self._interval = min(REPORT_S, min(limits) / 4)
         self._stacks = None
         self._arm()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        self._start(self._watch, "watchdog")
+        if store is not None:
+            self._start(self._report_often, "watchdog-reports")
 
     # ---- what the run says ---------------------------------------------------------------------
 
@@ -110,10 +116,6 @@ class Watchdog:
             self.enter(self._phase)
             yield batch
 
-    def connect(self, store: dist.Store) -> None:
-        """From now on report to this store, and ask it about others."""
-        self._store = store
-
     def stop(self) -> None:
         """The run has ended: nothing is watched any more."""
         self._stopped.set()
@@ -125,7 +127,13 @@ class Watchdog:
                 if path.stat().st_size == 0:
                     path.unlink()
 
-    # ---- the thread ----------------------------------------------------------------------------
+    # ---- the threads ---------------------------------------------------------------------------
+
+    @staticmethod
+    def _start(work: Callable[[], None], name: str) -> threading.Thread:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        thread.start()
+        return thread
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
@@ -133,35 +141,38 @@ class Watchdog:
             spent, limit = time.monotonic() - since, self.limits.of(phase)
             if spent <= limit:
                 self._alive()
-                self._report(phase, step)
             elif since == self._since:  # not ended at this very moment
                 self._expire(phase, step, spent)
                 return
 
-    def _report(self, phase: str, step: int) -> None:
-        if self._store is None:
-            return
+    def _report_often(self) -> None:
+        """In a thread of its own: a store whose server has stopped holds a caller up for ever."""
+        while not self._stopped.wait(self._interval):
+            self._report()
+
+    def _report(self) -> None:
         self._reports_made += 1
-        report = {"phase": phase, "step": step, "number": self._reports_made,
-                  "expired": self._expired}
+        report = {"phase": self._phase, "step": self._step, "number": self._reports_made,
+                  "over": self._is_over}
         try:
+            self._store = self._store or self._open_store()
             self._store.set(_key(self.rank), json.dumps(report))
-        except (dist.DistError, RuntimeError) as error:  # it may come back; the limit decides
+        except (OSError, RuntimeError) as error:  # it may come, or come back; the limit decides
             log.debug("the store does not answer: %s", error)
 
     def _expire(self, phase: str, step: int, spent: float) -> None:
-        self._expired = True
-        self._report(phase, step)
+        self._is_over = True
         where = f"step {step}" if phase == "step" else f"{phase} (step {step})"
         reason = (
             f"no progress for {spent:.0f} s in {where}; {self._others(phase, step)}; stacks of "
             f"rank {self.rank}: {self._dump()}"
         )
         log.error("%s", reason)
+        code = 1
         try:
-            self._note(reason)
+            code = self._expired(reason)
         finally:
-            self._end(1)
+            self._end(code)
 
     def _dump(self) -> str:
         if self._stacks is None:
@@ -177,16 +188,23 @@ class Watchdog:
         if self.world == 1:
             return "it is alone"
         if self._store is None:
-            return "the ranks have not met yet"
+            return "no store answers where the ranks meet: rank 0 or its node is not there"
+        found: list[str] = []
+        asking = self._start(lambda: found.append(self._ask(phase, step)), "watchdog-asks")
+        asking.join(2 * self._interval + 6)
+        return found[0] if found else STORE_IS_GONE
+
+    def _ask(self, phase: str, step: int) -> str:
+        """What the store knows of the other ranks."""
         try:
             earlier = self._reports()
             time.sleep(2 * self._interval + 1)  # clocks of nodes differ, so numbers are compared
             reports = self._reports()
-        except (dist.DistError, RuntimeError):
-            return "the store of rank 0 does not answer: rank 0 or its node hangs or is gone"
+        except (OSError, RuntimeError):
+            return STORE_IS_GONE
         never = [r for r in range(self.world) if r != self.rank and r not in reports]
         silent = [rank for rank, report in reports.items()
-                  if report == earlier.get(rank) and not report["expired"]]
+                  if report == earlier.get(rank) and not report["over"]]
         if never or silent:
             return _named([f"rank {rank} has never reported" for rank in never]
                           + [f"rank {rank} does not report any more" for rank in silent])
@@ -224,10 +242,12 @@ def _named(parts: list[str]) -> str:
     return ", ".join(parts[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def own_connection(timeout: timedelta = timedelta(seconds=10)) -> dist.Store:
-    """A connection of its own to the store in which the ranks have met.
+def meeting_place(timeout: timedelta = timedelta(seconds=5)) -> dist.Store:
+    """A connection of its own to the store in which the ranks meet; raises where none answers.
 
     While the main thread waits for something in the store, its connection is busy.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torch would retry for long, and print stacks of C++ on each rank.
+    socket.create_connection((host, port), timeout=timeout.total_seconds()).close()
     return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)

@@ -174,7 +174,7 @@ def test_torchrun_starts_a_killed_run_again(data, straight, tmp_path):
         until = time.monotonic() + 120
         while steps_logged(run) < 5 and time.monotonic() < until and agent.poll() is None:
             time.sleep(0.001)
-        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text("utf-8").split()
         os.kill(int(children[1]), signal.SIGKILL)
         said, _ = agent.communicate(timeout=240)
     finally:

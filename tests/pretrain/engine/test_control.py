@@ -72,13 +72,15 @@ def test_status_and_heartbeat(control):
     assert (status["state"], status["step"]) == ("starting", 7)
 
 
-def test_the_heart_beats_in_phases_without_steps(control, monkeypatch):
-    monkeypatch.setattr(control_module, "_BEAT_S", 0.01)
-    until = time.monotonic() + 30
-    with control.beating():
-        while not (control.path / "heartbeat").exists():
-            assert time.monotonic() < until
-            time.sleep(0.01)
+def test_the_status_names_the_phase(control):
+    control.status("running", 7)
+    control.enter("step")
+    with control.during("save"):
+        within = json.loads((control.path / "status.json").read_text())
+        assert (within["state"], within["phase"], within["step"]) == ("running", "save", 7)
+    assert json.loads((control.path / "status.json").read_text())["phase"] == "step"
+    control.failed("rank 0: no space left")
+    assert json.loads((control.path / "status.json").read_text())["phase"] == "step"
 
 
 def test_the_first_failure_names_the_cause(control):

@@ -32,7 +32,12 @@ def start(tmp_path):
 
     def begin(rank: int = 0, world: int = 1, limits: Limits = QUICK, **more):
         ended = Ended()
-        dog = Watchdog(tmp_path, rank, world, limits, ended.reasons.append, end=ended.end, **more)
+
+        def expired(reason: str) -> int:
+            ended.reasons.append(reason)
+            return 1
+
+        dog = Watchdog(tmp_path, rank, world, limits, expired, end=ended.end, **more)
         started.append(dog)
         return dog, ended
 
@@ -68,11 +73,10 @@ def test_nothing_is_left_of_a_run_that_ended_well(start, tmp_path):
 def test_the_rank_that_stopped_is_named(start, before):
     """Rank 2 never came, or reported until it was stopped; rank 1 waits as rank 0 does."""
     store = dist.HashStore()
-    dogs = [start(rank, 3)[0] for rank in (1, 2) if rank == 1 or before]
-    dog, ended = start(0, 3)
+    dogs = [start(rank, 3, store=lambda: store)[0] for rank in (1, 2) if rank == 1 or before]
+    dog, ended = start(0, 3, store=lambda: store)
     for one in (dog, *dogs):
         one.enter("step", 4)
-        one.connect(store)
     time.sleep(0.2)
     for one in dogs[1:]:
         one.stop()
@@ -84,15 +88,12 @@ def test_the_rank_that_stopped_is_named(start, before):
 
 def test_who_is_elsewhere_is_named(start):
     store = dist.HashStore()
-    (dog, ended), (other, _) = start(0, 2), start(1, 2, Limits(9, 9, 9))
-    other._interval = dog._interval
-    other.connect(store)
-    other.enter("evaluate", 7)
-    dog.connect(store)
+    dog, ended = start(0, 2, store=lambda: store)
+    other, _ = start(1, 2, store=lambda: store)
     dog.enter("step", 8)
     deadline = time.monotonic() + 10
     while not ended.codes and time.monotonic() < deadline:
-        other._report("evaluate", 7)
+        other.enter("evaluate", 7)
         time.sleep(0.05)
     assert "rank 1 is in evaluate of step 7" in ended.reasons[0]
 
@@ -100,8 +101,8 @@ def test_who_is_elsewhere_is_named(start):
 def test_a_store_that_is_gone_points_at_rank_0(start):
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
-    dog, ended = start(1, 2)
-    dog.connect(client)
+    _, ended = start(1, 2, store=lambda: client)
+    time.sleep(0.2)
     del server
     assert ended.event.wait(15)
     assert "rank 0 or its node hangs or is gone" in ended.reasons[0]
@@ -114,7 +115,7 @@ def test_a_process_whose_threads_cannot_run_is_ended_too(tmp_path, monkeypatch):
     if not pid:
         import ctypes
 
-        Watchdog(tmp_path, 3, 4, QUICK, lambda reason: None)
+        Watchdog(tmp_path, 3, 4, QUICK, lambda reason: 1)
         ctypes.PyDLL(None).sleep(60)  # PyDLL does not release the lock
         os._exit(0)
     deadline = time.monotonic() + 20
