@@ -40,6 +40,7 @@ from data_pipeline.transforms import ImageSettings
 from pretrain import recipe_checks
 from pretrain.engine.checkpoint import CheckpointSettings
 from pretrain.engine.metrics_log import LoggingSettings
+from pretrain.engine.spikes import SpikeSettings
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.text import TextEncoderSettings
 from pretrain.models.vit import VitSettings
@@ -212,6 +213,9 @@ class FailureSettings(Settings):
 
     save_minutes: float = Field(default=30, gt=0)
     """Writing a checkpoint, at most."""
+
+    spike: SpikeSettings | None = SpikeSettings()
+    """What is done when a logged loss jumps; null: nothing is looked at."""
 
 
 class Recipe(Settings):

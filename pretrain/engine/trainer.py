@@ -26,7 +26,7 @@ from pretrain.engine.ema import Ema
 from pretrain.engine.engine_state import fill_masters
 from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.hardware import require_hardware
-from pretrain.engine.loop import Loop, StepReport, TrainerState
+from pretrain.engine.loop import Loop, StepReport, TrainerState, TrainingFailed
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.metrics_log import MetricsLog
 from pretrain.engine.momentum import TargetNetworks
@@ -35,6 +35,7 @@ from pretrain.engine.ownership import Ownership
 from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.run_dir import open_fault_file, record_start
 from pretrain.engine.run_record import RunDirError
+from pretrain.engine.spikes import SpikeWatch
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.throughput import Throughput
 from pretrain.engine.watchdog import Watchdog
@@ -68,6 +69,7 @@ class Trainer:
         require_verified(len(recipe.tasks), stage, offloads_optimizer(self.config))
         require_hardware(recipe.precision, self.config, ranks.device)
         self.state = TrainerState()
+        self.spikes = SpikeWatch(recipe.failure.spike) if recipe.failure.spike else None
         self.saved_step = 0
         self.checkpoints = Checkpoints(
             self.run_dir / "checkpoints",
@@ -232,7 +234,19 @@ class Trainer:
         metrics |= self.quarantine.metrics(report.task)
         metrics |= self.data_metrics.describe(report.task)
         self.log.log(state.step, report.task, metrics)
+        self._look_for_a_spike(report.task, metrics["loss"])
         self.status_line = f"{report.task} loss {metrics['loss']:.4f}"
+
+    def _look_for_a_spike(self, task: str, loss: float | None) -> None:
+        said = self.spikes.observe(task, self.state.step, loss) if self.spikes else None
+        if said is None:
+            return
+        if self.recipe.failure.spike.action == "stop":
+            raise TrainingFailed(
+                f"{said}; resume from a checkpoint before it (--from-step N) with a lower "
+                "optimizer.lr, or with failure.spike.action=warn"
+            )
+        log.warning("%s", said)
 
     def _after_update(self, update: int) -> None:
         if self.ema is not None:
