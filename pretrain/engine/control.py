@@ -15,22 +15,19 @@ all ranks agree on them at a step boundary, the evaluation between its batches.
 
 import contextlib
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.files import write_atomically
-from pretrain.engine.ownership import HEARTBEAT_FILE, Ownership, process_age
+from pretrain.engine.launchers import age_of_start
+from pretrain.engine.ownership import HEARTBEAT_FILE, Ownership
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REQUESTS = ("stop", "stop.auto", "save")
 STATUS_FILE = "status.json"
 
-# What starts ranks and was itself started by the person: a request since then is for this run.
-_LAUNCHERS = ("torchrun", "deepspeed", "accelerate")
-_LAUNCHER_MODULES = ("torch.distributed.", "deepspeed.launcher.", "accelerate.commands.")
 
 
 class StopSignals:
@@ -64,7 +61,7 @@ class ControlFolder:
 
         The step stays: it is that of the last checkpoint, whatever becomes of this start.
         """
-        since = time.time() - _age_of_start()
+        since = time.time() - age_of_start()
         for name in REQUESTS:
             with contextlib.suppress(OSError):
                 if (self.path / name).stat().st_mtime < since:
@@ -137,37 +134,3 @@ def read_status(run_dir: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}
-
-
-def _age_of_start() -> float:
-    """Seconds since the person's command began: that of this process, or of its launcher.
-
-    torchrun and deepspeed take seconds before they start a rank, and start it anew after a crash.
-    """
-    pid, age = os.getpid(), process_age(os.getpid()) or 0.0
-    while (pid := _parent(pid)) and _is_launcher(pid):
-        age = max(age, process_age(pid) or 0.0)
-    return age
-
-
-def _parent(pid: int) -> int:
-    """Process number of the parent, 0 if /proc does not say."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def _is_launcher(pid: int) -> bool:
-    return any(
-        Path(word).name in _LAUNCHERS or word.startswith(_LAUNCHER_MODULES)
-        or "/deepspeed/launcher/" in word
-        for word in _command(pid)[:5]  # what follows are arguments
-    )
-
-
-def _command(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")
-    except OSError:
-        return []

@@ -13,6 +13,7 @@ from data_pipeline.tokenizer import Tokenizer
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
 from pretrain.engine.failures import end_failed, reason_of
+from pretrain.engine.launchers import Launchers
 from pretrain.engine.ownership import Ownership
 from pretrain.engine.run_record import RunDirError
 from pretrain.engine.trainer import Trainer
@@ -43,7 +44,7 @@ def train_recipe(
     watchdog = Watchdog(
         run_dir, rank, world, limits,
         expired=lambda reason: end_failed(run_dir, rank, RunHangs(reason), ownership),
-        alive=partial(beat, control),
+        alive=partial(look_around, control, Launchers(), signals),
         store=meeting_place if world > 1 else None,
     )
     try:
@@ -67,11 +68,23 @@ def train_recipe(
     return 0
 
 
-def beat(control: ControlFolder | None) -> None:
-    """The heartbeat of rank 0, from the watchdog's thread: also in phases without steps."""
+def look_around(
+    control: ControlFolder | None, launchers: Launchers, signals: StopSignals
+) -> str | None:
+    """What the watchdog's thread does every few seconds, also in phases without steps.
+
+    The heartbeat, on rank 0; and a run whose launcher is gone is asked to stop, as by a signal.
+
+    Returns:
+        Why this process is to leave, if its launcher is gone.
+    """
     if control is not None:
         with contextlib.suppress(OSError):  # the next step will say it
             control.beat()
+    gone = launchers.gone()
+    if gone is not None and signals.received is None:
+        signals.received = gone
+    return gone
 
 
 def prepare_run_dir(

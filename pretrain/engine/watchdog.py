@@ -28,6 +28,7 @@ log = logging.getLogger("omnipretrain.watchdog")
 REPORT_S = 5.0
 """Seconds between two reports of a rank at most; who reports nothing for two of them is missed."""
 STORE_IS_GONE = "the store of rank 0 does not answer: rank 0 or its node hangs or is gone"
+GRACE_S = 25.0
 _LAST_RESORT_S = 30.0
 _NAMED = 8
 
@@ -61,7 +62,8 @@ class Watchdog:
         limits: seconds per phase.
         expired: called with the reason before the process ends; returns its exit code.
         alive: called every few seconds from the thread, as long as the phase is within its limit
-            (rank 0's heartbeat).
+            (rank 0's heartbeat). What it returns, if anything, is a reason to leave: the process
+            has `GRACE_S` to do so by itself, or until the checkpoint is written that it writes.
         store: gives a connection to the store in which the ranks meet, or raises as long as there
             is none; asked from the thread.
         end: ends the process.
@@ -74,7 +76,7 @@ class Watchdog:
         world: int,
         limits: Limits,
         expired: Callable[[str], int],
-        alive: Callable[[], None] = lambda: None,
+        alive: Callable[[], str | None] = lambda: None,
         store: Callable[[], dist.Store] | None = None,
         end: Callable[[int], None] = os._exit,
     ) -> None:
@@ -82,6 +84,7 @@ class Watchdog:
         self._expired, self._alive, self._end = expired, alive, end
         self._open_store, self._store = store, None
         self._reports_made, self._is_over = 0, False
+        self._leave_by: float | None = None
         self._phase, self._step, self._since = "start", 0, time.monotonic()
         self._stopped = threading.Event()
         self._interval = min(REPORT_S, min(limits) / 4)
@@ -140,10 +143,19 @@ class Watchdog:
             phase, step, since = self._phase, self._step, self._since
             spent, limit = time.monotonic() - since, self.limits.of(phase)
             if spent <= limit:
-                self._alive()
+                self._look_around(phase, step)
             elif since == self._since:  # not ended at this very moment
                 self._expire(phase, step, spent)
                 return
+
+    def _look_around(self, phase: str, step: int) -> None:
+        reason = self._alive()
+        if reason is None:
+            return
+        self._leave_by = self._leave_by or time.monotonic() + GRACE_S
+        if phase != "save" and time.monotonic() > self._leave_by:
+            self._finish(f"{reason}; it could not stop by itself within {GRACE_S:.0f} s in "
+                         f"{phase} (step {step}); stacks of rank {self.rank}: {self._dump()}")
 
     def _report_often(self) -> None:
         """In a thread of its own: a store whose server has stopped holds a caller up for ever."""
@@ -167,6 +179,9 @@ class Watchdog:
             f"no progress for {spent:.0f} s in {where}; {self._others(phase, step)}; stacks of "
             f"rank {self.rank}: {self._dump()}"
         )
+        self._finish(reason)
+
+    def _finish(self, reason: str) -> None:
         log.error("%s", reason)
         code = 1
         try:

@@ -123,3 +123,14 @@ def test_a_process_whose_threads_cannot_run_is_ended_too(tmp_path, monkeypatch):
         time.sleep(0.05)
     assert os.waitstatus_to_exitcode(done[1]) == 1
     assert "Timeout" in (tmp_path / "logs/stacks_rank_00003.txt").read_text()
+
+
+def test_who_is_to_leave_and_does_not_is_ended(start, monkeypatch):
+    """A checkpoint that is being written is let finish."""
+    monkeypatch.setattr("pretrain.engine.watchdog.GRACE_S", 0.3)
+    dog, ended = start(limits=Limits(9, 1.2, 9), alive=lambda: "torchrun is gone")
+    with dog.during("save"):
+        time.sleep(1.2)
+        assert not ended.codes
+    assert ended.event.wait(5)
+    assert ended.reasons[0].startswith("torchrun is gone; it could not stop by itself")
