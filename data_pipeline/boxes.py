@@ -4,11 +4,12 @@ Boxes and masks follow the image through crops, resizes, flips and RandAugment e
 moved by the geometry of the pixels, and cut at the border.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.images import ImageDataSettings, ImageFields
@@ -17,9 +18,13 @@ from data_pipeline.masks import mask_boxes, segmentation_mask, shown_mask
 from data_pipeline.members import AbsentValue, bad, check_source
 from data_pipeline.objects import Objects, ObjectSource, cut_boxes
 from data_pipeline.reader import Sample
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.transforms import View
 from data_pipeline.warps import joined
+
+if TYPE_CHECKING:
+    import torch
 
 
 class BoxDataSettings(ImageDataSettings):
@@ -31,7 +36,8 @@ class BoxDataSettings(ImageDataSettings):
     """Where the objects are: a JSON member's extension, or "json:KEY" for an object under KEY
     (dots descend). It has boxes ([x0, y0, x1, y1] in pixels of the upright image) and labels, and
     may have crowd (0 or 1), segmentations (as in COCO), and width and height, which must then be
-    those of the image."""
+    those of the image. A box that is empty, or sticks out of the image by more than a pixel, makes
+    a bad sample, which is named, counted and replaced."""
     classes: int = Field(ge=1)
     """Number of classes; labels run from 0. A label outside of that is a bad sample."""
     masks: bool = False
@@ -42,9 +48,10 @@ class BoxDataSettings(ImageDataSettings):
     """Boxes of which a crop leaves less than this share of their area are dropped."""
     min_side: float = Field(default=1.0, gt=0.0)
     """So are boxes that are narrower or lower than this in the output, in pixels."""
-    unannotated: Literal["without_loss", "fault"] = "without_loss"
+    unannotated: Literal["without_loss", "fault", "expected"] = "without_loss"
     """Samples without `boxes`, which nobody has looked at (an empty list says that there is
-    nothing): `without_loss` keeps them in the batch, marked; `fault` treats them as bad samples."""
+    nothing): `without_loss` keeps them in the batch, marked; `fault` treats them as bad samples;
+    `expected` is `without_loss` where it is meant that few samples, or none, have them."""
 
     @field_validator("annotation_source")
     @classmethod
@@ -71,6 +78,12 @@ class BoxFields(ImageFields):
     def extensions(self) -> frozenset[str]:
         """Members that are needed; a reader may leave out the others."""
         return frozenset([*self.settings.image_extensions, self.source.extension])
+
+    def targets(self) -> list[Target]:
+        """The annotations: an empty list of boxes is one."""
+        required = self.settings.unannotated == "fault"
+        where = ("boxes", "annotation_source", self.source.source, self.source.extension)
+        return [Target(*where, self.source.read, required)]
 
     def sample(
         self,
@@ -99,6 +112,11 @@ class BoxFields(ImageFields):
                 f"{self.source.source}: boxes are for height and width {list(objects.size)}, the "
                 f"upright image has {list(view.source)}",
             )
+        try:
+            objects.check_inside(view.source)
+        except ValueError as error:
+            # Cut away, it would leave an image that counts as looked at and found empty.
+            raise bad(sample, f"{self.source.source}: {error}") from None
         item |= self._seen(sample, objects, view)
         if clock is not None:
             clock.lap("transform")
@@ -125,6 +143,8 @@ class BoxFields(ImageFields):
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
         """
+        import torch
+
         batch = self.stack_images(items, buffers)
         present = [(row, item) for row, item in enumerate(items) if item is not None]
         counts = np.zeros(len(items), dtype=np.int64)

@@ -1,14 +1,17 @@
 """Which text of a sample is used, and what is done to it before it becomes tokens."""
 
+import functools
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import BeforeValidator, Field, field_validator
 
-from data_pipeline.labels import LabelSource
+from data_pipeline.labels import NO_LABEL, LabelSource
 from data_pipeline.members import AbsentValue, MemberSource, bad, check_source
+from data_pipeline.plain_text import MARK
 from data_pipeline.reader import Sample
 from data_pipeline.settings import Settings
 
@@ -90,6 +93,15 @@ class CleaningSettings(Settings):
         return value
 
 
+class SampleTexts(NamedTuple):
+    """Texts of one source of a sample."""
+
+    texts: list[str]
+    prompt_class: int = NO_LABEL
+    """Of texts that were made from the name of a class: a number that all texts of that name have
+    in common, in any task and data set; else NO_LABEL."""
+
+
 class CaptionSource(MemberSource):
     """Finds the captions of a sample; see `CaptionSourceSettings.source`."""
 
@@ -109,7 +121,7 @@ class CaptionSource(MemberSource):
             raise bad(sample, f"{self.source} is neither a string nor a list of strings")
         if not all(_is_unicode(text) for text in found):
             raise bad(sample, f"{self.source} holds half a surrogate pair")
-        captions = [folded for text in found if (folded := _fold(text))]
+        captions = [folded for text in found if (folded := _fold(text.removeprefix(MARK)))]
         if not captions:
             raise bad(sample, f"{self.source} holds no caption", AbsentValue)
         return captions
@@ -151,6 +163,7 @@ class CaptionTexts:
             else CaptionSource(settings.source)
             for settings in sources
         ]
+        self._names = [settings.source for settings in sources]
         self._templates = [settings.templates for settings in sources]
         self._weights = np.array([settings.weight for settings in sources])
         self.cleaning = cleaning
@@ -159,11 +172,16 @@ class CaptionTexts:
         self._replaced = re.compile("|".join(map(re.escape, parts))) if parts else None
 
     @property
+    def sources(self) -> dict[str, "CaptionSource | ClassNameSource"]:
+        """What the settings call each source -> what reads it."""
+        return dict(zip(self._names, self._sources, strict=True))
+
+    @property
     def extensions(self) -> frozenset[str]:
         """Members in which texts are."""
         return frozenset(source.extension for source in self._sources)
 
-    def draw(self, sample: Sample, count: int, rng_for: RngFor) -> list[str]:
+    def draw(self, sample: Sample, count: int, rng_for: RngFor) -> SampleTexts:
         """At most `count` texts of one source, chosen by seed.
 
         A source is drawn by weight among those that the sample has; then texts of it; then a
@@ -174,23 +192,26 @@ class CaptionTexts:
             BadSample: a source that was drawn is there, but not text.
         """
         number, texts = self._first(sample, self._drawn_order(rng_for))
+        prompt_class = self._prompt_class(number, texts)
         if len(texts) > 1:
             texts = [texts[i] for i in np.argsort(rng_for("caption").random(len(texts)))[:count]]
         templates = self._templates[number]
         if len(templates) < 2:
-            template = templates[0] if templates else "{}"
-            return [self.clean(text, template) for text in texts]
-        which = rng_for("template").integers(len(templates), size=len(texts)).tolist()
-        return [self.clean(text, templates[i]) for text, i in zip(texts, which, strict=True)]
+            chosen = [templates[0] if templates else "{}"] * len(texts)
+        else:
+            which = rng_for("template").integers(len(templates), size=len(texts)).tolist()
+            chosen = [templates[i] for i in which]
+        return SampleTexts(list(map(self.clean, texts, chosen)), prompt_class)
 
-    def references(self, sample: Sample) -> list[str]:
+    def references(self, sample: Sample) -> SampleTexts:
         """All texts of the first source that the sample has, whole, for evaluation.
 
         Raises as `draw`.
         """
         number, texts = self._first(sample, range(len(self._sources)))
         template = (self._templates[number] or ["{}"])[0]
-        return [self.clean(text, template) for text in texts]
+        cleaned = [self.clean(text, template) for text in texts]
+        return SampleTexts(cleaned, self._prompt_class(number, texts))
 
     def every(self, sample: Sample) -> list[str]:
         """The texts of all sources, neither cleaned nor in templates. Raises as `draw`."""
@@ -230,6 +251,11 @@ class CaptionTexts:
         # The least of exponential waiting times belongs to each source in proportion to its rate.
         return np.argsort(-np.log1p(-draws) / self._weights).tolist()
 
+    def _prompt_class(self, number: int, texts: list[str]) -> int:
+        """Of texts as source `number` has read them."""
+        is_name = isinstance(self._sources[number], ClassNameSource)
+        return _name_number(texts[0]) if is_name else NO_LABEL
+
     def _first(self, sample: Sample, order: Iterable[int]) -> tuple[int, list[str]]:
         """The first source in `order` that the sample has, and its texts."""
         absent = []
@@ -247,6 +273,13 @@ def _all_absent(sample: Sample, absent: list[AbsentValue]) -> AbsentValue:
 
 def _fold(text: str) -> str:
     return " ".join(text.split())
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _name_number(name: str) -> int:
+    """A number that stands for a name: not below 0, and the same in any process."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _is_unicode(text: str) -> bool:

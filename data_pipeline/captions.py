@@ -1,10 +1,11 @@
 """Caption data: from one sample of a shard to image, token and mask arrays, and to a batch."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.caption_texts import (
@@ -12,11 +13,17 @@ from data_pipeline.caption_texts import (
     CaptionSourceSettings,
     CaptionTexts,
     CleaningSettings,
+    SampleTexts,
 )
 from data_pipeline.images import ImageDataSettings, ImageFields
+from data_pipeline.labels import NO_LABEL
 from data_pipeline.reader import Sample
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 # Texts are padded to a multiple of this, so that few different shapes occur.
 TEXT_MULTIPLE = 8
@@ -80,6 +87,13 @@ class CaptionFields(ImageFields):
         """Members that are needed; a reader may leave out the others."""
         return frozenset(self.settings.image_extensions) | self.texts.extensions
 
+    def targets(self) -> list[Target]:
+        """A text of each source; a sample needs one of them."""
+        return [
+            Target("text", "caption_source", name, source.extension, source.read, required=True)
+            for name, source in self.texts.sources.items()
+        ]
+
     def sample(
         self,
         sample: Sample,
@@ -96,19 +110,20 @@ class CaptionFields(ImageFields):
             clock: books "decode" and "transform".
 
         Returns:
-            what `load_image` does; captions: list of str, at most K, in evaluation all of them.
+            what `load_image` does; captions: list of str, at most K, in evaluation all of them;
+            prompt_class: int, see `SampleTexts`.
 
         Raises:
             BadSample: no usable image or caption.
         """
-        captions = self.captions(sample, rng_for)  # first: a sample without one is not decoded
+        found = self.captions(sample, rng_for)  # first: a sample without one is not decoded
         item = self.load_image(sample, rng_for, out, clock)
-        item["captions"] = captions
+        item["captions"], item["prompt_class"] = found
         return item
 
     def captions(
         self, sample: Sample, rng_for: Callable[[str], np.random.Generator]
-    ) -> list[str]:
+    ) -> SampleTexts:
         """The texts of a sample: in training those drawn, in evaluation all of its first source.
 
         Raises BadSample: there is none, or it is not text.
@@ -128,18 +143,23 @@ class CaptionFields(ImageFields):
         Returns:
             what `stack_images` does; tokens (B, K, T) int64, rows BOS w.. EOS pad.., T the longest
             text rounded up to 8, at most text_length; loss_mask (B, K, T) bool, True at tokens that
-            are predicted (words and EOS); valid (B,) bool; captions: list of B lists of str
-            (evaluation only).
+            are predicted (words and EOS); prompt_class (B,) int64, equal where texts were made from
+            the name of the same class, NO_LABEL where they are no such prompts; valid (B,) bool;
+            captions: list of B lists of str (evaluation only).
 
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
         """
+        import torch
+
         tokens, lengths = self._encode(items)
         places = np.arange(tokens.shape[2])
+        prompts = [NO_LABEL if item is None else item["prompt_class"] for item in items]
         batch: dict[str, Any] = {
             **self.stack_images(items, buffers),
             "tokens": torch.from_numpy(tokens),
             "loss_mask": torch.from_numpy((places > 0) & (places < lengths[:, :, None])),
+            "prompt_class": torch.tensor(prompts, dtype=torch.int64),
             "valid": torch.tensor(list(valid), dtype=torch.bool),
         }
         if not self.train:

@@ -30,6 +30,7 @@ from data_pipeline.index import (
     ShardIndex,
     TextColumn,
 )
+from data_pipeline.plain_text import decoded
 
 BYTES_PREFIX = "bytes:"
 SOURCES = ("json", "cls", "txt")
@@ -116,10 +117,10 @@ class ColumnBuilder:
     def add(self, row: int, extension: str, payload: bytes) -> None:
         """Take what a member of `SOURCES` says; what cannot be read says nothing."""
         if extension == "txt":
-            self._text_lengths("txt", row, payload.decode("utf-8", "replace"))
+            self._text_lengths("txt", row, payload.decode("utf-8-sig", "replace"))
             return
         try:
-            content = json.loads(payload)
+            content = json.loads(decoded(payload))
         except (ValueError, RecursionError):
             return  # members of other people need not be valid; an index is no place to judge
         if extension == "cls":

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from data_pipeline.warps import Affine, clipped, moved
-
-_resize_into = torch.ops.aten._upsample_bicubic2d_aa.out
 
 
 class Box(NamedTuple):
@@ -178,10 +175,13 @@ def resize(image: np.ndarray, height: int, width: int, out: np.ndarray | None = 
     times faster than OpenCV's area averages. Its in-place form, because fresh memory for the result
     would cost as much again.
     """
+    import torch
+
     if min(image.strides) < 0 or not image.flags.writeable:  # what torch does not take
         image = image.copy()
     if out is None:
         out = np.empty((height, width, 3), dtype=np.uint8)
     source, target = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (image, out))
-    _resize_into(source, [height, width], False, None, None, out=target)
+    resize_into = torch.ops.aten._upsample_bicubic2d_aa.out
+    resize_into(source, [height, width], False, None, None, out=target)
     return out

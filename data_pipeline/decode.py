@@ -1,36 +1,48 @@
 """Encoded image bytes to an RGB uint8 array.
 
 Plain JPEGs go through libjpeg-turbo (simplejpeg), straight into a buffer that the caller may reuse;
-everything else, and what simplejpeg finds suspicious, through Pillow. Both paths turn the picture
-upright by its EXIF orientation. Transparency is laid over white, 16 bits become 8 by dropping the
-low byte, animations yield their first frame.
+everything else through Pillow. Both paths turn the picture upright by its EXIF orientation, or that
+of its XMP. Transparency is laid over white, 16 bits become 8 by dropping the low byte, animations
+yield their first frame; what has no range that is defined is refused. Packers and the loader read
+images here and nowhere else, so that they mean the same picture.
+
+A decoder of JPEGs makes pixels of whatever it is given, and only warns. What it warns of is damage,
+but for what `jpeg_bytes.plain_forms` can take out.
 
 Of an upright JPEG only the window that is asked for is decoded, with the same pixels, where pip
 could compile jpeg_window.c; else all of it.
 """
 
 import io
-import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from data_pipeline.crops import Box
+from data_pipeline.image_formats import PILLOW_FORMATS
+from data_pipeline.jpeg_bytes import plain_forms, read_head, strange_stretch
+from data_pipeline.png_bytes import without_large_texts
 
 try:
     from data_pipeline import _jpeg_window
 except ImportError:
     _jpeg_window = None
 
-_JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_T = TypeVar("_T")
+_JPEG_START, _PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _PLAIN_COLORSPACES = ("YCbCr", "RGB", "Gray")
 _ORIENTATION_TAG = 0x0112
+# Of TIFF files: bits of a sample, whether black is the largest value, and what a sample is.
+_BITS_TAG, _PHOTOMETRIC_TAG, _FORMAT_TAG = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
 _DCT_FACTORS = (8, 4, 2)
-# What shards hold. Of the other formats that Pillow opens, some start programs (EPS), and many have
-# parsers that nobody looks after; a member of a shard may claim to be any of them.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI")
+
+MAX_PIXELS = 89_000_000
+"""The largest image that is read, where nothing else is said; for all formats alike."""
 
 
 class DecodeError(ValueError):
@@ -49,6 +61,11 @@ class ImageHeader:
     """EXIF orientation, 1 (upright) to 8."""
     picture: ImageFile.ImageFile | None
     """Opened by Pillow; none for a plain JPEG."""
+
+    @property
+    def format(self) -> str:
+        """The name that Pillow has for the format of the file."""
+        return "JPEG" if self.picture is None else str(self.picture.format)
 
 
 class Scratch:
@@ -83,13 +100,16 @@ def read_header(data: bytes, max_pixels: int) -> ImageHeader:
     """
     if data.startswith(_JPEG_START):
         try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         except (ValueError, KeyError):  # a KeyError for 4:4:1, which it has no name for
             colorspace = None  # let Pillow judge
         if colorspace in _PLAIN_COLORSPACES:
             _refuse_bomb(width, height, max_pixels)
-            return _upright(height, width, jpeg_orientation(data), None)
-    return _pillow_header(data, max_pixels)
+            return _upright(height, width, _jpeg_orientation(data), None)
+    header = _pillow_header(data, max_pixels)
+    if header.format in ("JPEG", "MPO"):
+        _jpeg_orientation(data)
+    return header
 
 
 def decode(
@@ -121,8 +141,7 @@ def decode(
     x, y, width, height = window
     if _jpeg_window is not None and header.picture is None and header.orientation == 1:
         buffer = (Scratch() if scratch is None else scratch).take(height * width * 3)
-        # A file that is cut is caught here, also where the cut lies below the window.
-        if data.endswith(_JPEG_END) and _jpeg_window.decode(data, buffer, factor, *window):
+        if _jpeg_window.decode(data, buffer, factor, *window):
             return buffer[: height * width * 3].reshape(height, width, 3)
     pixels = _decode_all(data, header, factor, scratch)
     return pixels[y : y + height, x : x + width]
@@ -148,37 +167,12 @@ def grid_origin(header: ImageHeader, factor: int) -> tuple[int, int]:
     )
 
 
-def jpeg_orientation(data: bytes) -> int:
-    """EXIF orientation of a JPEG, 1 if it has none or its EXIF block cannot be read."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            return _tiff_orientation(data[at + 10 : at + 2 + length])
-        if marker == 0xDA or length < 2:  # pixels begin: no EXIF block can follow
-            return 1
-        at += 2 + length
-    return 1
-
-
-def _tiff_orientation(block: bytes) -> int:
-    order = {b"II": "<", b"MM": ">"}.get(block[:2])
-    if order is None:
-        return 1
-    try:
-        (start,) = struct.unpack_from(order + "I", block, 4)
-        (entries,) = struct.unpack_from(order + "H", block, start)
-        for entry in range(entries):
-            tag, kind, _ = struct.unpack_from(order + "HHI", block, start + 2 + 12 * entry)
-            if tag == _ORIENTATION_TAG and kind == 3:
-                (value,) = struct.unpack_from(order + "H", block, start + 10 + 12 * entry)
-                return value if 1 <= value <= 8 else 1
-    except struct.error:
-        return 1
-    return 1
+def _jpeg_orientation(data: bytes) -> int:
+    """Raises DecodeError if something lies among the pixels that are none."""
+    orientation, pixels = read_head(data)
+    if (found := strange_stretch(data, pixels)) is not None:
+        raise DecodeError(f"damaged JPEG image: {found}")
+    return orientation
 
 
 def _upright(
@@ -198,14 +192,34 @@ def _decode_all(
     data: bytes, header: ImageHeader, factor: int, scratch: Scratch | None
 ) -> np.ndarray:
     if header.picture is not None:
-        return _decode_pillow(header.picture, header.orientation)
-    try:
-        pixels = _decode_jpeg(data, header, factor, scratch)
-    except ValueError:
-        # Strict mode also stops at harmless warnings (bytes after the end, odd marker lengths).
-        # Pillow lives with those, and reports what is truly cut or damaged.
-        return _decode_pillow(_open(data), header.orientation, factor)
+        if header.format in ("JPEG", "MPO"):
+            _strictly(data, _check_jpeg)
+        return _decode_pillow(header)
+    pixels = _strictly(data, lambda form: _decode_jpeg(form, header, factor, scratch))
     return _apply_orientation(pixels, header.orientation)
+
+
+def _strictly(data: bytes, read: Callable[[bytes], _T]) -> _T:
+    """Read a JPEG by a decoder that stops at all that is odd; what is harmless is then taken out.
+
+    Raises DecodeError if what is left is still odd: the file is damaged.
+    """
+    try:
+        return read(data)
+    except ValueError as error:
+        fault = error
+    for form in plain_forms(data):
+        try:
+            return read(form)
+        except ValueError as error:
+            fault = error
+    raise DecodeError(f"damaged JPEG image: {fault}") from fault
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Read all coefficients, and as few pixels as can be, of a JPEG that Pillow will decode: it
+    says nothing of damage. Raises ValueError."""
+    simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8)
 
 
 def _decode_jpeg(
@@ -238,8 +252,12 @@ def _mirrored(orientation: int) -> tuple[bool, bool]:
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
+    # Ours, `max_pixels`, holds for all formats and is known; Pillow's would refuse what it allows.
+    Image.MAX_IMAGE_PIXELS = None
+    if data.startswith(_PNG_START):
+        data = without_large_texts(data)
     try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        return Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     except UnidentifiedImageError:  # its text names a memory address, different in every process
         raise DecodeError("not a readable image: of no known format") from None
     except Exception as error:  # Pillow's plug-ins raise whatever their parsers meet
@@ -253,35 +271,63 @@ def _pillow_header(data: bytes, max_pixels: int) -> ImageHeader:
         orientation = picture.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # a broken EXIF block does not make the pixels unusable
         orientation = 1
-    orientation = orientation if orientation in range(1, 9) else 1
+    if not isinstance(orientation, int) or orientation not in range(1, 9):
+        orientation = 1
+    if picture.format == "TIFF":
+        # Pillow turns these by itself, and knows the new size before if the file's own tag says so.
+        tag = picture.tag_v2.get(_ORIENTATION_TAG)
+        if tag in (5, 6, 7, 8):
+            return ImageHeader(picture.height, picture.width, tag, picture)
     return _upright(picture.height, picture.width, orientation, picture)
 
 
-def _decode_pillow(picture: ImageFile.ImageFile, orientation: int, factor: int = 1) -> np.ndarray:
+def _decode_pillow(header: ImageHeader) -> np.ndarray:
+    picture = header.picture
     try:
         picture.load()
-        rgb = _to_rgb(picture)
-        if factor > 1:
-            rgb = rgb.reduce(factor)
-        return _apply_orientation(np.asarray(rgb), orientation)
+        pixels = np.asarray(_to_rgb(picture))
     except DecodeError:
         raise
     except Exception as error:
         raise DecodeError(f"damaged {picture.format} image: {error}") from error
+    if picture.format != "TIFF":
+        pixels = _apply_orientation(pixels, header.orientation)
+    if pixels.shape[:2] != (header.height, header.width):
+        raise DecodeError(
+            f"damaged {picture.format} image: {pixels.shape[1]} x {pixels.shape[0]} pixels, where "
+            f"its header says {header.width} x {header.height}"
+        )
+    return pixels
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    mode = picture.mode
-    if mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips instead of scaling
-        values = np.asarray(picture, dtype=np.int64)
-        high_bytes = np.clip(values >> 8, 0, 255)
-        if isinstance(clear := picture.info.get("transparency"), int):
-            high_bytes[values == clear] = 255
-        picture = Image.fromarray(high_bytes.astype(np.uint8))
-    elif mode == "F":
+def _to_rgb(picture: ImageFile.ImageFile) -> Image.Image:
+    """RGB of 8 bits; DecodeError for what has no range that would say how."""
+    tags = picture.tag_v2 if picture.format == "TIFF" else {}
+    kinds = tags.get(_FORMAT_TAG, _UNSIGNED)
+    # Of 32 bits are also the samples of PPM files, which Pillow has brought to 16.
+    wide = picture.mode == "I" and picture.format == "TIFF"
+    if picture.mode == "F":
         raise DecodeError("floating-point image: its range is not defined")
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    if wide or set(kinds if isinstance(kinds, tuple) else (kinds,)) != {_UNSIGNED}:
+        raise DecodeError("image of signed or 32-bit samples: its range is not defined")
+    image: Image.Image = picture
+    if image.mode.startswith("I"):  # Pillow's own conversion clips instead of scaling
+        image = _high_bytes(picture, tags)
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _high_bytes(picture: ImageFile.ImageFile, tags: dict[int, Any]) -> Image.Image:
+    """Grey of 8 bits, of 16 or of the 12 that a TIFF may have."""
+    bits = tags.get(_BITS_TAG, 16)
+    bits = bits[0] if isinstance(bits, tuple) else bits
+    values = np.asarray(picture, dtype=np.int64)
+    high = np.clip(values >> (bits - 8), 0, 255)
+    if tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
+        high = 255 - high
+    if isinstance(clear := picture.info.get("transparency"), int):
+        high[values == clear] = 255
+    return Image.fromarray(high.astype(np.uint8))

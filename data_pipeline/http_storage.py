@@ -1,6 +1,7 @@
 """Files of web servers: ranges over connections that stay open."""
 
 import http.client
+import logging
 import socket
 import ssl
 import threading
@@ -34,7 +35,11 @@ _ATTEMPTS_IF_UNKNOWN = 6
 # What is left of an answer is read up to here, so that the connection can be used again.
 _LARGEST_REST = 64 * 1024
 _NETWORK_FAULTS = (OSError, http.client.HTTPException, ssl.SSLError)
+# How often a file is asked for that has another version than before, until the one before is seen.
+_LOOKS = 6
 _CUT_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+
+_log = logging.getLogger(__name__)
 
 
 class HttpStorage:
@@ -51,6 +56,7 @@ class HttpStorage:
         self._retry, self._limits = retry, limits
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, str], list[Connection]] = defaultdict(list)
+        self._mirrored: dict[str, set[str]] = defaultdict(set)
         self.answered: set[tuple[str, str]] = set()
         """(scheme, host and port) of those that did."""
 
@@ -122,7 +128,7 @@ class HttpStorage:
                 raise _too_short(url, begin, end, answer.headers.get("Content-Range", ""))
             _raise_for_status(answer, url)
             first, behind, total = _content_range(answer, url, begin)
-            _check_same(url, FileState(total, _version(answer)), seen)
+            self._check_same(url, FileState(total, _version(answer)), seen, exchange)
             if end > total:
                 raise _too_short(url, begin, end, f"bytes */{total}")
             # A server without ranges sends all: good for the beginning of a file.
@@ -135,6 +141,46 @@ class HttpStorage:
                 piece = exchange.receive(min(left, _PIECE))
                 left -= len(piece)
                 yield piece
+
+    def _check_same(
+        self, url: str, found: FileState, seen: list[FileState], exchange: "_Exchange"
+    ) -> None:
+        """Compare with what is known of the file; what is seen first is what later answers must be.
+
+        Mirrors of one file may have versions of their own. If both are told in turn, sums decide.
+        """
+        if not seen:
+            seen.append(found)
+        known = seen[0]
+        if not known.version:
+            known = seen[0] = FileState(known.size, found.version)
+        if known.size == found.size:
+            if not found.version or known.version == found.version:
+                return
+            with self._lock:
+                if {known.version, found.version} <= self._mirrored[url]:
+                    return
+            exchange.close()  # or there may be no place for another request
+            if self._is_mirrored(url, known, found):
+                raise Interrupted("the server tells two versions of the file in turn")
+        raise ShardError(
+            f"{without_secrets(url)}: was replaced: it has {found.size} bytes and version "
+            f"{found.version or '?'}, expected were {known.size} and {known.version or '?'}. "
+            "Restore it, or begin a new run"
+        )
+
+    def _is_mirrored(self, url: str, known: FileState, found: FileState) -> bool:
+        """Whether the server tells both versions in turn."""
+        if not any(self.state(url) == known for _ in range(_LOOKS)):
+            return False
+        with self._lock:
+            self._mirrored[url] |= {known.version, found.version}
+        _log.warning(
+            "%s: two versions in turn, %s and %s, of the same size: mirrors? They are taken for "
+            "one file; the checksums of its index tell if they are not",
+            without_secrets(url), known.version, found.version,
+        )  # fmt: skip
+        return True
 
     def take(self, key: tuple[str, str]) -> Connection | None:
         """An idle connection to a (scheme, host and port), if there is one."""
@@ -336,22 +382,6 @@ def _content_range(
         ) from None
 
 
-def _check_same(url: str, found: FileState, seen: list[FileState]) -> None:
-    """Compare with what is known of the file; what is seen first is what later answers must be."""
-    if not seen:
-        seen.append(found)
-    known = seen[0]
-    if not known.version:
-        seen[0] = FileState(known.size, found.version)
-    changed = known.version and found.version and known.version != found.version
-    if known.size != found.size or changed:
-        raise ShardError(
-            f"{without_secrets(url)}: was replaced: it has {found.size} bytes and version "
-            f"{found.version or '?'}, expected were {known.size} and {known.version or '?'}. "
-            "Restore it, or begin a new run"
-        )
-
-
 def _too_short(url: str, begin: int, end: int, content_range: str) -> ShardError:
     total = content_range.rpartition("/")[2]
     return ShardError(
@@ -361,7 +391,9 @@ def _too_short(url: str, begin: int, end: int, content_range: str) -> ShardError
 
 
 def _version(answer: http.client.HTTPResponse) -> str:
-    return answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+    """ETag or time of change; weak tags are as good here, since bytes have their own sums."""
+    tag = answer.headers.get("ETag", "").strip().removeprefix("W/")
+    return tag or answer.headers.get("Last-Modified") or ""
 
 
 def _encoded(answer: http.client.HTTPResponse) -> bool:

@@ -1,21 +1,27 @@
 """The image of a sample, and images as a batch: what all data with pictures has in common."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 
 from data_pipeline.decode import DecodeError
-from data_pipeline.members import bad
+from data_pipeline.image_formats import MEMBERS
+from data_pipeline.members import no_member
 from data_pipeline.reader import BadSample, Sample
 from data_pipeline.rng import sample_rng
 from data_pipeline.sources import ShardedData
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.transforms import ImageSettings, ImageTransform, View, make_views
 from data_pipeline.views import VIEWS, check_views, collate_views, describe_views
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ImageDataSettings(ShardedData):
@@ -23,7 +29,7 @@ class ImageDataSettings(ShardedData):
 
     type: str
     """Kind of data; subclasses name theirs."""
-    image_extensions: list[str] = Field(default=["jpg", "jpeg", "png", "webp"], min_length=1)
+    image_extensions: list[str] = Field(default=MEMBERS, min_length=1)
     """Members that may hold the image, in order of preference."""
     image: ImageSettings = ImageSettings()
     """Decode and augmentation."""
@@ -87,6 +93,10 @@ class ImageFields:
             self._of_sizes[sizes] = copy.copy(self)
             self._of_sizes[sizes]._set_sizes(sizes)
         return self._of_sizes[sizes]
+
+    def targets(self) -> list[Target]:
+        """What samples hold beside their image that an objective may learn from."""
+        return []
 
     def of_place(self, place: int) -> Self:
         """These fields for the row with number `place` of a micro-batch: the same for all rows."""
@@ -179,6 +189,8 @@ class ImageFields:
         items: Sequence[dict[str, Any] | None],
         buffers: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
+        import torch
+
         if buffers:
             images = buffers[name]
             for row, item in enumerate(items):
@@ -201,4 +213,4 @@ class ImageFields:
         for extension in self.settings.image_extensions:
             if extension in sample.members:
                 return sample.members[extension]
-        raise bad(sample, f"has no member {' or '.join(self.settings.image_extensions)}")
+        raise no_member(sample, self.settings.image_extensions)

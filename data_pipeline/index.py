@@ -41,6 +41,8 @@ from data_pipeline.files import write_atomically
 from data_pipeline.index_structure import check_structure
 from data_pipeline.tar_headers import BLOCK, ShardError
 
+# Where the header of ours begins, behind its length.
+_START = slice(8, 10)
 FORMAT = "omnipretrain.shard-index"
 VERSIONS = {False: "1", True: "2"}
 """Without and with bundles: readers that do not know bundles refuse the second."""
@@ -252,6 +254,16 @@ class ShardIndex:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _bad_index(path, str(error)) from None
         return index
+
+
+def is_foreign(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is what another tool keeps under the name of an index (DALI, Energon)."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_START.stop)
+    except OSError:
+        return False
+    return len(head) == _START.stop and head[_START] != b'{"'
 
 
 def _view(numbers: np.ndarray) -> memoryview:

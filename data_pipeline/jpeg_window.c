@@ -1,6 +1,6 @@
-/* Decodes a window of a JPEG: what lies left and right of it is parsed but neither transformed nor
- * converted, and nothing is read of what lies below it. libjpeg-turbo can do both; no Python package
- * hands it on.
+/* Decodes a window of a JPEG: what lies around it is parsed but neither transformed nor converted.
+ * libjpeg-turbo can do that; no Python package hands it on. All of the file is parsed: overwritten
+ * bytes mostly decode to some blocks, and only their count shows, at the end, that something is wrong.
  *
  * decode(data, out, factor, x, y, width, height) -> 1, or 0 for what the caller should decode in
  * another way. Writes (height, width, 3) RGB bytes to `out`: the pixels [x, x + width) x
@@ -104,6 +104,12 @@ static int decode_rows(struct jpeg_decompress_struct *codec, Errors *errors, con
     if (row >= request->y)
       memcpy(request->out + (row - request->y) * stride, *line + skipped, stride);
   }
+  /* All but the last line: of a skip to the very end nothing is parsed. */
+  if (codec->output_height - codec->output_scanline > 1)
+    jpeg_skip_scanlines(codec, codec->output_height - codec->output_scanline - 1);
+  while (codec->output_scanline < codec->output_height)
+    if (jpeg_read_scanlines(codec, line, 1) != 1) return 0;
+  jpeg_finish_decompress(codec);
   return 1;
 }
 

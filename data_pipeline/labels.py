@@ -1,19 +1,24 @@
 """Class-label data: from one sample of a shard to an image and a label, and to a batch."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.images import ImageDataSettings, ImageFields
 from data_pipeline.members import AbsentValue, MemberSource, bad, check_source
 from data_pipeline.mixing import MixingSettings, collate_mixes, draw_mix
 from data_pipeline.reader import Sample
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.transforms import ImageSettings
+
+if TYPE_CHECKING:
+    import torch
 
 NO_LABEL = -1
 """Stands where a sample, or a padding row, has no label."""
@@ -38,9 +43,10 @@ class LabelDataSettings(ImageDataSettings):
     """Number of classes; labels run from 0. A label outside of that is a bad sample."""
     mixing: MixingSettings | None = None
     """Mixup and CutMix of neighbours, images and labels; null: none. Needs an even micro-batch."""
-    unlabelled: Literal["without_loss", "fault"] = "without_loss"
+    unlabelled: Literal["without_loss", "fault", "expected"] = "without_loss"
     """Samples that have no label: `without_loss` keeps them in the batch, where they count for
-    nothing; `fault` treats them as bad samples, which are replaced, counted and limited."""
+    nothing; `fault` treats them as bad samples, which are replaced, counted and limited; `expected`
+    is `without_loss` where it is meant that few samples, or none, have one."""
 
     smaller_views: tuple[int, ...] = ()
     """Further sizes of each image in training, in pixels, descending and below `image.size`: each
@@ -173,6 +179,13 @@ class LabelFields(ImageFields):
         """Members that are needed; a reader may leave out the others."""
         return frozenset([*self.settings.image_extensions, self.source.extension])
 
+    def targets(self) -> list[Target]:
+        """The label."""
+        read = self.source.read_probabilities if self._soft else self.source.read
+        required = self.settings.unlabelled == "fault"
+        source = self.source
+        return [Target("label", "label_source", source.source, source.extension, read, required)]
+
     def sample(
         self,
         sample: Sample,
@@ -212,6 +225,8 @@ class LabelFields(ImageFields):
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
         """
+        import torch
+
         labels = [NO_LABEL if item is None else item["label"] for item in items]
         batch = {
             **self.stack_images(items, buffers),

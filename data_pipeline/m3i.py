@@ -1,19 +1,25 @@
 """Data with everything that one image may be asked about: another view, a text, a class."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
 
+from data_pipeline.caption_texts import SampleTexts
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
 from data_pipeline.labels import NO_LABEL, LabelSource
 from data_pipeline.members import AbsentValue, check_source
 from data_pipeline.reader import Sample
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 
 class M3IDataSettings(CaptionDataSettings):
@@ -27,6 +33,9 @@ class M3IDataSettings(CaptionDataSettings):
     classes: int | None = Field(default=None, ge=2)
     """Number of classes, with `label_source`; a label outside of 0 .. classes - 1 is a bad
     sample."""
+    unlabelled: Literal["without_loss", "expected"] = "without_loss"
+    """Samples without a text or a class stay, and count for nothing there; `expected`: it is meant
+    that few samples, or none, have them."""
 
     @field_validator("label_source")
     @classmethod
@@ -83,14 +92,22 @@ class M3IFields(CaptionFields):
         label = [] if self.labels is None else [self.labels.extension]
         return super().extensions | frozenset(label)
 
+    def targets(self) -> list[Target]:
+        """The texts and the label; none of them has to be there."""
+        found = [target._replace(required=False) for target in super().targets()]
+        if (labels := self.labels) is not None:
+            where = ("label", "label_source", labels.source, labels.extension)
+            found.append(Target(*where, labels.read, required=False))
+        return found
+
     def captions(
         self, sample: Sample, rng_for: Callable[[str], np.random.Generator]
-    ) -> list[str]:
-        """As `CaptionFields.captions`; an empty list if the sample has none."""
+    ) -> SampleTexts:
+        """As `CaptionFields.captions`; no texts if the sample has none."""
         try:
             return super().captions(sample, rng_for)
         except AbsentValue:
-            return []
+            return SampleTexts([])
 
     def sample(
         self,
@@ -115,6 +132,8 @@ class M3IFields(CaptionFields):
     ) -> dict[str, Any]:
         """As `CaptionFields.collate`, with labels (B,) int64, NO_LABEL where there is none and in
         padding rows; loss_mask is empty where there is no text."""
+        import torch
+
         labels = [NO_LABEL if item is None else item["label"] for item in items]
         batch = super().collate(items, valid, buffers)
         return batch | {"labels": torch.tensor(labels, dtype=torch.int64)}

@@ -37,11 +37,33 @@ def segmentation_mask(
         raise ValueError("a segmentation is neither a list of polygons nor run lengths")
     mask = np.zeros((geometry.height, geometry.width), dtype=bool)
     for polygon in segmentation:
-        points = np.array(polygon, dtype=np.float64)
-        if points.ndim != 1 or points.size < 6 or points.size % 2 or not np.isfinite(points).all():
-            raise ValueError("a polygon is not a list of three or more pairs of numbers")
-        mask |= polygon_mask(geometry.points(points.reshape(-1, 2)), *mask.shape)
+        mask |= polygon_mask(geometry.points(_corners(polygon)), *mask.shape)
     return mask
+
+
+def check_segmentation(segmentation: Any, source: tuple[int, int]) -> None:
+    """Raise ValueError, saying why, for what `segmentation_mask` cannot draw.
+
+    Args: source: height and width of the upright image.
+    """
+    if isinstance(segmentation, dict):
+        _runs(segmentation, source)
+    elif isinstance(segmentation, list) and segmentation:
+        for polygon in segmentation:
+            _corners(polygon)
+    else:
+        raise ValueError("a segmentation is neither a list of polygons nor run lengths")
+
+
+def _corners(polygon: Any) -> np.ndarray:
+    """(N, 2) x and y of the corners of a polygon of COCO."""
+    try:
+        points = np.array(polygon, dtype=np.float64)
+    except (ValueError, TypeError, OverflowError):
+        points = np.zeros(0)
+    if points.ndim != 1 or points.size < 6 or points.size % 2 or not np.isfinite(points).all():
+        raise ValueError("a polygon is not a list of three or more pairs of numbers")
+    return points.reshape(-1, 2)
 
 
 def shown_mask(geometry: Geometry) -> np.ndarray:
@@ -93,8 +115,15 @@ def runs_mask(runs: dict[str, Any], source: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: not of an image of size `source` (height, width), or malformed.
     """
+    counts = _runs(runs, source)
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(source[::-1]).T
+
+
+def _runs(runs: dict[str, Any], source: tuple[int, int]) -> list[int]:
+    """The lengths of the runs of an image of size `source`. Errors: as `runs_mask`."""
     height, width = source
-    if list(runs.get("size", ())) != [height, width]:
+    if list(runs.get("size") or ()) != [height, width]:
         raise ValueError(
             f"run lengths are for height and width {runs.get('size')}, the image has "
             f"{[height, width]}"
@@ -106,8 +135,7 @@ def runs_mask(runs: dict[str, Any], source: tuple[int, int]) -> np.ndarray:
         raise ValueError("run lengths are not a list of whole numbers, nor their compressed form")
     if sum(counts) != height * width:
         raise ValueError(f"run lengths sum up to {sum(counts)}, not to {height * width} pixels")
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(width, height).T
+    return counts
 
 
 def _uncompressed(text: str) -> list[int]:

@@ -1,13 +1,31 @@
 """Values that a sample carries beside its image: a text member, or a key of a JSON member."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from data_pipeline.plain_text import decoded
 from data_pipeline.reader import BadSample, Sample
 
 
 class AbsentValue(BadSample):
     """The sample has no such member, or the member has no such key."""
+
+
+def no_member(
+    sample: Sample, wanted: Sequence[str], error: type[BadSample] = BadSample
+) -> BadSample:
+    """The error that a sample lacks a member, which says so if dots in names are the reason."""
+    text = f"has no member {' or '.join(wanted)}"
+    ends = tuple(f".{name}" for name in wanted)
+    dotted = sorted(name for name in sample.members if name.endswith(ends))
+    if dotted:
+        text += (
+            f", but {len(sample.members)} like {f'{sample.key}.{dotted[0]}'!r}: the key of a name "
+            "ends at its first dot, so that files which belong to several samples became one. "
+            "Pack them again under names with no dot but the one of the suffix"
+        )
+    return bad(sample, text, error)
 
 
 def check_source(name: str, value: str) -> str:
@@ -41,9 +59,12 @@ class MemberSource:
         """
         data = sample.members.get(self.extension)
         if data is None:
-            raise bad(sample, f"has no member {self.extension}", AbsentValue)
+            raise no_member(sample, [self.extension], AbsentValue)
         try:
-            found: Any = data.decode("utf-8")
+            found: Any = decoded(data)
+        except ValueError as error:
+            raise bad(sample, f"{self.source}: {error}") from error
+        try:
             if self._keys:
                 found = json.loads(found)
                 for key in self._keys:

@@ -5,14 +5,18 @@ the number of ranks. Both get the same draw, keyed by the even one, and each is 
 other: x_a' = x_a + s (x_b - x_a), x_b' = x_b + s (x_a - x_b), and labels alike.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 
 from data_pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
 
 
 class MixingSettings(Settings):
@@ -29,7 +33,7 @@ class MixingSettings(Settings):
     """Where both are on, the chance that a pair is mixed by CutMix."""
 
     @model_validator(mode="after")
-    def _mixes(self) -> "MixingSettings":
+    def _mixes(self) -> MixingSettings:
         if not self.mixup_alpha and not self.cutmix_alpha:
             raise ValueError(
                 "mixup_alpha and cutmix_alpha are both 0, so nothing is mixed: remove the block"
@@ -73,6 +77,8 @@ def collate_mixes(items: Sequence[dict[str, Any] | None]) -> dict[str, torch.Ten
     Returns:
         mix_share (B,) float32 and mix_box (B, 4) float32, see `Mix`; zeros in padding rows.
     """
+    import torch
+
     mixes = [items[row & ~1] for row in range(len(items))]
     known = [ALONE if item is None else item["mix"] for item in mixes]
     return {

@@ -1,6 +1,8 @@
 """The objects of an image: read from a sample, and moved into an output of its transform."""
 
 import json
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +11,9 @@ from data_pipeline.crops import Geometry
 from data_pipeline.members import AbsentValue, MemberSource, bad
 from data_pipeline.reader import Sample
 from data_pipeline.warps import area
+
+# Rounding of coordinates, and different ideas of where pixels begin; cut at the border.
+_TOLERANCE_PIXELS = 1.0
 
 
 class Objects(NamedTuple):
@@ -30,6 +35,15 @@ class Objects(NamedTuple):
         """No objects."""
         empty = np.zeros(0, dtype=np.int64)
         return cls(np.zeros((0, 4)), empty, empty.astype(bool), [], (None, None))
+
+    def check_inside(self, source: tuple[int, int]) -> None:
+        """Raise ValueError naming the first box that is empty or outside of its image.
+
+        Args: source: height and width of the upright image.
+        """
+        for number, box in enumerate(self.boxes.tolist()):
+            if fault := box_fault(box, source):
+                raise ValueError(f"boxes[{number}]: {fault}")
 
     def taken(self, keep: np.ndarray) -> "Objects":
         """Those objects where (N,) bool is True."""
@@ -90,6 +104,26 @@ class ObjectSource(MemberSource):
             fields["segmentations"],
             (record.get("height"), record.get("width")),
         )
+
+
+def box_fault(corners: Sequence[float], source: tuple[int, int] | None) -> str | None:
+    """Say what is wrong with a box: the one check of packers and loader. None: nothing.
+
+    Args: corners: x0, y0, x1, y1 in pixels; source: height and width of the upright image, None if
+    they are not known. A box may stick out by a pixel.
+    """
+    x0, y0, x1, y1 = corners
+    box = f"box {x0:g}, {y0:g}, {x1:g}, {y1:g}"
+    if not all(map(math.isfinite, corners)):
+        return f"{box} is not of finite numbers"
+    if not (x0 < x1 and y0 < y1):
+        return f"{box} is empty"
+    if source is not None and (
+        max(-x0, -y0, x1 - source[1], y1 - source[0]) > _TOLERANCE_PIXELS
+        or min(x1, y1, source[1] - x0, source[0] - y0) <= 0
+    ):
+        return f"{box} is outside of the image of {source[1]} x {source[0]} pixels"
+    return None
 
 
 def cut_boxes(

@@ -44,7 +44,8 @@ class SampleFault(ValueError):
 
 @dataclass(frozen=True)
 class PackJob:
-    """What is packed. All but `folder` and `scratch` determines the bytes of the result."""
+    """What is packed. All but `folder` and what follows `details`
+    determines the bytes of the result."""
 
     folder: Path
     prefix: str
@@ -63,6 +64,11 @@ class PackJob:
     command: str = ""
     classes: list[str] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    account: Mapping[str, Any] = field(default_factory=dict)
+    """As `details`, of what does not change the bytes: how many rows were read, what was passed
+    over."""
+    missing: Sequence[str] = ()
+    """A line for each thing that was asked for and is not among the items."""
     scratch: Sequence[Path] = ()
     """Files that only this packing needs; removed when it is finished."""
 
@@ -217,7 +223,7 @@ def _finish(job: PackJob, plan: str, done: list[tuple[WrittenShard, bool]]) -> P
             index_path(shard).unlink(missing_ok=True)
         (job.folder / PLAN_NAME).unlink(missing_ok=True)
         raise SampleFault(f"none of the {len(skipped)} items could be packed")
-    details = {**job.details, "left_out": len(skipped), "plan": plan}
+    details = {**job.details, **job.account, "left_out": len(skipped), "plan": plan}
     manifest = make_manifest(
         [written for written, _ in done],
         licence=job.licence,

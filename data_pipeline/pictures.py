@@ -1,14 +1,18 @@
 """Images alone, for objectives that need neither labels nor texts."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from data_pipeline.images import ImageDataSettings, ImageFields
 from data_pipeline.reader import Sample
 from data_pipeline.timing import StageClock
+
+if TYPE_CHECKING:
+    import torch
 
 
 class PictureDataSettings(ImageDataSettings):
@@ -43,5 +47,7 @@ class PictureFields(ImageFields):
         buffers: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, Any]:
         """As `ImageFields.stack_images`, and valid (B,) bool."""
+        import torch
+
         batch = self.stack_images(items, buffers)
         return {**batch, "valid": torch.tensor(list(valid), dtype=torch.bool)}

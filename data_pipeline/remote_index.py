@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from data_pipeline.files import cache_folder, exclusive, leftovers, temporary_name
-from data_pipeline.index import SUFFIX, ShardIndex
+from data_pipeline.index import SUFFIX, ShardIndex, is_foreign
 from data_pipeline.index_builder import index_file
 from data_pipeline.locations import base_name, beside, folder_of, identity, without_secrets
 from data_pipeline.remote import UrlStorage
@@ -178,6 +178,8 @@ def _fetched(
     try:
         with open(temporary, "wb") as file:
             file.writelines(pieces)
+        if is_foreign(temporary):
+            return None
         try:
             index = ShardIndex.load(temporary)
             index.check_shard_size(without_secrets(url), state.size)

@@ -26,7 +26,7 @@ import numpy as np
 from data_pipeline.catalogue import Catalogue, Specs
 from data_pipeline.columns import column_names, column_of
 from data_pipeline.files import CACHE_VARIABLE, cache_folder, exclusive, leftovers, temporary_name
-from data_pipeline.index import SUFFIX, ShardIndex, index_path
+from data_pipeline.index import SUFFIX, ShardIndex, index_path, is_foreign
 from data_pipeline.index_builder import build_index
 from data_pipeline.locations import base_name, is_url, without_secrets
 from data_pipeline.remote import RemoteSettings, UrlStorage
@@ -36,6 +36,7 @@ from data_pipeline.tar_headers import ShardError
 
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _REPORT_EVERY_S = 10.0
+_NAMED = 10
 
 Progress = Callable[[int], None]
 _log = logging.getLogger("omnipretrain.data")
@@ -269,7 +270,8 @@ def load_or_build_index(
         index.check_shard_size(shard_path, size)
         return index
     places = _index_places(shard_path)
-    place = next((place for place in places if _can_write_beside(place)), None)
+    own = (place for place in places if not is_foreign(place))
+    place = next((place for place in own if _can_write_beside(place)), None)
     if place is None:
         raise ShardError(
             f"{shard_path}: has no index, and neither its folder nor {places[1].parent} can be "
@@ -293,6 +295,8 @@ def stored_index(shard_path: str) -> ShardIndex | None:
     Errors: ShardError if the index file is damaged. The shard itself is not looked at.
     """
     for place in _index_places(shard_path):
+        if is_foreign(place):
+            continue  # left alone; ours lies in the cache folder
         try:
             return ShardIndex.load(place)
         except FileNotFoundError:
@@ -335,6 +339,22 @@ def _reported(shards: Iterable[Shard], total: int) -> Iterator[Shard]:
                       total)  # fmt: skip
 
 
+def _changed_beside(path: str, paths: list[str]) -> str:
+    """Names of the other local shards that are gone or do not fit their index; "" if none is."""
+    changed = []
+    for other in paths:
+        if other == path or is_url(other):
+            continue
+        try:
+            size = os.stat(other).st_size
+            if (index := stored_index(other)) is not None:
+                index.check_shard_size(other, size)
+        except (ShardError, OSError):
+            changed.append(other)
+    more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+    return ", ".join(changed[:_NAMED]) + more
+
+
 def _open_shards(paths: list[str], catalogue: Catalogue) -> list[Shard]:
     """Shards by manifest or by their indices; those of servers several at a time."""
     records = {path: catalogue.record(path) for path in paths}
@@ -344,7 +364,13 @@ def _open_shards(paths: list[str], catalogue: Catalogue) -> list[Shard]:
         if record is not None:
             return Shard(path, record.samples, record.bytes, record.index_digest)
         if not is_url(path):
-            index, version = load_or_build_index(path), None
+            try:
+                index, version = load_or_build_index(path), None
+            except (ShardError, FileNotFoundError) as error:
+                others = _changed_beside(path, [p for p in paths if records[p] is None])
+                if not others:
+                    raise
+                raise ShardError(f"{error}; and so it is with {others}") from error
         else:
             index, version = foreign_index(path, catalogue.storage)
         hashed = index.payloads_hashed

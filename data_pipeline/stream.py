@@ -1,11 +1,12 @@
 """One task's data: positions in, batch out, damaged samples replaced on the way."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import sha256
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from data_pipeline import activity
 from data_pipeline.order import Order
@@ -17,6 +18,9 @@ from data_pipeline.sources import MixedOrder
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.timing import StageClock
 
+if TYPE_CHECKING:
+    import torch
+
 # A position is given up after this many substitutes: by then no data set is worth reading on.
 MAX_ATTEMPTS = 100
 
@@ -25,7 +29,7 @@ RngFor = Callable[[str], np.random.Generator]
 """purpose -> generator of one sample."""
 
 
-Allocate = Callable[[Mapping[str, tuple[int, ...]]], dict[str, torch.Tensor]]
+Allocate = Callable[[Mapping[str, tuple[int, ...]]], dict[str, "torch.Tensor"]]
 """name -> shape in, name -> uint8 tensor out."""
 
 
@@ -57,10 +61,10 @@ class Fields(Protocol):
     def extensions(self) -> frozenset[str]:
         """Members of a sample that are needed."""
 
-    def of_step(self, seed: int, task: str, step: int) -> "Fields":
+    def of_step(self, seed: int, task: str, step: int) -> Fields:
         """These fields, with what is chosen once for all samples of a step, on all ranks."""
 
-    def of_place(self, place: int) -> "Fields":
+    def of_place(self, place: int) -> Fields:
         """These fields, for the row with number `place` of a micro-batch."""
 
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
@@ -280,6 +284,8 @@ def load_batch(
         usable: what stands at a position; see Usable.
         allocate: gives memory for the arrays that are written in place.
     """
+    import torch
+
     clock = StageClock()
     positions = np.array(request.positions, dtype=np.int64)
     rows = np.full_like(positions, -1)
@@ -337,4 +343,6 @@ def fields_of(
 
 def empty(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Uninitialised uint8 tensors."""
+    import torch
+
     return {name: torch.empty(shape, dtype=torch.uint8) for name, shape in shapes.items()}

@@ -9,6 +9,8 @@ times faster than building a `TarInfo` per member.
 Understood: v7, ustar, GNU (long names, base-256 sizes) and pax (path, size) archives.
 """
 
+import os
+import shlex
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +37,11 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 _LARGEST_EXTENDED_HEADER = 1 << 20
 # Digits of the largest size that a 64-bit offset can reach.
 _SIZE_DIGITS = 19
+
+_SAVE = (
+    "can be saved with GNU tar: `mkdir saved && tar --ignore-zeros -xf {name} -C saved; tar "
+    "--sort=name -cf new.tar -C saved .`"
+)
 
 
 class ShardError(ValueError):
@@ -180,7 +187,10 @@ def _is_plain_file(kind: bytes, name: str, shard: str, at: int) -> bool:
 def _read(file: BinaryIO, position: int, size: int, shard: str, total: int) -> bytes:
     if position == total:
         raise _damage(
-            shard, total, "the file ends without an end-of-archive marker: truncated or not a tar"
+            shard,
+            total,
+            "the file ends without an end-of-archive marker: truncated or not a tar. What is whole "
+            + _SAVE.format(name=shlex.quote(os.path.basename(shard))),
         )
     file.seek(position)
     data = file.read(size)
@@ -239,7 +249,8 @@ def _check_rest_is_zero(file: BinaryIO, position: int, shard: str) -> None:
                 shard,
                 at,
                 f"data behind the end-of-archive marker at byte {position}: a header was "
-                "overwritten with zeros, or archives were concatenated (repack them)",
+                "overwritten with zeros, or archives were concatenated. All of it "
+                + _SAVE.format(name=shlex.quote(os.path.basename(shard))),
             )
         position += len(chunk)
 

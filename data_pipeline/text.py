@@ -1,18 +1,24 @@
 """Text data: rows of token ids, made by `tools.make_shards text`, to a batch."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from data_pipeline.members import bad
+from data_pipeline.plain_text import decoded
 from data_pipeline.reader import Sample
 from data_pipeline.sources import ShardedData
+from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import ID_TYPES, Tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TextDataSettings(ShardedData):
@@ -39,11 +45,15 @@ class TextFields:
         self.settings, self.tokenizer = settings, tokenizer
         self._mark, self._vocab_size = tokenizer.mark, tokenizer.vocab_size
 
-    def of_step(self, seed: int, task: str, step: int) -> "TextFields":
+    def of_step(self, seed: int, task: str, step: int) -> TextFields:
         """Nothing is chosen by the step."""
         return self
 
-    def of_place(self, place: int) -> "TextFields":
+    def targets(self) -> list[Target]:
+        """A row that is none is a bad sample, always: nothing may be missing."""
+        return []
+
+    def of_place(self, place: int) -> TextFields:
         """All rows of a micro-batch are alike."""
         return self
 
@@ -69,7 +79,7 @@ class TextFields:
         """
         tokens = self._ids(sample)
         try:
-            record = json.loads(sample.members["json"])
+            record = json.loads(decoded(sample.members["json"]))
             starts = np.array(record["starts"], dtype=np.int64)
             mark = record["tokenizer"]
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -108,6 +118,8 @@ class TextFields:
             bool, True where there is a token; documents (B, T) int64, -1 where there is none: what
             must not see each other has different numbers; valid (B,) bool.
         """
+        import torch
+
         shape = (len(items), self.settings.text_length)
         tokens = np.full(shape, self.tokenizer.pad_id, dtype=np.int64)
         documents = np.full(shape, -1, dtype=np.int64)

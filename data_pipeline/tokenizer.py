@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from data_pipeline.plain_text import read_text
 from data_pipeline.settings import Settings
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -217,9 +218,16 @@ def _read_files(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return _converted_definition(folder)
 
 
+def _text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise TokenizerError(str(error)) from None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_text(path))
     except ValueError as error:
         raise TokenizerError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -256,7 +264,7 @@ def _wordpiece_definition(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """BERT's tokenizer as a tokenizer.json. Written here field by field, so that the digest of a
     vocabulary does not depend on the version of the library."""
     # Not splitlines(): real vocabularies hold characters that it takes for line ends.
-    entries = path.read_text(encoding="utf-8").replace("\r\n", "\n").rstrip("\n").split("\n")
+    entries = _text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
     if "[UNK]" not in entries:
         raise TokenizerError(f"{path}: not a WordPiece vocabulary, it has no [UNK] line")
     bracketed = [entry for entry in entries if entry.startswith("[") and entry.endswith("]")]

@@ -25,6 +25,7 @@ from data_pipeline.crops import (
     resize,
 )
 from data_pipeline.decode import (
+    MAX_PIXELS,
     DecodeError,
     ImageHeader,
     Scratch,
@@ -85,7 +86,7 @@ class ImageSettings(ColourSettings):
     """In training JPEGs are decoded at 1/2, 1/4 or 1/8 when the reduced crop still measures this
     multiple of the output size; null: always at full size. For modes random_resized_crop and
     large_scale_jitter. Crops are then cut on the grid of the reduced image."""
-    max_pixels: int = Field(default=89_000_000, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     """Larger images are refused before they are decoded, as bad samples."""
 
     @model_validator(mode="after")

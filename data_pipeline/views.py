@@ -4,13 +4,17 @@ A point (x, y) of the upright image is seen in view v with crop (x0, y0, x1, y1)
 u = (x - x0) W / (x1 - x0), or W minus that if the view is flipped, and v = (y - y0) H / (y1 - y0).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from data_pipeline.transforms import ImageSettings, View
+
+if TYPE_CHECKING:
+    import torch
 
 VIEWS = 2
 
@@ -67,6 +71,8 @@ def collate_views(items: Sequence[dict[str, Any] | None]) -> dict[str, torch.Ten
         image. Padding rows: the whole of an image of 1 x 1; the same crop for a view that was not
         made.
     """
+    import torch
+
     return {
         name: torch.from_numpy(
             np.stack([blank if item is None else item[name] for item in items])

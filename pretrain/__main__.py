@@ -6,16 +6,22 @@ python -m pretrain show --fields                    every field: type, default, 
 python -m pretrain check RECIPE [...] [--world N]   everything that can be checked without a run
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from data_pipeline.console import write_utf8
+from data_pipeline.console import parse_in_any_order, write_utf8
 from pretrain.overlay import KeyPath, Layer, RecipeError, to_flow_yaml
-from pretrain.recipe import SHIPPED, Recipe, load_layers, validate
-from pretrain.schema import reference
+
+if TYPE_CHECKING:  # the schema of recipes takes a second to import, which --help does without
+    from pretrain.recipe import Recipe
+
+SHIPPED = Path(__file__).parent / "recipes"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +60,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--ranks-per-node", type=int, default=8, metavar="N", help="ranks of a node (default 8)"
     )
     check.set_defaults(action=_check, parser=check)
-    return parser.parse_args(argv)
+    return parse_in_any_order(parser, actions, argv)
 
 
 def _list_recipes(_: argparse.Namespace) -> int:
@@ -74,6 +80,8 @@ def _show(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.recipe is None:
         arguments.parser.error("give a recipe, or --fields")
+    from pretrain.recipe import load_layers, validate
+
     layer = load_layers(arguments.recipe, arguments.overrides)
     print(annotated_yaml(validate(layer), layer))
     return 0
@@ -84,12 +92,15 @@ def _check(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             option = f"--{name.replace('_', '-')}"
             arguments.parser.error(f"{option} must be at least 1, not {getattr(arguments, name)}")
+    from pretrain.recipe import load_layers, validate
+
     recipe = validate(load_layers(arguments.recipe, arguments.overrides))
     from pretrain.check import report  # imports DeepSpeed, which takes seconds
 
     findings = report(recipe, arguments.world, arguments.ranks_per_node)
     for finding in findings:
-        print(f"{'ok   ' if finding.ok else 'FAULT'} {finding.text}")
+        verdict = "FAULT" if not finding.ok else "warn " if finding.warns else "ok   "
+        print(f"{verdict} {finding.text}")
     return 0 if all(finding.ok for finding in findings) else 1
 
 
@@ -120,6 +131,9 @@ def _source_of(path: KeyPath, layer: Layer) -> str:
 
 
 def _reference() -> str:
+    from pretrain.recipe import Recipe
+    from pretrain.schema import reference
+
     blocks = []
     for field in reference(Recipe):
         default = f" = {field.default}" if field.default else ""

@@ -1,7 +1,7 @@
 """What can be known of a run before it starts: data, batches, engine settings, size and memory."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from data_pipeline.sources import MixedOrder, Source, concatenated, open_source,
 from data_pipeline.step_sampler import MicroBatch, deal
 from data_pipeline.weak_stream import PROMISES_NOT
 from pretrain.build import (
+    build_evaluation_loader,
     build_model,
     build_schedule,
     build_stream,
@@ -21,8 +22,11 @@ from pretrain.build import (
     repeats_of,
 )
 from pretrain.check_cache import cache_lines
+from pretrain.engine.data_start import changed_data, look_at_samples
 from pretrain.engine.ds_config import engine_config, find_engine_file
 from pretrain.engine.momentum_pairs import moving_targets, require_weights_in_memory
+from pretrain.idle_ranks import idle_ranks
+from pretrain.models.frozen import freeze, kept_at_random
 from pretrain.models.init import classes_hint
 from pretrain.optim.groups import parameter_groups
 from pretrain.recipe import Recipe, TaskSettings
@@ -38,6 +42,8 @@ class Finding:
 
     ok: bool
     text: str
+    warns: bool = False
+    """Whether it would run, but most likely not as it was meant."""
 
 
 def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
@@ -50,9 +56,10 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
     """
     findings = [Finding(True, f"recipe {recipe.name}: {recipe.steps} steps on {world} rank(s)")]
 
-    def attempt(what: str, action: Callable[[], list[str]]) -> None:
+    def attempt(what: str, action: Callable[[], Iterable[str | Finding]]) -> None:
         try:
-            findings.extend(Finding(True, line) for line in action())
+            found = [Finding(True, line) if isinstance(line, str) else line for line in action()]
+            findings.extend(found)
         except Exception as error:  # whatever a run would raise there is a line of this report
             faults = [Finding(False, f"{what}: {line}") for line in _lines_of(error)]
             findings.extend(fault for fault in faults if fault not in findings)
@@ -65,12 +72,14 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
     attempt("engine", lambda: _engine(recipe, world, zero))
     if recipe.tokenizer:
         attempt("tokenizer", lambda: _tokenizer(recipe, tokenizers))
+    findings += [Finding(True, line, warns=True) for line in idle_ranks(recipe, world)]
     if len(recipe.tasks) > 1:
         attempt("schedule", lambda: _schedule(recipe))
     for name, task in recipe.tasks.items():
         attempt(f"tasks.{name}", lambda n=name, t=task: _task(recipe, n, t, world))
     for name in recipe.tasks if tokenizers else ():
         attempt(f"tasks.{name}", lambda n=name: _first_samples(recipe, n, tokenizers[0]))
+        attempt(f"tasks.{name}", lambda n=name: _targets(recipe, n, tokenizers[0]))
     if recipe.loader.cache is not None:
         attempt("cache", lambda: cache_lines(recipe, world, ranks_per_node))
     if tokenizers and zero:
@@ -179,8 +188,7 @@ def _kept(samples: int, stored: int) -> str:
 
 def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer | None") -> Iterator[str]:
     """Load the first two samples as training will: members, captions and pixels are there."""
-    loader = recipe.loader.model_copy(update={"cache": None})  # of nodes, not of this machine
-    stream = build_stream(recipe.model_copy(update={"loader": loader}), name, tokenizer)
+    stream = build_stream(_without_cache(recipe), name, tokenizer)
     batch = stream.load(MicroBatch(0, 0, name, (0, 1), (True, True)))
     shapes = ", ".join(
         f"{key} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
@@ -190,7 +198,28 @@ def _first_samples(recipe: Recipe, name: str, tokenizer: "Tokenizer | None") -> 
     yield f"tasks.{name}: first samples {', '.join(batch['key'])}: {shapes}"
 
 
-def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
+def _targets(recipe: Recipe, name: str, tokenizer: "Tokenizer | None") -> Iterator[Finding]:
+    """What the start of a run looks at, too: shards that changed, samples that teach nothing."""
+    recipe = _without_cache(recipe)
+    groups = [{name: build_stream(recipe, name, tokenizer)}, {}]
+    if recipe.tasks[name].evaluation is not None:
+        groups[1][name] = build_evaluation_loader(recipe, name, tokenizer).stream
+    if changed := changed_data(*groups):
+        yield Finding(False, f"tasks.{name}: {changed}")
+        return
+    found = look_at_samples(recipe, *groups)
+    yield from (Finding(False, line) for line in found.faults)
+    yield from (Finding(True, line, warns=True) for line in found.warnings)
+
+
+def _without_cache(recipe: Recipe) -> Recipe:
+    """The recipe without the cache, which is of nodes and not of this machine."""
+    return recipe.model_copy(update={"loader": recipe.loader.model_copy(update={"cache": None})})
+
+
+def _check_initial_weights(
+    model: "MultiTaskModel", path: str, frozen: list[str]
+) -> Iterator[str | Finding]:
     """Names and shapes of the file against the model; `models.init.load_weights` does the rest."""
     places = [*model.named_parameters(), *model.named_buffers()]
     shapes = {name: list(tensor.shape) for name, tensor in places}
@@ -202,12 +231,17 @@ def _check_initial_weights(model: "MultiTaskModel", path: str) -> str:
             f"initial_weights: {len(wrong)} of {len(found)} tensors have no place in this model, "
             f"among them {wrong[0]} {tuple(found[wrong[0]])}{classes_hint(wrong[0])}"
         )
-    return f"initial_weights: {len(found)} of {len(shapes)} tensors from {path}"
+    yield f"initial_weights: {len(found)} of {len(shapes)} tensors from {path}"
+    if random := sorted(set(frozen) - set(found)):
+        yield Finding(True, kept_at_random(random), warns=True)
 
 
-def _model(recipe: Recipe, tokenizer: "Tokenizer | None", zero: dict, world: int) -> Iterator[str]:
+def _model(
+    recipe: Recipe, tokenizer: "Tokenizer | None", zero: dict, world: int
+) -> Iterator[str | Finding]:
     with torch.device("meta"):
         model = build_model(recipe, tokenizer)
+    frozen_names = freeze(model, recipe.optimizer.frozen)
     total, trained = _count(model), _count(model, trained=True)
     yield f"model: {_millions(total)} parameters ({_parts(model)})"
     require_weights_in_memory(model, zero)
@@ -215,9 +249,14 @@ def _model(recipe: Recipe, tokenizer: "Tokenizer | None", zero: dict, world: int
     following = sum(sizes[name] for name in moving_targets(model))
     if trained < total:
         targets = f", of them {_millions(following)} in momentum targets" if following else ""
-        yield f"model: {_millions(total - trained)} parameters are not trained{targets}"
+        yield (f"model: {_millions(trained)} parameters are trained, {_millions(total - trained)} "
+               f"are not{targets}")
+    if frozen_names:
+        yield (f"model: {_millions(sum(sizes[name] for name in frozen_names))} parameters in "
+               f"{len(frozen_names)} tensors are frozen by optimizer.frozen"
+               + ("" if recipe.initial_weights else ", at their random first values"))
     if recipe.initial_weights is not None:
-        yield _check_initial_weights(model, recipe.initial_weights)
+        yield from _check_initial_weights(model, recipe.initial_weights, frozen_names)
     groups = parameter_groups(model, recipe.optimizer)
     yield "optimizer groups: " + "; ".join(
         f"{group['name']}: {_millions(sum(p.numel() for p in group['params']))}" for group in groups

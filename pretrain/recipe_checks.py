@@ -7,13 +7,29 @@ import operator
 import re
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from data_pipeline.images import ImageDataSettings
+from pretrain.optim.schedule import problems as schedule_problems
+from pretrain.pattern_checks import check_patterns
 from pretrain.sampler.settings import problems as sampling_problems
 
 if TYPE_CHECKING:
     from pretrain.recipe import Recipe, TaskSettings
+
+_TAKEN = """
+T_destination add_module apply bfloat16 buffers call_super_init children clear compile cpu
+cuda double dump_patches eval extra_repr float forward get_buffer get_extra_state
+get_parameter get_submodule half ipu items keys load_state_dict modules mtia named_buffers
+named_children named_modules named_parameters parameters pop register_backward_hook
+register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+register_full_backward_pre_hook register_load_state_dict_post_hook
+register_load_state_dict_pre_hook register_module register_parameter
+register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state
+set_submodule share_memory state_dict to to_empty train training type update values xpu
+zero_grad
+"""
+TAKEN_NAMES = frozenset(_TAKEN.split())
+"""Attributes of torch's `nn.ModuleDict`, which keeps encoders and objectives by their names;
+written down, since recipes are checked before torch is imported."""
 
 
 def problems(recipe: "Recipe") -> list[str]:
@@ -28,7 +44,7 @@ def _check_names(recipe: "Recipe") -> list[str]:
         for name in names:
             if not re.fullmatch(r"[A-Za-z]\w*", name, flags=re.ASCII):
                 found.append(f"{block}: the name {name!r} must be letters, digits and _ only")
-            elif hasattr(nn.ModuleDict, name):
+            elif name in TAKEN_NAMES:
                 found.append(f"{block}: the name {name!r} is taken by torch; choose another")
     return found
 
@@ -40,13 +56,7 @@ def _check_sampling(recipe: "Recipe") -> list[str]:
 
 
 def _check_schedule(recipe: "Recipe") -> list[str]:
-    warmup = recipe.schedule.warmup_steps
-    if warmup >= recipe.steps:
-        return [
-            f"schedule.warmup_steps={warmup} must be smaller than steps={recipe.steps}: "
-            "lower warmup_steps"
-        ]
-    return []
+    return schedule_problems(recipe.schedule, recipe.steps)
 
 
 def _check_data(recipe: "Recipe") -> list[str]:
@@ -386,10 +396,14 @@ def _check_optimizer(recipe: "Recipe") -> list[str]:
 
 
 def warnings(recipe: "Recipe") -> list[str]:
-    """One line per setting that has no effect beside another one."""
+    """One line per setting that has no effect, or not the one that is meant, beside another one."""
+    random = [
+        "optimizer.frozen keeps parameters at their random first values, since there are no "
+        "initial_weights: name a file of them"
+    ] if recipe.optimizer.frozen and recipe.initial_weights is None else []
     if recipe.optimizer.kind != "mt_adamw":
-        return []
-    return [
+        return random
+    return random + [
         f"tasks.{name}.loss_weight={task.loss_weight:g} cancels with optimizer.kind=mt_adamw, "
         f"which divides each gradient by its norm: use optimizer.omega to weight task {name}"
         for name, task in recipe.tasks.items()
@@ -408,4 +422,5 @@ _CHECKS = (
     _check_m3i,
     _check_evaluation,
     _check_optimizer,
+    check_patterns,
 )

@@ -5,6 +5,7 @@
     deepspeed --num_gpus 8 --module pretrain.train RECIPE           the same by DeepSpeed's launcher
     srun --ntasks-per-node 8 python -m pretrain.train RECIPE        the nodes of a SLURM job
     ... -m pretrain.train --resume RUN_DIR                          go on where the run stopped
+    ... -m pretrain.train --resume RUN_DIR --from-step 4000         go back to that checkpoint first
     ... -m pretrain.train RECIPE --start-or-resume                  either, whichever is due
 
 Exit code 0: finished, or stopped as asked with a checkpoint (control/status.json says which);
@@ -20,10 +21,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pretrain.engine.checkpoint_files import CheckpointError, newest_whole
+from pretrain.engine.checkpoint_retention import find_checkpoint, step_of, step_to_go_back_to
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.launch_environment import LaunchError, translate
 from pretrain.engine.ownership import (
@@ -47,23 +49,6 @@ log = logging.getLogger("omnipretrain.train")
 
 WRONG_USAGE = 2
 RANK_0_FIRST_S = 5.0  # ranks start some seconds apart
-
-# What may change on a resume: it decides where and how things are computed, or what comes later.
-CHANGEABLE = (
-    "loader.*",
-    "logging.*",
-    "checkpoint.*",
-    "failure.*",
-    "threads_per_rank",
-    "deterministic",
-    "deepspeed",
-    "evaluation_every_steps",
-    "tasks.*.evaluation.*",
-    "tasks.*.micro_batch",
-    # What ran stays as the ledger has it; these decide what is to come.
-    "tasks.*.weight",
-    "sampling.*",
-)
 
 
 def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) -> int:
@@ -89,7 +74,8 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
         return FAILED
     from pretrain.engine.start import train_recipe  # imports DeepSpeed, which takes seconds
 
-    return train_recipe(recipe, resume, signals or StopSignals(), ownership)
+    return train_recipe(recipe, resume, signals or StopSignals(), ownership,
+                        arguments.from_step)
 
 
 def enter(run_dir: Path, take_over: bool) -> Ownership | None:
@@ -149,6 +135,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="continue the run in the recipe's run_dir, or start it")
     parser.add_argument("--take-over", action="store_true",
                         help="take the run from a job that seems to be at work in it")
+    parser.add_argument("--from-step", metavar="N", type=int,
+                        help="with --resume: go on from the checkpoint of this step; those after "
+                        "it are moved aside")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume is not None and arguments.recipe is not None:
@@ -158,6 +147,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give a recipe, or --resume RUN_DIR")
     if arguments.start_or_resume and arguments.resume is not None:
         parser.error("--start-or-resume wants a recipe; --resume RUN_DIR wants a run")
+    if arguments.from_step is not None and arguments.resume is None:
+        parser.error("--from-step N goes with --resume RUN_DIR")
     return arguments
 
 
@@ -170,75 +161,63 @@ def read_recipe(arguments: argparse.Namespace) -> "tuple[Recipe, bool]":
     from pretrain.recipe import load_recipe, load_resolved
 
     if arguments.resume is not None:
-        return read_resumed(arguments.resume, arguments.overrides), True
+        root = arguments.resume / "checkpoints"
+        arguments.from_step = step_to_go_back_to(root, arguments.from_step, os.environ)
+        return read_resumed(arguments.resume, arguments.overrides, arguments.from_step), True
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run_dir = Path(recipe.run_dir)
-    if arguments.start_or_resume and holds_run(run_dir):
-        check_same_run(load_resolved(run_dir / RECIPE_FILE), recipe)
-        return moved(recipe, run_dir), True
-    check_new(run_dir)
-    return recipe, False
+    if not (arguments.start_or_resume and holds_run(run_dir)):
+        check_new(run_dir)
+        return recipe, False
+    recipe = moved(recipe, run_dir)
+    check_same_run(run_dir, moved(load_resolved(run_dir / RECIPE_FILE), run_dir), recipe, None)
+    return recipe, True
 
 
-def read_resumed(run_dir: Path, overrides: Sequence[str]) -> "Recipe":
-    """The recipe in a run directory, with what is overridden.
+def read_resumed(run_dir: Path, overrides: Sequence[str], from_step: int | None) -> "Recipe":
+    """The recipe in a run directory, with overrides, if the run may go on with it.
 
     Raises:
         RecipeError, RunDirError: as `read_recipe`.
     """
-    from pretrain.recipe import RecipeError, load_layers, load_resolved, validate
+    from pretrain.recipe import load_layers, load_resolved, validate
 
     path = check_resumable(run_dir)
-    if not overrides:
-        return moved(load_resolved(path), run_dir)
-    for override in overrides:
-        key = override.split("=", 1)[0]
-        if not changeable(key):
-            raise RecipeError(
-                f"{key} cannot change on a resume: the run would not be the one that its "
-                f"checkpoints belong to. Changeable: {', '.join(CHANGEABLE)}. For anything else "
-                "start a new run from this one's weights (python -m tools.convert export-weights "
-                "writes a file for initial_weights)"
-            )
-    return moved(validate(load_layers(path, overrides)), run_dir)
+    written = moved(load_resolved(path), run_dir)
+    recipe = written
+    if overrides:
+        recipe = moved(validate(load_layers(path, overrides)), run_dir)
+    check_same_run(run_dir, written, recipe, from_step)
+    return recipe
 
 
-def changeable(key: str) -> bool:
-    """Whether the field at a dotted path may differ after a resume."""
-    return any(fnmatch(key, pattern) for pattern in CHANGEABLE)
+def check_same_run(
+    run_dir: Path, written: "Recipe", recipe: "Recipe", from_step: int | None
+) -> None:
+    """Refuse a recipe that the run may not go on with.
 
-
-def check_same_run(before: "Recipe", now: "Recipe") -> None:
-    """Refuse to go on with a run under a recipe that is another one.
+    Args:
+        written: the recipe in the run directory.
+        recipe: the one to go on with; it obeys the one in the checkpoint, if there is one.
+        from_step: of the checkpoint; None = the newest.
 
     Raises:
-        RecipeError: naming every field that differs and may not.
+        RecipeError, RunDirError: as `read_recipe`.
     """
-    from pretrain.recipe import RecipeError
+    from pretrain.resume_rules import check_changes, recipe_of
 
-    fields = [flat(recipe.model_dump(mode="json", exclude={"run_dir"})) for recipe in (before, now)]
-    paths = sorted(fields[0].keys() | fields[1].keys())
-    lines = [
-        f"{path}: {fields[0].get(path)} in {before.run_dir}, {fields[1].get(path)} now"
-        for path in paths
-        if fields[0].get(path) != fields[1].get(path) and not changeable(path)
-    ]
-    if lines:
-        raise RecipeError(
-            f"{before.run_dir} holds a run of another recipe: start in another run_dir, or "
-            "--resume the run as it is. What differs:\n" + "\n".join(lines)
-        )
-
-
-def flat(value: object, path: str = "") -> dict[str, object]:
-    """Dotted path -> value of everything in nested mappings."""
-    if not isinstance(value, dict) or not value:
-        return {path: value}
-    return {
-        deeper: leaf
-        for key, inner in value.items()
-        for deeper, leaf in flat(inner, f"{path}.{key}" if path else str(key)).items()
-    }
+    root = run_dir / "checkpoints"
+    try:
+        folder = newest_whole(root) if from_step is None else find_checkpoint(root, from_step)
+    except CheckpointError as error:
+        if from_step is not None:
+            raise RunDirError(str(error)) from None
+        folder = None  # there is none, or the trainer will say what is wrong with it
+    before = recipe_of(folder) if folder is not None else None
+    if before is None:
+        check_changes(written, recipe, str(run_dir / RECIPE_FILE))
+    else:
+        check_changes(before, recipe, str(folder.relative_to(run_dir)), step_of(folder))
 
 
 def moved(recipe: "Recipe", run_dir: Path) -> "Recipe":

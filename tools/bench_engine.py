@@ -123,7 +123,7 @@ def _model(args: argparse.Namespace):
     )
     objectives = {"caption": Captioning(
         decoder, encoder="image",
-        encoder_cost=lambda h, w: (encoder.tokens(h, w), encoder.flops(h, w)),
+        encoder_cost=lambda h, w: (encoder.tokens(h, w), 3 * encoder.flops(h, w)),
         visual_width=args.width, bos_id=1, eos_id=2, pad_id=0, **pixels,
     )}
     if args.tasks == 2:

@@ -2,11 +2,13 @@
 
 import ctypes
 import importlib.metadata
+import math
 import multiprocessing
 import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from statistics import median
 from typing import Any
 
 LEAST_REPEATS = 5
+# When the benchmark shall be over, by time.perf_counter(); None: no limit.
+_end: float | None = None
 LIBRARIES = (
     "torch", "numpy", "deepspeed", "transformers", "webdataset", "simplejpeg", "pillow",
     "opencv-python-headless", "tokenizers",
@@ -66,17 +70,47 @@ def interleaved(
 
     One unmeasured round comes first (imports, page cache). Repetition i of two cases ran next to
     each other: compare them pairwise (`ratio`).
+
+    Each case is said as it is measured. The warm-up tells how long the rest takes: where that is
+    longer than what `end_after` left, there are fewer repetitions, one at least.
     """
     if repeats < LEAST_REPEATS:
         raise ValueError(f"repeats {repeats}: medians need at least {LEAST_REPEATS}")
     results: dict[str, list[Measurement]] = {name: [] for name in cases}
-    for turn in range(repeats + 1):
+    start = time.perf_counter()
+    for name, case in cases.items():
+        progress(f"warm-up: {name}")
+        say(f"warm-up: {name}: {measure(case).wall_seconds:.1f} s")
+    turns = _turns(time.perf_counter() - start, repeats)
+    for turn in range(1, turns + 1):
         for name, case in cases.items():
-            progress(f"{'warm-up' if turn == 0 else f'{turn}/{repeats}'}: {name}")
+            progress(f"{turn}/{turns}: {name}")
             measured = measure(case)
-            if turn:
-                results[name].append(measured)
+            results[name].append(measured)
+            rate = measured.items / max(measured.wall_seconds, 1e-9)
+            say(f"{turn}/{turns}: {name}: {rate:,.4g} a second")
     return results
+
+
+def end_after(seconds: float | None) -> None:
+    """Let what is measured from now on in this process end after about this time; None: whenever
+    it is done."""
+    global _end
+    _end = None if seconds is None else time.perf_counter() + seconds
+
+
+def say(text: str) -> None:
+    """A line of progress, on standard error: the result goes to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _turns(round_seconds: float, repeats: int) -> int:
+    """How many repetitions there are time for, said."""
+    left = math.inf if _end is None else max(_end - time.perf_counter(), 0.0)
+    turns = max(1, math.floor(min(repeats, left / max(round_seconds, 1e-9))))
+    short = "" if turns == repeats else f" (of {repeats}: --long takes all of them)"
+    say(f"{turns} repetitions{short}, about {turns * round_seconds:.0f} s")
+    return turns
 
 
 def median_rate(measurements: list[Measurement], clock: str = "wall_seconds") -> float:

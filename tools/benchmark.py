@@ -13,8 +13,9 @@
     python -m tools.benchmark optimizer
 
 Ratios compare cases of the same run, which take turns; figures are medians of at least five
-repetitions. Each benchmark is a module `tools/bench_<name>.py` with `add_arguments(parser)` and
-`run(args) -> dict`:
+repetitions, unless these take longer than five minutes: `--long` takes all of them, as the README's
+figures do. Each case is said as it is measured. Each benchmark is a module `tools/bench_<name>.py`
+with `add_arguments(parser)` and `run(args) -> dict`:
 
     title: str
     rows:  list of dicts with equal keys; the keys become the columns of the table
@@ -34,8 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.console import write_utf8
-from tools.bench_measure import LEAST_REPEATS, machine
+from tools.bench_measure import LEAST_REPEATS, end_after, machine, say
 
+_MINUTES = 5
+# Of this time what is measured in turns may take; the rest is for what comes before and behind.
+_SHARE = 0.7
 BENCHMARKS = {
     "data": "loading images: against webdataset, and against the limit set by decoding",
     "decode": "large photographs: decoding at a fraction of their size, speed and fidelity",
@@ -64,6 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, text in BENCHMARKS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--repeats", type=int, default=7, help="repetitions, 5 or more")
+        command.add_argument(
+            "--long", action="store_true", help="all repetitions, also if they take hours"
+        )
         command.add_argument("--json", type=Path, help="also write the result to this file")
         # Only the chosen one is imported: each needs libraries that take seconds to load.
         if name in arguments[:1]:
@@ -72,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.repeats < LEAST_REPEATS:
         parser.error(f"--repeats {options.repeats}: at least {LEAST_REPEATS}")
 
+    end = "until all repetitions are done" if options.long else f"about {_MINUTES} minutes at most"
+    say(f"{options.benchmark}: {BENCHMARKS[options.benchmark]}; {end}")
+    end_after(None if options.long else 60 * _MINUTES * _SHARE)
     described = machine(shlex.join(["python", "-m", "tools.benchmark", *arguments]))
     result = importlib.import_module(f"tools.bench_{options.benchmark}").run(options)
     show(result, described)

@@ -115,7 +115,7 @@ class _Card:
             texts = [_wrap(text, fonts[_TEXT], _PICTURE) for text in cell.references]
             label = "REFERENCES" if len(texts) > 1 else "REFERENCE"
             blocks.append((label, _REFERENCE, texts))
-        name = _wrap(cell.name, fonts[_LABEL], _PICTURE)[0] if cell.name else ""
+        name = _cut(cell.name, fonts[_LABEL], _PICTURE)
         picture = _scaled(cell.image)
         if cell.boxes:
             _draw_boxes(picture, cell.boxes, picture.width / cell.image.shape[1], fonts[_LABEL])
@@ -176,6 +176,7 @@ def _draw_boxes(picture: Image.Image, boxes: Sequence[Box], scale: float, font: 
     """Draw on the picture; large boxes first, so that none hides a smaller one."""
     draw = ImageDraw.Draw(picture)
     right, bottom = picture.width - 1, picture.height - 1
+    labels: list[tuple[str, str, tuple[float, float, float, float]]] = []
 
     def area(box: Box) -> float:
         x0, y0, x1, y1 = box.corners
@@ -191,11 +192,52 @@ def _draw_boxes(picture: Image.Image, boxes: Sequence[Box], scale: float, font: 
             continue  # outside of the picture
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=2)
         if box.name:
-            text_width = font.getlength(box.name)
-            left = max(0, min(x0, right - text_width - 3))
-            top = y0 - _LABEL - 2 if y0 > _LABEL + 2 else y0  # above the box, if there is room
-            draw.rectangle((left, top, left + text_width + 3, top + _LABEL + 2), fill=colour)
-            draw.text((left + 2, top), box.name, fill=_CARD, font=font)
+            labels.append((_cut(box.name, font, right - 4), colour, (x0, y0, x1, y1)))
+    taken: list[tuple[float, float, float, float]] = []
+    for name, colour, corners in reversed(labels):  # small boxes have the fewest places
+        size = font.getlength(name) + 3, _LABEL + 2
+        place = _free_place(corners, size, (right, bottom), taken)
+        if place is None:
+            continue  # in a crowd: its colour still tells the class
+        taken.append(place)
+        draw.rectangle(place, fill=colour)
+        draw.text((place[0] + 2, place[1]), name, fill=_CARD, font=font)
+
+
+def _free_place(
+    box: tuple[float, float, float, float],
+    size: tuple[float, float],
+    picture: tuple[int, int],
+    taken: list[tuple[float, float, float, float]],
+) -> tuple[float, float, float, float] | None:
+    """Where a label of `size` covers no other: above its box, in its corners, below it."""
+    x0, y0, x1, y1 = box
+    width, height = size
+    right = min(max(x1 - width, 0.0), picture[0] - width)
+    left = max(0.0, min(x0, picture[0] - width))
+    for top in (y0 - height, y0, y1 - height, y1 + 1):
+        if not 0 <= top <= picture[1] - height:
+            continue
+        for at in (left, right):
+            place = at, top, at + width, top + height
+            if not any(
+                place[0] <= other[2] and other[0] <= place[2]
+                and place[1] <= other[3] and other[1] <= place[3]
+                for other in taken
+            ):  # fmt: skip
+                return place
+    return None
+
+
+def _cut(text: str, font: Font, width: float) -> str:
+    """One line of at most `width` pixels, cut in the middle: keys differ at both ends."""
+    line = " ".join(text.split())
+    keep = len(line)
+    while keep > 1 and font.getlength(line) > width:
+        keep -= 1
+        whole = " ".join(text.split())
+        line = f"{whole[: keep // 2]}...{whole[-(keep - keep // 2) :]}"
+    return line
 
 
 def _wrap(text: str, font: Font, width: int) -> list[str]:

@@ -7,7 +7,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -27,9 +27,12 @@ from pretrain.models.internimage_weights import (
     unwrap,
 )
 from pretrain.overlay import parse_yaml, to_yaml
-from tools.arguments import add_run, add_weights
+from tools.arguments import add_run, add_weights, positive
 from tools.internimage_config import config_of_settings, settings_of_config
 from tools.weight_files import read_config, read_tensors, save_tensors, weight_file, writing
+
+if TYPE_CHECKING:
+    from tools.trained import TrainedRun
 
 # Where checkpoints keep weights, and the moving average of the official trainers.
 WRAPPINGS = {"master": ("model", "state_dict", "module"), "ema": ("model_ema",)}
@@ -74,6 +77,9 @@ def add_commands(commands: Any, console: Console) -> None:
     give.add_argument("--task", metavar="NAME",
                       help="classification or m3i task whose linear layer goes along (default: "
                            "none)")
+    give.add_argument("--classes", type=positive, metavar="N",
+                      help="with --format m3i, of a task that learns no classes: write a linear "
+                           "layer of zeros for so many, since the loader of that layout wants one")
     add_weights(give)
 
 
@@ -235,6 +241,8 @@ def _export(options: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"--encoder {options.encoder}: the run's InternImages are: "
                          f"{', '.join(names) or 'none'}")
     ours = run.model.state_dict()
+    if options.classes is not None:
+        ours |= _zeros_for_classes(run, options)
     if options.format == "detection":
         settings = settings.model_copy(update={"head": None})
     config_of_settings(settings, 0 if options.task is None else 1)  # or an error that says why not
@@ -247,9 +255,33 @@ def _export(options: argparse.Namespace, console: Console) -> int:
         _write_settings(options.out, settings)
     _check_read_back(options, settings, ours)
     _say(console, f"{options.out}: {len(theirs)} tensors, read back bit for bit")
+    if options.classes is not None:
+        _say(console, f"the linear layer (clip.classifier) is zeros for {options.classes} classes: "
+                      "the run has learned none")
     if options.format != "transformers":  # there it is config.json
         _say(console, f"{settings_beside(options.out)}: its settings, for import-internimage")
     return 0
+
+
+def _zeros_for_classes(run: "TrainedRun", options: argparse.Namespace) -> dict[str, Tensor]:
+    """The linear layer that the task has not.
+
+    Raises ValueError: it has one, or is no M3I task, or the layout needs none.
+    """
+    if options.format != "m3i":
+        raise ValueError(f"--classes is for --format m3i; {options.format} needs no linear layer: "
+                         "leave it out")
+    names = [n for n, task in run.recipe.tasks.items() if task.objective.type == "m3i"]
+    if options.task not in names:
+        raise ValueError(f"--classes needs --task with the name of an m3i task; the run has: "
+                         f"{', '.join(names) or 'none'}")
+    objective = run.model.objectives[options.task]
+    if objective.head is not None:
+        raise ValueError(f"task {options.task!r} has learned {objective.head.out_features} classes,"
+                         " which are written: leave --classes out")
+    start = f"objectives.{options.task}.head."
+    return {f"{start}weight": torch.zeros(options.classes, objective.pooled_width),
+            f"{start}bias": torch.zeros(options.classes)}  # fmt: skip
 
 
 def _check_place(options: argparse.Namespace) -> None:

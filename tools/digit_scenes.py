@@ -167,7 +167,7 @@ def scene_members(scene: Scene) -> dict[str, bytes]:
     buffer = io.BytesIO()
     # Full colour resolution: thin coloured strokes would bleed otherwise.
     Image.fromarray(scene.image).save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
-    members = {"jpg": buffer.getvalue(), "json": json.dumps(record).encode()}
+    members = {"jpg": buffer.getvalue(), "json": json.dumps(record, allow_nan=False).encode()}
     return members | ({"cls": str(scene.digits[0]).encode()} if single else {})
 
 

@@ -150,6 +150,8 @@ def _write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> Non
     definition = dict(tokenizer.definition)
     if not _adds_both_ends(tokenizer):
         definition["post_processor"] = _both_ends(tokenizer)
+    if _begins_with_a_space(tokenizer):
+        definition["decoder"] = _without_first_space(definition["decoder"])
     _write_json(folder / TOKENIZER_FILE, definition)
     config = {f"{role}_token": token for role, token in tokenizer.specials.items()}
     _write_json(
@@ -164,6 +166,19 @@ def _write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> Non
             "clean_up_tokenization_spaces": False,
         },
     )
+
+
+def _begins_with_a_space(tokenizer: Tokenizer) -> bool:
+    """Whether what the tokenizer's own file makes of ids begins with the space that it put there:
+    a byte-level vocabulary tells " dog" from "dog", and begins texts with the former."""
+    backend = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.definition))
+    return backend.decode(backend.encode("dog", add_special_tokens=False).ids).startswith(" ")
+
+
+def _without_first_space(decoder: dict[str, Any]) -> dict[str, Any]:
+    """That decoder, and then one space less at the beginning of the text."""
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    return {"type": "Sequence", "decoders": [decoder, {"type": "Fuse"}, strip]}
 
 
 def _adds_both_ends(tokenizer: Tokenizer) -> bool:

@@ -29,6 +29,7 @@ from tools import (
     pack_tsv,
 )
 from tools.arguments import positive
+from tools.checked_boxes import add_on_bad_box
 from tools.pack_coco import coco_source
 from tools.pack_options import (
     add_classes,
@@ -40,7 +41,8 @@ from tools.pack_options import (
     refuse_shrinking,
 )
 from tools.pack_run import run_jobs
-from tools.pack_sources import folder_source, table_source
+from tools.pack_sources import folder_source
+from tools.pack_tables import table_source
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ def _folder_job(options: argparse.Namespace) -> PackJob:
 def _coco_job(options: argparse.Namespace) -> PackJob:
     if options.instances is not None:
         refuse_shrinking(options, "--instances")
-    return image_job(options, coco_source(options.images, options.captions, options.instances))
+    drop = options.on_bad_box == "drop"
+    source = coco_source(options.images, options.captions, options.instances, drop=drop)
+    return image_job(options, source)
 
 
 def _table_job(options: argparse.Namespace) -> PackJob:
@@ -108,6 +112,7 @@ def _table_job(options: argparse.Namespace) -> PackJob:
         label_field=options.label_field,
         number_fields=options.number_fields,
         classes=classes_of(options),
+        quoted=options.quoted,
     )
     return image_job(options, source)
 
@@ -135,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     coco.add_argument("--images", type=Path, required=True, help="folder of the file names")
     coco.add_argument("--captions", type=Path, help="captions JSON")
     coco.add_argument("--instances", type=Path, help="instances JSON: boxes and masks")
+    add_on_bad_box(coco)
 
     table = add_image_source(sources, "table", "CSV, TSV or JSON lines of image paths", _table_job)
     table.add_argument("--table", type=Path, required=True)
@@ -142,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--images", type=Path, help="what paths are relative to; default: the table")
     table.add_argument("--label-field", help="field with the class name")
     add_classes(table)
+    table.add_argument(
+        "--quoted", action="store_true", help="texts of a TSV may stand in quotes, as in a CSV"
+    )
     table.add_argument(
         "--number-fields", nargs="+", default=[], metavar="NAME", help="CSV fields with numbers"
     )

@@ -2,35 +2,48 @@
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import yaml
-from PIL import Image
 
-from data_pipeline.packing import PackJob, SampleFault
-from tools.pack_images import IMAGE_SUFFIXES, ImageItem
+from data_pipeline.packing import PackJob
+from data_pipeline.plain_text import read_names, read_text
+from tools.checked_boxes import Box, BoxCheck, add_on_bad_box, upright_size
+from tools.pack_images import ImageItem
 from tools.pack_options import add_classes, add_image_source, classes_of, image_job
 from tools.pack_options import refuse_shrinking as refuse
 from tools.pack_sources import Source, keys_of
+from tools.pack_walk import walk_images, walk_suffix
 
-_FAULTS_SHOWN = 5
-# Rounding of relative coordinates and different ideas of where pixels begin; moved to the border.
-_TOLERANCE_PIXELS = 1.0
-_ORIENTATION_TAG = 0x0112
+_NAMES_SHOWN = 5
 
 
-class Box(NamedTuple):
-    """One object; `corners` are x0, y0, x1, y1 in pixels, x1 and y1 behind the last one."""
+class Described(NamedTuple):
+    """An image and what its annotation says."""
 
-    corners: tuple[float, float, float, float]
-    name: str
-    where: str
-    flags: dict[str, int]
-    polygon: list[float] | None = None
+    key: str
+    path: Path
+    origin: str
+    size: tuple[int, int] | None
+    """Width and height that the boxes are for."""
+    boxes: list[Box]
+
+
+class YoloForm(NamedTuple):
+    """What stands in a line of a YOLO label behind the class, beside a box of four numbers."""
+
+    key_points: tuple[int, int] | None = None
+    """How many key points, and numbers for each (2: x, y; 3: and whether it is seen)."""
+    polygons: bool = False
+    """Whether six and more numbers are the corners of a polygon."""
+
+
+_BOXES_ONLY = YoloForm()
+_UNKNOWN = "class {!r} is not in the classes"
 
 
 def add_sources(sources: Any) -> None:
@@ -49,13 +62,13 @@ def add_sources(sources: Any) -> None:
     yolo.add_argument(
         "--classes", type=Path, required=True, help="names in label order: text, or data.yaml"
     )
+    yolo.add_argument(
+        "--segments",
+        action="store_true",
+        help="lines of six and more numbers are polygons (or `task: segment` in data.yaml)",
+    )
     for parser in (voc, yolo):
-        parser.add_argument(
-            "--on-bad-box",
-            choices=("error", "drop"),
-            default="error",
-            help="boxes outside of the image, empty, or of an unknown class (default %(default)s)",
-        )
+        add_on_bad_box(parser)
 
 
 def voc_source(
@@ -76,68 +89,84 @@ def voc_source(
     (default: sorted); first_pixel: number of the first pixel; drop: leave bad boxes out.
     Errors: ValueError naming file and box if an annotation is malformed; SampleFault for bad boxes.
     """
-    if not annotations.is_dir():
-        raise ValueError(f"{annotations}: is not a folder")
-    paths = sorted(annotations.glob("*.xml"))
+    tree = walk_suffix(annotations, ".xml")
+    paths = tree.files
     if names is not None:
-        paths = [annotations / f"{name}.xml" for name in names]
-    parsed = [_voc_file(path, first_pixel) for path in paths]
+        paths = [Path(f"{name}.xml") for name in names]
+    parsed = [_voc_file(annotations / path, first_pixel) for path in paths]
     if classes is None:
         classes = sorted({box.name for _, _, boxes in parsed for box in boxes})
     described = (
-        (path.stem, images / name, path.name, size, boxes)
+        Described(
+            path.with_suffix("").as_posix(),
+            _voc_image(images, path.parent, name),
+            path.as_posix(),
+            size,
+            boxes,
+        )
         for path, (name, size, boxes) in zip(paths, parsed, strict=True)
     )
-    return _source(described, classes, drop)
+    return _source(described, classes, drop, {"passed_over": tree.account()})
+
+
+def _voc_image(images: Path, folder: Path, name: str) -> Path:
+    """Return the image of an annotation, which may lie in a folder of the same name as it."""
+    beside = images / folder / name
+    return beside if beside.exists() else images / name
 
 
 def yolo_source(
-    images: Path, labels: Path, classes: Sequence[str], *, drop: bool = False
+    images: Path,
+    labels: Path,
+    classes: Sequence[str],
+    *,
+    drop: bool = False,
+    form: YoloForm = _BOXES_ONLY,
 ) -> Source:
-    """Read YOLO labels: a text file per image with `class x y width height`, or a polygon, a line.
+    """Read YOLO labels: a text file per image with `class x y width height` a line.
 
-    An image without a label file has no objects, as YOLO has it.
+    What else a line may hold, `form` says; nothing is guessed from the count of its numbers. An
+    image without a label file has no objects, as YOLO has it.
 
     Errors: ValueError naming file and line if a label is malformed; SampleFault for bad boxes.
     """
-    for folder in (images, labels):
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: is not a folder")
-    paths = sorted(
-        path
-        for path in images.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
-    )
-    if not paths:
+    tree, label_tree = walk_images(images), walk_suffix(labels, ".txt")
+    names = tree.files
+    if not names:
         raise ValueError(f"{images}: no image in it")
-    relative = [path.relative_to(images) for path in paths]
-    unlabelled = sum(not (labels / name).with_suffix(".txt").exists() for name in relative)
-    if unlabelled == len(paths):
-        raise ValueError(f"{labels}: has a label file for none of the {len(paths)} images")
+    wanted = {name.with_suffix(".txt") for name in names}
+    unlabelled = sum(not (labels / name.with_suffix(".txt")).exists() for name in names)
+    if unlabelled == len(names):
+        raise ValueError(f"{labels}: has a label file for none of the {len(names)} images")
+    alone = [path.as_posix() for path in label_tree.files if path not in wanted]
 
-    def described() -> Iterator[tuple[str, Path, str, tuple[int, int] | None, list[Box]]]:
-        for key, path, name in zip(keys_of(relative), paths, relative, strict=True):
-            label = (labels / name).with_suffix(".txt")
-            lines = label.read_text(encoding="utf-8").splitlines() if label.exists() else []
-            size = _upright_size(path)
-            where = f"{name.with_suffix('.txt').as_posix()}"
+    def described() -> Iterator[Described]:
+        for key, name in zip(keys_of(names), names, strict=True):
+            label = name.with_suffix(".txt")
+            text = read_text(labels / label) if (labels / label).exists() else ""
+            size = upright_size(images / name)
+            where = f"{label.as_posix()}, line"
             boxes = [
-                _yolo_box(line.split(), size or (1, 1), classes, f"{where}, line {number}")
-                for number, line in enumerate(lines, 1)
+                _yolo_box(line.split(), size or (1, 1), classes, f"{where} {number}", form)
+                for number, line in enumerate(text.split("\n"), 1)
                 if line.strip()
             ]
-            yield key, path, where, size, boxes
+            yield Described(key, images / name, label.as_posix(), size, boxes)
 
-    source = _source(described(), classes, drop)
-    return replace(source, details={**source.details, "without_label_file": unlabelled})
+    account: dict[str, Any] = {"passed_over": tree.account()}
+    if alone:
+        account["labels_without_image"] = {"files": len(alone), "first": alone[:_NAMES_SHOWN]}
+    return _source(described(), classes, drop, account, without_label_file=unlabelled)
 
 
 def _voc_job(options: argparse.Namespace) -> PackJob:
     refuse(options, "voc")
     names = None
     if options.list is not None:
-        lines = options.list.read_text(encoding="utf-8").splitlines()
+        lines = read_text(options.list).split("\n")
         names = [_listed(line.strip(), options.annotations) for line in lines if line.strip()]
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"{options.list}: names {repeated[:_NAMES_SHOWN]} twice")
     source = voc_source(
         options.images,
         options.annotations,
@@ -161,82 +190,37 @@ def _listed(line: str, annotations: Path) -> str:
 
 def _yolo_job(options: argparse.Namespace) -> PackJob:
     refuse(options, "yolo")
-    classes = classes_of(options)
-    if options.classes.suffix in (".yaml", ".yml"):
-        classes = _yaml_names(options.classes)
+    classes, form = _yolo_classes(options.classes, options.segments)
     drop = options.on_bad_box == "drop"
-    return image_job(options, yolo_source(options.images, options.labels, classes, drop=drop))
+    source = yolo_source(options.images, options.labels, classes, drop=drop, form=form)
+    return image_job(options, source)
 
 
 def _source(
-    described: Iterable[tuple[str, Path, str, tuple[int, int] | None, list[Box]]],
+    described: Iterable[Described],
     classes: Sequence[str],
     drop: bool,
+    account: dict[str, Any],
+    **details: int,
 ) -> Source:
-    """Return the items of (key, image, origin, (width, height), boxes), their boxes checked."""
-    labels = {name: label for label, name in enumerate(classes)}
-    items, missing, bad, count = [], [], [], 0
+    """Return the items of annotated images, their boxes checked."""
+    check = BoxCheck(
+        {name: label for label, name in enumerate(classes)},
+        _UNKNOWN,
+        {"difficult": 0, "truncated": 0},
+    )
+    items, missing, read = [], [], 0
     for key, path, origin, size, boxes in described:
+        read += 1
         try:
             total = path.stat().st_size
         except OSError as error:
             missing.append(f"{origin}: {path}: {error.strerror}")
             continue
-        record: dict[str, Any] = {"file": path.name}
-        if size is not None:
-            record |= {"width": size[0], "height": size[1]}
-        faults = [_fault(box, size, labels) for box in boxes]
-        bad += [fault for fault in faults if fault]
-        count += len(boxes)
-        kept = [box for box, fault in zip(boxes, faults, strict=True) if fault is None]
-        record |= _fields(kept, size, labels)
-        items.append(ImageItem(key, os.fspath(path), total, record, None, origin))
-    if bad and not drop:
-        shown = "\n  ".join(bad[:_FAULTS_SHOWN])
-        more = f"\n  and {len(bad) - _FAULTS_SHOWN} more" if len(bad) > _FAULTS_SHOWN else ""
-        raise SampleFault(
-            f"{len(bad)} of {count} boxes are bad:\n  {shown}{more}\n(--on-bad-box drop leaves "
-            "them out)"
-        )
-    return Source(items, list(classes), missing=missing, details={"dropped_boxes": len(bad)})
-
-
-def _fault(box: Box, size: tuple[int, int] | None, labels: dict[str, int]) -> str | None:
-    """Say what is wrong with a box."""
-    x0, y0, x1, y1 = box.corners
-    if box.name not in labels:
-        return f"{box.where}: class {box.name!r} is not in the classes"
-    if not (x0 < x1 and y0 < y1):
-        return f"{box.where}: box {x0:g}, {y0:g}, {x1:g}, {y1:g} is empty"
-    if size is None:
-        return None  # the image cannot be read, which is found when it is packed
-    if max(-x0, -y0, x1 - size[0], y1 - size[1]) > _TOLERANCE_PIXELS:
-        return (
-            f"{box.where}: box {x0:g}, {y0:g}, {x1:g}, {y1:g} is outside of the image of "
-            f"{size[0]} x {size[1]} pixels"
-        )
-    return None
-
-
-def _fields(
-    boxes: list[Box], size: tuple[int, int] | None, labels: dict[str, int]
-) -> dict[str, list]:
-    width, height = size or (0, 0)
-    corners = [
-        [max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)]
-        for x0, y0, x1, y1 in (box.corners for box in boxes)
-    ]
-    fields: dict[str, list] = {
-        "boxes": corners,
-        "labels": [labels[box.name] for box in boxes],
-        "crowd": [0] * len(boxes),
-        "areas": [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in corners],
-    }
-    if any(box.polygon for box in boxes):
-        fields["segmentations"] = [box.polygon and [box.polygon] for box in boxes]
-    for flag in sorted({flag for box in boxes for flag in box.flags}):
-        fields[flag] = [box.flags.get(flag, 0) for box in boxes]
-    return fields
+        record = {"file": path.name, **check.fields(boxes, size)}
+        items.append(ImageItem(key, os.fspath(path), total, record, None, origin, size=size))
+    details = {**check.finish(drop), **details}
+    return Source(items, list(classes), "", missing, details, account, read)
 
 
 def _voc_file(path: Path, first_pixel: int) -> tuple[str, tuple[int, int], list[Box]]:
@@ -269,50 +253,75 @@ def _text(entry: ElementTree.Element, path: str) -> str:
 
 
 def _yolo_box(
-    words: list[str], size: tuple[int, int], classes: Sequence[str], where: str
+    words: list[str], size: tuple[int, int], classes: Sequence[str], where: str, form: YoloForm
 ) -> Box:
     try:
         number, values = int(words[0]), [float(word) for word in words[1:]]
     except ValueError as error:
         raise ValueError(f"{where}: malformed YOLO label: {error}") from None
-    width, height = size
     name = classes[number] if 0 <= number < len(classes) else f"number {number}"
-    if len(values) == 4:
-        x, y, half_w, half_h = values[0], values[1], values[2] / 2, values[3] / 2
-        x0, x1, y0, y1 = x - half_w, x + half_w, y - half_h, y + half_h
-        return Box(_rounded((x0 * width, y0 * height, x1 * width, y1 * height)), name, where, {})
-    if len(values) < 6 or len(values) % 2:
-        raise ValueError(
-            f"{where}: malformed YOLO label: {len(values)} numbers behind the class; a box has 4, "
-            "a polygon 6 or more"
-        )
-    xs, ys = [x * width for x in values[::2]], [y * height for y in values[1::2]]
-    polygon = [round(value, 2) for point in zip(xs, ys, strict=True) for value in point]
-    return Box(_rounded((min(xs), min(ys), max(xs), max(ys))), name, where, {}, polygon)
+    points, numbers = form.key_points or (0, 0)
+    if form.polygons and len(values) >= 6 and len(values) % 2 == 0:
+        polygon = _in_pixels(values, 2, size)
+        xs, ys = polygon[::2], polygon[1::2]
+        return Box((min(xs), min(ys), max(xs), max(ys)), name, where, {}, [polygon])
+    if len(values) != 4 and len(values) != 4 + points * numbers:
+        raise ValueError(f"{where}: malformed YOLO label: {_expected(len(values), form)}")
+    x, y, half_w, half_h = values[0], values[1], values[2] / 2, values[3] / 2
+    x0, y0, x1, y1 = _in_pixels([x - half_w, y - half_h, x + half_w, y + half_h], 2, size)
+    more = {}
+    if len(values) > 4:
+        flat = _in_pixels(values[4:], numbers, size)
+        more = {"key_points": [flat[i : i + numbers] for i in range(0, len(flat), numbers)]}
+    return Box((x0, y0, x1, y1), name, where, more)
 
 
-def _rounded(corners: tuple[float, ...]) -> tuple[float, float, float, float]:
-    """Relative coordinates have six digits: more digits of a pixel are noise."""
-    x0, y0, x1, y1 = (round(value, 3) for value in corners)
-    return x0, y0, x1, y1
+def _expected(count: int, form: YoloForm) -> str:
+    text = f"{count} numbers behind the class; a box has 4"
+    if form.key_points is not None:
+        points, numbers = form.key_points
+        return f"{text}, and {4 + points * numbers} with the key points of kpt_shape"
+    if form.polygons:
+        return f"{text}, a polygon an even number from 6 on"
+    return (
+        f"{text}. If these are polygons, say --segments; key points need kpt_shape in data.yaml; "
+        "confidences and track numbers are no labels: remove them"
+    )
 
 
-def _upright_size(path: Path) -> tuple[int, int] | None:
-    """Return width and height as a viewer shows the image; None if it is none."""
+def _in_pixels(values: Sequence[float], numbers: int, size: tuple[int, int]) -> list[float]:
+    """Return relative coordinates in pixels; of each `numbers` values the first two are x and y.
+
+    They have six digits: more digits of a pixel are noise.
+    """
+    scales = [*size, *[1] * (numbers - 2)]
+    return [round(value * scales[i % numbers], 3) for i, value in enumerate(values)]
+
+
+def _yolo_classes(path: Path, segments: bool) -> tuple[list[str], YoloForm]:
+    """Return the names of a text file or of a data.yaml, and what the latter says of labels."""
+    if path.suffix not in (".yaml", ".yml"):
+        return read_names(path), YoloForm(polygons=segments)
     try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
-            return image.size[::-1] if turned else image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-
-
-def _yaml_names(path: Path) -> list[str]:
-    """Return the class names of a data.yaml: a list, or number -> name."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    names = content.get("names") if isinstance(content, dict) else None
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: is not YAML: {error}") from None
+    content = content if isinstance(content, dict) else {}
+    names = content.get("names")
     if isinstance(names, dict) and sorted(names) == list(range(len(names))):
         names = [names[number] for number in range(len(names))]
     if not isinstance(names, list) or not names:
         raise ValueError(f"{path}: has no list `names` of classes, numbered from 0 on")
-    return [str(name) for name in names]
+    names = [str(name).strip() for name in names]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path}: has the classes {repeated} twice")
+    segments = segments or content.get("task") == "segment"
+    shape = content.get("kpt_shape")
+    if shape is None:
+        return names, YoloForm(polygons=segments)
+    whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
+    if not whole or shape[0] < 1 or shape[1] not in (2, 3):
+        raise ValueError(f"{path}: kpt_shape {shape!r} is not [key points, 2 or 3 numbers each]")
+    if segments:
+        raise ValueError(f"{path}: has kpt_shape, and labels are either key points or polygons")
+    return names, YoloForm((shape[0], shape[1]))

@@ -1,17 +1,21 @@
 """COCO annotations as a list of items to pack; the other sources are in pack_sources.py."""
 
 import contextlib
-import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.plain_text import parsed_json
+from tools.checked_boxes import Box, BoxCheck, upright_size
 from tools.pack_sources import Source, stat_items
 
-_BOX_FIELDS = ("boxes", "labels", "crowd", "areas", "segmentations")
+_UNKNOWN = "category {!r} is not in categories"
 
 
-def coco_source(images: Path, captions: Path | None, instances: Path | None) -> Source:
+def coco_source(
+    images: Path, captions: Path | None, instances: Path | None, *, drop: bool = False
+) -> Source:
     """Join COCO captions and instances by image id; at least one file must be given.
 
     The json member has `captions` if the captions file lists the image, and `boxes` (xyxy pixels),
@@ -19,7 +23,9 @@ def coco_source(images: Path, captions: Path | None, instances: Path | None) -> 
     lengths, as in COCO) if the instances file lists it: an empty list means "none", a missing field
     "not annotated".
 
-    Errors: ValueError naming file and entry if the annotations are malformed.
+    Args: drop: leave bad boxes out.
+    Errors: ValueError naming file and entry if the annotations are malformed; SampleFault for bad
+    boxes.
     """
     if not images.is_dir():
         raise ValueError(f"{images}: is not a folder")
@@ -32,24 +38,38 @@ def coco_source(images: Path, captions: Path | None, instances: Path | None) -> 
                 if not isinstance(entry["caption"], str):
                     raise ValueError(f"caption {entry['caption']!r} is not a string")
                 _record_of(records, entry)["captions"].append(entry["caption"])
+    boxes: dict[int | str, list[Box]] = {}
+    check = BoxCheck({}, _UNKNOWN)
     if instances is not None:
         with _naming_entries(instances) as (content, each):
             categories = sorted(each("categories"), key=lambda category: category["id"])
-            labels = {category["id"]: label for label, category in enumerate(categories)}
-            classes = [str(category["name"]) for category in categories]
-            _add_images(records, content, each, lambda: {name: [] for name in _BOX_FIELDS})
-            for entry in each("annotations"):
-                _add_box(_record_of(records, entry), entry, labels)
+            check.labels = {category["id"]: label for label, category in enumerate(categories)}
+            classes = [str(category["name"]).strip() for category in categories]
+            _add_images(records, content, each, dict)
+            boxes = {image["id"]: [] for image in each("images")}
+            for number, entry in enumerate(each("annotations")):
+                _record_of(records, entry)
+                place = f"{instances.name}, annotations[{number}]"
+                boxes[entry["image_id"]].append(_box(entry, place))
     if not records:
         raise ValueError("coco needs --captions or --instances with at least one image")
+    sizes = {key: _size(record) for key, record in records.items()}
+    for key, of_image in boxes.items():
+        size = sizes[key] or (upright_size(images / records[key]["file"]) if of_image else None)
+        fields = check.fields(of_image, size)
+        records[key] |= {"segmentations": [None] * len(fields["boxes"]), **fields}
     origin = Path(captions or instances or "").name
     keys = {key: f"{key:012d}" if isinstance(key, int) else key for key in records}
+    order = sorted(records, key=keys.__getitem__)
     items, missing = stat_items(
         (keys[key], images / records[key]["file"], records[key], None, f"{origin}, image {key}")
-        for key in sorted(records, key=keys.__getitem__)
+        for key in order
     )
+    of_keys = {keys[key]: sizes[key] for key in order}
+    items = [item._replace(size=of_keys[item.key]) for item in items]
     licences = sorted({r["licence"] for r in records.values() if "licence" in r})
-    return Source(items, classes, "\n".join(licences), missing)
+    details = check.finish(drop) if instances is not None else {}
+    return Source(items, classes, "\n".join(licences), missing, details, rows=len(records))
 
 
 def _record_of(records: dict[int | str, dict[str, Any]], entry: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +90,11 @@ def _add_images(
         names[licence["id"]] = " ".join(filter(None, (licence.get("name"), licence.get("url"))))
     for image in each("images"):
         record = {"image_id": image["id"], "file": image["file_name"]}
-        record |= {side: image[side] for side in ("width", "height") if side in image}
+        for side in ("width", "height"):
+            if image.get(side) is not None:
+                if type(image[side]) is not int:
+                    raise ValueError(f"{side} {image[side]!r} is not a whole number")
+                record[side] = image[side]
         if names.get(image.get("license")):
             record["licence"] = names[image["license"]]
         source = image.get("flickr_url") or image.get("coco_url")
@@ -82,13 +106,21 @@ def _add_images(
         known.update(empty())
 
 
-def _add_box(record: dict[str, Any], entry: dict[str, Any], labels: dict[int, int]) -> None:
-    x, y, width, height = entry["bbox"]
-    record["boxes"].append([x, y, x + width, y + height])
-    record["labels"].append(labels[entry["category_id"]])
-    record["crowd"].append(int(entry.get("iscrowd", 0)))
-    record["areas"].append(entry.get("area", width * height))
-    record["segmentations"].append(entry.get("segmentation"))
+def _size(record: dict[str, Any]) -> tuple[int, int] | None:
+    """Take width and height out of a record: BuildImage enters those of the image."""
+    size = record.pop("width", None), record.pop("height", None)
+    return None if None in size else size
+
+
+def _box(entry: dict[str, Any], place: str) -> Box:
+    x, y, width, height = (math.nan if value is None else value for value in entry["bbox"])
+    more = {"crowd": int(entry.get("iscrowd") or 0)}
+    if entry.get("area") is not None:
+        more["areas"] = entry["area"]
+    hash(entry["category_id"])  # TypeError for what can be no category
+    corners = x, y, x + width, y + height
+    # [] is how files without masks say that there is none.
+    return Box(corners, entry["category_id"], place, more, entry.get("segmentation") or None)
 
 
 @contextlib.contextmanager
@@ -112,7 +144,7 @@ def _naming_entries(
         place = ""
 
     try:
-        content = json.loads(path.read_bytes())
+        content = parsed_json(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("not an object with images and annotations")
         yield content, each

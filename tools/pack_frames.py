@@ -6,21 +6,23 @@ two members of the sample `clip`, and decode both by what stands behind the last
 """
 
 import argparse
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.packer import sample_bytes
 from data_pipeline.packing import PackJob, SampleFault
+from data_pipeline.plain_text import json_bytes, read_json
 from tools.arguments import positive
-from tools.pack_images import IMAGE_SUFFIXES, ImageItem, json_bytes, store_image
+from tools.pack_images import ImageItem, store_image
 from tools.pack_options import add_classes, add_image_source, classes_of, image_job
 from tools.pack_sources import Source
+from tools.pack_walk import walk_images
 
 
 class ClipItem(NamedTuple):
@@ -38,6 +40,8 @@ class BuildClip:
 
     short_side: int | None = None
     """As that of BuildImage."""
+    max_pixels: int = MAX_PIXELS
+    """As that of BuildImage."""
 
     def __call__(self, item: ClipItem) -> dict[str, bytes]:
         """Return the members. Errors: SampleFault if a frame is no image, or of another size."""
@@ -45,7 +49,7 @@ class BuildClip:
         sizes: Counter[tuple[int, int]] = Counter()
         digits = max(3, len(str(len(item.frames) - 1)))
         for number, frame in enumerate(item.frames):
-            image = store_image(frame, self.short_side)
+            image = store_image(frame, self.short_side, self.max_pixels)
             members[f"f{number:0{digits}d}.{image.extension}"] = image.data
             sizes[image.stored] += 1
             if len(sizes) > 1:
@@ -72,7 +76,9 @@ def add_sources(sources: Any) -> None:
     parser.add_argument("--max-frames", type=positive, help="spread evenly over the clip")
     parser.add_argument("--fps", type=float, help="frames per second of the folders, for the json")
     parser.add_argument(
-        "--captions", type=Path, metavar="FILE",
+        "--captions",
+        type=Path,
+        metavar="FILE",
         help='JSON: {"folder of a clip, below --images": ["caption", ...]}, for all clips',
     )
     add_classes(parser)
@@ -98,7 +104,7 @@ def frames_source(
     Errors: ValueError if there is no clip, or one whose class `classes` lacks, or which `captions`
     lacks; or if there is no clip of some captions.
     """
-    clips = sorted(_clips(root))
+    clips, passed_over = _clips(root)
     if not clips:
         raise ValueError(f"{root}: no folder with images in it")
     names = classes
@@ -128,9 +134,10 @@ def frames_source(
         if class_folders:
             record["class"] = path.parts[0]
         label = names.index(path.parts[0]) if class_folders else None
-        key = origin.replace(".", "_")
-        items.append(ClipItem(key, frames, record, label))
-    return Source(items, classes=names if class_folders else None)
+        items.append(ClipItem(origin, frames, record, label))
+    account = {"passed_over": passed_over}
+    names = names if class_folders else None
+    return Source(items, classes=names, account=account, rows=len(clips))
 
 
 def _job(options: argparse.Namespace) -> PackJob:
@@ -143,15 +150,17 @@ def _job(options: argparse.Namespace) -> PackJob:
         fps=options.fps,
         captions=options.captions and read_captions(options.captions),
     )
-    return image_job(options, source, BuildClip(options.short_side), _clip_bytes)
+    return image_job(
+        options,
+        source,
+        BuildClip(options.short_side, options.max_pixels or MAX_PIXELS),
+        _clip_bytes,
+    )
 
 
 def read_captions(path: Path) -> dict[str, list[str]]:
     """Captions by clip, from a JSON file. Errors: OSError; ValueError names what is wrong in it."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: is no JSON object of clips and their captions")
     for clip, texts in found.items():
@@ -177,20 +186,23 @@ def _clip_bytes(item: ClipItem, bundle: int) -> int:
     return sample_bytes(item.key, sizes | {"json": record, "cls": 8}, bundle)
 
 
-def _clips(root: Path) -> Iterator[tuple[Path, list[tuple[str, int]]]]:
-    """Yield (folder below the root, its images as (name, bytes) in order)."""
-    if not root.is_dir():
-        raise ValueError(f"{root}: is not a folder")
-    for folder, _, names in os.walk(root):
-        images = [
-            name
-            for name in names
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
-        ]
-        below = Path(folder).relative_to(root)
-        if images and below.parts:
-            images.sort(key=_in_time)
-            yield below, [(name, os.path.getsize(os.path.join(folder, name))) for name in images]
+def _clips(
+    root: Path,
+) -> tuple[list[tuple[Path, list[tuple[str, int]]]], dict[str, dict[str, int]]]:
+    """Return (folder below the root, its images as (name, bytes) in order) of all clips, sorted,
+    and how many files were passed over."""
+    tree = walk_images(root)
+    clips: dict[Path, list[str]] = {}
+    for path in tree.files:
+        if len(path.parts) == 1:
+            tree.pass_over("in no clip's folder", path)
+        else:
+            clips.setdefault(path.parent, []).append(path.name)
+    sized = [
+        (folder, [(n, os.path.getsize(root / folder / n)) for n in sorted(names, key=_in_time)])
+        for folder, names in sorted(clips.items())
+    ]
+    return sized, tree.account()
 
 
 def _in_time(name: str) -> tuple[list[int], str]:

@@ -2,29 +2,23 @@
 
 import binascii
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image
 
+from data_pipeline.decode import MAX_PIXELS, ImageHeader, decode, largest_factor, read_header
+from data_pipeline.image_formats import EXTENSIONS
 from data_pipeline.packer import sample_bytes
 from data_pipeline.packing import SampleFault
+from data_pipeline.plain_text import json_bytes
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-_EXTENSIONS = {
-    "JPEG": "jpg",
-    "MPO": "jpg",  # JPEG with further views behind it, from phones
-    "PNG": "png",
-    "WEBP": "webp",
-    "BMP": "bmp",
-    "GIF": "gif",
-    "TIFF": "tif",
-}
+OWN_COLUMNS = "columns"
+"""Field of the json member with the columns of a table whose names are also names of ours."""
 # Room for width, height and label, which are known only when the image is read.
 _JSON_RESERVE = 128
-_ORIENTATION_TAG = 0x0112
 _JPEG_QUALITY = 92
 
 
@@ -42,6 +36,13 @@ class ImageItem(NamedTuple):
     """First byte of the image in the file at `path`; None: the file is the image."""
     base64: bool = False
     """Whether those bytes are base64 text."""
+    size: tuple[int, int] | None = None
+    """Width and height of the image that the annotations are for; None: they do not say."""
+
+    @property
+    def name(self) -> str:
+        """Where it was asked for, and the file if that is another."""
+        return f"{self.origin}: {self.path}"
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ class BuildImage:
 
     short_side: int | None = None
     """Shrink so that the shorter side has this many pixels, and store as JPEG; None: copy bytes."""
+    max_pixels: int = MAX_PIXELS
+    """Larger images are refused, as the loader does with `image.max_pixels`."""
 
     def __call__(self, item: ImageItem) -> dict[str, bytes]:
         """Return the members. Errors: SampleFault if the file is missing or not an image."""
-        image = store_image(item, self.short_side)
+        image = store_image(item, self.short_side, self.max_pixels)
         size = image.size
-        expected = item.record.get("width", size[0]), item.record.get("height", size[1])
+        expected = item.size or size
         if expected != size and not (image.turned and expected == size[::-1]):
             raise SampleFault(
                 f"{item.origin}: {item.path} has {size[0]} x {size[1]} pixels, but the annotations "
@@ -82,36 +85,41 @@ class StoredImage(NamedTuple):
     """Whether the EXIF orientation of the file swaps width and height."""
 
 
-def store_image(item: ImageItem, short_side: int | None) -> StoredImage:
-    """Read the image of an item, look at its header, and shrink it if `short_side` is given.
+def store_image(
+    item: ImageItem, short_side: int | None, max_pixels: int = MAX_PIXELS
+) -> StoredImage:
+    """Read the image of an item as the loader reads it, and shrink it if `short_side` is given.
 
-    Errors: SampleFault if the file is missing or not an image.
+    Errors: SampleFault if the file is missing, not an image, damaged, or larger than `max_pixels`.
     """
     try:
         data = image_bytes(item)
-        with Image.open(io.BytesIO(data)) as image:
-            extension = _EXTENSIONS.get(image.format or "")
-            if extension is None:
-                raise ValueError(f"format {image.format} is not supported")
-            turned = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
-            size = stored = image.size
-            if short_side is not None and min(size) > short_side:
-                data, stored = _shrunk(image, short_side)
-                extension = "jpg"
-    except UnidentifiedImageError:
-        raise SampleFault(f"{item.origin}: cannot use {item.path}: not an image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        header = read_header(data, max_pixels)
+        extension = EXTENSIONS.get(header.format)
+        if extension is None:
+            raise ValueError(f"format {header.format} is not supported")
+        turned = header.orientation >= 5
+        upright = header.width, header.height
+        size = stored = upright[::-1] if turned else upright
+        if short_side is not None and min(size) > short_side:
+            data, stored = _shrunk(data, header, short_side)
+            extension = "jpg"
+        elif header.picture is not None:
+            decode(data, header)  # not all that has a header can be brought to RGB
+    except (OSError, ValueError) as error:
         raise SampleFault(f"{item.origin}: cannot use {item.path}: {error}") from None
     return StoredImage(data, extension, size, stored, turned)
 
 
-def _shrunk(image: Image.Image, short_side: int) -> tuple[bytes, tuple[int, int]]:
+def _shrunk(data: bytes, header: ImageHeader, short_side: int) -> tuple[bytes, tuple[int, int]]:
     """Return a JPEG and its size (width, height)."""
-    image.draft("RGB", (2 * short_side, 2 * short_side))
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    scale = short_side / min(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    shorter = min(header.width, header.height)
+    # Twice the size, so that what the decoder drops is not seen after the resize.
+    pixels = decode(data, header, largest_factor(header, shorter / (2 * short_side)))
+    scale = short_side / shorter
+    size = max(1, round(header.width * scale)), max(1, round(header.height * scale))
     buffer = io.BytesIO()
+    image = Image.fromarray(np.ascontiguousarray(pixels))
     image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return buffer.getvalue(), size
 
@@ -137,18 +145,13 @@ def item_bytes(item: ImageItem, bundle: int = 1) -> int:
     return sample_bytes(item.key, {"jpeg": item.bytes, "json": json_size, "cls": 8}, bundle)
 
 
-def json_bytes(record: Mapping[str, Any]) -> bytes:
-    """Return the json member of a sample."""
-    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-    if not is_utf8(text):  # half a surrogate pair, from a careless JSON file: keep it escaped
-        text = json.dumps(record, separators=(",", ":"))
-    return text.encode()
+def beside_ours(ours: dict[str, Any], theirs: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """Return the record of a table's row: our fields, and all of theirs under their own names.
 
-
-def is_utf8(text: str) -> bool:
-    """Whether a text holds no surrogates, as which bytes that are not UTF-8 arrive."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    Columns that are called as our fields are (`file`, `width`, `height`, and `more`) go into an
+    object of their own, `columns`: neither displaces the other.
+    """
+    taken = {*ours, "file", "width", "height", OWN_COLUMNS, *more}
+    own = {n: value for n, value in theirs.items() if n in taken and value is not None}
+    rest = {name: value for name, value in theirs.items() if name not in taken}
+    return {**ours, **rest, **({OWN_COLUMNS: own} if own else {})}

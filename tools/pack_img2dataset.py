@@ -5,19 +5,21 @@ indices and checksums, and leaves out what is incomplete.
 """
 
 import argparse
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.image_formats import SUFFIXES
 from data_pipeline.index import split_name
 from data_pipeline.packing import PackJob
+from data_pipeline.plain_text import decoded, parsed_json
 from data_pipeline.tar_headers import ShardError, iter_members
-from tools.pack_images import IMAGE_SUFFIXES, ImageItem
+from tools.pack_images import ImageItem, beside_ours
 from tools.pack_options import add_image_source, image_job
 from tools.pack_sources import Source
+from tools.pack_walk import OTHER, Found, is_passed_over
 
 _STATS_SUFFIX = "_stats.json"
 _LARGEST_TEXT = 16 << 20
@@ -59,12 +61,15 @@ def img2dataset_source(root: Path) -> Source:
     missing: list[str] = []
     counts: Counter[str] = Counter()
     statuses: Counter[str] = Counter()
+    passed = Found()
+    read = named = 0
     for part in parts:
         stats = _stats(part, missing)
         if stats is None:
             continue
         try:
-            samples = list(_samples_of_tar(part) if part.suffix == ".tar" else _samples_of(part))
+            walk = _samples_of_tar if part.suffix == ".tar" else _samples_of
+            samples = list(walk(part, passed))
         except ShardError as error:
             missing.append(str(error))
             continue
@@ -74,15 +79,25 @@ def img2dataset_source(root: Path) -> Source:
             missing.append(
                 f"{part}: has {len(samples)} samples, and {stats['successes']} by its statistics"
             )
+        read += len(samples)
+        broken = len(missing)
         for key, members in samples:
             item = _item(key, members, part, counts)
             if isinstance(item, str):
                 missing.append(item)
             elif item is not None:
                 items.append(item)
+        named += len(missing) - broken
     details = {name: counts[name] for name in sorted(counts) if name in _REPORTED}
     top = dict(statuses.most_common(10))
-    return Source(items, missing=missing, details={"input": {**details, "status": top}})
+    return Source(
+        items,
+        missing=missing,
+        details={"input": {**details, "status": top}},
+        account={"passed_over": passed.account()},
+        rows=read + len(missing) - named,  # whole parts that are missing stand for a row each
+        left_out=counts["not_success"],
+    )
 
 
 _REPORTED = ("count", "successes", "failed_to_download", "failed_to_resize", "not_success")
@@ -94,7 +109,7 @@ def _job(options: argparse.Namespace) -> PackJob:
 
 def _parts(root: Path) -> list[Path]:
     """Return the tars, or the folders, in which the samples are."""
-    tars = sorted(root.glob("*.tar"))
+    tars = sorted(path for path in root.glob("*.tar") if not is_passed_over(path.name))
     if tars:
         return tars
     numbered = (path for path in root.glob("[0-9]*") if path.is_dir())
@@ -105,7 +120,7 @@ def _stats(part: Path, missing: list[str]) -> dict[str, Any] | None:
     """Return the statistics of a part; without them it is not finished, and `missing` says so."""
     place = part.with_name(part.name.removesuffix(".tar") + _STATS_SUFFIX)
     try:
-        stats = json.loads(place.read_bytes())
+        stats = parsed_json(place.read_bytes())
         if not isinstance(stats, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
@@ -117,12 +132,13 @@ def _stats(part: Path, missing: list[str]) -> dict[str, Any] | None:
     return stats
 
 
-def _samples_of_tar(tar: Path) -> Iterator[tuple[str, dict[str, _Part]]]:
+def _samples_of_tar(tar: Path, passed: Found) -> Iterator[tuple[str, dict[str, _Part]]]:
     key, members = None, {}
     with open(tar, "rb", buffering=1 << 20) as file:
         for member in iter_members(file, os.fspath(tar), os.fstat(file.fileno()).st_size):
             split = split_name(member.name)
             if split is None:
+                passed.pass_over(OTHER, Path(member.name))
                 continue
             if split[0] != key and members:
                 yield key, members
@@ -133,12 +149,14 @@ def _samples_of_tar(tar: Path) -> Iterator[tuple[str, dict[str, _Part]]]:
         yield key, members
 
 
-def _samples_of(folder: Path) -> Iterator[tuple[str, dict[str, _Part]]]:
+def _samples_of(folder: Path, passed: Found) -> Iterator[tuple[str, dict[str, _Part]]]:
     samples: dict[str, dict[str, _Part]] = {}
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             split = split_name(entry.name)
-            if split is not None and entry.is_file():
+            if split is None or is_passed_over(entry.name) or not entry.is_file():
+                passed.pass_over(OTHER, Path(entry.name))
+            else:
                 part = _Part(entry.path, None, entry.stat().st_size)
                 samples.setdefault(split[0], {})[split[1]] = part
     yield from samples.items()
@@ -154,25 +172,24 @@ def _item(
         if "json" in members:
             record = _record(members["json"])
         if not isinstance(record.get("caption"), str) and "txt" in members:
-            record["caption"] = members["txt"].read().decode()
-    except (ValueError, RecursionError) as error:
+            record["caption"] = decoded(members["txt"].read())
+    except ValueError as error:
         return f"{where}: broken json or text: {error}"
     if record.get("status", "success") != "success":
         counts["not_success"] += 1
         return None
-    images = [extension for extension in members if f".{extension}" in IMAGE_SUFFIXES]
+    images = [extension for extension in members if f".{extension}" in SUFFIXES]
     if not images:
         return f"{where}: has no image, only {', '.join(sorted(members))}"
     image = members[images[0]]
-    record = {"file": f"{part.name}/{key}.{images[0]}", **record}
+    record = beside_ours({"file": f"{part.name}/{key}.{images[0]}"}, record)
     return ImageItem(key, image.path, image.size, record, None, where, image.begin)
 
 
 def _record(part: _Part) -> dict[str, Any]:
     if part.size > _LARGEST_TEXT:
         raise ValueError(f"{part.size} bytes are too many")
-    record = json.loads(part.read())
+    record = parsed_json(part.read())
     if not isinstance(record, dict):
         raise ValueError("not an object")
-    # Without a size that is known there is none to compare with the image.
-    return {k: v for k, v in record.items() if k not in ("width", "height") or v is not None}
+    return record

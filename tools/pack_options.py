@@ -4,13 +4,16 @@ import argparse
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.packing import Build, PackJob, SampleFault, plan_ranges
+from data_pipeline.plain_text import read_names, read_text
 from tools.arguments import natural, positive
 from tools.pack_images import BuildImage, item_bytes
 from tools.pack_sources import Source, check_missing
@@ -33,26 +36,56 @@ def image_job(
     Errors: SampleFault naming the images that are missing, unless they may be left out.
     """
     check_missing(source, allowed=options.on_missing == "skip")
+    source.check_rows()
     if not source.items:
         raise SampleFault(f"none of the {len(source.missing)} images is there")
     # Shuffled before packing: samples that lie together in a shard are then not alike.
     order = np.random.Generator(np.random.Philox(options.seed)).permutation(len(source.items))
+    unique = unique_keys([item.key for item in source.items])
     items = [source.items[number] for number in order]
     sizes = (bytes_of(item, options.bundle) for item in items)
     return PackJob(
         folder=options.out / options.split,
         prefix=options.split,
-        keys=[item.key for item in items],
+        keys=[unique[number] for number in order],
         items=items,
         ranges=plan_ranges(sizes, options.max_samples, options.max_bytes),
-        build=build or BuildImage(options.short_side),
+        build=build or BuildImage(options.short_side, options.max_pixels or MAX_PIXELS),
         skip_faults=options.on_missing == "skip",
         bundle=options.bundle,
         licence=licence_of(options) or source.licence,
         command=command_of(options),
         classes=source.classes,
         details={"seed": options.seed, "missing": len(source.missing), **source.details},
+        account={"rows": source.read, **source.account},
+        missing=source.missing,
     )
+
+
+def unique_keys(wanted: Sequence[str]) -> list[str]:
+    """Return keys without dots in their last part, and each once.
+
+    Of those that would be one key (`x.1` and `x_1`, or a name in two formats) only the first stays
+    as it is, unless another item wants exactly that; the others get a number.
+    """
+    plain = [_without_dots(key) for key in wanted]
+    counts = Counter(plain)
+    taken = {key for key, count in counts.items() if count == 1}
+    keys = []
+    for key in plain:
+        number = 1
+        chosen = key
+        while counts[key] > 1 and chosen in taken:
+            number += 1
+            chosen = f"{key}-{number}"
+        taken.add(chosen)
+        keys.append(chosen)
+    return keys
+
+
+def _without_dots(key: str) -> str:
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + name.replace(".", "_")
 
 
 def refuse_shrinking(options: argparse.Namespace, what: str) -> None:
@@ -83,7 +116,7 @@ def command_of(options: argparse.Namespace, tool: str = "make_shards") -> str:
 def licence_of(options: argparse.Namespace) -> str:
     """Return the text of --licence, "" if it was not given."""
     if options.licence and options.licence.startswith("@"):
-        return Path(options.licence[1:]).read_text(encoding="utf-8").strip()
+        return read_text(options.licence[1:]).strip()
     return options.licence or ""
 
 
@@ -91,7 +124,7 @@ def classes_of(options: argparse.Namespace) -> list[str] | None:
     """Return the lines of the file that --classes names, None if it was not given."""
     if options.classes is None:
         return None
-    return [line for line in options.classes.read_text(encoding="utf-8").splitlines() if line]
+    return read_names(options.classes)
 
 
 def split_name(text: str) -> str:
@@ -165,4 +198,9 @@ def add_image_source(sources: Any, name: str, text: str, run: Any) -> argparse.A
     """Add a sub-command as add_data_source, with the options of all sources of images."""
     parser = add_data_source(sources, name, text, run)
     parser.add_argument("--short-side", type=positive, help="shrink images to this many pixels")
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        help=f"of an image; as image.max_pixels of the loader (default {MAX_PIXELS:,})",
+    )
     return parser

@@ -9,6 +9,7 @@ import argparse
 import decimal
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -17,9 +18,10 @@ from typing import Any
 
 from data_pipeline.files import write_atomically
 from data_pipeline.packing import PackJob
-from tools.pack_images import ImageItem
+from tools.pack_images import OWN_COLUMNS, ImageItem, beside_ours
 from tools.pack_options import add_classes, add_image_source, classes_of, image_job
 from tools.pack_sources import Source, stat_items
+from tools.pack_walk import walk_suffix
 
 _ROWS_AT_ONCE = 256
 
@@ -59,17 +61,22 @@ def parquet_source(
     """
     items: list[ImageItem] = []
     missing: list[str] = []
+    read = 0
 
     def images() -> Iterator[bytes]:
         """Pass over the rows; yield the images that are in them."""
+        nonlocal read
         begin = 0
         for count, (table, number, row) in enumerate(_rows(tables, (image_field, label_field))):
+            read = count + 1
             origin = f"{table.name}, row {number}"
             data, path = _image(row.pop(image_field), origin)
             if data is None and path is None:
                 missing.append(f"{origin}: no image in {image_field!r}")
                 continue
-            record = {"file": path or f"{table.name}:{number}", **row}
+            file = path or f"{table.name}:{number}"
+            more = ["label"] if label_field is not None else []
+            record = beside_ours({"file": file}, row, *more)
             item = ImageItem(f"{count:09d}", os.fspath(spool), 0, record, None, origin)
             if data is not None:
                 items.append(item._replace(bytes=len(data), begin=begin))
@@ -84,13 +91,13 @@ def parquet_source(
     spool.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(spool, images())
     if label_field is None:
-        return Source(items, missing=missing)
+        return Source(items, missing=missing, rows=read)
     labelled, names = _labelled(items, label_field, classes)
-    return Source(labelled, names, missing=missing)
+    return Source(labelled, names, missing=missing, rows=read)
 
 
 def _job(options: argparse.Namespace) -> PackJob:
-    files = _files(options.table)
+    files, passed_over = _files(options.table)
     state = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     digest = sha256(repr([state, options.image_field]).encode()).hexdigest()[:16]
     # The digest keeps two packings of other tables from reading each other's images.
@@ -103,18 +110,30 @@ def _job(options: argparse.Namespace) -> PackJob:
         label_field=options.label_field,
         classes=classes_of(options),
     )
-    return replace(image_job(options, source), scratch=[spool])
+    job = image_job(options, source)
+    return replace(job, account={**job.account, "passed_over": passed_over}, scratch=[spool])
 
 
-def _files(tables: Sequence[Path]) -> list[Path]:
-    files = [
-        path
-        for table in tables
-        for path in (sorted(table.glob("*.parquet")) if table.is_dir() else [table])
-    ]
+def _files(tables: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
+    """Return the tables, and what was passed over in folders: sub-folders may be other splits."""
+    files: list[Path] = []
+    passed_over: dict[str, Any] = {}
+    for table in tables:
+        if not table.is_dir():
+            files.append(table)
+            continue
+        tree = walk_suffix(table, ".parquet")
+        for path in tree.files:
+            if len(path.parts) == 1:
+                files.append(table / path)
+            else:
+                tree.pass_over("in a sub-folder", path)
+        if tree.passed_over:
+            passed_over[str(table)] = tree.account()
     if not files:
-        raise ValueError(f"{', '.join(map(str, tables))}: no *.parquet in it")
-    return files
+        names = ", ".join(map(str, tables))
+        raise ValueError(f"{names}: no *.parquet in it; passed over: {passed_over}")
+    return files, passed_over
 
 
 def _rows(
@@ -130,6 +149,9 @@ def _rows(
         number = 0
         try:
             with pyarrow.parquet.ParquetFile(table) as file:
+                names = Counter(file.schema_arrow.names)
+                if repeated := [name for name, count in names.items() if count > 1]:
+                    raise ValueError(f"{table}: has the fields {repeated} twice")
                 absent = [n for n in needed if n is not None and n not in file.schema_arrow.names]
                 if absent:
                     raise ValueError(
@@ -188,7 +210,12 @@ def _labelled(
     items: list[ImageItem], label_field: str, classes: Sequence[str] | None
 ) -> tuple[list[ImageItem], list[str] | None]:
     """Return the items with labels: the numbers in `label_field`, or the places of its names."""
-    values = [item.record[label_field] for item in items]
+    values = [
+        item.record[label_field]
+        if label_field in item.record
+        else item.record[OWN_COLUMNS][label_field]
+        for item in items
+    ]
     for item, value in zip(items, values, strict=True):
         if value is None or isinstance(value, bool | float | list | dict):
             raise ValueError(f"{item.origin}: {label_field!r} is {value!r}, not a name or a number")

@@ -20,10 +20,11 @@ import numpy as np
 from data_pipeline.files import write_atomically
 from data_pipeline.packer import sample_bytes
 from data_pipeline.packing import PackJob, SampleFault, plan_ranges
+from data_pipeline.plain_text import decoded, json_bytes, parsed_json
 from data_pipeline.tokenizer import ID_TYPES, Tokenizer
 from tools.arguments import positive
-from tools.pack_images import json_bytes
 from tools.pack_options import add_data_source, command_of, licence_of
+from tools.pack_walk import walk_suffix
 
 _DOCUMENTS_AT_ONCE = 1024
 _FAULTS_SHOWN = 5
@@ -100,8 +101,9 @@ def _job(options: argparse.Namespace) -> PackJob:
     separator = None
     if options.separator != "none":
         separator = getattr(tokenizer, f"{options.separator}_id")
+    files, passed_over = _files(options.input)
     spool = spool_documents(
-        _files(options.input), options.text_field, tokenizer, separator, options.seed, place
+        files, options.text_field, tokenizer, separator, options.seed, place
     )
     if spool.left_out and options.on_missing == "error":
         shown = "\n  ".join(spool.left_out[:_FAULTS_SHOWN])
@@ -135,6 +137,11 @@ def _job(options: argparse.Namespace) -> PackJob:
             "tokens_per_row": options.tokens,
             "tokenizer_digest": tokenizer.digest,
         },
+        account={
+            "rows": spool.documents + spool.empty + len(spool.left_out),
+            "passed_over": passed_over,
+        },
+        missing=spool.left_out,
         scratch=[Path(spool.ids).with_suffix(s) for s in (".json", ".ids", ".starts")],
     )
 
@@ -210,20 +217,23 @@ def _identified(place: Path, files: Sequence[tuple[Path, bool]], options: list[A
     return Path(f"{place}-{digest[:16]}")
 
 
-def _files(inputs: Sequence[Path]) -> list[tuple[Path, bool]]:
-    """Return the files of documents, and whether each holds one per line."""
+def _files(inputs: Sequence[Path]) -> tuple[list[tuple[Path, bool]], dict[str, Any]]:
+    """Return the files of documents, and whether each holds one per line; what was passed over."""
     files: list[tuple[Path, bool]] = []
+    passed_over: dict[str, Any] = {}
     for path in inputs:
         if path.is_dir():
-            found = sorted(path.rglob("*.txt"))
-            if not found:
-                raise ValueError(f"{path}: no *.txt in it")
-            files += [(entry, False) for entry in found]
+            tree = walk_suffix(path, ".txt")
+            if not tree.files:
+                raise ValueError(f"{path}: no *.txt in it; passed over: {tree.account()}")
+            files += [(path / entry, False) for entry in tree.files]
+            if tree.passed_over:
+                passed_over[str(path)] = tree.account()
         elif path.suffix in (".txt", ".jsonl"):
             files.append((path, True))
         else:
             raise ValueError(f"{path}: must be a folder, or end in .txt or .jsonl")
-    return files
+    return files, passed_over
 
 
 def _documents(files: Sequence[tuple[Path, bool]]) -> np.ndarray:
@@ -255,13 +265,13 @@ def _texts(
             file.seek(begin)
             data = file.read(size)
         try:
-            text = data.decode()
+            text = decoded(data)
             if path.suffix == ".jsonl":
-                text = json.loads(text)[text_field]
+                text = parsed_json(text)[text_field]
                 if not isinstance(text, str):
                     raise ValueError(f"{text_field!r} is {type(text).__name__}, not a text")
                 text.encode()
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             left_out.append(f"{path}{f', line {line}' if line else ''}: {what}")
             continue

@@ -6,7 +6,7 @@ which each line begins; they are not needed, but an old one is noticed.
 """
 
 import argparse
-import json
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipeline.packing import PackJob
+from data_pipeline.plain_text import parsed_json, read_text
 from tools.pack_images import ImageItem
 from tools.pack_options import add_image_source, image_job
 from tools.pack_sources import Source
@@ -69,7 +70,7 @@ def tsv_source(images: list[Path], captions: list[Path], image_column: int = 2) 
             fields = texts.pop(key)[1] if captions else {}
             record = {"file": f"{path.name}:{line.number}", "key": key, **fields}
             items[key] = ImageItem(
-                key=key.strip("/").replace(".", "_"),
+                key=key.strip("/"),
                 path=str(path),
                 bytes=len(line.columns[image_column - 1]),
                 record=record,
@@ -78,8 +79,9 @@ def tsv_source(images: list[Path], captions: list[Path], image_column: int = 2) 
                 begin=line.begin + sum(len(column) + 1 for column in before),
                 base64=True,
             )
+    count = len(items) + len(missing) + len(texts)
     missing += [f"{where}: key {key!r} has no image" for key, (where, _) in texts.items()]
-    return Source(list(items.values()), missing=missing)
+    return Source(list(items.values()), missing=missing, rows=count)
 
 
 def _job(options: argparse.Namespace) -> PackJob:
@@ -97,8 +99,8 @@ def _captions(paths: list[Path]) -> dict[str, tuple[str, dict[str, Any]]]:
             if key in texts:
                 raise ValueError(f"{where}: key {key!r} is there already: {texts[key][0]}")
             try:
-                texts[key] = where, _fields(json.loads(line.columns[1]))
-            except (ValueError, IndexError, RecursionError) as error:
+                texts[key] = where, _fields(parsed_json(line.columns[1]))
+            except (ValueError, IndexError) as error:
                 raise ValueError(f"{where}: not a JSON list of captions: {error}") from None
     return texts
 
@@ -137,8 +139,10 @@ def _lines(path: Path) -> Iterator[_Line]:
                     f"{path}.lineidx: does not fit line {number} of the file, which begins at byte "
                     f"{begin}: it is of another version; remove it or make it anew"
                 )
+            # A byte order mark is no part of the first key.
+            mark = len(codecs.BOM_UTF8) * (number == 1 and line.startswith(codecs.BOM_UTF8))
             if line.strip(b"\r\n"):
-                yield _Line(number, begin, line.rstrip(b"\r\n").split(b"\t"))
+                yield _Line(number, begin + mark, line[mark:].rstrip(b"\r\n").split(b"\t"))
             begin += len(line)
             count = number
     if begins is not None and len(begins) != count:
@@ -161,7 +165,7 @@ def _line_index(path: Path) -> list[int] | None:
             return np.frombuffer(data, "<i8").tolist()
         if (place := Path(name)).exists():
             try:
-                return [int(line) for line in place.read_text(encoding="utf-8").split()]
+                return [int(line) for line in read_text(place).split()]
             except ValueError as error:
                 raise ValueError(f"{place}: is not a list of numbers: {error}") from None
     return None

@@ -201,7 +201,7 @@ def _print_sample(sample: Sample) -> None:
 
 def _text_lines(extension: str, data: bytes) -> list[str]:
     """Return a text member as lines: a line per field for JSON objects."""
-    text = data.decode("utf-8", "backslashreplace")
+    text = data.decode("utf-8-sig", "backslashreplace")
     if extension == "json":
         try:
             content = json.loads(text)

@@ -18,6 +18,7 @@ from rich.progress import track
 
 from data_pipeline.caption_texts import CaptionSourceSettings, CaptionTexts
 from data_pipeline.members import check_source
+from data_pipeline.plain_text import read_lines
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
 from data_pipeline.sources import open_source
 from data_pipeline.tokenizer import train_byte_level_bpe
@@ -67,17 +68,13 @@ def lines_of_files(paths: Sequence[Path]) -> Iterator[str]:
     """Non-empty lines of UTF-8 text files.
 
     Raises:
-        ValueError: a file is not UTF-8, or there is not a single line.
+        ValueError: a file is not UTF-8 (file and line are named), or there is not a single line.
     """
     empty = True
     for path in paths:
-        try:
-            with path.open(encoding="utf-8") as file:
-                for line in filter(None, map(str.strip, file)):
-                    empty = False
-                    yield line
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: is not UTF-8 text: {error}") from None
+        for line in filter(None, map(str.strip, read_lines(path, newline=None))):
+            empty = False
+            yield line
     if empty:
         raise ValueError(f"no captions in {', '.join(map(str, paths))}")
 

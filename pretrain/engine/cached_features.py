@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.engine.backward import run_backward
+
 
 @dataclass(frozen=True)
 class RandomState:
@@ -81,7 +83,8 @@ def accumulate_coupled(
     with torch.no_grad():
         for batch in micro_batches:
             states.append(RandomState.now(engine.device))
-            parts.append(engine(task, batch, totals, part="features"))
+            # Copies of mappings: ZeRO-3 puts other tensors into the dicts that it is given.
+            parts.append(dict(engine(task, dict(batch), dict(totals), part="features")))
     shares, gradients = _loss_and_gradients(objective, parts, totals, weight)
     pieces = {
         name: [gradient] * len(parts) if name in shared
@@ -91,17 +94,17 @@ def accumulate_coupled(
     for index, batch in enumerate(micro_batches):
         engine.set_gradient_accumulation_boundary(ends_step and index == last)
         states[index].restore()
+        given = dict(batch)
         if constant:
-            known = {name: parts[index][name] for name in constant}
-            batch = {**batch, "constant_features": known}
-        features = engine(task, batch, totals, part="features")
+            given["constant_features"] = {name: parts[index][name] for name in constant}
+        features = engine(task, given, dict(totals), part="features")
         # Shared features get their gradient once, and zero before: a parameter without a gradient
         # in some micro-step is where offloading has lost gradients.
         surrogate = sum(
             (features[name] * piece[index]).sum() * (name not in shared or index == last)
             for name, piece in pieces.items()
         )
-        engine.backward(surrogate, scale_wrt_gas=False)
+        run_backward(engine, surrogate, task)
     return {name: value.detach() for name, value in shares.items()}
 
 

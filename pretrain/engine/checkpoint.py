@@ -11,13 +11,12 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from safetensors.torch import save_file
 
 from data_pipeline.files import (
@@ -27,7 +26,6 @@ from data_pipeline.files import (
     sync_folder,
     write_atomically,
 )
-from data_pipeline.settings import Settings
 from pretrain.engine.checkpoint_files import (
     EMA,
     FORMAT,
@@ -36,14 +34,26 @@ from pretrain.engine.checkpoint_files import (
     MODULE,
     CheckpointError,
     FragmentReader,
+    checkpoint_name,
     file_entry,
+    list_checkpoints,
     rank_files,
     read_full_state,
     read_manifest,
     seal_manifest,
     verify_file,
 )
-from pretrain.engine.checkpoint_names import checkpoint_name, list_checkpoints
+from pretrain.engine.checkpoint_retention import (
+    Aside,
+    find_checkpoint,
+    remove,
+    retire,
+    set_aside,
+    steps_there,
+)
+from pretrain.engine.checkpoint_settings import (
+    CheckpointSettings,
+)
 from pretrain.engine.engine_state import (
     check_parameters,
     describe_parameters,
@@ -66,17 +76,6 @@ __all__ = ["CheckpointError", "CheckpointSettings", "Checkpoints", "read_full_st
 log = logging.getLogger("omnipretrain.checkpoint")
 
 
-class CheckpointSettings(Settings):
-    """When checkpoints are written and which are kept."""
-
-    every_steps: int = Field(1000, ge=1)
-    """Write a checkpoint after every so many steps; the last step always writes one."""
-    keep_last: int = Field(3, ge=1)
-    """Keep this many of the newest checkpoints."""
-    keep_every_steps: int | None = Field(None, ge=1)
-    """Besides, keep for good each checkpoint whose step is a multiple of this."""
-
-
 @dataclass(frozen=True)
 class Restored:
     """What a checkpoint says beside the tensors: its step and the trainer's own state."""
@@ -94,7 +93,7 @@ class Checkpoints:
         settings: retention.
         may_commit: called on rank 0 before a checkpoint becomes visible; raises if this job no
             longer owns the run.
-        attachments: files kept inside every checkpoint, name in the checkpoint -> source.
+        attachments: files kept inside every checkpoint: name -> source, or content.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class Checkpoints:
         root: Path,
         settings: CheckpointSettings,
         may_commit: Callable[[], None] = lambda: None,
-        attachments: dict[str, Path] | None = None,
+        attachments: dict[str, Path | bytes] | None = None,
     ) -> None:
         self.root = root
         self.settings = settings
@@ -187,7 +186,8 @@ class Checkpoints:
             written.append(folder / MODULE)
             for name, source in self._attachments.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, folder / name)
+                content = source if isinstance(source, bytes) else source.read_bytes()
+                (folder / name).write_bytes(content)
                 written.append(folder / name)
         for path in written:
             give_usual_access(path)
@@ -208,36 +208,40 @@ class Checkpoints:
         sync_folder(temporary)
         self._may_commit()
         if final.exists():  # a damaged one of the same step, which this run fell back from
-            _remove(final)
+            remove(final)
         os.rename(temporary, final)
         sync_folder(self.root)
         write_atomically(self.root / "latest", [f"{final.name}\n".encode()])
-        self._retire()
-
-    def _retire(self) -> None:
-        keep_every = self.settings.keep_every_steps
-        for folder in list_checkpoints(self.root)[self.settings.keep_last :]:
-            step = int(folder.name.removeprefix("step_"))
-            if not (keep_every and step % keep_every == 0):
-                _remove(folder)
+        sound = step - trainer.get("skipped_in_a_row", 0)
+        retire(self.root, self.settings.keep_last, self.settings.keep_every_steps, sound)
 
     # ---- reading -----------------------------------------------------------------------------
 
-    def newest(self) -> Path | None:
+    def newest(self, step: int | None = None) -> Path | None:
         """The newest checkpoint whose every byte is as written. A collective.
 
         Damaged ones are passed over, and what is wrong with them stands in `passed_over`.
 
+        Args:
+            step: only the checkpoint of this step will do; None = any.
+
         Raises:
             CheckpointError: there are checkpoints, but none is whole; or there were some.
         """
-        candidates = self._agree_on(self._candidates)
+        candidates = self._agree_on(
+            self._candidates if step is None else lambda: [find_checkpoint(self.root, step)]
+        )
         self.passed_over = []
         for folder in candidates:
             problems = self._verify(folder)
             if not problems:
                 return folder
             self.passed_over += [f"{folder.name} is passed over: {p}" for p in problems]
+        if step is not None:
+            raise CheckpointError(
+                f"{candidates[0]} is not whole: choose another step with --from-step "
+                f"({steps_there(self.root)}): " + "; ".join(self.passed_over)
+            )
         if candidates:
             raise CheckpointError(
                 f"none of the {len(candidates)} checkpoints under {self.root} is whole; restore "
@@ -326,9 +330,19 @@ class Checkpoints:
                 out.zero_()  # the padding, too
                 for f in partition.fragments:
                     reader.read(f.parameter, name, f.start, out[f.offset : f.offset + f.numel])
-            for name, value in reader.scalars.get(partition.group, {}).items():
+            # By parameter: another weight decay divides the same parameters into other groups.
+            for name, value in reader.scalars(partition.fragments[0].parameter).items():
                 set_scalar(engine, partition, name, value)
         return reader
+
+    def go_back(self, step: int, records: Iterable[Path]) -> Aside:
+        """Move the checkpoints after `step` aside; see `set_aside`. A collective."""
+
+        def move() -> Aside:
+            self._may_commit()
+            return set_aside(self.root, step, records)
+
+        return self._agree_on(move)
 
     # ---- agreement ---------------------------------------------------------------------------
 
@@ -353,10 +367,3 @@ class Checkpoints:
     def _agree_on(self, action: Callable, temporary: Path | None = None):
         """Run `action` on rank 0 alone; every rank gets its result, or all raise together."""
         return self._agree(action if self._rank == 0 else lambda: None, temporary)[0]
-
-
-def _remove(folder: Path) -> None:
-    """Take a checkpoint away in one step (the rename), then free its space."""
-    doomed = folder.with_name(f".removing-{folder.name}-{secrets.token_hex(4)}")
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

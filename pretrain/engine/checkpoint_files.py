@@ -16,15 +16,19 @@ Tensors and JSON only: nothing here can run code when it is read. A folder witho
 is not a checkpoint; a checkpoint is written under another name and renamed when it is whole.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
 
-from pretrain.engine.checkpoint_names import list_checkpoints
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -34,8 +38,24 @@ EMA = "ema"  # name of the moving average among the states of a partition
 READ_AT_ONCE = 2**22  # elements: bounds what a reader holds beside the tensor that it fills
 
 
+_NAME = re.compile(r"step_(\d{9,})$")
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names the file and what to do."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps; sorts by step."""
+    return f"step_{step:09d}"
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders under `root`, newest first; their contents are not looked at."""
+    if not root.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in root.iterdir() if (m := _NAME.match(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def rank_files(rank: int) -> tuple[str, str]:
@@ -113,7 +133,8 @@ class FragmentReader:
         # parameter -> [(start, numel, rank, partition, offset)], ordered by start
         self._where: dict[str, list[tuple[int, int, int, int, int]]] = {}
         self._tensors: dict[tuple[int, int], list[str]] = {}
-        self.scalars: dict[int, dict[str, float]] = {}
+        self._groups: dict[tuple[int, int], int] = {}
+        self._scalars: dict[int, dict[str, float]] = {}
         for rank in range(self.manifest["world"]):
             self._read_map(rank)
         for places in self._where.values():
@@ -127,8 +148,9 @@ class FragmentReader:
             raise CheckpointError(f"cannot read the fragment map {path}: {error}") from None
         for index, partition in enumerate(partitions):
             self._tensors[rank, index] = partition["tensors"]
+            self._groups[rank, index] = partition["group"]
             if partition["scalars"]:
-                self.scalars.setdefault(partition["group"], partition["scalars"])
+                self._scalars.setdefault(partition["group"], partition["scalars"])
             for parameter, start, offset, numel in partition["fragments"]:
                 self._where.setdefault(parameter, []).append((start, numel, rank, index, offset))
 
@@ -136,6 +158,11 @@ class FragmentReader:
         """Names of the tensors kept for a parameter, "master" first."""
         _, _, rank, index, _ = self._where[parameter][0]
         return self._tensors[rank, index]
+
+    def scalars(self, parameter: str) -> dict[str, float]:
+        """Numbers that the optimizer keeps for the group in which a parameter was."""
+        _, _, rank, index, _ = self._where[parameter][0]
+        return self._scalars.get(self._groups[rank, index], {})
 
     def kept(self) -> list[str]:
         """Names of the tensors that are kept for every trained parameter, "master" first."""
@@ -173,6 +200,8 @@ class FragmentReader:
     def whole(self, parameter: str, state: str = MASTER) -> torch.Tensor:
         """A trained parameter (or one of its optimizer states) or a momentum target in its own
         shape, float32."""
+        import torch
+
         shape = self.manifest["parameters"][parameter]["shape"]
         out = torch.empty(shape, dtype=torch.float32)
         self.read(parameter, state, 0, out.view(-1))

@@ -20,7 +20,13 @@ import torch.distributed as dist
 
 from pretrain.engine.determinism import be_deterministic
 from pretrain.engine.gpu_surroundings import claim_gpu, keep_float32, set_gpu_defaults
-from pretrain.engine.launch_environment import read_ranks
+from pretrain.engine.launch_environment import (
+    LaunchError,
+    free_port,
+    naming_taken_port,
+    read_ranks,
+)
+from pretrain.engine.rendezvous import store_of_this_start
 
 
 @dataclass(frozen=True)
@@ -92,18 +98,44 @@ def init_distributed(
     if timeout is not None:  # of the groups that DeepSpeed makes, which names none
         constants.default_pg_timeout = constants.default_pg_nccl_timeout = timeout
     if not dist.is_initialized():
-        if on_gpu and world > 1:
-            # Kept while the process group starts, which serves its own from the same port.
-            meeting = dist.rendezvous("env://", rank, world, timeout=constants.default_pg_timeout)
-            store, *_ = next(meeting)
-            claim_gpu(store, rank, str(torch.cuda.get_device_properties(device).uuid))
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False,
-            **({} if timeout is None else {"timeout": timeout}),
-        )
+        try:
+            _meet(rank, world, device, timeout)
+        except LaunchError:
+            if world > 1:
+                raise
+            os.environ["MASTER_PORT"] = str(free_port())  # somebody was faster
+            _meet(rank, world, device, timeout)
     cores = own_cores(world)  # asked for in any case: a collective, and recipes may differ
     torch.set_num_threads(threads_per_rank or cores)
     return Ranks(rank, world, local_rank, local_world, device)
+
+
+def _meet(rank: int, world: int, device: torch.device, timeout: timedelta | None) -> None:
+    """Start the process group.
+
+    Raises:
+        LaunchError: the port where ranks meet is taken; see `claim_gpu` for other errors.
+    """
+    import deepspeed
+
+    on_gpu = device.type == "cuda"
+    timeout = timeout or deepspeed.constants.default_pg_timeout
+    with naming_taken_port(os.environ):
+        backend = "nccl" if on_gpu else "gloo"
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if world > 1 and (on_gpu or of_agent):
+            # Kept while the process group starts, which serves its own from the same port.
+            store, *_ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+            if of_agent:
+                store = store_of_this_start(store, rank, world, timeout.total_seconds())
+            if on_gpu:
+                claim_gpu(store, rank, str(torch.cuda.get_device_properties(device).uuid))
+            if of_agent:
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                        timeout=timeout)
+        deepspeed.init_distributed(
+            backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
+        )
 
 
 def choose_device(rank: int, local_rank: int) -> torch.device:

@@ -13,7 +13,7 @@ from data_pipeline.faults import FaultFile
 from pretrain import build
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.ema import Ema
-from pretrain.engine.metrics_log import METRICS_FILE, MetricsLog, evaluated_tasks
+from pretrain.engine.metrics_log import METRICS_FILE, MetricsLog, evaluated_tasks, shown
 from pretrain.objectives.caption_evaluation import CaptionExample
 from pretrain.recipe import Recipe
 
@@ -98,7 +98,7 @@ class Evaluator:
             self.metrics.log(step, name, values, kind="evaluation")
             self._show(step, name, [e for e in examples if e.image is not None])
             log.info("step %d, %s on %d held-out samples: %s", step, name, values["images"],
-                     ", ".join(f"{k} {v:.4g}" for k, v in sorted(values.items())))
+                     ", ".join(f"{k} {shown(v)}" for k, v in sorted(values.items())))
 
     def _until_stopped(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches, equally many on all ranks, until any rank is asked to stop."""

@@ -4,10 +4,11 @@
 `mpirun` say in words of their own is translated. Without any of them a process is rank 0 of 1.
 """
 
+import contextlib
 import re
 import socket
 import zlib
-from collections.abc import MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Ports where ranks meet if nobody has chosen one: below those that systems hand out by themselves.
@@ -36,6 +37,9 @@ def translate(environment: MutableMapping[str, str]) -> None:
 def read_ranks(environment: MutableMapping[str, str]) -> tuple[int, int, int, int]:
     """Rank, world, local rank and local world; sets what is missing for a process alone.
 
+    A process alone meets nobody, so that it takes a free port whatever its launcher says: that of
+    `deepspeed` is 29500 unless told otherwise.
+
     Raises:
         LaunchError: what the launcher says contradicts itself, or does not suffice.
     """
@@ -43,7 +47,7 @@ def read_ranks(environment: MutableMapping[str, str]) -> tuple[int, int, int, in
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         _set(environment, 0, 1, 0, 1)
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
-        environment["MASTER_PORT"] = str(_free_port())
+        environment["MASTER_PORT"] = str(free_port())
     missing = [name for name in _NAMES if name not in environment]
     if missing:
         raise LaunchError(
@@ -52,6 +56,8 @@ def read_ranks(environment: MutableMapping[str, str]) -> tuple[int, int, int, in
         )
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     local_rank = int(environment["LOCAL_RANK"])
+    if world == 1 and not _agent_listens(environment):
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
     local_world = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world)
     if not (0 <= rank < world and 0 <= local_rank < local_world):
@@ -60,6 +66,31 @@ def read_ranks(environment: MutableMapping[str, str]) -> tuple[int, int, int, in
             f"LOCAL_RANK={local_rank} of {local_world} on this node"
         )
     return rank, world, local_rank, local_world
+
+
+@contextlib.contextmanager
+def naming_taken_port(environment: Mapping[str, str]) -> Iterator[None]:
+    """Within, the ranks meet. Raises LaunchError, with the way out, if their port is taken."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistNetworkError is one
+        if not re.search("EADDRINUSE|address already in use", str(error), re.IGNORECASE):
+            raise
+        port = free_port()
+        slurm_or_mpi = {"SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"} & environment.keys()
+        by_launcher = "LOCAL_SIZE" in environment or "TORCHELASTIC_RUN_ID" in environment
+        way = f"set MASTER_PORT={port} in the environment of all ranks"
+        if by_launcher or not slurm_or_mpi:
+            way = f"start with `--master_port {port}`, or {way} where no launcher sets it"
+        raise LaunchError(
+            f"port {environment['MASTER_PORT']} of {environment['MASTER_ADDR']}, where the ranks "
+            f"are to meet, is taken by another program: {way}"
+        ) from error
+
+
+def _agent_listens(environment: Mapping[str, str]) -> bool:
+    """Whether the ranks meet at a port on which torchrun's agent listens already."""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _translate_srun(environment: MutableMapping[str, str]) -> None:
@@ -121,7 +152,8 @@ def _port_of(job: str) -> str:
     return str(_FIRST_PORT + zlib.crc32(job.encode()) % _PORTS)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -8,7 +8,7 @@ to stop or save, now and then what it is that they run) travels in one all-reduc
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from data_pipeline.rng import keyed_u64
 from pretrain.engine.agreement import LENGTH, Agreement
 from pretrain.engine.control import ControlFolder, StopSignals
+from pretrain.engine.counted import TargetWatch, with_absences
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.ownership import OwnershipLost
 from pretrain.engine.update_size import mean_square_share
@@ -57,10 +58,11 @@ class TrainerState:
 @dataclass
 class StepReport:
     """One task's part of a step as it is logged: `metrics` are global values of the task (its loss
-    without its weight) and of the step, `seconds` this rank's times for the whole step."""
+    without its weight; None where nothing was counted) and of the step, `seconds` this rank's times
+    for the whole step."""
 
     task: str
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     seconds: dict[str, float]
 
 
@@ -82,6 +84,9 @@ class Loop:
         before_step: called with (step, task) before the forward pass of a step of one task.
         after_update: called after each optimizer step that changed the weights, with the number of
             such steps before it.
+        way_back: first of the steps that were skipped in a row -> what to do, as the end of a
+            sentence.
+        meant_empty: tasks of whose missing targets nothing is said.
     """
 
     def __init__(
@@ -98,6 +103,8 @@ class Loop:
         agreement: Agreement | None = None,
         before_step: Callable[[int, str], None] = lambda step, task: None,
         after_update: Callable[[int], None] = lambda update: None,
+        way_back: Callable[[int], str] = lambda step: "lower optimizer.lr",
+        meant_empty: Collection[str] = (),
     ) -> None:
         self.engine = engine
         self.ranks = ranks
@@ -111,6 +118,8 @@ class Loop:
         self.agreement = agreement or Agreement(ranks, every_steps=100)
         self.before_step = before_step
         self.after_update = after_update
+        self.way_back = way_back
+        self.targets = TargetWatch(ranks.leads, meant_empty)
         self._begin_mark = time.perf_counter()
 
     def run(
@@ -158,7 +167,7 @@ class Loop:
 
     def _step(self, window, state: TrainerState, report: bool) -> tuple[list[StepReport], tuple]:
         waited = time.perf_counter()
-        totals, requests = self._agree(window)
+        totals, agreed = self._agree(window)
         # Element-wise draws (dropout) belong to (seed, step, rank): a resume repeats them.
         torch.manual_seed(keyed_u64(self.seed, "dropout", window.step, self.ranks.rank) >> 1)
         rate = self.rate_factor(window.step)
@@ -184,15 +193,20 @@ class Loop:
             state.samples[part.task] = samples
         # Here the host waits until the device has stepped: `seconds` are those of the whole step,
         # and ZeRO-3, whose gathering stream waits for no other, finds weights that are written.
-        stop, save, lost = (bool(flag > 0) for flag in requests.tolist())
-        if lost:
+        stop, save, lost, *sums = agreed.tolist()
+        if lost > 0:
             self._leave_lost_run()
+        requests = stop > 0, save > 0
+        counts = _by_task(totals, sums)
+        for part in window.parts:
+            objective = self.engine.module.objectives[part.task]
+            self.targets.observe(state.step, part.task, objective, counts[part.task])
         now = time.perf_counter()
         seconds = {**window.seconds, "wait": waited - self._begin_mark, "step": now - waited}
         seconds["total"] = now - self._begin_mark
         self._begin_mark = now
         if not report:
-            return [], (stop, save)
+            return [], requests
         if applied and (size := mean_square_share(self.engine, self.ranks.device)) is not None:
             shares[""] = {"update_size": size}
         metrics = self._reduce(shares)
@@ -204,9 +218,15 @@ class Loop:
         if "" in metrics:  # of the step, whatever its tasks
             common["update_rms"] = metrics.pop("")["update_size"] ** 0.5
         return [
-            StepReport(part.task, metrics[part.task] | common | self._sizes(part, weights), seconds)
+            StepReport(
+                part.task,
+                with_absences(
+                    self.engine.module.objectives[part.task], metrics[part.task], counts[part.task]
+                ) | common | self._sizes(part, weights),
+                seconds,
+            )
             for part in window.parts
-        ], (stop, save)
+        ], requests  # fmt: skip
 
     def _weights(self, window) -> Mapping[str, float]:
         if self.loss_weights is None:
@@ -223,7 +243,12 @@ class Loop:
         return sizes if weight == 1.0 else sizes | {"loss_weight": weight}
 
     def _agree(self, window) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
-        """Sum over all ranks: counts of each part, flags (stop, save, lost), the check."""
+        """Sum over all ranks: the counts of each part, flags (stop, save, lost), the check.
+
+        Returns:
+            task -> count -> its sum, 0-dim float32 on the device; and the flags and the same sums
+            in the order of `_by_task`, for the host when it waits for the device anyway.
+        """
         counts: dict[tuple[str, str], int] = {}
         for part in window.parts:
             objective = self.engine.module.objectives[part.task]
@@ -253,7 +278,7 @@ class Loop:
         summed = values[LENGTH + _FLAGS :].float().unbind()
         for (task, name), total in zip(names, summed, strict=False):
             totals[task][name] = total
-        return totals, values[LENGTH : LENGTH + _FLAGS]
+        return totals, values[LENGTH : LENGTH + _FLAGS + len(names)]
 
     def _reduce(
         self, shares: Mapping[str, Mapping[str, torch.Tensor]]
@@ -279,8 +304,8 @@ class Loop:
             raise TrainingFailed(
                 f"{state.skipped_in_a_row} steps in a row up to step {state.step - 1} had a "
                 "non-finite gradient and were skipped (failure.max_skipped_steps = "
-                f"{self.max_skipped_in_a_row}); resume from an earlier checkpoint with a lower "
-                "learning rate, or look at the data of these steps (logs/)"
+                f"{self.max_skipped_in_a_row}); "
+                + self.way_back(state.step - state.skipped_in_a_row)
             )
 
     def _leave_lost_run(self) -> NoReturn:
@@ -295,3 +320,14 @@ class Loop:
         reasons: list = [None] * self.ranks.world
         dist.all_gather_object(reasons, mine)
         return next((reason for reason in reasons if reason), "stop requested")
+
+
+def _by_task(
+    totals: Mapping[str, Mapping[str, torch.Tensor]], sums: list[float]
+) -> dict[str, dict[str, float]]:
+    """Task -> count -> sum, of sums in the order of the sorted (task, count)."""
+    found: dict[str, dict[str, float]] = {task: {} for task in totals}
+    names = sorted((task, name) for task, own in totals.items() for name in own)
+    for (task, name), value in zip(names, sums, strict=True):
+        found[task][name] = value
+    return found

@@ -8,8 +8,10 @@ Steps are counted as completed optimizer steps: the line of step 5 was written a
 resume from step s removes the lines of later steps, so that `metrics.jsonl` is what an
 uninterrupted run would have written (but for times), and tells TensorBoard to hide them too.
 
-JSON has no NaN: a value that is not finite is `null` and stands as text under `non_finite`, as in
-`{"step": 5, ..., "loss": null, "non_finite": {"loss": "nan"}}`. TensorBoard gets the value itself.
+A metric of which a step counted nothing (no labelled image, no text) is `null`: its curve in
+TensorBoard has no point there. JSON has no NaN: a value that is not finite is `null`, too, and
+stands as text under `non_finite`, as in `{"step": 5, ..., "loss": null, "non_finite": {"loss":
+"nan"}}`; TensorBoard gets the value itself.
 """
 
 import json
@@ -113,7 +115,8 @@ class MetricsLog:
         Args:
             step: completed steps.
             task: name of the task that ran.
-            values: name -> number (Python, numpy, or a tensor of one element).
+            values: name -> number (Python, numpy, or a tensor of one element); None where nothing
+                was counted.
             kind: `train` or `evaluation`; groups the curves in TensorBoard.
 
         Raises:
@@ -126,6 +129,9 @@ class MetricsLog:
         line: dict[str, Any] = {"step": step, "task": task, "kind": kind, "time": time.time()}
         non_finite: dict[str, str] = {}
         for name, value in values.items():
+            if value is None:
+                line[name] = None
+                continue
             number = _number(value)
             if not math.isfinite(number):
                 non_finite[name] = str(float(number))
@@ -197,6 +203,11 @@ class MetricsLog:
             )
             self._handlers[0].handle(record)
         self.close()
+
+
+def shown(value: float | None, digits: str = ".4g") -> str:
+    """A metric for people."""
+    return "nothing counted" if value is None else format(value, digits)
 
 
 def drop_later_steps(path: Path, resume_step: int) -> None:

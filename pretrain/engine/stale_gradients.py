@@ -2,8 +2,10 @@
 
 DeepSpeed 0.19.8 keeps the gradient partition of a parameter until that parameter gets a gradient
 again. A parameter that a step does not use (another task's head) is then updated by what an earlier
-step left: under ZeRO-3 always, under any stage with optimizer offload. Losses look plausible, and
-no error is raised. The guard empties those partitions after every optimizer step.
+step left: under ZeRO-3 always, under any stage with optimizer offload. With several micro-steps and
+offload, ZeRO-2 also adds up what the window before has gathered, for a parameter whose first
+gradient comes after the window's first backward pass. Losses look plausible, and no error is
+raised. The guard empties all of it after every optimizer step.
 
 It touches DeepSpeed's internals, so several tasks are trained under the affected modes only with a
 DeepSpeed that the parity matrix has passed on (`VERIFIED`), or where `python -m tools.selfcheck`
@@ -40,6 +42,8 @@ def clear_gradients(engine) -> None:
         partitions = zero.fp32_partitioned_groups_flat if offloaded else ()
     else:
         partitions = zero.single_partition_of_fp32_groups
+    for gathered in getattr(zero, "accumulated_grads_in_cpu", {}).values():
+        gathered.zero_()
     for partition in partitions:
         if partition.grad is not None:
             partition.grad.zero_()

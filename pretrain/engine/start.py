@@ -26,11 +26,13 @@ class RunHangs(RuntimeError):
 
 
 def train_recipe(
-    recipe: Recipe, resume: bool, signals: StopSignals, ownership: Ownership | None
+    recipe: Recipe, resume: bool, signals: StopSignals, ownership: Ownership | None,
+    from_step: int | None = None,
 ) -> int:
     """Run a recipe on this process and its peers; returns the exit code (0, 1 or 3).
 
     ownership: rank 0's claim on the run directory; the others learn of it from rank 0.
+    from_step: the checkpoint of this step is restored, not the newest one.
     """
     # Where every thread stands, if C++ ends this process: NCCL's watchdog does after a time-out.
     faulthandler.enable()
@@ -53,7 +55,7 @@ def train_recipe(
             timeout=limits.of_collectives,
         )
         ownership = prepare_run_dir(recipe, ranks, resume, ownership)
-        Trainer(recipe, ranks, signals, ownership, watchdog).run()
+        Trainer(recipe, ranks, signals, ownership, watchdog, from_step).run()
         ownership.require()
     except Exception as error:
         # Peers wait in a collective for this rank: leave the reason on disk, then leave at once,

@@ -6,8 +6,12 @@ import sys
 import torch
 import torch.distributed as dist
 
+from data_pipeline.timing import STAGES
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.loop import StepReport
+
+# The same on every rank, whatever its share of the batch was: times travel by their place.
+_TIMES = (*STAGES, "wait", "step", "total")
 
 
 class Throughput:
@@ -22,23 +26,22 @@ class Throughput:
         self.ranks = ranks
         self.peak = peak_tflops_per_device
 
-    def describe(self, report: StepReport) -> dict[str, float]:
+    def describe(self, report: StepReport) -> dict[str, float | None]:
         """The report as flat metrics. A collective; every rank gets the same values.
 
         Times are the slowest rank's seconds per step; memory is the largest rank's peak in GiB.
         """
         metrics = dict(report.metrics)
         flops = metrics.pop("flops")
-        names = sorted(report.seconds)
         worst = torch.tensor(
-            [*(report.seconds[name] for name in names), self._peak_memory_gib()],
+            [*(report.seconds.get(name, 0.0) for name in _TIMES), self._peak_memory_gib()],
             dtype=torch.float64, device=self.ranks.device,
         )
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         work = torch.tensor(float(flops), dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(work)
         *times, memory = worst.tolist()
-        metrics |= {f"seconds_{name}": value for name, value in zip(names, times, strict=True)}
+        metrics |= {f"seconds_{name}": value for name, value in zip(_TIMES, times, strict=True)}
         total = metrics["seconds_total"]
         metrics["samples_per_second"] = metrics["samples"] / total
         rate = float(work) / total / self.ranks.world

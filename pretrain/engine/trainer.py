@@ -13,12 +13,14 @@ from data_pipeline.loader import StepLoader, TaskStream
 from data_pipeline.rng import keyed_u64
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import build, recipe_checks
+from pretrain.check_targets import targets_may_miss
 from pretrain.engine.agreement import Agreement
 from pretrain.engine.balance import TaskBalance
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.data_metrics import DataMetrics
 from pretrain.engine.data_record import data_entries
+from pretrain.engine.data_start import look_at_data
 from pretrain.engine.device_peak import choose_peak
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.ds_config import engine_config, offloads_optimizer
@@ -28,7 +30,7 @@ from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.hardware import require_hardware
 from pretrain.engine.loop import Loop, StepReport, TrainerState, TrainingFailed
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
-from pretrain.engine.metrics_log import MetricsLog
+from pretrain.engine.metrics_log import MetricsLog, shown
 from pretrain.engine.momentum import TargetNetworks
 from pretrain.engine.momentum_pairs import declared_targets, require_weights_in_memory
 from pretrain.engine.ownership import Ownership
@@ -40,8 +42,10 @@ from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.throughput import Throughput
 from pretrain.engine.watchdog import Watchdog
 from pretrain.engine.zero import start_engine
+from pretrain.idle_ranks import idle_ranks
 from pretrain.optim.schedule import lr_factor
 from pretrain.recipe import Recipe
+from pretrain.resume_rules import RECIPE, Turn, way_back
 from pretrain.sampler import Schedule, ledger_entries
 
 log = logging.getLogger("omnipretrain.train")
@@ -52,9 +56,10 @@ class Trainer:
 
     def __init__(
         self, recipe: Recipe, ranks: Ranks, signals: StopSignals, ownership: Ownership,
-        watchdog: Watchdog,
+        watchdog: Watchdog, from_step: int | None = None,
     ) -> None:  # fmt: skip
         self.recipe = recipe
+        self.from_step = from_step
         self.ranks = ranks
         self.signals = signals
         self.run_dir = Path(recipe.run_dir)
@@ -78,13 +83,14 @@ class Trainer:
             attachments={
                 f"tokenizer/{path.name}": path
                 for path in sorted((self.run_dir / "tokenizer").glob("*"))
-            } | {"recipe.yaml": self.run_dir / "recipe.yaml"},
+            } | {RECIPE: recipe.to_yaml().encode()},  # not the file, which may be edited
         )
 
     def run(self) -> None:
         """Train to the end of the recipe, or until a stop is asked for."""
         recipe, ranks = self.recipe, self.ranks
-        newest = self.checkpoints.newest()
+        newest = self.checkpoints.newest(self.from_step)
+        self.turn = Turn.plan(recipe, newest)
         self.engine = start_engine(
             lambda: build.build_model(recipe, self.tokenizer), recipe.optimizer, self.config,
             recipe.seed, ranks.device, initial_weights=None if newest else recipe.initial_weights,
@@ -101,6 +107,8 @@ class Trainer:
         if newest is not None:
             with self._during("restore"):
                 self._restore(newest)
+            self.ownership.require()
+            self.turn.take(self.checkpoints, self.state, self.from_step)
         self._settle()
         step = self.state.step
         with (
@@ -139,6 +147,7 @@ class Trainer:
     def _train(self) -> None:
         recipe, state = self.recipe, self.state
         streams = build.build_streams(recipe, self.tokenizer)
+        look_at_data(recipe, self.ranks, streams, self.tokenizer)
         fingerprints = {name: stream.fingerprint for name, stream in streams.items()}
         with_rows = {name: s for name, s in streams.items() if isinstance(s, TaskStream)}
         state.ledger += data_entries(
@@ -169,6 +178,8 @@ class Trainer:
             self.agreement,
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self._after_update,
+            way_back=lambda step: way_back(recipe, step),
+            meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
         )
         stopped, self.loader = None, None
         if not self.evaluator.catch_up(state.step):
@@ -235,7 +246,7 @@ class Trainer:
         metrics |= self.data_metrics.describe(report.task)
         self.log.log(state.step, report.task, metrics)
         self._look_for_a_spike(report.task, metrics["loss"])
-        self.status_line = f"{report.task} loss {metrics['loss']:.4f}"
+        self.status_line = f"{report.task} loss {shown(metrics['loss'], '.4f')}"
 
     def _look_for_a_spike(self, task: str, loss: float | None) -> None:
         said = self.spikes.observe(task, self.state.step, loss) if self.spikes else None
@@ -292,12 +303,13 @@ class Trainer:
         if not self.recipe.loader.quarantine:
             return
         self.quarantine.gather(faults)
-        if self.state.step % planned == 0 and self.state.step < self.recipe.steps:
+        if self.state.step % planned == 0:  # at the last step too: the run may be made longer
             visits = self.schedule.visits(self.state.step)
             samples = {n: v * self.recipe.tasks[n].global_batch for n, v in visits.items()}
             if self.quarantine.revise(samples):
                 self.agreement.common["ledger"] = self._ledger_digest()
-                self.loader.restart()
+                if self.state.step < self.recipe.steps:
+                    self.loader.restart()
         if self.ownership.holds():
             self.quarantine.write_list()
 
@@ -347,7 +359,9 @@ class Trainer:
     def _announce(self, restored: Path | None) -> None:
         for problem in self.checkpoints.passed_over:
             log.warning("checkpoint %s", problem)
-        for warning in recipe_checks.warnings(self.recipe):
+        self.turn.tell()
+        idle = idle_ranks(self.recipe, self.ranks.world)
+        for warning in [*recipe_checks.warnings(self.recipe), *idle]:
             log.warning("%s", warning)
         parameters = list(self.engine.module.parameters())
         count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)

@@ -10,13 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pretrain.engine.backward import run_backward
 from pretrain.engine.cached_features import accumulate_coupled, must_couple
 from pretrain.engine.host_memory import return_freed_memory
 from pretrain.engine.partitions import clear_padding, gathered
 from pretrain.engine.stale_gradients import clear_gradients
+from pretrain.models.frozen import freeze, kept_at_random
 from pretrain.models.init import initialise, load_weights
 from pretrain.optim.groups import OptimizerSettings, parameter_groups
 from pretrain.optim.mt_adamw import MTAdamW
+
+log = logging.getLogger(__name__)
 
 
 def start_engine(
@@ -55,8 +59,10 @@ def start_engine(
         model.to(device)
     writable = partial(gathered, writable=True)
     initialise(model, seed, gather=writable)
-    if initial_weights:
-        load_weights(model, initial_weights, gather=writable)
+    drawn = load_weights(model, initial_weights, gather=writable) if initial_weights else []
+    random = sorted(set(freeze(model, optimizer.frozen)) & set(drawn))
+    if random:
+        log.warning("%s", kept_at_random(random))
     groups = parameter_groups(model, optimizer)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(groups, optimizer), config=config
@@ -159,6 +165,8 @@ def accumulate_shares(
 
     Arguments and result as in `cached_features.accumulate_coupled`.
     """
+    # The engine is handed copies of mappings: ZeRO-3 puts other tensors into the dicts that a
+    # module is given, and what is read from them afterwards would have no gradient.
     world = dist.get_world_size()
     passes = getattr(engine.module.objectives[task], "passes", lambda batch: 1)
     sums: dict[str, torch.Tensor] = {}
@@ -169,9 +177,9 @@ def accumulate_shares(
             ends = ends_step and index == last and number == count - 1
             engine.set_gradient_accumulation_boundary(ends)
             options = {"number": number, "carried": carried} if count > 1 else {}
-            shares = dict(engine(task, batch, totals, **options))
+            shares = dict(engine(task, dict(batch), dict(totals), **options))
             carried = shares.pop("carried", None)
-            engine.backward(shares["loss"] * (world * weight), scale_wrt_gas=False)
+            run_backward(engine, shares["loss"] * (world * weight), task, number)
             for name, value in shares.items():
                 value = value.detach()
                 sums[name] = sums[name] + value if name in sums else value

@@ -286,8 +286,8 @@ def _to_m3i(
     if mask_token is None or "head.weight" not in official:
         raise ValueError(
             f"the raw layout of M3I wants mask token and classifier, which task {task!r} has not: "
-            "name an m3i task that learns classes (--task), or take --format official, which needs "
-            "none"
+            "name an m3i task that learns classes (--task), or one that learns none and --classes "
+            "N, which writes zeros, or take --format official, which needs none"
         )
     found = {"mask_token": mask_token}
     names = {new: old for old, new in _M3I_NAMES.items()}

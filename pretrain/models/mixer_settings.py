@@ -1,14 +1,16 @@
 """What mixes positions in a layer of InternImage: settings of DCNv3 and of what it is held against.
 """
 
-from typing import Annotated, Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
-from torch import nn
 
 from data_pipeline.settings import Settings
-from pretrain.models.dcnv3 import DCNv3
-from pretrain.models.mixers import DepthwiseConv, ReducedAttention, WindowAttention
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ByStage = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=4, max_length=4)]
 """A number for each of the four stages."""
@@ -42,13 +44,15 @@ class DCNv3Settings(Settings):
     """Leave the middle point of the grid out."""
 
     @model_validator(mode="after")
-    def _check(self) -> "DCNv3Settings":
+    def _check(self) -> DCNv3Settings:
         if self.remove_center and self.kernel_size == 1:
             raise ValueError("remove_center takes the only point of kernel_size 1 away")
         return self
 
     def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:
         """The mixer of a layer; `stage` and `layer` count from 0."""
+        from pretrain.models.dcnv3 import DCNv3
+
         return DCNv3(channels, groups, **self.model_dump(exclude={"type"}))
 
 
@@ -64,6 +68,8 @@ class HaloSettings(Settings):
 
     def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:
         """The mixer of a layer, with a head for each group."""
+        from pretrain.models.mixers import WindowAttention
+
         return WindowAttention(
             channels, groups, self.window, halo=self.halo, query_positions=True
         )
@@ -79,6 +85,8 @@ class ShiftedWindowSettings(Settings):
 
     def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:
         """The mixer of a layer, with a head for each group."""
+        from pretrain.models.mixers import WindowAttention
+
         return WindowAttention(channels, groups, self.window, shift=layer % 2 * (self.window // 2))
 
 
@@ -93,6 +101,8 @@ class ReducedAttentionSettings(Settings):
 
     def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:
         """The mixer of a layer, with a head for each group."""
+        from pretrain.models.mixers import ReducedAttention
+
         return ReducedAttention(channels, groups, self.reductions[stage])
 
 
@@ -106,6 +116,8 @@ class DepthwiseConvSettings(Settings):
 
     def build(self, channels: int, groups: int, stage: int, layer: int) -> nn.Module:
         """The mixer of a layer; it has no groups."""
+        from pretrain.models.mixers import DepthwiseConv
+
         return DepthwiseConv(channels, self.kernel_size)
 
 

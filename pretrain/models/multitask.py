@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pretrain.models.frozen import rest_frozen
 from pretrain.models.sample_draws import SampleDraws
 
 
@@ -30,6 +31,12 @@ class MultiTaskModel(nn.Module):
         self.seed = seed
         self.encoders = nn.ModuleDict(encoders)
         self.objectives = nn.ModuleDict(objectives)
+
+    def train(self, mode: bool = True) -> "MultiTaskModel":
+        """As torch's, but what `optimizer.frozen` keeps as it is stays in evaluation mode."""
+        super().train(mode)
+        rest_frozen(self)
+        return self
 
     def forward(
         self, task: str, batch: Mapping, totals: Mapping[str, torch.Tensor], **options: Any

@@ -5,74 +5,20 @@ Any image encoder of the project offers what this one does: `forward(images) -> 
 `.flops(height, width)`. With `layer_names()` it can have a learning rate that falls with the depth.
 """
 
-from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data_pipeline.settings import Settings
 from pretrain.models.sample_draws import SampleDraws
-
-Activation = Literal["quick_gelu", "gelu"]
+from pretrain.models.vit_settings import (  # noqa: F401
+    Activation,
+    VitSettings,
+)
 
 # `1.702 * x` is the slope that lets a logistic curve stand in for the normal distribution in GELU.
 _QUICK_GELU_SLOPE = 1.702
-
-
-class VitSettings(Settings):
-    """Shape of a vision transformer; the defaults are CLIP's ViT-B/16."""
-
-    reads: ClassVar[str] = "images"
-    any_sides: ClassVar[bool] = True  # what is beyond the last whole patch is left out
-    type: Literal["vit"] = "vit"
-    """Selects this encoder among the kinds that a recipe may name."""
-    image_size: int = Field(224, gt=0)
-    """Side in pixels that the position table is made for. Images of other sizes are welcome."""
-    patch_size: int = Field(16, gt=0)
-    """Side of a patch in pixels."""
-    width: int = Field(768, gt=0)
-    """Channels of a token."""
-    layers: int = Field(12, gt=0)
-    """Number of transformer blocks."""
-    heads: int = Field(12, gt=0)
-    """Attention heads; must divide `width`."""
-    mlp_ratio: float = Field(4.0, gt=0)
-    """Hidden channels of the MLP, as a multiple of `width`."""
-    activation: Activation = "quick_gelu"
-    """Non-linearity of the MLP; `quick_gelu` is what CLIP and GIT weights were trained with."""
-    position_std: float | None = Field(None, gt=0)
-    """Standard deviation of the first position embeddings; null = `width` ** -0.5 as in CLIP.
-    Beside patches of natural contrast that is faint: runs of a few hundred steps learn *where*
-    things are sooner with about 0.5."""
-    gradient_checkpointing: bool = False
-    """Recompute the blocks in the backward pass: about a third more time for far less memory."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "VitSettings":
-        if self.width % self.heads:
-            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"patch_size ({self.patch_size}) must divide image_size ({self.image_size})"
-            )
-        return self
-
-    @property
-    def size_multiple(self) -> int:
-        """Sides of images are multiples of this, so that nothing is left out."""
-        return self.patch_size
-
-    @property
-    def pools(self) -> tuple[str, ...]:
-        """The ways to one vector per image."""
-        return ("mean", "class_token")
-
-    def build(self) -> "VisionTransformer":
-        """The encoder these settings describe, on torch's default device."""
-        return VisionTransformer(**self.model_dump(exclude={"type"}))
 
 
 class VisionTransformer(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.objectives.caption_metrics import caption_scores
-from pretrain.objectives.evaluation_mode import Gather
+from pretrain.objectives.evaluation_mode import Gather, mean
 
 
 class Vocabulary(Protocol):
@@ -42,7 +42,7 @@ def evaluate_captions(
     vocabulary: Vocabulary,
     reduce: Gather = lambda value: [value],
     keep_images: int = 16,
-) -> tuple[dict[str, float], list[CaptionExample]]:
+) -> tuple[dict[str, float | None], list[CaptionExample]]:
     """Run `judge` over all batches and put the ranks' results together.
 
     judge: batch -> (sums over its supervised tokens, generated ids from BOS on for each row).
@@ -50,7 +50,8 @@ def evaluate_captions(
         are images, loss_mask, valid, row, key, and captions (a list of references per image).
     reduce: one JSON-like value per rank -> the values of all ranks in rank order, on every rank.
 
-    Returns the metrics of the whole set (the sums divided by the number of supervised tokens;
+    Returns the metrics of the whole set (the sums divided by the number of supervised tokens, None
+    without any;
     `images`; and, where there are references, the scores of `caption_scores`) and one example per
     image in row order. Both are the same on every rank, but for the images kept.
     """
@@ -70,9 +71,9 @@ def evaluate_captions(
             if len(kept) < keep_images:
                 kept[row] = _picture(batch["images"][i])
     parts = reduce({"sums": sums, "tokens": tokens, "records": records})
-    total = max(1, sum(part["tokens"] for part in parts))
-    metrics = {
-        name: sum(part["sums"].get(name, 0.0) for part in parts) / total
+    total = sum(part["tokens"] for part in parts)
+    metrics: dict[str, float | None] = {
+        name: mean(sum(part["sums"].get(name, 0.0) for part in parts), total)
         for name in dict.fromkeys(name for part in parts for name in part["sums"])
     }
     merged = sorted((r for part in parts for r in part["records"]), key=lambda r: r["row"])

@@ -2,76 +2,25 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from data_pipeline.settings import Settings
 from pretrain.models.generation import alone, generate_greedy
-from pretrain.models.git import GitDecoder, GitDecoderSettings
+from pretrain.models.git import GitDecoder
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.caption_evaluation import (
     CaptionExample,
     Vocabulary,
     evaluate_captions,
 )
+from pretrain.objectives.captioning_settings import (  # noqa: F401
+    CaptioningSettings,
+)
 from pretrain.objectives.evaluation_mode import Gather, evaluating
-from pretrain.objectives.image_tokens import encode_images, find_encoder
+from pretrain.objectives.image_tokens import encode_images
 from pretrain.objectives.token_loss import smoothed_cross_entropy
-
-
-class CaptioningSettings(Settings):
-    """Captioning with a GIT decoder on the tokens of one of the run's encoders."""
-
-    data_type: ClassVar[str] = "captions"
-    encoder_fields: ClassVar[dict[str, str]] = {"encoder": "images"}
-    type: Literal["captioning"] = "captioning"
-    """Selects this objective among the kinds that a recipe may name."""
-    encoder: str = "image"
-    """Name of the encoder in `model.encoders` whose tokens the decoder reads."""
-    decoder: GitDecoderSettings = GitDecoderSettings()
-    """The text decoder, which belongs to this task."""
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    """Share of the target spread over the words that are not the label."""
-    max_new_tokens: int = Field(40, gt=0)
-    """Longest caption that generation writes, in tokens, EOS counted."""
-
-    def build(
-        self,
-        encoders: Mapping[str, nn.Module],
-        vocabulary: Vocabulary,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-    ) -> "Captioning":
-        """The objective for these encoders, a tokenizer and the pixel statistics of the data.
-
-        Raises:
-            ValueError: `encoder` names none of the encoders, or captions cannot be that long.
-        """
-        encoder = find_encoder(encoders, self.encoder)
-        if self.max_new_tokens > self.decoder.max_positions:
-            raise ValueError(
-                f"max_new_tokens ({self.max_new_tokens}) exceeds decoder.max_positions "
-                f"({self.decoder.max_positions})"
-            )
-        return Captioning(
-            self.decoder.build(vocabulary.vocab_size, encoder.width),
-            encoder=self.encoder,
-            encoder_cost=lambda height, width: (
-                encoder.tokens(height, width),
-                encoder.flops(height, width),
-            ),
-            visual_width=encoder.width,
-            bos_id=vocabulary.bos_id,
-            eos_id=vocabulary.eos_id,
-            pad_id=vocabulary.pad_id,
-            image_mean=image_mean,
-            image_std=image_std,
-            label_smoothing=self.label_smoothing,
-            max_new_tokens=self.max_new_tokens,
-        )
 
 
 class Captioning(nn.Module):
@@ -80,10 +29,14 @@ class Captioning(nn.Module):
     Args:
         decoder: the text decoder; its parameters are the ones this objective owns.
         encoder: name of the encoder that `forward` picks from those it is given.
-        encoder_cost: (height, width) -> (tokens, FLOPs of a forward pass) for one image.
+        encoder_cost: (height, width) -> (tokens; FLOPs, forward and backward) for one image.
         visual_width: channels of the encoder's tokens.
         image_mean, image_std: per channel, in units of the full range.
     """
+
+    counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
+        name: ("tokens",) for name in ("loss", "cross_entropy", "token_accuracy")
+    }
 
     def __init__(
         self,
@@ -185,7 +138,7 @@ class Captioning(nn.Module):
         _, captions, length = batch["tokens"].shape
         scored = counts["tokens"] / images
         decoder_flops = self.decoder.flops(tokens, self.visual_width, captions, length - 1, scored)
-        return 3 * images * (encoder_flops + decoder_flops)
+        return images * (encoder_flops + 3 * decoder_flops)
 
     def generate(
         self,

@@ -1,94 +1,27 @@
 """Classification: a linear layer on one vector per image."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from data_pipeline.labels import NO_LABEL, smaller_view_name
-from data_pipeline.settings import Settings
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
-from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
+from pretrain.objectives.classification_settings import (  # noqa: F401
+    ClassificationSettings,
+)
+from pretrain.objectives.evaluation_mode import Gather, alone, evaluating, mean
 from pretrain.objectives.image_tokens import (
     Pool,
-    find_encoder,
     image_vectors,
-    vector_flops,
-    vector_width,
 )
 from pretrain.objectives.label_loss import label_losses, mixed_label_loss, of_larger_part
 from pretrain.objectives.mixing import mix_pairs
 from pretrain.objectives.resolutions import resized, scale_consistency, scaled_shapes
 
 _TOP = 5
-
-
-class ClassificationSettings(Settings):
-    """Classification of images; the number of classes comes from the task's data."""
-
-    data_type: ClassVar[str] = "labels"
-    encoder_fields: ClassVar[dict[str, str]] = {"encoder": "images"}
-    type: Literal["classification"] = "classification"
-    """Selects this objective among the kinds that a recipe may name."""
-    encoder: str = "image"
-    """Name of the encoder in `model.encoders` whose tokens the head reads."""
-    pool: Pool = "mean"
-    """What the linear layer sees of an image: the mean of its tokens, the first one
-    (`class_token`), or the vector that the encoder's own `head` makes."""
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    """Share of the target spread evenly over all classes."""
-    head_std: float = Field(0.02, ge=0)
-    """Standard deviation of the linear layer's first weights, where `initial_weights` has none of
-    it. A small one (2e-5) lets a pretrained encoder begin without large gradients from new
-    classes."""
-    smaller_sizes: tuple[int, ...] = ()
-    """Further sizes of each image in the same step, in pixels of the shorter side, descending and
-    below `image.size`: the loss is the mean over all sizes (ResFormer; its own: 160 and 128 beside
-    224). They are resized from the augmented image; `smaller_views` of the data, in place of this,
-    are augmented each on its own. Evaluation sees the full size."""
-    scale_consistency: float = Field(1.0, ge=0)
-    """Weight of the loss that pulls the vector of each smaller size to that of the next larger."""
-
-    @field_validator("smaller_sizes")
-    @classmethod
-    def _descending(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        if list(sizes) != sorted(set(sizes), reverse=True) or min(sizes, default=1) < 1:
-            raise ValueError(f"must descend, like [160, 128], not {list(sizes)}")
-        return sizes
-
-    def build(
-        self,
-        encoders: Mapping[str, nn.Module],
-        vocabulary: Any,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-        classes: int,
-        smaller_views: Sequence[int] = (),
-    ) -> "Classification":
-        """The objective for these encoders and the pixel statistics, classes and further views of
-        the data.
-
-        `vocabulary` is for objectives with text. Raises ValueError: no encoder of that name, one
-        that cannot pool that way, or smaller sizes in two ways.
-        """
-        encoder = find_encoder(encoders, self.encoder)
-        return Classification(
-            classes,
-            encoder=self.encoder,
-            encoder_width=vector_width(encoder, self.pool),
-            encoder_flops=vector_flops(encoder, self.pool),
-            image_mean=image_mean,
-            image_std=image_std,
-            pool=self.pool,
-            label_smoothing=self.label_smoothing,
-            head_std=self.head_std,
-            smaller_sizes=self.smaller_sizes,
-            smaller_views=smaller_views,
-            consistency=self.scale_consistency,
-        )
 
 
 class Classification(nn.Module):
@@ -98,7 +31,7 @@ class Classification(nn.Module):
         classes: number of classes.
         encoder: name of the encoder that `forward` picks from those it is given.
         encoder_width: channels of what the encoder hands over.
-        encoder_flops: (height, width) -> FLOPs of a forward pass for one image.
+        encoder_flops: (height, width) -> FLOPs, forward and backward, for one image.
         image_mean, image_std: per channel, in units of the full range.
         pool, label_smoothing, head_std, smaller_sizes, consistency: as in `ClassificationSettings`.
         smaller_views: sizes of the further views that batches bring, in place of `smaller_sizes`.
@@ -106,6 +39,11 @@ class Classification(nn.Module):
     Sizes are passes: each has a forward and a backward pass of its own, so that a step takes the
     memory of the largest. Only vectors of the next larger size go on to a smaller one.
     """
+
+    counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
+        **{name: ("labels",) for name in ("loss", "cross_entropy", "top1", "top5")},
+        "labelled": ("images",),
+    }
 
     def __init__(
         self,
@@ -235,7 +173,7 @@ class Classification(nn.Module):
         """Model FLOPs, forward and backward, that this micro-batch asks for; padding is free."""
         images = int(batch["valid"].sum())
         head = 2 * self.head.in_features * self.head.out_features
-        return 3 * images * sum(self.encoder_flops(*s) + head for s in self._shapes(batch))
+        return images * sum(self.encoder_flops(*s) + 3 * head for s in self._shapes(batch))
 
     def evaluate(
         self,
@@ -245,11 +183,12 @@ class Classification(nn.Module):
         device: torch.device,
         reduce: Gather = alone,
         **_: Any,
-    ) -> tuple[dict[str, float], list]:
+    ) -> tuple[dict[str, float | None], list]:
         """Classify every image of `loader`, which has equally many batches on every rank.
 
         Returns loss, cross_entropy, top1 and top5 over the labelled images of all ranks, images
-        and labelled (as in `forward`), the same on every rank; and no examples.
+        and labelled (as in `forward`), the same on every rank, None where nothing was counted; and
+        no examples.
         """
         names = ("loss", "cross_entropy", "top1", "top5")
         sums = torch.zeros(len(names), dtype=torch.float64)
@@ -267,10 +206,10 @@ class Classification(nn.Module):
         labels = sum(part["labels"] for part in parts)
         images = sum(part["images"] for part in parts)
         metrics = {
-            name: sum(part["sums"][place] for part in parts) / max(1, labels)
+            name: mean(sum(part["sums"][place] for part in parts), labels)
             for place, name in enumerate(names)
         }
-        return metrics | {"images": float(images), "labelled": labels / max(1, images)}, []
+        return metrics | {"images": float(images), "labelled": mean(labels, images)}, []
 
     def _shapes(self, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
         """(height, width) of the images of each pass."""

@@ -6,90 +6,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from data_pipeline.settings import Settings
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
-from pretrain.objectives.contrastive_loss import caption_ids, contrastive_sums
+from pretrain.objectives.contrastive_loss import caption_ids, contrastive_sums, match_classes
+from pretrain.objectives.contrastive_settings import (  # noqa: F401
+    ContrastiveSettings,
+    check_temperature,
+)
 from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
 from pretrain.objectives.image_tokens import (
     Pool,
-    find_encoder,
     image_vectors,
-    vector_flops,
-    vector_width,
 )
 from pretrain.objectives.retrieval import gathered_recalls
-
-
-class ContrastiveSettings(Settings):
-    """Contrast of images and captions over the global batch."""
-
-    data_type: ClassVar[str] = "captions"
-    encoder_fields: ClassVar[dict[str, str]] = {"encoder": "images", "text_encoder": "text"}
-    type: Literal["contrastive"] = "contrastive"
-    """Selects this objective among the kinds that a recipe may name."""
-    encoder: str = "image"
-    """Name of the encoder in `model.encoders` that reads the images."""
-    text_encoder: str = "text"
-    """Name of the encoder in `model.encoders` (of type `text`) that reads the captions."""
-    pool: Pool = "mean"
-    """What stands for an image: the mean of its tokens, the first one (`class_token`), or the
-    vector that the encoder's own `head` makes."""
-    width: int = Field(512, gt=0)
-    """Channels of the space that both sides are projected to."""
-    temperature: float = Field(0.07, gt=0)
-    """First value of the learned temperature, which divides the similarities."""
-    max_scale: float = Field(100.0, gt=1)
-    """The inverse of the temperature is held at or below this."""
-    identical_captions_match: bool = True
-    """Equal captions in a batch are matches of each other's images (the target is spread over
-    them), and in retrieval too; otherwise they count as wrong, as in CLIP."""
-    evaluation_references: int = Field(5, ge=1)
-    """Captions of each held-out image that retrieval uses, at most."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "ContrastiveSettings":
-        check_temperature(self.temperature, self.max_scale)
-        return self
-
-    def build(
-        self,
-        encoders: Mapping[str, nn.Module],
-        vocabulary: Any,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-    ) -> "Contrastive":
-        """The objective for these encoders and the pixel statistics of the data.
-
-        Raises ValueError: no encoder of that name, or one that cannot pool that way.
-        """
-        image = find_encoder(encoders, self.encoder)
-        text = find_encoder(encoders, self.text_encoder)
-        return Contrastive(
-            self.width,
-            encoder=self.encoder,
-            text_encoder=self.text_encoder,
-            encoder_widths=(vector_width(image, self.pool), text.width),
-            encoder_flops=(vector_flops(image, self.pool), text.flops),
-            image_mean=image_mean,
-            image_std=image_std,
-            pool=self.pool,
-            temperature=self.temperature,
-            max_scale=self.max_scale,
-            identical_captions_match=self.identical_captions_match,
-        )
-
-
-def check_temperature(temperature: float, max_scale: float) -> None:
-    """Raise ValueError for a first value at which a `Temperature` would not be learned."""
-    if 1 / temperature > max_scale:
-        raise ValueError(
-            f"temperature ({temperature}) is below 1 / max_scale ({1 / max_scale:g}),"
-            " where it would not be learned: raise one of them"
-        )
 
 
 class Temperature(nn.Module):
@@ -117,14 +48,18 @@ class Contrastive(nn.Module):
         width: channels of the common space.
         encoder, text_encoder: names of the encoders that `forward` picks from those it is given.
         encoder_widths: channels of the image encoder's vector and of the text feature.
-        encoder_flops: FLOPs of a forward pass, (height, width) -> of an image, and length -> of a
+        encoder_flops: FLOPs, forward and backward: (height, width) -> of an image, length -> of a
             text.
         image_mean, image_std: per channel, in units of the full range.
-        pool, temperature, max_scale, identical_captions_match: as in `ContrastiveSettings`.
+        pool, temperature, max_scale, identical_captions_match, labels_match: as in
+            `ContrastiveSettings`.
     """
 
     couples_samples = True
     shared_features = ("scale",)
+    counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
+        name: ("pairs",) for name in ("loss", "image_to_text", "text_to_image", "temperature")
+    }
 
     def __init__(
         self,
@@ -140,6 +75,7 @@ class Contrastive(nn.Module):
         temperature: float = 0.07,
         max_scale: float = 100.0,
         identical_captions_match: bool = True,
+        labels_match: Literal["prompts", "never"] | None = None,
     ) -> None:
         super().__init__()
         self.image_projection = _projection(encoder_widths[0], width)
@@ -152,6 +88,7 @@ class Contrastive(nn.Module):
         self.image_std = tuple(image_std)
         self.pool: Pool = pool
         self.identical_captions_match = identical_captions_match
+        self.labels_match = labels_match or ("prompts" if identical_captions_match else "never")
 
     def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Pairs of a micro-batch; their global sum is `totals`."""
@@ -167,7 +104,8 @@ class Contrastive(nn.Module):
         """Features of a micro-batch, or the loss where it is all that this rank has of the batch.
 
         batch: images (B, 3, H, W) uint8; tokens (B, 1, T) int64; loss_mask (B, 1, T) bool, True at
-            words and EOS; valid (B,) bool; draws of the images, if the encoder needs some.
+            words and EOS; prompt_class (B,) int64 as in `match_classes`; valid (B,) bool; draws of
+            the images, if the encoder needs some.
         totals: as in `coupled_loss`.
 
         Returns what `coupled_loss` returns, or with part "features" what it reads.
@@ -177,6 +115,7 @@ class Contrastive(nn.Module):
             "image": self.image_features(encoders, batch["images"], batch.get("draws")),
             "text": self.text_features(encoders, tokens),
             "caption_id": caption_ids(tokens, mask),
+            "match_class": match_classes(batch, self.labels_match),
             "valid": batch["valid"],
             "scale": self.temperature(),
         }
@@ -189,7 +128,7 @@ class Contrastive(nn.Module):
         read, so it may run outside of the engine.
 
         features: of all samples that this rank has of the global batch: image, text (n, width)
-            float32; caption_id (n,) int64; valid (n,) bool; scale (1,) float32.
+            float32; caption_id, match_class (n,) int64; valid (n,) bool; scale (1,) float32.
         totals: "pairs" of the global batch.
 
         Returns 0-dim float32 tensors; summed over ranks each is the mean over the pairs of the
@@ -231,8 +170,8 @@ class Contrastive(nn.Module):
         each = of_image(*batch["images"].shape[-2:]) + of_text(batch["tokens"].shape[-1])
         # Not numel(): under ZeRO-3 a weight is empty outside of forward.
         for layer in (self.image_projection, self.text_projection):
-            each += 2 * layer.in_features * layer.out_features
-        return 3 * int(batch["valid"].sum()) * each
+            each += 3 * 2 * layer.in_features * layer.out_features
+        return int(batch["valid"].sum()) * each
 
     def evaluate(
         self,

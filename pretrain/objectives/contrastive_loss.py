@@ -1,16 +1,20 @@
 """Symmetric softmax over the pairs of a batch that is spread over all ranks."""
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_pipeline.labels import NO_LABEL
 from pretrain.objectives.gather import gather_rows
+from pretrain.objectives.labels_match import (
+    LabelsMatch,
+)
 
 # An odd number: its powers modulo 2**64 never vanish.
 _HASH_BASE = 0x9E3779B97F4A7C15
-
 
 def contrastive_sums(
     image: Tensor,
@@ -19,7 +23,7 @@ def contrastive_sums(
     caption_id: Tensor,
     valid: Tensor,
     identical_match: bool,
-    labels: Tensor | None = None,
+    match_class: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and hits of this rank's pairs among the pairs of all ranks. A collective.
 
@@ -31,21 +35,23 @@ def contrastive_sums(
     caption_id: (n,) int64, equal for identical captions.
     valid: (n,) bool; other rows neither count nor stand against any pair.
     identical_match: an image matches every text with its caption, and not only its own.
-    labels: (n,) int64, NO_LABEL where there is none: an image also matches every text of its class
-        (UniCL, arXiv 2204.03610).
+    match_class: (n,) int64, NO_LABEL where there is none, see `match_classes`: an image also
+        matches every text of its class (UniCL, arXiv 2204.03610).
 
     Returns three 0-dim float32 tensors, sums over this rank's valid pairs: loss (with gradient),
     images whose best text matches, texts whose best image matches.
     """
     all_image, all_text = gather_rows(torch.cat([image, text], dim=1)).chunk(2, dim=1)
-    labels = torch.full_like(caption_id, NO_LABEL) if labels is None else labels
-    rows = gather_rows(_labels(caption_id, valid, labels))
-    all_ids, all_valid, all_places, all_labels = rows.unbind(dim=1)
+    if match_class is None:
+        match_class = torch.full_like(caption_id, NO_LABEL)
+    rows = gather_rows(_labels(caption_id, valid, match_class))
+    all_ids, all_valid, all_places, all_classes = rows.unbind(dim=1)
     if identical_match:
         matches = caption_id[:, None] == all_ids
     else:
         matches = _places(len(image), image.device)[:, None] == all_places
-    matches = matches | ((labels[:, None] == all_labels) & (labels != NO_LABEL)[:, None])
+    of_class = match_class[:, None] == all_classes
+    matches = matches | (of_class & (match_class != NO_LABEL)[:, None])
     usable = all_valid.bool()
     matches = matches & usable
     targets = matches.float() / matches.sum(dim=1, keepdim=True).clamp(min=1)
@@ -69,10 +75,25 @@ def _row_sums(
     return (losses * valid).sum(), (hits & valid).sum().float()
 
 
-def _labels(caption_id: Tensor, valid: Tensor, labels: Tensor) -> Tensor:
+def match_classes(batch: Mapping[str, Any], labels_match: LabelsMatch) -> Tensor:
+    """The class by which each row matches others, (B,) int64, NO_LABEL where none does.
+
+    batch: prompt_class (B,) int64, equal where texts were made from the name of the same class,
+        NO_LABEL where a text was not made from one; for "always" labels (B,) int64.
+
+    Captions of their own are told apart also within a class: else the loss would say that what a
+    caption adds to the class does not matter.
+    """
+    if labels_match == "always":
+        return batch["labels"]
+    prompts = batch["prompt_class"]
+    return prompts if labels_match == "prompts" else torch.full_like(prompts, NO_LABEL)
+
+
+def _labels(caption_id: Tensor, valid: Tensor, match_class: Tensor) -> Tensor:
     """What others must know of each row beside its features: (n, 4) int64."""
     places = _places(len(valid), valid.device)
-    return torch.stack([caption_id, valid.long(), places, labels], dim=1)
+    return torch.stack([caption_id, valid.long(), places, match_class], dim=1)
 
 
 def _places(rows: int, device: torch.device) -> Tensor:

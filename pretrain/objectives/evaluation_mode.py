@@ -15,6 +15,11 @@ def alone(value: Any) -> list[Any]:
     return [value]
 
 
+def mean(total: float, count: float) -> float | None:
+    """A mean of an evaluation; None if nothing was counted, which is no 0."""
+    return total / count if count else None
+
+
 @contextlib.contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Put modules into eval mode, and those that were training back afterwards."""

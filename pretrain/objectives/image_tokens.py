@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
 
 from torch import Tensor, nn
 
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
-
-Pool = Literal["mean", "class_token", "head"]
+from pretrain.objectives.pool import (
+    Pool,
+)
 
 
 def find_encoder(encoders: Mapping[str, nn.Module], name: str) -> nn.Module:

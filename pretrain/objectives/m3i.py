@@ -1,17 +1,22 @@
 """M3I pretraining (arXiv 2211.09807): settings; what they build is in `m3i_module`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import nn
 
 from data_pipeline.settings import Settings
-from pretrain.objectives.contrastive import check_temperature
-from pretrain.objectives.image_tokens import find_encoder
-from pretrain.objectives.loss_balance import BalanceSettings
-from pretrain.objectives.m3i_decoder import DecoderSettings
-from pretrain.objectives.m3i_module import M3I
+from pretrain.objectives.contrastive_settings import check_temperature
+from pretrain.objectives.labels_match import LabelsMatch
+from pretrain.objectives.loss_balance_settings import BalanceSettings
+from pretrain.objectives.m3i_decoder_settings import DecoderSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pretrain.objectives.m3i_module import M3I
 
 
 class LossWeights(Settings):
@@ -27,7 +32,7 @@ class LossWeights(Settings):
     """Of the softmax over classes."""
 
     @model_validator(mode="after")
-    def _check(self) -> "LossWeights":
+    def _check(self) -> LossWeights:
         if not self.intra and not self.inter:
             raise ValueError(
                 "intra and inter are both 0, so that the dense targets teach nothing: use the "
@@ -78,13 +83,18 @@ class M3ISettings(Settings):
     """First value of the learned temperature of the text loss."""
     max_scale: float = Field(100.0, gt=1)
     """The inverse of the temperature is held at or below this."""
+    labels_match: LabelsMatch = "prompts"
+    """Between which texts a class makes a match, so that an image may find any text of its class
+    (UniCL): `prompts`, those that were made from class names (a source with `class_names`) of the
+    same name; `always`, all whose images have the same label, so that what a caption says beyond
+    the class is not learned; `never`. Equal texts match in any case."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of a class target that is spread evenly over all classes."""
     evaluation_references: int = Field(5, ge=1)
     """Texts of each held-out image that retrieval uses, at most."""
 
     @model_validator(mode="after")
-    def _check(self) -> "M3ISettings":
+    def _check(self) -> M3ISettings:
         check_temperature(self.temperature, self.max_scale)
         return self
 
@@ -96,20 +106,24 @@ class M3ISettings(Settings):
         image_std: Sequence[float],
         classes: int | None,
         new_encoder: Callable[[str], nn.Module],
-    ) -> "M3I":
+    ) -> M3I:
         """The objective for these encoders and the pixel statistics and classes of the data.
 
         new_encoder: name -> another module like the encoder of that name, without drop path.
 
         Raises ValueError: no encoder of that name, or one without dense features.
         """
+        from pretrain.models.frozen import training_flops
+        from pretrain.objectives.image_tokens import find_encoder
+        from pretrain.objectives.m3i_module import M3I
+
         text = None if self.text_encoder is None else find_encoder(encoders, self.text_encoder)
         return M3I(
             settings=self,
             encoder=find_encoder(encoders, self.encoder),
             target_encoder=new_encoder(self.encoder),
             text_width=None if text is None else text.width,
-            text_flops=None if text is None else text.flops,
+            text_flops=None if text is None else training_flops(text, text.flops),
             classes=classes,
             image_mean=image_mean,
             image_std=image_std,

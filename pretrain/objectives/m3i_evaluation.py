@@ -11,15 +11,12 @@ from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.collapse import warn_of_collapse
 from pretrain.objectives.contrastive_loss import caption_ids
 from pretrain.objectives.decorrelation import Moments, effective_rank, target_deviation
-from pretrain.objectives.evaluation_mode import Gather, evaluating
-from pretrain.objectives.m3i_loss import count_targets, m3i_losses
+from pretrain.objectives.evaluation_mode import Gather, evaluating, mean
+from pretrain.objectives.m3i_loss import COUNTED_BY, count_targets, m3i_losses
 from pretrain.objectives.retrieval import gathered_recalls
 
 if TYPE_CHECKING:
     from pretrain.objectives.m3i_module import M3I
-
-# What the mean of each loss counts.
-_COUNTED_BY = {"intra": "intra", "inter": "inter", "text": "texts", "category": "labels"}
 
 
 def evaluate_m3i(
@@ -28,8 +25,8 @@ def evaluate_m3i(
     loader: Iterable[Mapping[str, Any]],
     device: torch.device,
     reduce: Gather,
-) -> dict[str, float]:
-    """Metrics of all images of `loader`, the same on every rank.
+) -> dict[str, float | None]:
+    """Metrics of all images of `loader`, the same on every rank; None where nothing was counted.
 
     loader: batches as in `M3I.forward`, with K texts per image, the first view without
         augmentation; position and row (B,) int64. Equally many, and at least one, on every rank.
@@ -115,7 +112,7 @@ class _Tally:
     ) -> None:
         """Take in a batch; each mean weighs by what it counts, and moments by images."""
         for kind, value in losses.items():
-            weighed = float(value) * totals[_COUNTED_BY[kind]]
+            weighed = float(value) * totals[COUNTED_BY[kind]]
             self.losses[kind] = self.losses.get(kind, 0.0) + weighed
         for name, count in totals.items():
             self.counts[name] = self.counts.get(name, 0) + count
@@ -124,20 +121,20 @@ class _Tally:
         before = [0.0, 0.0] if self.moments is None else self.moments
         self.moments = Moments(*(old + new for old, new in zip(before, weighed, strict=True)))
 
-    def metrics(self, reduce: Gather, objective: "M3I") -> dict[str, float]:
+    def metrics(self, reduce: Gather, objective: "M3I") -> dict[str, float | None]:
         """Means over all ranks."""
         parts = reduce({"losses": self.losses, "hits": self.hits})
         found = {
-            kind: sum(part["losses"][kind] for part in parts)
-            / max(1, self.counts[_COUNTED_BY[kind]])
+            kind: mean(sum(part["losses"][kind] for part in parts), self.counts[COUNTED_BY[kind]])
             for kind in self.losses
         }
-        found |= self._spread()
+        if self.counts["images"]:
+            found |= self._spread()
         images, labels = self.counts["images"], self.counts["labels"]
         found |= {"images": float(images)}
         if objective.head is not None:
             hits = sum(part["hits"] for part in parts)
-            found |= {"top1": hits / max(1, labels), "labelled": labels / max(1, images)}
+            found |= {"top1": mean(hits, labels), "labelled": mean(labels, images)}
         return found
 
     def _spread(self) -> dict[str, float]:

@@ -23,6 +23,21 @@ from pretrain.objectives.label_loss import label_losses
 Kind = Literal["intra", "inter", "text", "category"]
 KINDS: tuple[Kind, ...] = ("intra", "inter", "text", "category")
 
+COUNTED_BY = {"intra": "intra", "inter": "inter", "text": "texts", "category": "labels"}
+"""Kind of loss -> the count of `count_targets` that its mean is over."""
+
+
+def counted_by(with_text: bool, with_classes: bool) -> dict[str, tuple[str, ...]]:
+    """Metric -> the counts that it is a mean over; of the loss, those of its parts."""
+    kinds = ["intra", "inter", *["text"] * with_text, *["category"] * with_classes]
+    of_images = ("temperature", "with_text", "labelled", "target_std", "effective_rank")
+    return {
+        "loss": tuple(COUNTED_BY[kind] for kind in kinds),
+        **{kind: (COUNTED_BY[kind],) for kind in kinds},
+        "image_to_text": ("texts",), "text_to_image": ("texts",), "top1": ("labels",),
+        **{name: ("images",) for name in of_images},
+    }  # fmt: skip
+
 
 def count_targets(batch: Mapping[str, Any]) -> dict[str, int]:
     """What the losses of a micro-batch are averaged over: images, intra and inter (images of either
@@ -49,8 +64,9 @@ def m3i_losses(
     features: of all B rows that this rank has of the global batch: prediction, target (B, N, C)
         float32, of the predictor and of the target branch; counted (B, N) bool, the target tokens
         that the loss is about; valid (B,) bool; if there are texts: image, text (B, D) float32 of
-        unit length, caption_id (B,) int64, has_text (B,) bool, scale (1,) float32; labels (B,)
-        int64; if there are classes: logits (B, K) float32.
+        unit length, caption_id (B,) int64, match_class (B,) int64 as in `match_classes`,
+        has_text (B,) bool, scale (1,) float32; labels (B,) int64; if there are classes: logits
+        (B, K) float32.
     totals: global sums of `count_targets`, 0-dim float32.
     decorrelation, label_smoothing, center: as in `M3ISettings`.
 
@@ -68,7 +84,8 @@ def m3i_losses(
     if "text" in features:
         loss, image_hits, text_hits = contrastive_sums(
             features["image"], features["text"], features["scale"], features["caption_id"],
-            features["has_text"], identical_match=True, labels=labels,
+            features["has_text"], identical_match=True,
+            match_class=features["match_class"],
         )
         texts = totals["texts"].clamp(min=1.0)
         mine = valid.sum() / totals["images"].clamp(min=1.0)

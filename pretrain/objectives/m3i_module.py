@@ -25,14 +25,14 @@ from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.collapse import CollapseWatch
 from pretrain.objectives.contrastive import Temperature
-from pretrain.objectives.contrastive_loss import caption_ids
+from pretrain.objectives.contrastive_loss import caption_ids, match_classes
 from pretrain.objectives.decorrelation import effective_rank, target_deviation
 from pretrain.objectives.evaluation_mode import Gather, alone
 from pretrain.objectives.loss_balance import LossBalance
 from pretrain.objectives.m3i_decoder import Predictor, Projector
 from pretrain.objectives.m3i_evaluation import evaluate_m3i
 from pretrain.objectives.m3i_heads import MeanPool, ProjectorPool, SourceMark, TargetBranch
-from pretrain.objectives.m3i_loss import KINDS, count_targets, m3i_losses
+from pretrain.objectives.m3i_loss import KINDS, count_targets, counted_by, m3i_losses
 from pretrain.objectives.pair_masks import (
     check_pairs,
     gather_own,
@@ -55,7 +55,7 @@ class M3I(nn.Module):
         settings: see `M3ISettings`.
         encoder: the encoder that `forward` will be given as `settings.encoder`; not kept.
         target_encoder: another one of the same shape.
-        text_width, text_flops: of the text encoder; None without one.
+        text_width: of the text encoder; text_flops: of it, forward and backward; None without one.
         classes: number of classes; None: no classes are predicted.
         image_mean, image_std: per channel, in units of the full range.
     """
@@ -100,6 +100,10 @@ class M3I(nn.Module):
             self.text_projection.initial_std = {"weight": text_width**-0.5}
             self.temperature = Temperature(settings.temperature, settings.max_scale)
         self.head = None if classes is None else nn.Linear(pooled, classes)
+        if self.head is not None:
+            # Logits of about 1: with 0.02 classes send a fifth of the gradient that texts send, and
+            # stay at chance for hundreds of steps.
+            self.head.initial_std = {"weight": pooled**-0.5}
         self.watch = CollapseWatch()
         self.balance = None if settings.balance is None else LossBalance(KINDS, settings.balance)
         self.momentum_targets = MomentumTargets(
@@ -109,6 +113,7 @@ class M3I(nn.Module):
         )
         self.pooled_width, self.text_width, self.text_flops = pooled, text_width, text_flops
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        self.counted_by = counted_by(text_width is not None, classes is not None)
 
     def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """What the losses of a micro-batch are averaged over; the global sums are `totals`."""
@@ -125,8 +130,8 @@ class M3I(nn.Module):
 
         batch: images, second_images (B, 3, H, W) uint8, two views, of rows 2i only the first is
             read; crops (B, 2, 4), flips (B, 2); tokens (B, 1, T) int64, loss_mask (B, 1, T) bool,
-            empty where there is no text; labels (B,) int64; valid (B,) bool; draws of the samples;
-            B even.
+            empty where there is no text; prompt_class (B,) int64 as in `match_classes`; labels
+            (B,) int64; valid (B,) bool; draws of the samples; B even.
         totals: as in `coupled_loss`.
 
         Returns what `coupled_loss` returns, or with part "features" what it reads.
@@ -238,6 +243,7 @@ class M3I(nn.Module):
                 "image": F.normalize(vectors.float(), dim=1),
                 "text": self.text_features(encoders, tokens),
                 "caption_id": caption_ids(tokens, mask),
+                "match_class": match_classes(batch, self.settings.labels_match),
                 "has_text": mask.any(dim=1) & batch["valid"],
                 "scale": self.temperature(),
             }
@@ -293,13 +299,14 @@ class M3I(nn.Module):
         trained = dense // 2 + self.projector.flops(tokens // 2)
         trained += self.predictor.flops(tokens // 2, tokens)
         trained += self.pool.flops(encoder, tokens // 2)
+        texts = 0
         if self.text_flops is not None:
-            trained += self.text_flops(batch["tokens"].shape[-1])
+            texts = self.text_flops(batch["tokens"].shape[-1])
             trained += 2 * self.text_width * self.pooled_width
         if self.head is not None:
             trained += 2 * self.head.in_features * self.head.out_features
         target = dense + self.projector.flops(tokens)
-        return int(batch["valid"].sum()) * (3 * trained + target)
+        return int(batch["valid"].sum()) * (3 * trained + texts + target)
 
     def evaluate(
         self,

@@ -5,15 +5,17 @@ two towers with one learning rate each and the usual decay rule give four groups
 Layer-wise decay gives two groups for each layer.
 """
 
-from collections.abc import Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from typing import Any, Literal, Self
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
-from torch import nn
 
 from data_pipeline.settings import Settings
+from pretrain.models.parameter_names import aliases, matches, require_matches
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class OptimizerSettings(Settings):
@@ -60,6 +62,12 @@ class OptimizerSettings(Settings):
     """Further parameters without weight decay: patterns over parameter names (`*` also matches
     dots), e.g. `*.positions`. A pattern that matches nothing is an error."""
 
+    frozen: tuple[str, ...] = ()
+    """Parameters that are kept as they are, e.g. `encoders.image.*`: patterns over parameter names.
+    No gradient, no optimizer state, no moving average, no weight decay; in checkpoints and exports
+    they are like all others. A module that is frozen as a whole runs in evaluation mode, without
+    dropout and drop path. A pattern that matches nothing is an error."""
+
     lr_multipliers: dict[str, float] = Field(default_factory=dict)
     """Name pattern -> factor (> 0) on the learning rate, e.g. `{"objectives.*": 5.0}`. The last
     pattern that matches a parameter wins. A pattern that matches nothing is an error."""
@@ -82,6 +90,11 @@ class OptimizerSettings(Settings):
                 raise ValueError(f"betas must lie in [0, 1), not {list(self.betas)}")
         for field in ("lr_multipliers", "task_clip_norms", "omega", "layer_decay"):
             for name, factor in getattr(self, field).items():
+                if field == "lr_multipliers" and factor == 0.0:
+                    raise ValueError(
+                        f"{field}: 0.0 of {name!r} must be positive and finite; to keep parameters "
+                        f"as they are, remove it and set optimizer.frozen=[{name!r}]"
+                    )
                 if not 0.0 < factor < float("inf"):
                     raise ValueError(
                         f"{field}: {factor} of {name!r} must be positive and finite"
@@ -121,10 +134,11 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     cannot partition one), for a model without trainable parameters, and for a module in
     `layer_decay` that does not tell its layers or is not trained.
     """
-    named = _aliases(model)
+    named = aliases(model)
     every_name = [name for names, parameter in named if parameter.requires_grad for name in names]
-    _check_patterns("no_decay", settings.no_decay, every_name)
-    _check_patterns("lr_multipliers", tuple(settings.lr_multipliers), every_name)
+    frozen = [name for names, p in named if getattr(p, "frozen", False) for name in names]
+    require_matches("no_decay", settings.no_decay, every_name, frozen)
+    require_matches("lr_multipliers", tuple(settings.lr_multipliers), every_name, frozen)
     depth_factors = _layer_factors(model, settings.layer_decay)
 
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -141,15 +155,16 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
         multiplier = 1.0
         if own_factors or not settings.multipliers_need_layer_decay:
             for pattern, factor in settings.lr_multipliers.items():
-                if _matches(names, pattern):
+                if matches(names, pattern):
                     multiplier = factor
         # A parameter that several layers share learns like the last of them.
         multiplier *= max(own_factors, default=1.0)
-        exempt = len(shape) < 2 or any(_matches(names, pattern) for pattern in settings.no_decay)
+        exempt = len(shape) < 2 or any(matches(names, pattern) for pattern in settings.no_decay)
         decay = 0.0 if exempt else settings.weight_decay
         members.setdefault((multiplier, decay), []).append(parameter)
     if not members:
-        raise ValueError("the model has no trainable parameter")
+        hint = ": optimizer.frozen names all of them" if frozen else ""
+        raise ValueError(f"the model has no trainable parameter{hint}")
     return [
         {
             "name": f"lr*{multiplier:g} decay {decay:g}",
@@ -160,14 +175,6 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
         }
         for (multiplier, decay), parameters in sorted(members.items(), key=lambda item: item[0])
     ]
-
-
-def _aliases(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
-    """Every distinct parameter with all the names under which the model holds it."""
-    found: dict[int, tuple[list[str], nn.Parameter]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), ([], parameter))[0].append(name)
-    return list(found.values())
 
 
 def _layer_factors(model: nn.Module, layer_decay: dict[str, float]) -> dict[str, float]:
@@ -191,18 +198,3 @@ def _layer_factors(model: nn.Module, layer_decay: dict[str, float]) -> dict[str,
                 if any(name == p or name.startswith(f"{p}.") for p in prefixes):
                     factors[f"{path}.{name}"] = decay ** (len(layers) - 1 - depth)
     return factors
-
-
-def _matches(names: Sequence[str], pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)
-
-
-def _check_patterns(setting: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    for pattern in patterns:
-        if _matches(names, pattern):
-            continue
-        near = get_close_matches(pattern.replace("*", ""), names, n=1, cutoff=0.0)
-        example = f"; the nearest name is {near[0]}" if near else ""
-        raise ValueError(
-            f"optimizer.{setting}: pattern {pattern!r} matches no trained parameter{example}"
-        )

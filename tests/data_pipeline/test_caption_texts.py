@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.caption_texts import CaptionSourceSettings, CaptionTexts, CleaningSettings
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.labels import NO_LABEL
 from data_pipeline.members import AbsentValue
 from data_pipeline.reader import BadSample, Sample
 from data_pipeline.rng import sample_rng
@@ -40,12 +41,12 @@ def forbidden(purpose: str):
 
 
 def drawn(reader: CaptionTexts, of: Sample, positions: int = 600, count: int = 1) -> Counter:
-    return Counter(tuple(reader.draw(of, count, rng_for(p))) for p in range(positions))
+    return Counter(tuple(reader.draw(of, count, rng_for(p)).texts) for p in range(positions))
 
 
 def test_one_source_is_written_as_before_and_draws_nothing():
     for written in ("txt", ["txt"], {"source": "txt"}, [{"source": "txt", "weight": 3}]):
-        assert texts(written).draw(sample(" a  bird\n"), 1, forbidden) == ["a bird"]
+        assert texts(written).draw(sample(" a  bird\n"), 1, forbidden).texts == ["a bird"]
     assert CaptionDataSettings(shards=["x"]).caption_source == [CaptionSourceSettings(source="txt")]
 
 
@@ -98,8 +99,8 @@ def test_captions_of_one_source_share_an_image():
 def test_evaluation_takes_all_texts_of_the_first_source_there_is():
     title = {"source": TITLE, "weight": 0.01, "templates": ["a {}", "the {}"]}
     reader = texts([title, DESCRIPTION])
-    assert reader.references(sample(title=["t", " u "], description="d")) == ["a t", "a u"]
-    assert reader.references(sample(title="", description="d")) == ["d"]
+    assert reader.references(sample(title=["t", " u "], description="d")).texts == ["a t", "a u"]
+    assert reader.references(sample(title="", description="d")).texts == ["d"]
     assert reader.every(sample(title="t", description="d")) == ["t", "d"]
 
 
@@ -113,13 +114,14 @@ def test_templates_are_drawn_for_each_text():
     assert len(found) == 8  # two orders, two templates for each of the two
     assert min(found.values()) > 20
     single = texts({"source": "json:class", "templates": ["a {} of {{tricks"]})
-    assert single.draw(sample(**{"class": "bag {}"}), 1, forbidden) == ["a bag {} of {{tricks"]
+    (found,) = single.draw(sample(**{"class": "bag {}"}), 1, forbidden).texts
+    assert found == "a bag {} of {{tricks"
 
 
 def test_numbers_of_classes_become_their_names():
     source = {"source": "json:label", "class_names": ["owl", " red  kite"], "templates": ["a {}"]}
     reader = texts([source, TITLE])
-    assert reader.references(sample(label=1, title="t")) == ["a red kite"]
+    assert reader.references(sample(label=1, title="t")).texts == ["a red kite"]
     assert drawn(reader, sample(label=0, title="t"), 100).keys() == {("a owl",), ("t",)}
     assert drawn(reader, sample(title="t"), 20).keys() == {("t",)}
     with pytest.raises(BadSample, match=r"json:label: label 2 is not in 0\.\.1 \(classes\)"):
@@ -128,16 +130,32 @@ def test_numbers_of_classes_become_their_names():
         texts([{"source": "cls", "class_names": ["owl", " "]}])
 
 
+def test_texts_say_which_class_their_name_is_of():
+    """Whatever number it has, in whatever template; texts of other sources are of no class."""
+    source = {"source": "json:label", "class_names": ["owl", "red kite"]}
+    source["templates"] = ["a {}", "{}"]
+    other = {"source": "json:label", "class_names": ["emu", " red  kite", "owl"]}
+    one, two = texts([source, TITLE]), texts(other)
+    owl, kite = (one.draw(sample(label=n), 1, rng_for(n)).prompt_class for n in (0, 1))
+    assert owl != kite and min(owl, kite) >= 0
+    for position in range(8):
+        assert one.draw(sample(label=0), 1, rng_for(position)).prompt_class == owl
+    assert two.references(sample(label=2)).prompt_class == owl
+    assert two.references(sample(label=1)).prompt_class == kite
+    assert one.references(sample(title="owl")).prompt_class == NO_LABEL
+
+
 def test_cleaning():
     reader = texts(
         "txt", replace={"<PERSON>": "person", "<PER": "x", "person": "y"}, lowercase=True,
         max_words=4, final_period=True,
     )  # fmt: skip
-    (found,) = reader.draw(sample("A <PERSON>  and\na <PER in Ulm"), 1, forbidden)
+    (found,) = reader.draw(sample("A <PERSON>  and\na <PER in Ulm"), 1, forbidden).texts
     assert found == "a person and a x in ulm."
     assert reader.cut(found) == "a person and a."
     assert reader.cut("a b c d.") == "a b c d."
-    assert reader.references(sample("ONE two three four five!")) == ["one two three four five!"]
+    (found,) = reader.references(sample("ONE two three four five!")).texts
+    assert found == "one two three four five!"
     assert texts("txt").cut("a b c") == "a b c"
     with pytest.raises(ValueError, match="empty text cannot be replaced"):
         CleaningSettings(replace={"": "x"})
@@ -146,7 +164,7 @@ def test_cleaning():
 @given(st.text("aB. é\n", max_size=40).filter(str.strip), st.integers(1, 6), st.booleans())
 def test_cut_texts_keep_whole_words(text, most, period):
     reader = texts("txt", max_words=most, final_period=period)
-    (found,) = reader.draw(sample(text), 1, forbidden)
+    (found,) = reader.draw(sample(text), 1, forbidden).texts
     words, kept = text.split(), reader.cut(found).split()
     assert len(kept) == min(len(words), most)
     assert [word.rstrip(".") for word in kept] == [word.rstrip(".") for word in words[:most]]

@@ -182,7 +182,7 @@ def test_first_image_extension_present_is_taken():
     [
         ("txt", {}, "has no member txt"),
         ("txt", {"txt": b" \n "}, "holds no caption"),
-        ("txt", {"txt": b"\xff\xfe"}, "UnicodeDecodeError"),
+        ("txt", {"txt": b"\xff\xfe"}, "txt: line 1: it is UTF-16"),
         ("json:captions", {"json": b"{"}, "JSONDecodeError"),
         ("json:captions", {"json": b"{}"}, "KeyError: 'captions'"),
         ("json:captions", {"json": b"[1]"}, "TypeError"),
@@ -208,3 +208,13 @@ def test_nested_keys_and_single_strings():
 def test_impossible_sources_are_refused(source):
     with pytest.raises(ValidationError, match="write an extension, or json:KEY"):
         CaptionDataSettings(shards=["x"], caption_source=source)
+
+
+@pytest.mark.parametrize("source", ["txt", "json:c", "json:many"])
+def test_a_byte_order_mark_is_no_part_of_a_caption(source):
+    """Of the member, and where another tool has left it inside of the JSON."""
+    members = {
+        "txt": b"\xef\xbb\xbfa red chair",
+        "json": b'\xef\xbb\xbf{"c": "\\ufeffa red chair", "many": ["\\ufeffa red chair"]}',
+    }
+    assert CaptionSource(source).read(Sample(0, "a.tar", "key", members)) == ["a red chair"]

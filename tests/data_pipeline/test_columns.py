@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from data_pipeline.columns import column_names, column_of, text_names, texts_of
+from data_pipeline.columns import ColumnBuilder, column_names, column_of, text_names, texts_of
 from data_pipeline.expression_values import MISSING_TEXT
 from data_pipeline.expressions import ExpressionError
 from data_pipeline.filters import select_rows
@@ -141,3 +141,15 @@ def test_a_flipped_bit_in_a_derived_column_is_found(tmp_path):
         path.write_bytes(whole.replace(name, name.swapcase()))
         with pytest.raises(ShardError, match="damaged or foreign index"):
             ShardIndex.load(path)
+
+
+def test_an_index_reads_what_the_loader_reads():
+    """A byte order mark is no part of a text; UTF-16, which the loader refuses, says nothing."""
+    builder = ColumnBuilder()
+    for row, text in enumerate(['{"n": 3}', '\ufeff{"n": 4}']):
+        builder.add(row, "json", text.encode())
+        builder.add(row, "txt", "\ufeffa chair".encode())
+    builder.add(2, "json", '{"n": 5}'.encode("utf-16"))
+    stated, _, derived = builder.finish(3)
+    np.testing.assert_array_equal(stated["n"], [3, 4, np.nan])
+    np.testing.assert_array_equal(derived.columns["txt.characters"], [7, 7, np.nan])

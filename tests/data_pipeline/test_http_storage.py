@@ -192,6 +192,44 @@ def test_a_server_that_is_down_for_a_while(server, tmp_path):
     started_again[0].server_close()
 
 
+def tagged(**headers: str):
+    """The right answer, with other tags."""
+
+    def fault(request):
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        request.send_header = lambda name, value: (
+            type(request).send_header(request, name, names.get(name, value))
+        )
+        try:
+            request.send_file()
+        finally:
+            del request.send_header
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        [{"ETag": '"0-abc"'}, {"ETag": '"1-abc"'}],
+        [{"ETag": '"abc"'}, {"ETag": 'W/"abc"'}],
+        [{"ETag": "", "Last_Modified": f"Sun, 13 Sep 2020 12:26:4{n} GMT"} for n in (0, 1)],
+    ],
+    ids=["etag", "weak", "time"],
+)
+@pytest.mark.parametrize("begin", [0, 1])
+def test_mirrors_with_tags_of_their_own_are_one_file(server, tags, begin, caplog):
+    """The sums of the bytes decide, not the tags; one request at a time must be enough."""
+    http = HttpStorage(RetryPolicy(first_wait_s=0.01), HostLimits(1, None))
+    url = server.url + "/x.tar"
+    server.faults += [tagged(**tags[(begin + n) % 2]) for n in range(60)]
+    state = http.state(url)
+    for at in range(0, 50, 10):
+        assert http.read(url, at, at + 10, state) == CONTENT[at : at + 10]
+    warned = "two versions in turn" in caplog.text
+    assert warned == (tags[0].get("ETag") != '"abc"')
+
+
 def test_a_file_that_changes_is_named_and_never_mixed(server, tmp_path):
     http = storage()
     url = server.url + "/x.tar"

@@ -1,5 +1,6 @@
 import io
 import json
+import struct
 import tarfile
 
 import numpy as np
@@ -12,6 +13,7 @@ from webdataset.tariterators import base_plus_ext
 
 from data_pipeline.index import MAX_COLUMNS, ShardIndex, index_path, split_name
 from data_pipeline.index_builder import build_index
+from data_pipeline.shards import ShardSet, load_or_build_index
 from data_pipeline.tar_headers import ShardError
 from tests.data_pipeline.samples import sample, write_shards
 
@@ -205,3 +207,24 @@ def test_progress_adds_up_to_the_size(tmp_path):
     passed = []
     build_index(path, passed.append)
     assert sum(passed) == path.stat().st_size and len(passed) >= 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [struct.pack("<4Q", 0, 2048, 4096, 10240), b"v1.2 3\njpg 512 651 0.jpg txt 1536 11 0.txt\n"],
+    ids=["energon", "dali"],
+)
+def test_the_index_of_another_tool_is_left_alone(tmp_path, monkeypatch, content):
+    """It has the name that ours would have; ours goes into the cache folder."""
+    monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
+    write_shards(tmp_path / "shards", 12, 12)
+    shard = tmp_path / "shards" / "train-000000.tar"
+    (tmp_path / "shards" / "manifest.json").unlink()
+    theirs = tmp_path / "shards" / "train-000000.tar.idx"
+    expected = ShardIndex.load(theirs).digest
+    theirs.write_bytes(content)
+    for force in (False, False, True):
+        assert load_or_build_index(str(shard), force=force).digest == expected
+        assert theirs.read_bytes() == content
+    assert len(list((tmp_path / "cache").rglob("*.tar.idx"))) == 1
+    assert len(ShardSet.open(str(shard))) == 12

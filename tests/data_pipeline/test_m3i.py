@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
 from data_pipeline.evaluation import EvaluationLoader
+from data_pipeline.image_formats import MEMBERS
 from data_pipeline.loader import LoaderSettings, StepLoader
 from data_pipeline.m3i import M3IDataSettings, M3IFields
 from data_pipeline.order import Order
@@ -42,7 +43,7 @@ def load(fields, position: int = 0, **members: bytes) -> dict:
 
 def test_a_text_and_a_class_may_be_missing(tokenizer):
     fields = M3IFields(settings(), tokenizer, train=True)
-    assert fields.extensions == {"jpg", "jpeg", "png", "webp", "txt", "cls"}
+    assert fields.extensions == {*MEMBERS, "txt", "cls"}
     items = [
         load(fields, 0, txt=b"a red digit", cls=b"7"), load(fields, 1, txt=b"a blue seven"),
         load(fields, 2, cls=b"0"), load(fields, 3), None,
@@ -74,6 +75,18 @@ def test_texts_are_those_of_caption_data(tokenizer):
     assert len({tuple(row) for row in one["tokens"][:, 0].tolist()}) > 1
     for name in other:
         assert torch.equal(one[name], other[name]), name
+
+
+def test_which_texts_were_made_from_class_names(tokenizer):
+    """Row by row; the label of an image does not tell."""
+    sources = [{"source": "json:label", "class_names": ["red", "blue"]}, {"source": "txt"}]
+    fields = M3IFields(settings(caption_source=sources), tokenizer, train=True)
+    label = [json.dumps({"label": n}).encode() for n in (0, 1)]
+    item = [load(fields, 0, json=label[0], cls=b"3"), load(fields, 1, json=label[1], cls=b"3"),
+            load(fields, 2, json=label[1]), load(fields, 3, txt=b"blue", cls=b"3"),
+            load(fields, 4, cls=b"3"), None]  # fmt: skip
+    red, blue, again, *rest = fields.collate(item, [True] * 5 + [False])["prompt_class"].tolist()
+    assert blue == again != red and min(red, blue) >= 0 and rest == [-1, -1, -1]
 
 
 def test_without_classes(tokenizer):

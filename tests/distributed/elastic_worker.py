@@ -30,7 +30,10 @@ HALF, ALL = 3, 7
 STAGES = (1, 2, 3)
 EMA = EmaSettings(decay=0.9)
 # Two blocks of groups, so that their order and rates have to come back, too.
-SETTINGS = MT_ADAMW.model_copy(update={"lr_multipliers": {"objectives.*": 2.0, "*norm*": 0.5}})
+FROZEN = ("encoders.image.inner.bias", "objectives.shapes.output.bias")
+SETTINGS = MT_ADAMW.model_copy(update={
+    "lr_multipliers": {"objectives.*": 2.0, "*norm*": 0.5}, "frozen": FROZEN,
+})
 
 
 class Run:

@@ -3,6 +3,7 @@
 Equal means bit for bit: every logged loss and gradient norm, and the final weights.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -137,17 +138,25 @@ def test_killed_many_times(data, straight, tmp_path, stage):
     assert_same_run(straight(stage), kill_and_resume(data, tmp_path, stage, moments))
 
 
-def test_stopped_by_a_signal_to_one_rank(data, straight, tmp_path):
-    """SIGTERM reaches rank 1 alone; both ranks save the same step and leave with 0."""
+def test_stopped_by_a_signal_to_all_processes(data, straight, tmp_path):
+    """As launchers and schedulers send it: to ranks, loader workers and the process that fills the
+    cache. Both ranks save the same step and leave with 0, and nobody stays behind."""
     run = tmp_path / "run"
-    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(data, run))
+    cache = {"folder": str(tmp_path / "cache"), "max_gib": 0.001, "block_mib": 0.01}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(data, run, loader__cache=cache))
     processes = start_ranks("pretrain.train", [recipe], 2, tmp_path)
     try:
         until = time.monotonic() + 120
         while steps_logged(run) < 2 and time.monotonic() < until:
             time.sleep(0.005)
-        processes[1].send_signal(signal.SIGTERM)
+        assert all(len(members(process.pid)) >= 2 for process in processes)
+        os.killpg(processes[1].pid, signal.SIGTERM)
+        os.killpg(processes[0].pid, signal.SIGTERM)
         codes = [process.wait(timeout=120) for process in processes]
+        until = time.monotonic() + 10
+        while any(members(process.pid) for process in processes):
+            assert time.monotonic() < until, "processes stay behind"
+            time.sleep(0.1)
     finally:
         kill_ranks(processes)
     assert codes == [0, 0], tails(tmp_path)
@@ -158,6 +167,17 @@ def test_stopped_by_a_signal_to_one_rank(data, straight, tmp_path):
     finish(Path("--resume"), tmp_path / "again", str(run))
     assert json.loads((run / "control/status.json").read_text())["state"] == "finished"
     assert_same_run(straight(2), run)
+
+
+def members(group: int) -> list[int]:
+    """Processes of a process group that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, own, *_ = stat.read_bytes().rpartition(b")")[2].split()
+            if int(own) == group and state != b"Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def test_torchrun_starts_a_killed_run_again(data, straight, tmp_path):
@@ -264,12 +284,11 @@ def test_a_resume_on_other_data_is_refused(data, tmp_path, monkeypatch):
     """The recipe in the run directory is a file that people can edit, and shards can change."""
     monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
-    recipe = tiny_recipe(data, run, steps=4, tasks__caption__data__where="key != '000003'")
+    recipe = tiny_recipe(data, run, steps=4)
     finish(write_recipe(tmp_path / "recipe.yaml", recipe), tmp_path, world=1)
     resolved = run / "recipe.yaml"
-    resolved.write_text(resolved.read_text().replace("000003", "000004").replace(
-        "\nsteps: 4", "\nsteps: 5"))  # fmt: skip
-    assert run_ranks("pretrain.train", ["--resume", run], 1, tmp_path) == [1]
+    resolved.write_text(resolved.read_text().replace(str(data / "train"), str(data / "heldout")))
+    assert run_ranks("pretrain.train", ["--resume", run, "steps=5"], 1, tmp_path) == [1]
     reason = json.loads((run / "control" / "failure_rank_00000.json").read_text())["reason"]
     assert "tasks.caption: the training data are not those that this run" in reason
     for checkpoint in run.glob("checkpoints/step_*/manifest.json"):

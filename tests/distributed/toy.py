@@ -22,8 +22,9 @@ def toy_model() -> MultiTaskModel:
 
 
 def toy_batch(step: int, poison: bool = False) -> dict[str, torch.Tensor]:
-    """The global batch of a step: SAMPLES samples, one of them padding."""
+    """The global batch of a step: SAMPLES samples, one of them padding; tensors alone."""
     batch = parity_batch(step)
+    del batch["late_share"]
     if poison:
         batch["images"][(step + 1) % SAMPLES] = float("nan")
     return batch

@@ -328,6 +328,10 @@ def test_check_compares_initial_weights(recipe_file, tmp_path, capsys):
     save_file(part, path)
     assert main(["check", str(recipe_file), f"initial_weights={path}"]) == 0
     assert f"initial_weights: {len(part)} of " in capsys.readouterr().out
+    for pattern, random in (("encoders.*", False), ("*.weight", True)):
+        frozen = f'optimizer.frozen=["{pattern}"]'
+        assert main(["check", str(recipe_file), f"initial_weights={path}", frozen]) == 0
+        assert ("at their random first values" in capsys.readouterr().out) == random
     save_file({**part, "encoders.image.positions": torch.zeros(2, 2)}, path)
     assert main(["check", str(recipe_file), f"initial_weights={path}"]) == 1
     text = capsys.readouterr().out
@@ -352,6 +356,37 @@ def test_check_tells_the_memory_of_a_model_before_there_are_data(capsys):
     assert "tokenizer" not in text and text.count("FAULT") == 1  # there are no shards
     # 29.92 M parameters, ZeRO-1 in bfloat16, a moving average: 2 + 2 + (12 + 4 + 4) / 8 bytes each.
     assert "memory per rank: about 0.18 GiB" in text
+
+
+def test_check_counts_what_is_trained_and_what_is_frozen(capsys):
+    """A frozen encoder has bfloat16 weights and nothing else."""
+    override = 'optimizer={frozen: ["encoders.image.*"], layer_decay: {}, lr_multipliers: {}}'
+    main(["check", "internimage_t_in1k", override, "--world", "8"])
+    text = capsys.readouterr().out
+    assert "model: 0.77 M parameters are trained, 29.15 M are not" in text
+    assert "model: 29.15 M parameters in" in text
+    assert "frozen by optimizer.frozen, at their random first values" in text
+    assert "memory per rank: about 0.06 GiB" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ('optimizer.frozen=["encoders.imag.*"]', "there is no encoders.imag; did you mean "
+                                                 "'encoders.image'"),
+        ('optimizer.frozen=["*.nothing"]', "pattern '*.nothing' matches no trained parameter; the "
+                                           "nearest name is"),
+        ('optimizer={frozen: ["*"], lr_multipliers: {}}', "optimizer.frozen names all of them"),
+        ('optimizer={frozen: ["encoders.*"], lr_multipliers: {"encoders.image.*": 0.5}}',
+         "matches frozen parameters only"),
+        ('optimizer.lr_multipliers={"encoders.*": 0.0}',
+         "remove it and set optimizer.frozen=['encoders.*']"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_frozen_is_told_before_a_start(capsys, override, message):
+    assert main(["check", "internimage_t_in1k", override]) != 0
+    said = capsys.readouterr()
+    assert message in said.out + said.err
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,16 @@ def test_the_joint_stage_is_that_of_the_paper():
     assert set(rates.values()) == {0.1}
 
 
+def test_epochs_of_the_small_one_are_of_imagenet():
+    """400 of them, 40 to warm up; each source fills half of a batch."""
+    recipe = load_recipe("m3i_vit_b")
+    task = recipe.tasks["m3i"]
+    weights = {name: source.weight for name, source in task.data.sources.items()}
+    of_batch = task.global_batch * weights["in1k"] / sum(weights.values())
+    for steps, epochs in ((recipe.steps, 400), (recipe.schedule.warmup_steps, 40)):
+        assert steps * of_batch / 1_281_167 == pytest.approx(epochs, abs=1e-2)
+
+
 def test_views_are_those_of_siamese_image_modelling():
     data = load_recipe("m3i_vit_b").tasks["m3i"].data
     for view, blur, solarize in ((data.image, 1.0, 0.0), (data.second_view, 0.1, 0.2)):

@@ -55,7 +55,10 @@ def test_published_settings_of_git():
         assert (recipe.schedule.kind, recipe.schedule.warmup_steps) == ("cosine", 500)
         assert task.objective.label_smoothing == 0.1
         assert (task.data.image.size, task.data.image.scale) == (224, (0.8, 1.0))
-        assert task.data.text_length == 40
+        patch = recipe.model.encoders["image"].patch_size
+        drawn = [size // patch for size in task.data.image.sizes]
+        assert drawn == [size // patch for size in range(160, 225, 16)]
+        assert task.data.text_length == 42  # up to 40 of the text, BOS and EOS
     vit = large.model.encoders["image"]
     assert (vit.width, vit.layers, vit.heads, vit.patch_size) == (1024, 24, 16, 14)
     assert base.model.encoders["image"].patch_size == 16
@@ -375,6 +378,11 @@ def test_loss_weights_that_cancel_are_pointed_out():
     balanced = ["optimizer.kind=mt_adamw", "optimizer.clip_norm=null"]
     weighted = ["tasks.caption.loss_weight=2"]
     assert recipe_checks.warnings(load_recipe("git_digits", balanced)) == []
+    frozen = ['optimizer.frozen=["encoders.*"]']
+    (line,) = recipe_checks.warnings(load_recipe("git_digits", frozen))
+    assert "random first values" in line
+    loaded = [*frozen, "initial_weights=w.safetensors"]
+    assert recipe_checks.warnings(load_recipe("git_digits", loaded)) == []
     (line,) = recipe_checks.warnings(load_recipe("git_digits", balanced + weighted))
     assert line.startswith("tasks.caption.loss_weight=2 cancels with") and "omega" in line
     assert recipe_checks.warnings(load_recipe("git_digits", weighted)) == []

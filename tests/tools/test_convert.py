@@ -57,6 +57,11 @@ def test_transformers_loads_the_folder_without_code_of_ours(export, run_dir) -> 
     ids = [tokenizer.bos_id, *tokenizer.encode("a red two"), tokenizer.eos_id]
     assert processor(text="a red two").input_ids == ids
     assert processor.tokenizer.cls_token_id == tokenizer.bos_id
+    # A caption begins with its first word, however it is decoded.
+    for text in ("a red two", "two"):
+        ids_of = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        decoded = processor.batch_decode([ids_of, ids_of[1:-1]], skip_special_tokens=True)
+        assert decoded == [text, text]
     # Ours reads it as well, and gives the ids of training.
     assert Tokenizer.load(export).encode("a red two") == ids[1:-1]
 

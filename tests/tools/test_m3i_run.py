@@ -1,6 +1,7 @@
 """What a run of M3I on an InternImage hands on: to the official loader, to us, and to probes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,34 @@ def test_the_raw_layout(m3i_run, tmp_path):
     moved = "levels.0.blocks.0.mlp.fc1.weight"
     assert not torch.equal(state[f"mm_dcnv3.{moved}"], state[f"dcnv3.{moved}"])
     assert torch.equal(state["mask_token"], ours["objectives.m3i.predictor.mask_token"])
+
+
+def test_the_raw_layout_of_a_run_without_classes(m3i_run, tmp_path, monkeypatch, capsys):
+    """As the joint stage of InternImage-H has none: a classifier of zeros, which is said."""
+    run = open_run(m3i_run)
+    task = run.recipe.tasks["m3i"]
+    data = task.data.model_copy(update={"label_source": None, "classes": None})
+    tasks = {"m3i": task.model_copy(update={"data": data})}
+    recipe = run.recipe.model_copy(update={"tasks": tasks})
+    model = build_model(recipe, run.tokenizer)
+    model.load_state_dict(run.model.state_dict(), strict=False)
+    assert model.objectives["m3i"].head is None
+    unlabelled = replace(run, recipe=recipe, model=model)
+    monkeypatch.setattr("tools.trained.open_run", lambda *_: unlabelled)
+    out, whole = tmp_path / "raw.pth", tmp_path / "whole.pth"
+    command = ("export-internimage", "--run", m3i_run, "--format", "m3i", "--task", "m3i", "--out")
+    convert(*command, out, "--classes", 7)
+    assert "zeros for 7 classes: the run has learned none" in capsys.readouterr().err
+    monkeypatch.undo()
+    convert(*command, whole)
+    states = [torch.load(path, weights_only=True)["model"] for path in (out, whole)]
+    assert states[0].keys() == states[1].keys()
+    made = ("clip.classifier.weight", "clip.classifier.bias")
+    width = states[1][made[0]].shape[1]
+    assert [tuple(states[0][name].shape) for name in made] == [(7, width), (7,)]
+    for name, tensor in states[0].items():
+        assert not tensor.any() if name in made else torch.equal(tensor, states[1][name]), name
+    official_loader(states[0])
 
 
 @pytest.mark.parametrize("kind, weights", [
@@ -185,7 +214,10 @@ def test_another_recipe_starts_from_weights(m3i_run, tmp_path, weights):
 
 def test_what_cannot_be_exported(m3i_run, run_dir, tmp_path, capsys):
     for arguments, message in (
-        (["--format", "m3i"], "learns classes (--task), or take --format official"),
+        (["--format", "m3i"], "--classes N, which writes zeros, or take --format official"),
+        (["--format", "m3i", "--task", "m3i", "--classes", "3"], "has learned 10 classes, which"),
+        (["--format", "m3i", "--classes", "3"], "--task with the name of an m3i task; the run has"),
+        (["--classes", "3"], "--classes is for --format m3i; official needs no linear layer"),
         (["--format", "m3i", "--task", "m3i", "--weights", "target"], "leave --weights target out"),
     ):
         command = ["export-internimage", "--run", str(m3i_run), "--out", str(tmp_path / "a.pth")]

@@ -200,7 +200,8 @@ def test_an_image_that_is_none_is_an_error_or_left_out(tmp_path, coco, capsys):
     arguments = coco_arguments(coco, tmp_path / "out")
     assert run(*arguments) == 1
     message = capsys.readouterr().err
-    assert "captions.json, image 2: cannot use" in message and "2.jpg: not an image" in message
+    assert "captions.json, image 2: cannot use" in message
+    assert "2.jpg: not a readable image" in message
     (coco["images"] / "2.jpg").write_bytes(b"")
     assert run(*coco_arguments(coco, tmp_path / "empty")) == 1
     assert "2.jpg: the file is empty" in capsys.readouterr().err
@@ -348,7 +349,7 @@ def test_table_of_json_lines(tmp_path, table):
         ("path\nimg/0.jpg\n", ["--number-fields", "score"], "has no fields ['score']"),
         ("path\n", [], "has no rows"),
         ("path,n,n\nimg/0.jpg,1,2\n", [], "has the fields ['n'] twice"),
-        ("path\nimg/\udcff.jpg\n", [], "pairs.csv: is not UTF-8 text"),
+        ("path\nimg/\udcff.jpg\n", [], "pairs.csv, line 2: byte 0xff is not UTF-8"),
     ],
 )
 def test_bad_tables_name_the_line(tmp_path, table, capsys, text, options, message):

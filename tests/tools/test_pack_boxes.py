@@ -1,12 +1,14 @@
 """Pascal VOC and YOLO annotations, right and wrong ones, written by hand."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.manifest import Manifest
 from tests.tools.test_make_shards import exif_rotated, photo, read_all, run
-from tools.pack_boxes import voc_source, yolo_source
+from tools.pack_boxes import YoloForm, voc_source, yolo_source
+from tools.pack_coco import coco_source
 
 
 def voc_object(name: str, box: tuple[int, ...], extra: str = "") -> str:
@@ -78,6 +80,9 @@ def test_voc_lists_name_what_is_there(tmp_path, voc, capsys):
     (tmp_path / "train.txt").write_text("0\na cat\n")
     assert run(*arguments_of("voc", tmp_path / "other", **options)) == 1
     assert "--list names 'a cat'" in capsys.readouterr().err
+    (tmp_path / "train.txt").write_text("0\n0 1\n")
+    assert run(*arguments_of("voc", tmp_path / "other", **options)) == 1
+    assert "train.txt: names ['0'] twice" in capsys.readouterr().err
 
 
 def test_bad_boxes_are_named_or_dropped(tmp_path, voc, capsys):
@@ -131,7 +136,7 @@ def yolo(tmp_path) -> dict[str, Path]:
     (labels / "a").mkdir(parents=True)
     (labels / "a" / "0.txt").write_text("1 0.5 0.5 0.5 0.5\n\n0 0 0 1 0 0.5 0.5\n")
     (labels / "1.txt").write_text("0 0.5 0.5 1 1\n")
-    (tmp_path / "data.yaml").write_text("names:\n  0: cat\n  1: dog\n")
+    (tmp_path / "data.yaml").write_text("task: segment\nnames:\n  0: cat\n  1: dog\n")
     return {"images": images, "labels": labels, "classes": tmp_path / "data.yaml"}
 
 
@@ -158,7 +163,7 @@ def test_a_folder_that_labels_none_of_the_images_is_refused(yolo):
     [
         ("2 0.5 0.5 0.5 0.5", "2.txt, line 1: class 'number 2' is not in the classes"),
         ("0 0.5 0.5 1.2 0.5", "2.txt, line 1: box -4, 5, 44, 15 is outside of the image"),
-        ("0 nan 0.5 0.2 0.5", "2.txt, line 1: box nan, 5, nan, 15 is empty"),
+        ("0 nan 0.5 0.2 0.5", "2.txt, line 1: box nan, 5, nan, 15 is not of finite numbers"),
         ("0 0.5 0.5", "2.txt, line 1: malformed YOLO label: 2 numbers behind the class"),
         ("cat 0.5 0.5 0.5 0.5", "2.txt, line 1: malformed YOLO label: invalid literal"),
     ],
@@ -166,12 +171,42 @@ def test_a_folder_that_labels_none_of_the_images_is_refused(yolo):
 def test_bad_yolo_labels_are_named(yolo, text, message):
     (yolo["labels"] / "2.txt").write_text(text + "\n")
     with pytest.raises(ValueError, match=message):
-        yolo_source(yolo["images"], yolo["labels"], ["cat", "dog"])
+        yolo_source(
+            yolo["images"], yolo["labels"], ["cat", "dog"], form=YoloForm(polygons=True)
+        )
+
+
+@pytest.mark.parametrize(("shape", "line"), [
+    ([2, 2], "0 0.5 0.5 0.4 0.6 0.45 0.3 0.55 0.35"),
+    ([2, 3], "0 0.5 0.5 0.4 0.6 0.45 0.3 2 0.55 0.35 1"),
+])  # fmt: skip
+def test_yolo_key_points(tmp_path, shape, line):
+    photo(tmp_path / "images" / "0.jpg", 100, 100)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "0.txt").write_text(f"\ufeff{line}\n0 0.5 0.5 0.4 0.6\n", "utf-8")
+    (tmp_path / "data.yaml").write_text(f"names: [person]\nkpt_shape: {shape}\n")
+    paths = {"images": tmp_path / "images", "labels": tmp_path / "labels",
+             "classes": tmp_path / "data.yaml"}  # fmt: skip
+    assert run(*arguments_of("yolo", tmp_path, **paths)) == 0
+    ((_, record),) = read_all(tmp_path / "out" / "train").values()
+    assert record["boxes"] == [[30, 20, 70, 80]] * 2 and "segmentations" not in record
+    points = [[45, 30, 2], [55, 35, 1]]
+    assert record["key_points"] == [[point[: shape[1]] for point in points], None]
+    # A box, a confidence and a track number; a box and a confidence; a point too few.
+    for wrong in ("0 0.5 0.5 0.4 0.6 0.93 1", "0 0.5 0.5 0.4 0.6 0.93", line.rsplit(" ", 1)[0]):
+        (tmp_path / "labels" / "0.txt").write_text(wrong)
+        with pytest.raises(ValueError, match=r"0\.txt, line 1: malformed YOLO label: \d numbers"):
+            yolo_source(paths["images"], paths["labels"], ["person"], form=YoloForm((2, shape[1])))
 
 
 def test_yolo_classes_may_be_a_list_and_must_be_there(tmp_path, yolo, capsys):
     yolo["classes"].write_text("names: [cat, dog]\n")
-    assert run(*arguments_of("yolo", tmp_path, **yolo)) == 0
+    arguments = arguments_of("yolo", tmp_path, **yolo)
+    assert run(*arguments) == 1
+    message = capsys.readouterr().err  # nothing is guessed from six numbers
+    assert "a/0.txt, line 3: malformed YOLO label: 6 numbers" in message
+    assert "say --segments" in message
+    assert run(*arguments, "--segments") == 0
     yolo["classes"].write_text("nc: 2\n")
     assert run(*arguments_of("yolo", tmp_path / "other", **yolo)) == 1
     assert "has no list `names`" in capsys.readouterr().err
@@ -180,3 +215,52 @@ def test_yolo_classes_may_be_a_list_and_must_be_there(tmp_path, yolo, capsys):
 def test_boxes_do_not_shrink(tmp_path, yolo, capsys):
     assert run(*arguments_of("yolo", tmp_path, **yolo), "--short-side", 10) == 1
     assert "--short-side with yolo" in capsys.readouterr().err
+
+
+def test_coco_boxes_are_checked_as_the_others(tmp_path, capsys):
+    """Each bad box is named with its annotation, or left out and counted; the good ones stay."""
+    for number in range(4):
+        photo(tmp_path / "images" / f"{number}.jpg", 100, 80, seed=number)
+
+    def annotation(image: int, box: list, segmentation=None, category=1) -> dict:
+        return {"image_id": image, "category_id": category, "bbox": box,
+                "segmentation": segmentation}  # fmt: skip
+
+    runs = {"size": [80, 100], "counts": [8000]}
+    entries = [
+        annotation(0, [10, 10, 30, 30], [[10, 10, 30, 10, 30, 30]]),
+        annotation(0, [10, 10, 30, 0]),
+        annotation(0, [60, 50, 80, 60]),
+        annotation(0, [50, 50, -20, 20]),
+        annotation(0, [10, 10, float("nan"), 20]),
+        annotation(0, [10, 10, 20, 20], [[10, 10, 30, 30]]),
+        annotation(0, [10, 10, 20, 20], {**runs, "counts": [7]}),
+        annotation(0, [10, 10, 20, 20], category=91),
+        annotation(1, [-5, -5, 30, 30]),
+        annotation(2, [0, 0, 100.5, 80], []),
+        annotation(3, [0, 0, 9, 9], []),
+        annotation(2, [1, 1, 2, 2], runs),
+    ]
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 100, "height": 80} for n in range(4)]
+    images[2] = {"id": 2, "file_name": "2.jpg"}  # the file says how large it is
+    content = {"images": images, "categories": [{"id": 1, "name": "cup "}], "annotations": entries}
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(content), "utf-8-sig")
+    arguments = arguments_of("coco", tmp_path, images=tmp_path / "images", instances=path)
+    assert run(*arguments) == 1
+    message = capsys.readouterr().err
+    assert "8 of 12 boxes are bad" in message and "--on-bad-box drop" in message
+    assert "boxes.json, annotations[1]: box 10, 10, 40, 10 is empty" in message
+    with pytest.raises(ValueError, match=r"annotations\[0\]: category 91 is not in categories"):
+        path.write_text(json.dumps({**content, "annotations": [entries[7]]}))
+        coco_source(tmp_path / "images", None, path)
+    path.write_text(json.dumps(content))
+    assert run(*arguments, "--on-bad-box", "drop") == 0
+    found = [record for _, (_, record) in sorted(read_all(tmp_path / "out" / "train").items())]
+    assert [record["boxes"] for record in found] == [
+        [[10, 10, 40, 40]], [], [[0, 0, 100, 80], [1, 1, 3, 3]], [[0, 0, 9, 9]],
+    ]  # fmt: skip
+    assert [r["segmentations"] for r in found[1:]] == [[], [None, runs], [None]]
+    manifest = Manifest.load(tmp_path / "out" / "train")
+    assert manifest.classes == ["cup"] and manifest.details["dropped_boxes"] == 8
+    assert manifest.details["images_left_without_boxes"] == 1

@@ -358,6 +358,11 @@ def test_malformed_tables_are_named(tmp_path, photos, capsys):
     assert "t.parquet, row 0: the image is int" in capsys.readouterr().err
     assert run(*arguments, table, "--label-field", "class") == 1
     assert "has no field 'class'; it has image, kind" in capsys.readouterr().err
+    (tmp_path / "t" / "test").mkdir(parents=True)  # another split: named, not read
+    (tmp_path / "t" / "test" / "1.parquet").write_bytes(table.read_bytes())
+    assert run(*arguments, tmp_path / "t") == 1
+    assert "no *.parquet in it; passed over: {" in (message := capsys.readouterr().err)
+    assert "{'in a sub-folder': {'.parquet': 1}}" in message
     table.write_bytes(table.read_bytes()[:-20])
     assert run(*arguments, table) == 1
     assert "t.parquet: cannot be read" in capsys.readouterr().err

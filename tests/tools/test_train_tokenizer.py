@@ -92,7 +92,7 @@ def test_without_a_single_caption(tmp_path, capsys):
     ("content", "options", "message"),
     [
         (None, [], "No such file"),
-        (b"\xff\xfe\xfa", [], "is not UTF-8 text"),
+        (b"\xff\xfe\xfa", [], "captions.txt, line 1: it is UTF-16, not UTF-8"),
         (b"\n \n", [], "no captions"),
         (b"a cat\n", ["--vocab-size", "100"], "need 259"),
     ],

@@ -1,8 +1,12 @@
 """Ranks out of what launchers say, in words that SLURM 22.05 and Open MPI 4.1 were seen to use."""
 
-import pytest
+import re
+import socket
 
-from pretrain.engine.launch_environment import LaunchError, read_ranks
+import pytest
+import torch.distributed as dist
+
+from pretrain.engine.launch_environment import LaunchError, naming_taken_port, read_ranks
 
 SRUN = {
     "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3",
@@ -84,6 +88,44 @@ def test_alone(given):
     environment = dict(given)
     assert read_ranks(environment) == (0, 1, 0, 1)
     assert environment["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_one_process_never_meets_a_port_that_is_taken():
+    """As `deepspeed --num_gpus 1` starts it; torchrun's agent, though, is where it listens."""
+    own = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environment = own | {"MASTER_PORT": port}
+        read_ranks(environment)
+        assert environment["MASTER_PORT"] != port
+    environment = own | {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    read_ranks(environment)
+    assert environment["MASTER_PORT"] == port
+
+
+@pytest.mark.parametrize("launcher, way", [
+    ({"LOCAL_SIZE": "2"}, "--master_port "), ({"TORCHELASTIC_RUN_ID": "x"}, "--master_port "),
+    (SRUN, "MASTER_PORT="), (MPIRUN, "MASTER_PORT="),
+])  # fmt: skip
+def test_a_port_that_is_taken_is_named_with_the_way_out(launcher, way):
+    """By what torch itself says of it; the port of the advice is free."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = launcher | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with (
+            pytest.raises(LaunchError, match=f"port {port} of 127.0.0.1.* is taken") as error,
+            naming_taken_port(environment),
+        ):
+            dist.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
+        (advised,) = re.findall(rf"{way}(\d+)", str(error.value))
+        with naming_taken_port(environment):
+            dist.TCPStore("127.0.0.1", int(advised), 2, is_master=True, wait_for_workers=False)
+    with pytest.raises(RuntimeError, match="another matter"), naming_taken_port(environment):
+        raise RuntimeError("another matter")
 
 
 def test_torchrun_behind_srun():

@@ -63,6 +63,21 @@ def test_values_that_are_not_finite_stay_json(tmp_path):
     assert line["non_finite"] == {"loss": "nan", "norm": "-inf"}
 
 
+def test_a_metric_of_nothing_is_null_and_no_point_of_a_curve(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_log(tmp_path, settings=LoggingSettings()) as log:
+        log.log(1, "a", {"loss": None, "labelled": 0.0})
+        log.log(2, "a", {"loss": 0.5, "labelled": 1.0})
+    first, second = lines_of(tmp_path / "metrics.jsonl")
+    assert first["loss"] is None and first["labelled"] == 0.0 and "non_finite" not in first
+    assert second["loss"] == 0.5
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    points = {tag: [p.step for p in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    (curve,) = [steps for tag, steps in points.items() if tag.endswith("loss")]
+    assert curve == [2]
+
+
 def test_metric_names_must_not_hide_the_line_itself(tmp_path):
     with open_log(tmp_path) as log, pytest.raises(ValueError, match=r"\['step'\] are taken"):
         log.log(1, "a", {"step": 3})

@@ -36,7 +36,8 @@ def pair_model(seed: int = 0, dropout: float = 0.0, **changes) -> MultiTaskModel
 
 
 def pair_batch(count: int, seed: int = 0, length: int = 8) -> dict:
-    """`count` pairs of which every third repeats the caption before it, and labels with gaps."""
+    """`count` pairs of which every third repeats the caption before it, and labels with gaps; every
+    other text counts as made from the name of its class."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.zeros(count, 1, length, dtype=torch.int64)
     mask = torch.zeros(count, 1, length, dtype=torch.bool)
@@ -53,6 +54,7 @@ def pair_batch(count: int, seed: int = 0, length: int = 8) -> dict:
         "images": torch.randint(0, 256, (count, 3, 16, 16), generator=generator,
                                 dtype=torch.uint8),
         "tokens": tokens, "loss_mask": mask, "labels": labels,
+        "prompt_class": torch.where(torch.arange(count) % 2 == 1, labels, -1),
         "valid": torch.ones(count, dtype=torch.bool),
         "row": torch.arange(count),
     }
@@ -68,6 +70,7 @@ def rows_of(batch: dict, rows) -> dict:
     part["tokens"][padding, :, 0], part["tokens"][padding, :, 1] = BOS, EOS
     part["loss_mask"][padding] = False
     part["labels"][padding], part["row"][padding], part["valid"][padding] = -1, -1, False
+    part["prompt_class"][padding] = -1
     return part
 
 

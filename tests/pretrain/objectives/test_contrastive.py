@@ -102,7 +102,7 @@ def test_caption_ids_see_the_text_and_nothing_else():
 
 def test_forward_is_the_plain_formula():
     """From pixels and tokens: projections, unit length, temperature, both directions."""
-    model, batch = pair_model(), pair_batch(7)
+    model, batch = pair_model(), pair_batch(7, seed=1)
     objective, encoders = model.objectives["contrast"], model.encoders
     assert objective.count(batch) == {"pairs": 7}
     out = model("contrast", batch, {"pairs": 7})
@@ -113,12 +113,26 @@ def test_forward_is_the_plain_formula():
     text = F.normalize(text @ objective.text_projection.weight.T, dim=1)
     logits = image @ text.T * objective.temperature.log_scale.exp()
     captions = [tuple(row) for row in batch["tokens"][:, 0].tolist()]
-    target = torch.tensor([[float(a == b) for b in captions] for a in captions])
-    target /= target.sum(1, keepdim=True)
-    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    torch.testing.assert_close(out["loss"], loss)
+    same = torch.tensor([[a == b for b in captions] for a in captions])
+    classes = batch["prompt_class"]
+    of_class = (classes[:, None] == classes) & (classes >= 0)
+    assert (of_class & ~same).any()
+
+    def loss(matches):
+        target = matches.float() / matches.sum(1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    torch.testing.assert_close(out["loss"], loss(same | of_class))
+    for changes, matches in (
+        ({"labels_match": "never"}, same),
+        ({"identical_captions_match": False}, torch.eye(7).bool()),
+        ({"identical_captions_match": False, "labels_match": "prompts"},
+         torch.eye(7).bool() | of_class),
+    ):  # fmt: skip
+        found = pair_model(**changes)("contrast", batch, {"pairs": 7})["loss"]
+        torch.testing.assert_close(found, loss(matches))
     assert out["temperature"].item() == pytest.approx(0.2)
-    hits = (target[range(7), logits.argmax(1)] > 0).float().mean()
+    hits = (same | of_class)[range(7), logits.argmax(1)].float().mean()
     torch.testing.assert_close(out["image_to_text"], hits)
     out["loss"].backward()
     found = gradients(model)

@@ -101,9 +101,10 @@ def plain(model, batch, draws):
     logits = image @ text.T * objective.temperature.log_scale.exp()
     labels = batch["labels"]
     names = [tuple(t.tolist()) for t in tokens]
+    classes = batch["prompt_class"][has]
     target = torch.tensor([
-        [float(a == b or la == lb != -1) for b, lb in zip(names, labels[has], strict=True)]
-        for a, la in zip(names, labels[has], strict=True)
+        [float(a == b or la == lb != -1) for b, lb in zip(names, classes, strict=True)]
+        for a, la in zip(names, classes, strict=True)
     ])  # fmt: skip
     places, target = target.bool(), target / target.sum(1, keepdim=True)
     losses["text"] = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -241,6 +242,28 @@ def test_nothing_but_images():
     assert not found["encoders.text.blocks.0.mlp.expand.weight"].any()
     assert found["encoders.image.embedding.patches.weight"].abs().max() > 0
     assert all(torch.isfinite(g).all() for g in found.values())
+
+
+def test_a_class_makes_a_match_between_prompts_alone():
+    """A batch of captions has the text loss that it has without labels; one of prompts that of
+    UniCL, where all of a class match (as `always` has it of any batch)."""
+    batch = m3i_batch(12)
+    batch["labels"] = torch.arange(12) // 4
+    captions = batch | {"prompt_class": torch.full((12,), -1)}
+    prompts = batch | {"prompt_class": batch["labels"] + 1000}  # numbers of their own
+    no_labels = captions | {"labels": torch.full((12,), -1)}
+    text = {
+        (mode, name): run(m3i_model(labels_match=mode), rows)["text"].item()
+        for mode in ("prompts", "always", "never")
+        for name, rows in (("captions", captions), ("prompts", prompts), ("no labels", no_labels))
+    }
+    plain_loss = text["never", "captions"]
+    assert text["prompts", "captions"] == text["prompts", "no labels"] == plain_loss
+    assert text["never", "prompts"] == text["always", "no labels"] == plain_loss
+    unicl = plain(m3i_model(), prompts, SampleDraws(3, "m3i", batch["position"]))[0]["text"].item()
+    assert text["prompts", "prompts"] == pytest.approx(unicl, rel=2e-5)
+    assert text["always", "captions"] == text["always", "prompts"] == text["prompts", "prompts"]
+    assert unicl > plain_loss + 0.01
 
 
 def test_without_texts_and_classes():

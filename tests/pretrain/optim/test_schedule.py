@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pretrain.optim.schedule import ScheduleSettings, lr_factor
+from pretrain.optim.schedule import ScheduleSettings, lr_factor, problems
 
 
 def factors(total: int, **settings) -> list[float]:
@@ -38,13 +38,34 @@ def test_constant_values():
     assert set(values[10:]) == {1.0}
 
 
+def test_warm_up_stable_decay_values():
+    values = factors(50, kind="wsd", warmup_steps=9, decay_steps=10, final_ratio=0.1)
+    assert values[:10] == [pytest.approx((step + 1) / 10) for step in range(10)]
+    assert set(values[10:41]) == {1.0}
+    assert values[41:] == [pytest.approx(1.0 - 0.09 * step) for step in range(1, 10)]
+    assert factors(50, kind="wsd", warmup_steps=0)[44:] == [
+        1.0, 1.0, *(pytest.approx(1 - step / 5) for step in range(1, 5))
+    ]  # fmt: skip
+
+
+@given(st.integers(0, 50), st.integers(1, 50), st.integers(0, 100), st.integers(0, 200))
+def test_a_longer_run_has_the_same_rates_up_to_the_decay(warmup, decay, stable, more):
+    settings = {"kind": "wsd", "warmup_steps": warmup, "decay_steps": decay}
+    short = warmup + decay + stable
+    assert factors(short, **settings)[: short - decay + 1] == (
+        factors(short + more, **settings)[: short - decay + 1]
+    )
+
+
 @given(
-    st.sampled_from(["cosine", "constant", "inverse_sqrt"]),
+    st.sampled_from(["cosine", "constant", "inverse_sqrt", "wsd"]),
     st.integers(0, 200),
     st.integers(1, 500),
 )
 def test_rises_then_never_rises_and_never_wastes_a_step(kind, warmup, rest):
     values = factors(warmup + rest, kind=kind, warmup_steps=warmup)
+    if problems(ScheduleSettings(kind=kind, warmup_steps=warmup), warmup + rest):
+        return
     assert all(0.0 < value <= 1.0 for value in values)
     assert values[warmup] == 1.0
     assert values[: warmup + 1] == sorted(set(values[: warmup + 1]))
@@ -63,3 +84,8 @@ def test_refusals():
         lr_factor(-1, ScheduleSettings(warmup_steps=1), 10)
     with pytest.raises(ValidationError, match="no effect with kind=constant"):
         ScheduleSettings(kind="constant", final_ratio=0.5)
+    with pytest.raises(ValidationError, match="decay_steps=5 belongs to kind=wsd"):
+        ScheduleSettings(kind="cosine", decay_steps=5)
+    wsd = ScheduleSettings(kind="wsd", warmup_steps=6, decay_steps=5)
+    assert "warmup_steps=6 and the 5 steps of the decay" in problems(wsd, 10)[0]
+    assert not problems(wsd, 11)
