@@ -5,7 +5,6 @@ The ranks come from what the launcher says in the environment (`launch_environme
 
 import atexit
 import os
-import socket
 import sys
 import warnings
 from collections import Counter
@@ -26,6 +25,7 @@ from pretrain.engine.launch_environment import (
     naming_taken_port,
     read_ranks,
 )
+from pretrain.engine.peers import Place, own_place
 from pretrain.engine.rendezvous import store_of_this_start
 
 
@@ -38,6 +38,8 @@ class Ranks:
     local_rank: int
     local_world: int
     device: torch.device
+    places: tuple[Place, ...] = ()
+    """Host and process of each rank."""
 
     @property
     def of_node(self) -> range:
@@ -105,9 +107,10 @@ def init_distributed(
                 raise
             os.environ["MASTER_PORT"] = str(free_port())  # somebody was faster
             _meet(rank, world, device, timeout)
-    cores = own_cores(world)  # asked for in any case: a collective, and recipes may differ
+    # Asked for in any case: a collective, and recipes may differ.
+    cores, places = own_cores(world)
     torch.set_num_threads(threads_per_rank or cores)
-    return Ranks(rank, world, local_rank, local_world, device)
+    return Ranks(rank, world, local_rank, local_world, device, places)
 
 
 def _meet(rank: int, world: int, device: torch.device, timeout: timedelta | None) -> None:
@@ -167,18 +170,19 @@ def choose_device(rank: int, local_rank: int) -> torch.device:
     return torch.device("cuda", 0 if visible == 1 else local_rank)
 
 
-def own_cores(world: int) -> int:
-    """This rank's part of the cores that it may use; a collective.
+def own_cores(world: int) -> tuple[int, tuple[Place, ...]]:
+    """This rank's part of the cores that it may use, and where all ranks run; a collective.
 
     Each core is divided among the ranks that may use it: all of the node's, unless the launcher
     has bound them to cores of their own (`srun --cpus-per-task`, `torchrun --numa-binding`).
     """
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    host, mine = socket.gethostname(), sorted(affinity(0))
+    place, mine = own_place(), sorted(affinity(0))
     everyone: list = [None] * world
-    dist.all_gather_object(everyone, (host, mine))
-    users = Counter(core for where, cores in everyone if where == host for core in cores)
-    return max(1, int(sum(Fraction(1, users[core]) for core in mine)))
+    dist.all_gather_object(everyone, (tuple(place), mine))
+    users = Counter(c for (host, _), cores in everyone if host == place.host for c in cores)
+    own = max(1, int(sum(Fraction(1, users[core]) for core in mine)))
+    return own, tuple(Place(*where) for where, _ in everyone)
 
 
 def shutdown() -> None:

@@ -49,6 +49,7 @@ def train_recipe(
         alive=partial(look_around, control, Launchers(), signals),
         store=meeting_place if world > 1 else None,
     )
+    ranks = None
     try:
         ranks = init_distributed(
             recipe.threads_per_rank, recipe.deterministic, trace_dir=run_dir / "logs",
@@ -60,7 +61,7 @@ def train_recipe(
     except Exception as error:
         # Peers wait in a collective for this rank: leave the reason on disk, then leave at once,
         # so that the launcher ends them.
-        code = end_failed(run_dir, rank, error, ownership)
+        code = end_failed(run_dir, rank, error, ownership, ranks.places if ranks else ())
         sys.stdout.flush()
         os._exit(code)
     if ranks.leads:
