@@ -4,7 +4,6 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 
 def write_utf8() -> None:
@@ -20,15 +19,21 @@ def write_utf8() -> None:
 
 
 def parse_in_any_order(
-    parser: argparse.ArgumentParser, actions: Any, argv: Sequence[str] | None
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """`parser.parse_args(argv)`, with the words and options of a command in any order.
+    """`parser.parse_args(arguments)`, with words and options in any order.
 
-    argparse intermixes them in a parser without commands only, so that of the command is asked.
-    actions: what `parser.add_subparsers` has returned.
+    `check RECIPE --world 2 steps=5`: argparse itself would refuse a word behind the option. It
+    intermixes them in a parser without commands only, so that the one of the command is asked.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
-    chosen = actions.choices.get(words[0]) if words else None
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not commands:
+        return parser.parse_intermixed_args(words)
+    chosen = commands[0].choices.get(words[0]) if words else None
     if chosen is None:
         return parser.parse_args(words)
-    return chosen.parse_intermixed_args(words[1:])
+    found = parse_in_any_order(chosen, words[1:])
+    if commands[0].dest != argparse.SUPPRESS:
+        setattr(found, commands[0].dest, words[0])
+    return found

@@ -71,10 +71,13 @@ def look(stream: TaskStream | WeakStream, targets: Sequence[Target]) -> dict[str
     """
     if isinstance(stream, WeakStream):
         return {"": _judged(_streamed(stream), targets)}
-    found = {}
-    for name, rows in _spread(stream).items():
-        found[name] = _judged(_read(stream.reader, rows, targets), targets)
-    return found
+    # A reader of its own: a cache would fetch a block, or a whole shard, for each of these samples.
+    limit = stream.reader.max_member_bytes
+    with SampleReader(stream.reader.shards, max_member_bytes=limit) as reader:
+        return {
+            name: _judged(_read(reader, rows, targets), targets)
+            for name, rows in _spread(stream).items()
+        }
 
 
 def _judged(samples: Iterable[tuple[Sample, Callable[[], Sample]]], targets: Sequence[Target]):

@@ -60,7 +60,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--ranks-per-node", type=int, default=8, metavar="N", help="ranks of a node (default 8)"
     )
     check.set_defaults(action=_check, parser=check)
-    return parse_in_any_order(parser, actions, argv)
+    return parse_in_any_order(parser, argv)
 
 
 def _list_recipes(_: argparse.Namespace) -> int:

@@ -101,7 +101,7 @@ def _way_out(where: str, task: TaskSettings) -> str:
     of_task = where.rsplit(".", 1)[0]
     for key in ("unlabelled", "unannotated"):
         if hasattr(task.data, key):
-            return f". If that is meant, set {of_task}.data.{key}=expected"
+            return f"; if that is meant, set {of_task}.data.{key}=expected"
     return ""
 
 

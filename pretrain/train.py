@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pretrain.engine.checkpoint_files import CheckpointError, newest_whole
 from pretrain.engine.checkpoint_retention import find_checkpoint, step_of, step_to_go_back_to
@@ -56,15 +56,16 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
 
     signals: those that were heard since this process began; None = listen from now on.
     """
-    arguments = parse_arguments(argv)
-    from pretrain.recipe import RecipeError  # imports torch, which takes seconds
+    from pretrain.recipe import RecipeError  # takes a second, in which signals count
 
     try:
         translate(os.environ)
+        arguments = parse_arguments(argv)
         check_locale()
         recipe, resume = read_recipe(arguments)
         ownership = enter(Path(recipe.run_dir), arguments.take_over)
-    except (LaunchError, LocaleError, OccupiedError, RecipeError, RunDirError) as error:
+    except (LaunchError, LocaleError, OccupiedError, RecipeError, RunDirError,
+            UsageError) as error:
         say(error)
         return WRONG_USAGE
     except OSError as error:
@@ -94,17 +95,30 @@ def enter(run_dir: Path, take_over: bool) -> Ownership | None:
 
 
 def say(error: Exception | str) -> None:
-    """Print what is wrong; rank 0 first.
+    """Print what is wrong, once: rank 0 does, and first.
 
     Most launchers end all processes as soon as one of them fails. Were that another one than rank
-    0, nobody would have said why; a fault of another rank alone has to be said too.
+    0, nobody would have said why. All ranks have the same arguments, and those of a node the same
+    files and variables, so that of other nodes one rank has to say what may be wrong there alone.
     """
-    rank = os.environ.get("RANK", "0")
+    rank, of_node = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if rank == "0":
         print(error, file=sys.stderr, flush=True)
-    else:
-        time.sleep(RANK_0_FIRST_S)
+        return
+    time.sleep(RANK_0_FIRST_S)
+    if isinstance(error, LaunchError) or (of_node == "0" and not isinstance(error, UsageError)):
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+class UsageError(ValueError):
+    """Words of the command line that mean nothing; the message begins with the usage."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves it to `say` to tell what is wrong, since argparse would on every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.format_usage()}{self.prog}: error: {message}")
 
 
 class LocaleError(RuntimeError):
@@ -127,7 +141,7 @@ def check_locale() -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="pretrain.train", description=__doc__.split("\n\n")[0])
+    parser = _Parser(prog="pretrain.train", description=__doc__.split("\n\n")[0])
     parser.add_argument("recipe", nargs="?", help="a YAML file or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--resume", metavar="RUN_DIR", type=Path, help="continue this run")

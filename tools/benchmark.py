@@ -34,7 +34,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.console import write_utf8
+from data_pipeline.console import parse_in_any_order, write_utf8
 from tools.bench_measure import LEAST_REPEATS, end_after, machine, say
 
 _MINUTES = 5
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Only the chosen one is imported: each needs libraries that take seconds to load.
         if name in arguments[:1]:
             importlib.import_module(f"tools.bench_{name}").add_arguments(command)
-    options = parser.parse_args(arguments)
+    options = parse_in_any_order(parser, arguments)
     if options.repeats < LEAST_REPEATS:
         parser.error(f"--repeats {options.repeats}: at least {LEAST_REPEATS}")
 

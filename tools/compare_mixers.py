@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from data_pipeline.console import write_utf8
+from data_pipeline.console import parse_in_any_order, write_utf8
 from data_pipeline.manifest import Manifest
 from pretrain.overlay import RecipeError
 from pretrain.recipe import load_recipe, load_resolved
@@ -97,7 +97,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="runs at a time, one thread each (default %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="key.path=value",
                         help="changes of the recipe, for all ways")
-    return parser.parse_args(argv)
+    return parse_in_any_order(parser, argv)
 
 
 # ---- data ----------------------------------------------------------------------------------------

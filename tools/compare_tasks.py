@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data_pipeline.console import write_utf8
+from data_pipeline.console import parse_in_any_order, write_utf8
 from tools.experiment import Plan, Run, describe, evaluations, markdown, slug, train
 
 console = Console(soft_wrap=True)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--lr", type=float, nargs="+", metavar="RATE", default=None,
                         help="try these learning rates instead of the recipe's")
-    options = parser.parse_args(argv)
+    options = parse_in_any_order(parser, argv)
     if not (options.data / "tokenizer").is_dir():
         console.print(f"[red]{options.data} has no tokenizer/: run `make demo` first, or give the "
                       "folder that it left with --data")

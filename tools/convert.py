@@ -30,7 +30,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data_pipeline.console import write_utf8
+from data_pipeline.console import parse_in_any_order, write_utf8
 from data_pipeline.files import give_usual_access, sync_file, temporary_name
 from data_pipeline.tar_headers import ShardError
 from pretrain.engine.checkpoint_files import CheckpointError
@@ -47,7 +47,7 @@ console = Console(stderr=True)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     write_utf8()
-    options = _parser().parse_args(arguments)
+    options = parse_in_any_order(_parser(), arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         return options.run(options)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.rule import Rule
 
-from data_pipeline.console import write_utf8
+from data_pipeline.console import parse_in_any_order, write_utf8
 
 console = Console(soft_wrap=True)
 # What the script `deepspeed` runs. The script itself does not start where the environment's path
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heldout", type=int, default=256, help="held-out scenes to pack")
     parser.add_argument("--kill-after", type=int, default=250, metavar="STEP",
                         help="kill the run once this step is logged")
-    arguments = parser.parse_args(argv)
+    arguments = parse_in_any_order(parser, argv)
     demo = Demo(arguments.out, arguments.scenes, arguments.heldout, arguments.kill_after)
     stages = (pack, tokenizer, train_and_kill, resume, export, evaluate)
     started = time.monotonic()

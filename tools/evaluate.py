@@ -24,7 +24,7 @@ from rich.text import Text
 from torch import Tensor
 
 from data_pipeline.captions import CaptionDataSettings
-from data_pipeline.console import write_utf8
+from data_pipeline.console import parse_in_any_order, write_utf8
 from data_pipeline.loader import EvaluationLoader
 from data_pipeline.reader import TransientReadError
 from data_pipeline.stream import DataError
@@ -224,7 +224,7 @@ def _write_sheet(path: Path, record: ExportRecord, font: str | None, found: Eval
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, or 1 after an error that was printed."""
     write_utf8()
-    options = _parser().parse_args(arguments)
+    options = parse_in_any_order(_parser(), arguments)
     try:
         record = ExportRecord.read(options.export)
         found = evaluate(

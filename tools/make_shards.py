@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.console import parse_in_any_order
 from data_pipeline.packing import PackJob, plan_ranges
 from tools import (
     digit_scenes,
@@ -70,7 +71,7 @@ class BuildScene:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 1 after an error that was printed."""
-    options = _parser().parse_args(arguments)
+    options = parse_in_any_order(_parser(), arguments)
     return run_jobs(lambda: [options.run(options)], options.processes)
 
 

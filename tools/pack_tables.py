@@ -49,12 +49,7 @@ def table_source(
         rows = list(_text_rows(table, quoted or table.suffix == ".csv", number_fields, spans))
     if not rows:
         raise ValueError(f"{table}: has no rows")
-    for number, row in rows:
-        for name in filter(None, (image_field, label_field)):
-            if not str("" if row.get(name) is None else row[name]).strip():
-                raise ValueError(
-                    f"{table}, line {number}: no {name!r}; it has {', '.join(map(str, row))}"
-                )
+    _check_filled(table, rows, [name for name in (image_field, label_field) if name is not None])
     names = list(classes) if classes is not None else None
     if label_field is not None and names is None:
         names = sorted({_class(row, label_field) for _, row in rows})
@@ -85,6 +80,15 @@ def table_source(
         account[f"kept_under_{OWN_COLUMNS}"] = clashing
     used = names if label_field is not None else None
     return Source(items, used, missing=missing, account=account, rows=len(rows))
+
+
+def _check_filled(table: Path, rows: Sequence[_Row], fields: Sequence[str]) -> None:
+    for number, row in rows:
+        for name in fields:
+            if not str("" if row.get(name) is None else row[name]).strip():
+                raise ValueError(
+                    f"{table}, line {number}: no {name!r}; it has {', '.join(map(str, row))}"
+                )
 
 
 def _in_quotes(rows: Sequence[_Row]) -> int:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from data_pipeline.console import write_utf8
+from data_pipeline.console import parse_in_any_order, write_utf8
 from data_pipeline.labels import NO_LABEL, LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.reader import SampleReader
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     write_utf8()
     parser = _parser()
-    args = parser.parse_args(arguments)
+    args = parse_in_any_order(parser, arguments)
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     try:

@@ -5,7 +5,9 @@
     python -m tools.selfcheck --world 4
 
 Starts CPU processes, trains a small model under ZeRO with and without offload, one task and three
-in turn, and compares every loss, gradient and final weight with plain PyTorch. A pass is noted in
+in turn, and compares every loss, gradient and final weight with plain PyTorch: with a module that
+runs twice in a backward pass, with frozen parameters and with weights that must not stay gathered.
+Reentrant checkpointing, which loses gradients, has to be refused. A pass is noted in
 the user's cache folder; training asks for it where DeepSpeed's version is not one that the project
 was checked with. Exit codes: 0 all equal, 1 not, 2 wrong usage.
 """
@@ -24,6 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.console import parse_in_any_order
 from tools.parity_cells import OPTIMIZERS, Cell, all_cells, faults, plain_run
 
 console = Console(soft_wrap=True)
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools.selfcheck", description=__doc__.split("\n\n")[0])
     parser.add_argument("--world", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--all", action="store_true", help="every mode, not only affected ones")
-    options = parser.parse_args(argv)
+    options = parse_in_any_order(parser, argv)
     if options.world < 1:
         parser.error("--world must be at least 1")
     os.environ["DS_ACCELERATOR"] = "cpu"  # the processes see no GPU, whatever this machine has

@@ -38,7 +38,7 @@ from rich.progress import (
 from data_pipeline import manifest as manifests
 from data_pipeline.catalogue import Catalogue, expand_specs
 from data_pipeline.columns import column_names
-from data_pipeline.console import write_utf8
+from data_pipeline.console import parse_in_any_order, write_utf8
 from data_pipeline.expressions import TEXT_COLUMNS
 from data_pipeline.index import ShardIndex
 from data_pipeline.locations import base_name, folder_of, is_url, without_secrets
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     write_utf8()
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser(next(iter(arguments), None)).parse_args(arguments)
+    options = parse_in_any_order(_parser(next(iter(arguments), None)), arguments)
     try:
         return options.run(options)
     except (ShardError, BadSample, TransientReadError, OSError, ValueError) as error:

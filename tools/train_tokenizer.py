@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from data_pipeline.caption_texts import CaptionSourceSettings, CaptionTexts
+from data_pipeline.console import parse_in_any_order
 from data_pipeline.members import check_source
 from data_pipeline.plain_text import read_lines
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int, default=8192, help="entries, 259 at least")
     parser.add_argument("--min-frequency", type=int, default=2, help="rarer pairs stay apart")
     parser.add_argument("--lowercase", action="store_true", help="fold case")
-    options = parser.parse_args(arguments)
+    options = parse_in_any_order(parser, arguments)
 
     if options.text:
         texts = lines_of_files(options.text)

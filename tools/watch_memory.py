@@ -24,7 +24,7 @@ from typing import IO
 
 import psutil
 
-from data_pipeline.console import write_utf8
+from data_pipeline.console import parse_in_any_order, write_utf8
 
 GIB = 2**30
 ENDED = 3
@@ -112,7 +112,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="between two readings (default %(default)s)")
     parser.add_argument("--out", type=Path, help="write all readings there, as JSON lines")
     parser.add_argument("command", nargs="+", help="behind --")
-    return parser.parse_args(argv)
+    return parse_in_any_order(parser, argv)
 
 
 def show(output: IO[str] | None, watch: Watch) -> None:

@@ -65,9 +65,17 @@ def test_a_server_that_goes_away_ends_all_ranks_and_a_resume_goes_on(tmp_path, m
         assert "_read_once" in gone["stack"]  # where the worker was
 
         server.always, server.of = None, "heldout-000000.tar"
-        server.faults.extend([status(503), status(429)])
-        more = ["--resume", str(run)]
-        assert run_ranks("pretrain.train", more, 1, tmp_path / "3") == [0], tails(tmp_path / "3")
+        seen = max(step for step, _ in losses(run))
+        (rank,) = start_ranks("pretrain.train", ["--resume", str(run)], 1, tmp_path / "3")
+        try:
+            until = time.monotonic() + 120
+            while (seen + 1, "train") not in losses(run) and time.monotonic() < until:
+                time.sleep(0.01)
+            # After the start's look at samples: the evaluation meets these.
+            server.faults.extend([status(503), status(429)])
+            assert rank.wait(120) == 0, tails(tmp_path / "3")
+        finally:
+            kill_ranks([rank])
         assert not server.faults
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["kind"], last["read_retries"]) == ("evaluation", 2)

@@ -130,17 +130,22 @@ def test_streams_are_looked_at_too(data, tmp_path):
     assert findings(data, "classify", tmp_path, *stream, wrong).faults
 
 
-def test_boxes_and_the_spread(data):
-    """At most SPREAD samples, over all shards, and the same again."""
+def test_boxes_and_the_spread(data, monkeypatch):
+    """At most SPREAD samples, over all shards, and not through what a run reads with: its cache
+    would fetch a block for each of them."""
     settings = BoxDataSettings(image=ImageSettings(size=16), shards=["x"], classes=3)
     fields, source = BoxFields(settings, train=True), open_source([str(data / "few")])
     order = plan_order([source], 8, 0, "boxes")
     shards = ShardSet.open(str(data / "few"))
     stream = TaskStream("boxes", SampleReader(shards), order, fields, 0, 8, 8)
-    rows = []
-    read, stream.reader.read = stream.reader.read, lambda row, wanted=None: (
-        rows.append(row), read(row, wanted)
-    )[1]  # fmt: skip
+    stream.reader.read = stream.reader.expect = None
+    rows, read = [], SampleReader.read
+
+    def noted(reader, row, wanted=None):
+        rows.append(row)
+        return read(reader, row, wanted)
+
+    monkeypatch.setattr(SampleReader, "read", noted)
     seen = look(stream, fields.targets())[""]
     assert seen.samples == SPREAD and not seen.with_kind
     assert {shards.locate(row)[0] for row in rows} == {0, 1, 2}

@@ -11,7 +11,7 @@ from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.shards import ShardSet
 from tools import contact_sheet as sheets
-from tools.contact_sheet import Cell, contact_sheet
+from tools.contact_sheet import Cell, _cut, _font, _free_place, contact_sheet
 from tools.shards import main
 from tools.shards_sheet import cells_of_shards
 
@@ -160,3 +160,27 @@ def test_a_sheet_of_nothing_is_wrong_usage(option, tmp_path, capsys) -> None:
         run(tmp_path, "--out", tmp_path / "look.png", option, 0)
     assert stop.value.code == 2
     assert "is not a number from 1 on" in capsys.readouterr().err
+
+
+def test_labels_of_crowded_boxes_do_not_overprint():
+    taken = []
+    for shift in range(12):
+        box = (20.0 + shift, 30.0 + shift, 60.0 + shift, 60.0 + shift)
+        place = _free_place(box, (50, 13), (255, 199), taken)
+        if place is None:
+            continue
+        assert place[0] >= 0 and place[2] <= 255 and place[1] >= 0 and place[3] <= 199
+        for other in taken:
+            apart = place[0] > other[2] or other[0] > place[2]
+            assert apart or place[1] > other[3] or other[1] > place[3]
+        taken.append(place)
+    assert len(taken) >= 3
+
+
+def test_long_keys_are_cut_in_the_middle():
+    font = _font(11, None)
+    key = "coco/train2017/" + "very_long_" * 20 + "000123"
+    line = _cut(key, font, 256)
+    assert line.startswith("coco/") and line.endswith("000123") and "..." in line
+    assert font.getlength(line) <= 256
+    assert _cut("short", font, 256) == "short" and _cut("", font, 256) == ""

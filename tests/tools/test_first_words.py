@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 from pretrain import __main__ as look
+from pretrain import train
 from pretrain.recipe_checks import TAKEN_NAMES
 
 QUICK = [
@@ -65,3 +66,33 @@ def test_names_that_torch_takes():
 def test_overrides_and_options_in_any_order(words):
     found = look._parse(words)
     assert (found.recipe, found.overrides, found.world) == ("m3i_digits", ["seed=1", "steps=70"], 2)
+
+
+@pytest.mark.parametrize("arguments, of_other_nodes", [
+    (["--no-such-option"], []), (["git_digits", "--from-step", "3"], []), ([], []),
+    (["git_digits", "stepz=3"], ["2"]), (["no_such_recipe"], ["2"]),
+])  # fmt: skip
+def test_what_is_wrong_is_said_once(arguments, of_other_nodes, monkeypatch, capsys):
+    """Two nodes of two ranks: rank 0 speaks; of another node one, later, of what it alone may
+    have, such as its files."""
+    monkeypatch.setattr(train, "RANK_0_FIRST_S", 0.0)
+    said = {}
+    for rank in range(4):
+        places = {"RANK": rank, "LOCAL_RANK": rank % 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
+        for name, value in places.items():
+            monkeypatch.setenv(name, str(value))
+        assert train.main(arguments) == train.WRONG_USAGE
+        said[str(rank)] = capsys.readouterr().err
+    assert said["0"] and [rank for rank in said if rank > "0" and said[rank]] == of_other_nodes
+
+
+def test_sizes_without_the_tokenizer(tmp_path, capsys):
+    """`check` names what is missing, and what the model would be with an assumed vocabulary."""
+    found = {}
+    for name in ("git_base", "m3i_digits"):
+        assert look.main(["check", name, f"tokenizer.path={tmp_path}/none"]) == 1
+        found[name] = capsys.readouterr().out
+        assert "FAULT tokenizer" in found[name]
+        assert "ok    model: without the tokenizer, sizes are those with an assumed" in found[name]
+        assert "ok    memory per rank: about" in found[name]
+    assert "ok    model: 15" in found["git_base"]  # 129 M beside the words, 23 M of them

@@ -1,0 +1,100 @@
+"""The batch script of a run: header, the site's lines, and the supervisor in its place."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.site import Site
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of SLURM for one run."""
+
+    name: str
+    run: Path
+    nodes: str
+    """A number, or a span ("1-2")."""
+    time: str | None
+    launcher: str
+    train: Sequence[str]
+    """Module and arguments of the trainer."""
+    requeue: bool
+    chain: bool
+    code: Path | None = None
+    """A copy of the code that the job runs."""
+    exclude: Sequence[str] = ()
+
+
+def version_of(text: str) -> tuple[int, int]:
+    """`slurm 22.05.8` is (22, 5)."""
+    match = re.search(r"(\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def gpu_options(site: Site, version: tuple[int, int]) -> list[str]:
+    """How this SLURM is asked for the GPUs of each node: never per task.
+
+    24.11 and newer refuse --gres beside options per task, and steps take over what the job has.
+    """
+    if not site.gpus_per_node:
+        return []
+    if site.gres == "gpus-per-node":
+        return [f"--gpus-per-node={site.gpus_per_node}"]
+    kind = site.gres.partition(":")[2]
+    return [f"--gres=gpu:{kind + ':' if kind else ''}{site.gpus_per_node}"]
+
+
+def header(job: Job, site: Site, version: tuple[int, int]) -> list[str]:
+    """The options of the batch script, without #SBATCH."""
+    tasks = site.ranks if job.launcher == "srun" else 1
+    options = [
+        f"--job-name={job.name}", f"--nodes={job.nodes}", f"--ntasks-per-node={tasks}",
+        *gpu_options(site, version),
+        f"--output={job.run / 'logs' / 'job-%j.log'}",
+        "--open-mode=append", "--wait-all-nodes=1", f"--signal=B:USR1@{site.signal_lead_s}",
+        "--requeue" if job.requeue else "--no-requeue",
+    ]
+    if site.cpus_per_task:
+        per = site.cpus_per_task * (1 if job.launcher == "srun" else site.ranks)
+        options.append(f"--cpus-per-task={per}")
+    if site.exclusive:
+        options.append("--exclusive")
+    if site.memory is not None:
+        options.append(f"--mem={site.memory}")
+    if job.time:
+        options.append(f"--time={job.time}")
+    if job.chain:
+        options.append("--dependency=singleton")
+    for name in ("partition", "account", "qos", "constraint"):
+        if value := getattr(site, name):
+            options.append(f"--{name}={value}")
+    if away := sorted({*site.exclude, *job.exclude}):
+        options.append(f"--exclude={','.join(away)}")
+    return options + site.header
+
+
+def render(job: Job, site: Site, version: tuple[int, int]) -> str:
+    """The batch script. Its last line is the supervisor, to which SLURM's signals go."""
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in header(job, site, version)), ""]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
+    lines += site.setup
+    if job.code is not None:
+        folder = shlex.quote(str(job.code))
+        lines.append(f'export PYTHONPATH={folder}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+        lines.append(f"cd {shlex.quote(str(job.code))}")
+    supervise = [
+        site.python, "-u", "-m", "slurm.supervise", _quoted(str(job.run)), "--launcher",
+        job.launcher, "--per-node", str(site.ranks),
+    ]
+    supervise += ["--requeue"] if job.requeue else []
+    supervise += ["--chain", shlex.quote(job.name)] if job.chain else []
+    lines.append("exec " + " ".join([*supervise, "--", *map(_quoted, job.train)]))
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(word: str) -> str:
+    """For the shell; a variable of the job's own in it stays one."""
+    return f'"{word}"' if "$" in word else shlex.quote(word)

@@ -1,0 +1,67 @@
+"""What is drawn from a run's files, without SLURM."""
+
+import json
+import os
+import time
+
+import pytest
+
+from slurm import status as module
+from slurm.status import describe, goodput, line_of, main, runs_of, seconds_a_step, slowest_rank
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run of 50 steps of 2 s, 10 of them done twice, 200 s after it was submitted."""
+    folder, now = tmp_path / "runs/a", time.time()
+    (folder / "control").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("name: a\nsteps: 100\n")
+    lines = [{"step": s, "time": now - 100 + 2 * s, "kind": "train", "loss": 1.0, "slowest_rank": 5}
+             for s in range(1, 51)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "control/status.json").write_text(
+        json.dumps({"state": "running", "phase": "step", "step": 40, "reason": ""}))
+    (folder / "control/heartbeat").touch()
+    (folder / "checkpoints/step_000000040").mkdir(parents=True)
+    (folder / "checkpoints/step_000000040/manifest.json").write_text("{}")
+    tries = [{"attempt": 1, "started": now - 200, "steps": [0, 20], "decision": "restart"},
+             {"attempt": 2, "started": now - 120, "steps": [20, 40], "decision": "requeue"}]
+    (folder / "attempts.jsonl").write_text("".join(json.dumps(t) + "\n" for t in tries))
+    monkeypatch.setattr(module.cluster, "jobs_named", lambda name: [])
+    return folder
+
+
+def test_describe(run):
+    found = describe(run)
+    assert (found["state"], found["step"], found["steps"]) == ("running", 50, 100)
+    assert found["tries"] == 2
+    assert found["seconds_a_step"] == pytest.approx(2.0)
+    assert found["left_s"] == pytest.approx(100.0)
+    assert found["goodput"] == pytest.approx(0.5, abs=0.02)  # 50 steps x 2 s in 200 s
+    assert (found["checkpoint"], found["loss"], found["slowest_rank"]) == (40, 1.0, 5)
+    line = line_of(found)
+    assert "step 50/100" in line and "0:01:40 left" in line and "goodput 50%" in line
+    assert "rank 5 is the slowest" in line
+
+
+def test_a_run_without_a_heartbeat_is_silent(run):
+    os.utime(run / "control/heartbeat", (0, 0))
+    assert describe(run)["state"] == "silent"
+    (run / "control/status.json").write_text(json.dumps({"state": "failed", "reason": "rank 3: x"}))
+    assert describe(run)["state"] == "failed" and "rank 3: x" in line_of(describe(run))
+
+
+def test_runs_are_found_and_told(run, capsys):
+    assert runs_of([run]) == runs_of([run.parent]) == runs_of([run.parent.parent]) == [run]
+    assert main([str(run.parent), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 50
+    assert main([str(run / "control")]) == 1
+    assert "no run in" in capsys.readouterr().err
+
+
+def test_nothing_known_is_said_as_such(tmp_path):
+    assert seconds_a_step([]) is None and slowest_rank([]) is None
+    assert goodput([], 5, 1.0, 10.0) is None
+    (tmp_path / "submit").mkdir()
+    found = describe(tmp_path)
+    assert found["state"] == "new" and "step 0/?" in line_of(found)
