@@ -27,6 +27,7 @@ from pretrain.engine.ds_config import engine_config, offloads_optimizer
 from pretrain.engine.ema import Ema
 from pretrain.engine.engine_state import fill_masters
 from pretrain.engine.evaluation import Evaluator
+from pretrain.engine.free_space import checkpoint_bytes, space_warning
 from pretrain.engine.hardware import require_hardware
 from pretrain.engine.loop import Loop, StepReport, TrainerState, TrainingFailed
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
@@ -359,6 +360,11 @@ class Trainer:
     def _announce(self, restored: Path | None) -> None:
         for problem in self.checkpoints.passed_over:
             log.warning("checkpoint %s", problem)
+        size = checkpoint_bytes(
+            self.engine.module, self.recipe.optimizer.kind, self.recipe.ema is not None
+        )
+        if self.ranks.leads and (short := space_warning(self.run_dir, size)):
+            log.warning("%s", short)
         self.turn.tell()
         idle = idle_ranks(self.recipe, self.ranks.world)
         for warning in [*recipe_checks.warnings(self.recipe), *idle]:
