@@ -7,11 +7,13 @@ minute and the number of the others: a rotten shard would otherwise write a mill
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
+from data_pipeline.files import naming
 from data_pipeline.stream import DataError, Fault
 
 logger = logging.getLogger("omnipretrain.data")
@@ -50,21 +52,28 @@ class FaultFile:
     ..., "reason": ..., "action": "replaced"}; `step` counts completed steps, as in the metrics.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Append to `path`, whose folder is made if it is missing."""
+    def __init__(self, path: Path, may_write: Callable[[], bool] = lambda: True) -> None:
+        """Append to `path`, whose folder is made if it is missing; nothing once `may_write` says
+        no, which is asked at each flush."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.step = 0
         """Step that the next faults belong to."""
+        self._path, self._may_write = path, may_write
         self._file = path.open("a", encoding="utf-8")
+        self._lines: list[str] = []
 
     def write(self, fault: Fault, action: str) -> None:
-        """Append a fault; `flush` brings it to the disk."""
+        """Note a fault; `flush` brings it to the file."""
         line = {"step": self.step, **fault._asdict(), "action": action}
-        self._file.write(json.dumps(line) + "\n")
+        self._lines.append(json.dumps(line) + "\n")
 
     def flush(self) -> None:
-        """Hand all lines to the operating system."""
-        self._file.flush()
+        """Hand all lines to the operating system. OSErrors name the file."""
+        lines, self._lines = self._lines, []
+        if lines and self._may_write():
+            with naming(self._path):
+                self._file.writelines(lines)
+                self._file.flush()
 
     def __enter__(self) -> Self:
         return self

@@ -3,21 +3,35 @@
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+logger = logging.getLogger("omnipretrain.files")
+
 CACHE_VARIABLE = "OMNIPRETRAIN_CACHE"
 TEMPORARY_SUFFIX = ".tmp"
 
 # File systems without working flock (some NFS and Lustre mounts) answer with one of these.
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def cache_folder() -> Path:
     """Return where what can be made again is kept: $OMNIPRETRAIN_CACHE, or below ~/.cache."""
     return Path(os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/omnipretrain"))
+
+
+@contextlib.contextmanager
+def using_cache() -> Iterator[None]:
+    """Within, an OSError also says how to choose another cache folder."""
+    try:
+        yield
+    except OSError as error:
+        advice = f"{error.strerror}; set {CACHE_VARIABLE} to a folder that can be written"
+        raise OSError(error.errno, advice, error.filename) from None
 
 
 def temporary_name(path: Path) -> Path:
@@ -37,13 +51,55 @@ def leftovers(path: Path) -> list[Path]:
     ]
 
 
+def sync_file(path: Path) -> None:
+    """Force a written file's bytes to the disk. OSErrors name the file."""
+    with naming(path), open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make creations and renames inside `folder` survive a power cut, where its file system can.
+
+    Some (CIFS before Linux 4.17, some FUSE) refuse; then it is said once, and work goes on.
+    Errors: OSError that names the folder.
+    """
+    with naming(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_SYNC:
+                raise
+            _warn_of_folder_sync(str(folder), error.strerror)
+        finally:
+            os.close(descriptor)
+
+
+_folder_sync_refused = False
+
+
+def _warn_of_folder_sync(folder: str, why: str) -> None:
+    global _folder_sync_refused
+    if not _folder_sync_refused:
+        _folder_sync_refused = True
+        logger.warning(
+            "the file system of %s cannot sync folders (%s): files are whole or absent all the "
+            "same, but a power cut may take the newest of them", folder, why,
+        )
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within, OSErrors that do not say which file they are about (a full disk at a write, a failed
+    sync) name `path`."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)).with_traceback(
+                error.__traceback__
+            ) from None
+        raise
 
 
 def give_usual_access(path: Path) -> None:
@@ -73,9 +129,11 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     try:
         with open(temporary, "wb") as file:
             for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+                with naming(path):
+                    file.write(chunk)
+            with naming(path):
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import signal
 import traceback
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 from data_pipeline.cache import CacheSettings
 from data_pipeline.cache_folder import CacheError
+from data_pipeline.child_signals import held_back, ignore_signals
 from data_pipeline.future import RowsOf
 from data_pipeline.read_ahead import ReadAhead
 from data_pipeline.shards import ShardSet
@@ -56,7 +56,8 @@ class Prefetcher:
             target=_run, args=(theirs, self._connection, *self._arguments), name="read-ahead",
             daemon=True,
         )
-        self._process.start()
+        with held_back():
+            self._process.start()
         theirs.close()
         return self
 
@@ -112,15 +113,12 @@ def _run(
 ) -> None:
     """The process: work until told to stop, or until the trainer is gone."""
     other_end.close()  # else this process would keep its own pipe alive
-    stop: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # the trainer decides what they mean
+    ignore_signals()
     downloads = next(iter(shards.values())).storage.settings.requests_per_host
     ahead = ReadAhead(shards, rows, sampler, ranks, settings, downloads)
     code = 1
     try:
-        _serve(connection, ahead, stop)
+        _serve(connection, ahead)
         code = 0
     except CacheError as error:
         _report(connection, ahead, f"{error}; nothing is read ahead")
@@ -131,11 +129,11 @@ def _run(
         os._exit(code)  # now, whatever threads still wait for a dead server
 
 
-def _serve(connection: Connection, ahead: ReadAhead, stop: list[int]) -> None:
+def _serve(connection: Connection, ahead: ReadAhead) -> None:
     # The first notices at once that the trainer was killed, the second in every case.
     parent, trainer = os.getppid(), multiprocessing.parent_process()
     with ahead.folder.reading_ahead():
-        while not stop and os.getppid() == parent and trainer.is_alive():
+        while os.getppid() == parent and trainer.is_alive():
             busy = ahead.work()
             if not connection.poll(_BUSY_S if busy else _IDLE_S):
                 continue

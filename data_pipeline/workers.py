@@ -1,7 +1,6 @@
 """The process side of loading: what runs in a worker, and how a batch travels to the trainer."""
 
 import os
-import signal
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from data_pipeline import activity
 from data_pipeline.activity import ActivityBoard
 from data_pipeline.arena import Arena, InArena
+from data_pipeline.child_signals import held_back, ignore_signals
 from data_pipeline.reader import TransientReadError
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.stream import DataError, TaskStream, empty
@@ -146,7 +146,8 @@ def load_batches(
         generator=torch.Generator(),  # leaves the trainer's own random state alone
         **options,
     )
-    batches = iter(loader)
+    with held_back():
+        batches = iter(loader)
     try:
         for packed in batches:
             if isinstance(packed, _Failure):
@@ -157,6 +158,9 @@ def load_batches(
         # its queues are closed, and it waits 5 s for workers that never hear of the end.
         if workers:
             batches._shutdown_workers()
+            for process in batches._workers:  # torch sends SIGTERM to those that hang
+                if process.is_alive():
+                    process.kill()
 
 
 def start_worker(worker_number: int) -> None:
@@ -164,9 +168,7 @@ def start_worker(worker_number: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its thread pool does not survive a fork
-    # Ctrl-C and SLURM's warnings reach all processes of a job; the trainer decides what they mean.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
 
 
 def _arena(streams: Iterable[TaskStream | WeakStream], workers: int, slots: int) -> Arena | None:

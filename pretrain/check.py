@@ -46,6 +46,12 @@ class Finding:
     """Whether it would run, but most likely not as it was meant."""
 
 
+class AssumedVocabulary:
+    """What a model's size needs to know of a tokenizer that cannot be read: BERT's, as in GIT."""
+
+    vocab_size, bos_id, eos_id, pad_id = 30_522, 101, 102, 0
+
+
 def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
     """Check everything that needs no process group; later checks go on after a fault.
 
@@ -82,8 +88,12 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
         attempt(f"tasks.{name}", lambda n=name: _targets(recipe, n, tokenizers[0]))
     if recipe.loader.cache is not None:
         attempt("cache", lambda: cache_lines(recipe, world, ranks_per_node))
-    if tokenizers and zero:
-        attempt("model", lambda: _model(recipe, tokenizers[0], zero[0], world))
+    if zero and not tokenizers:
+        findings.append(Finding(True, f"model: without the tokenizer, sizes are those with an "
+                                f"assumed vocabulary of {AssumedVocabulary.vocab_size:,} entries"))
+    if zero:
+        tokenizer = tokenizers[0] if tokenizers else AssumedVocabulary()
+        attempt("model", lambda: _model(recipe, tokenizer, zero[0], world))
     return findings
 
 

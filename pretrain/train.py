@@ -6,9 +6,11 @@
     srun --ntasks-per-node 8 python -m pretrain.train RECIPE        the nodes of a SLURM job
     ... -m pretrain.train --resume RUN_DIR                          go on where the run stopped
     ... -m pretrain.train --resume RUN_DIR --from-step 4000         go back to that checkpoint first
+    ... -m pretrain.train RECIPE --start-or-resume                  either, whichever is due
 
 Exit code 0: finished, or stopped as asked with a checkpoint (control/status.json says which);
-1: failed; 2: the recipe or the arguments are wrong (said before any process group starts).
+1: failed; 2: the recipe or the arguments are wrong, or the run is in use (said before any process
+group starts); 3: another job has taken over the run, and this one has left it alone.
 """
 
 import argparse
@@ -20,36 +22,80 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pretrain.engine.checkpoint_files import CheckpointError, newest_whole
 from pretrain.engine.checkpoint_retention import find_checkpoint, step_of, step_to_go_back_to
-from pretrain.engine.launch_environment import LaunchError, translate
-from pretrain.engine.run_dir import RunDirError, check_new, check_resumable
-from pretrain.recipe import Recipe, RecipeError, load_layers, load_recipe, load_resolved, validate
-from pretrain.resume_rules import check_changes, recipe_of
+from pretrain.engine.control import ControlFolder, StopSignals
+from pretrain.engine.launch_environment import LaunchError, require_world, translate
+from pretrain.engine.ownership import (
+    OccupiedError,
+    Ownership,
+    claim,
+    refuse_if_occupied,
+)
+from pretrain.engine.run_record import (
+    RECIPE_FILE,
+    RunDirError,
+    check_new,
+    check_resumable,
+    holds_run,
+)
+
+if TYPE_CHECKING:
+    from pretrain.recipe import Recipe
 
 log = logging.getLogger("omnipretrain.train")
 
 WRONG_USAGE = 2
 RANK_0_FIRST_S = 5.0  # ranks start some seconds apart
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+
+def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) -> int:
+    """Entry point; returns the exit code.
+
+    signals: those that were heard since this process began; None = listen from now on.
+    """
+    from pretrain.recipe import RecipeError  # takes a second, in which signals count
+
     try:
         translate(os.environ)
         arguments = parse_arguments(argv)
+        require_world(os.environ, arguments.expect_world)
         check_locale()
-        recipe = read_recipe(arguments)
-    except (LaunchError, LocaleError, RecipeError, RunDirError, UsageError) as error:
+        recipe, resume = read_recipe(arguments)
+        ownership = enter(Path(recipe.run_dir), arguments.take_over)
+    except (LaunchError, LocaleError, OccupiedError, RecipeError, RunDirError,
+            UsageError) as error:
         say(error)
         return WRONG_USAGE
-    from pretrain.engine.trainer import train_recipe  # imports DeepSpeed, which takes seconds
+    except OSError as error:
+        from pretrain.engine.failures import FAILED, reason_of
 
-    return train_recipe(recipe, arguments.resume is not None, arguments.from_step)
+        say(reason_of(error))
+        return FAILED
+    from pretrain.engine.start import train_recipe  # imports DeepSpeed, which takes seconds
+
+    return train_recipe(recipe, resume, signals or StopSignals(), ownership,
+                        arguments.from_step)
 
 
-def say(error: Exception) -> None:
+def enter(run_dir: Path, take_over: bool) -> Ownership | None:
+    """Claim the run directory, on rank 0; the others get None, and see that nobody else is there.
+
+    Raises:
+        OccupiedError: another job is at work there.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        ownership = claim(run_dir, os.environ, take_over)
+        ControlFolder(run_dir, ownership).begin()
+        return ownership
+    if not take_over:
+        refuse_if_occupied(run_dir, os.environ)
+    return None
+
+
+def say(error: Exception | str) -> None:
     """Print what is wrong, once: rank 0 does, and first.
 
     Most launchers end all processes as soon as one of them fails. Were that another one than rank
@@ -100,9 +146,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("recipe", nargs="?", help="a YAML file or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--resume", metavar="RUN_DIR", type=Path, help="continue this run")
+    parser.add_argument("--start-or-resume", action="store_true",
+                        help="continue the run in the recipe's run_dir, or start it")
+    parser.add_argument("--take-over", action="store_true",
+                        help="take the run from a job that seems to be at work in it")
     parser.add_argument("--from-step", metavar="N", type=int,
                         help="with --resume: go on from the checkpoint of this step; those after "
                         "it are moved aside")
+    parser.add_argument("--expect-world", metavar="N", type=int,
+                        help="end if the launcher has started another number of processes")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume is not None and arguments.recipe is not None:
@@ -110,37 +162,67 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.recipe = None
     if (arguments.recipe is None) == (arguments.resume is None):
         parser.error("give a recipe, or --resume RUN_DIR")
+    if arguments.start_or_resume and arguments.resume is not None:
+        parser.error("--start-or-resume wants a recipe; --resume RUN_DIR wants a run")
     if arguments.from_step is not None and arguments.resume is None:
         parser.error("--from-step N goes with --resume RUN_DIR")
     return arguments
 
 
-def read_recipe(arguments: argparse.Namespace) -> Recipe:
-    """The recipe of a new run, or of the run to resume with the allowed changes.
+def read_recipe(arguments: argparse.Namespace) -> "tuple[Recipe, bool]":
+    """The recipe of a new run, or of the run to resume with the allowed changes; and which.
 
     Raises:
         RecipeError, RunDirError: with all that the user needs to know.
     """
-    if arguments.resume is None:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        check_new(Path(recipe.run_dir))
-        return recipe
-    root = arguments.resume / "checkpoints"
-    arguments.from_step = step_to_go_back_to(root, arguments.from_step, os.environ)
-    return read_resumed(arguments.resume, arguments.overrides, arguments.from_step)
+    from pretrain.recipe import load_recipe, load_resolved
+
+    if arguments.resume is not None:
+        root = arguments.resume / "checkpoints"
+        arguments.from_step = step_to_go_back_to(root, arguments.from_step, os.environ)
+        return read_resumed(arguments.resume, arguments.overrides, arguments.from_step), True
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    run_dir = Path(recipe.run_dir)
+    if not (arguments.start_or_resume and holds_run(run_dir)):
+        check_new(run_dir)
+        return recipe, False
+    recipe = moved(recipe, run_dir)
+    check_same_run(run_dir, moved(load_resolved(run_dir / RECIPE_FILE), run_dir), recipe, None)
+    return recipe, True
 
 
-def read_resumed(run_dir: Path, overrides: Sequence[str], from_step: int | None) -> Recipe:
+def read_resumed(run_dir: Path, overrides: Sequence[str], from_step: int | None) -> "Recipe":
     """The recipe in a run directory, with overrides, if the run may go on with it.
 
     Raises:
         RecipeError, RunDirError: as `read_recipe`.
     """
+    from pretrain.recipe import load_layers, load_resolved, validate
+
     path = check_resumable(run_dir)
     written = moved(load_resolved(path), run_dir)
     recipe = written
     if overrides:
         recipe = moved(validate(load_layers(path, overrides)), run_dir)
+    check_same_run(run_dir, written, recipe, from_step)
+    return recipe
+
+
+def check_same_run(
+    run_dir: Path, written: "Recipe", recipe: "Recipe", from_step: int | None
+) -> None:
+    """Refuse a recipe that the run may not go on with.
+
+    Args:
+        written: the recipe in the run directory.
+        recipe: the one to go on with; it obeys the one in the checkpoint, if there is one.
+        from_step: of the checkpoint; None = the newest.
+
+    Raises:
+        RecipeError, RunDirError: as `read_recipe`.
+    """
+    from pretrain.resume_rules import check_changes, recipe_of
+
     root = run_dir / "checkpoints"
     try:
         folder = newest_whole(root) if from_step is None else find_checkpoint(root, from_step)
@@ -150,19 +232,18 @@ def read_resumed(run_dir: Path, overrides: Sequence[str], from_step: int | None)
         folder = None  # there is none, or the trainer will say what is wrong with it
     before = recipe_of(folder) if folder is not None else None
     if before is None:
-        check_changes(written, recipe, str(path))
+        check_changes(written, recipe, str(run_dir / RECIPE_FILE))
     else:
         check_changes(before, recipe, str(folder.relative_to(run_dir)), step_of(folder))
-    return recipe
 
 
-def moved(recipe: Recipe, run_dir: Path) -> Recipe:
+def moved(recipe: "Recipe", run_dir: Path) -> "Recipe":
     """The recipe with its run directory where it lies now; a run may be moved as a whole."""
     return recipe.model_copy(update={"run_dir": str(run_dir.resolve())})
 
 
 if __name__ == "__main__":
-    code = main()
+    code = main(signals=StopSignals())
     if code == WRONG_USAGE:
         sys.exit(code)
     from pretrain.engine.distributed import leave

@@ -184,10 +184,10 @@ def _ours(args: argparse.Namespace, engine, batches: dict[str, list], ranks, fol
     from pretrain.engine.control import ControlFolder, StopSignals
     from pretrain.engine.loop import Loop, TrainerState
     from pretrain.engine.metrics_log import LoggingSettings, MetricsLog
+    from pretrain.engine.ownership import claim
     from pretrain.engine.throughput import Throughput
 
-    control = ControlFolder(folder)
-    control.take_ownership()
+    control = ControlFolder(folder, claim(folder, {}))
     throughput = Throughput(ranks, peak_tflops_per_device=None)
     schedule = _schedule(args)
     loop = Loop(

@@ -31,9 +31,9 @@ from pathlib import Path
 from rich.console import Console
 
 from data_pipeline.console import parse_in_any_order, write_utf8
-from data_pipeline.files import give_usual_access, temporary_name
+from data_pipeline.files import give_usual_access, sync_file, temporary_name
 from data_pipeline.tar_headers import ShardError
-from pretrain.engine.checkpoint_files import CheckpointError, sync_file
+from pretrain.engine.checkpoint_files import CheckpointError
 from pretrain.overlay import to_yaml
 from tools import convert_graph, convert_internimage, convert_weights
 from tools.arguments import add_run, add_weights

@@ -13,8 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data_pipeline.files import give_usual_access
-from pretrain.engine.checkpoint_files import sync_file
+from data_pipeline.files import give_usual_access, sync_file
 from tools.tensor_pickle import read_torch_zip
 
 _FILES = (

@@ -19,7 +19,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from data_pipeline.files import give_usual_access
+from data_pipeline.files import (
+    give_usual_access,
+    naming,
+    sync_file,
+    sync_folder,
+    write_atomically,
+)
 from pretrain.engine.checkpoint_files import (
     EMA,
     FORMAT,
@@ -35,10 +41,7 @@ from pretrain.engine.checkpoint_files import (
     read_full_state,
     read_manifest,
     seal_manifest,
-    sync_file,
-    sync_folder,
     verify_file,
-    write_durable,
 )
 from pretrain.engine.checkpoint_retention import (
     Aside,
@@ -61,7 +64,9 @@ from pretrain.engine.engine_state import (
     state_to_fill,
     states_of,
 )
+from pretrain.engine.failures import reason_of
 from pretrain.engine.momentum import TargetNetworks
+from pretrain.engine.ownership import OwnershipLost
 from pretrain.engine.partitions import (
     list_partitions,
     push_masters_to_module,
@@ -142,6 +147,7 @@ class Checkpoints:
         return final
 
     def _open_temporary(self, final: Path) -> Path:
+        self._may_commit()  # or it would clear away what the new owner is writing
         self.root.mkdir(parents=True, exist_ok=True)
         for stale in [*self.root.glob(".writing-*"), *self.root.glob(".removing-*")]:
             shutil.rmtree(stale, ignore_errors=True)
@@ -196,7 +202,8 @@ class Checkpoints:
             "zero_stage": engine.zero_optimization_stage(), "files": files, "trainer": trainer,
             **about,
         }
-        (temporary / MANIFEST).write_bytes(seal_manifest(manifest))
+        with naming(temporary / MANIFEST):
+            (temporary / MANIFEST).write_bytes(seal_manifest(manifest))
         sync_file(temporary / MANIFEST)
         sync_folder(temporary)
         self._may_commit()
@@ -204,7 +211,7 @@ class Checkpoints:
             remove(final)
         os.rename(temporary, final)
         sync_folder(self.root)
-        write_durable(self.root / "latest", f"{final.name}\n".encode())
+        write_atomically(self.root / "latest", [f"{final.name}\n".encode()])
         sound = step - trainer.get("skipped_in_a_row", 0)
         retire(self.root, self.settings.keep_last, self.settings.keep_every_steps, sound)
 
@@ -316,7 +323,8 @@ class Checkpoints:
             elif EMA not in wanted:
                 raise CheckpointError(
                     f"{folder} holds no moving average, since its run had no `ema`: start a new "
-                    "run from its weights (initial_weights) to begin one"
+                    "run from its weights to begin one (python -m tools.convert export-weights "
+                    "writes a file for initial_weights)"
                 )
             for name in wanted:
                 out = averages[index] if name == EMA else state_to_fill(engine, partition, name)
@@ -345,8 +353,9 @@ class Checkpoints:
         try:
             result = action()
         except Exception as problem:
-            log.exception("rank %d", self._rank)
-            error = f"rank {self._rank}: {type(problem).__name__}: {problem}"
+            if not isinstance(problem, OwnershipLost):
+                log.exception("rank %d", self._rank)
+            error = f"rank {self._rank}: {reason_of(problem)}"
         answers: list = [None] * self._world
         dist.all_gather_object(answers, (result, error))
         errors = [e for _, e in answers if e]

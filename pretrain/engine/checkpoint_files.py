@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +36,8 @@ MODULE = "module.safetensors"
 MASTER = "master"  # name of the fp32 weights among the states of a partition
 EMA = "ema"  # name of the moving average among the states of a partition
 READ_AT_ONCE = 2**22  # elements: bounds what a reader holds beside the tensor that it fills
+
+
 _NAME = re.compile(r"step_(\d{9,})$")
 
 
@@ -71,32 +72,6 @@ def file_entry(path: Path) -> dict[str, int | str]:
             digest.update(block)
             size += len(block)
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def write_durable(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a crash leaves the old content or the new, nothing else."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_file(path: Path) -> None:
-    """Force a written file's bytes to the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Force a folder's entries (creations, renames) to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def seal_manifest(manifest: dict) -> bytes:

@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipeline.files import sync_folder, write_atomically
 from pretrain.engine.checkpoint_files import (
     CheckpointError,
     checkpoint_name,
     list_checkpoints,
-    sync_folder,
-    write_durable,
 )
 
 _ASIDE = "aside_{}_after_{}"
@@ -103,7 +102,7 @@ def set_aside(root: Path, step: int, records: Iterable[Path]) -> Aside:
             shutil.copytree(record, aside / record.name)
         elif record.exists():
             shutil.copy2(record, aside / record.name)
-    write_durable(root / "latest", f"{checkpoint_name(step)}\n".encode())
+    write_atomically(root / "latest", [f"{checkpoint_name(step)}\n".encode()])
     for folder in later:  # the newest first: a crash leaves no gap
         os.rename(folder, aside / folder.name)
     sync_folder(aside)

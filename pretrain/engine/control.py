@@ -3,29 +3,31 @@
     <run>/control/
         stop, stop.auto    asked: save, then stop (a person; a job script that will requeue)
         save               asked: save and go on; deleted when done
-        heartbeat          its time of change says when rank 0 last finished a step
-        status.json        state (running, stopped, finished, failed), step, reason
-        owner.json         which job may commit checkpoints: the last one that started
+        heartbeat          its time of change says when rank 0 was last at work: each step, each
+                           batch of an evaluation, and within start-up and saves
+        status.json        state (starting, running, stopped, finished, failed), phase (start,
+                           restore, step, evaluate, save), step of the last checkpoint, reason
+        owner.json         which job may write: the last one that started (`ownership`)
 
 A signal only sets a flag. Nothing here acts by itself: rank 0 reads the requests, the loop makes
-all ranks agree on them at a step boundary.
+all ranks agree on them at a step boundary, the evaluation between its batches.
 """
 
+import contextlib
 import json
-import os
-import secrets
 import signal
-import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.engine.checkpoint_files import write_durable
+from data_pipeline.files import write_atomically
+from pretrain.engine.launchers import age_of_start
+from pretrain.engine.ownership import HEARTBEAT_FILE, Ownership
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+REQUESTS = ("stop", "stop.auto", "save")
+STATUS_FILE = "status.json"
 
-
-class OwnershipLost(RuntimeError):
-    """Another job has started on the same run directory; this one must not commit anything."""
 
 
 class StopSignals:
@@ -43,33 +45,28 @@ class StopSignals:
 
 
 class ControlFolder:
-    """The control files of a run directory, as rank 0 handles them."""
+    """The control files of a run directory, as rank 0 handles them.
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "control"
-        self._token = secrets.token_hex(16)
+    Nothing is written once `ownership` is lost.
+    """
+
+    def __init__(self, run_dir: Path, ownership: Ownership) -> None:
+        self.path = Path(run_dir) / "control"
+        self.ownership = ownership
+        self.phase = "start"
         self._last_beat = 0.0
 
-    def take_ownership(self) -> None:
-        """Claim the run directory for this job; requests left by an earlier one are dropped."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for name in ("stop", "stop.auto", "save"):
-            (self.path / name).unlink(missing_ok=True)
-        owner = {"token": self._token, "host": socket.gethostname(), "pid": os.getpid(),
-                 "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        write_durable(self.path / "owner.json", json.dumps(owner).encode())
+    def begin(self) -> None:
+        """Say that a start has begun; drop requests from before it.
 
-    def check_ownership(self) -> None:
-        """Raise OwnershipLost if another job has claimed the run directory since."""
-        try:
-            owner = json.loads((self.path / "owner.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise OwnershipLost(f"cannot read {self.path / 'owner.json'}: {error}") from None
-        if owner.get("token") != self._token:
-            raise OwnershipLost(
-                f"process {owner.get('pid')} on {owner.get('host')} has taken over this run since "
-                f"{owner.get('since')}; this process stops without writing"
-            )
+        The step stays: it is that of the last checkpoint, whatever becomes of this start.
+        """
+        since = time.time() - age_of_start()
+        for name in REQUESTS:
+            with contextlib.suppress(OSError):
+                if (self.path / name).stat().st_mtime < since:
+                    (self.path / name).unlink()
+        self.status("starting", read_status(self.path.parent).get("step", 0))
 
     def stop_requested(self) -> str | None:
         """The stop file that is there, if any."""
@@ -84,29 +81,56 @@ class ControlFolder:
 
     def save_done(self) -> None:
         """Answer a request to save by deleting it."""
-        (self.path / "save").unlink(missing_ok=True)
+        if self.ownership.holds():
+            (self.path / "save").unlink(missing_ok=True)
 
     def beat(self) -> None:
-        """Show that the run is alive; at most one file operation a second."""
+        """Show that the run is alive, if it is still this job's; at most once a second."""
         now = time.monotonic()
         if now - self._last_beat >= 1.0:
-            (self.path / "heartbeat").touch()
+            if self.ownership.holds():
+                (self.path / HEARTBEAT_FILE).touch()
             self._last_beat = now
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Within, the status names this phase; behind it, the one before."""
+        before = self.phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def enter(self, phase: str) -> None:
+        """Say in which phase the run is now."""
+        self.phase = phase
+        said = {"state": "starting", "step": 0, "reason": ""} | read_status(self.path.parent)
+        self.status(said["state"], said["step"], said["reason"])
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Say how the run stands; written after what it speaks of is on disk."""
-        status = {"state": state, "step": step, "reason": reason,
+        if not self.ownership.holds():
+            return
+        status = {"state": state, "phase": self.phase, "step": step, "reason": reason,
                   "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        write_durable(self.path / "status.json", json.dumps(status).encode())
+        write_atomically(self.path / STATUS_FILE, [json.dumps(status).encode()])
 
     def failed(self, reason: str) -> None:
         """Say that the run failed, from any rank; the first one to say so names the cause.
 
         Ranks that fail later do so mostly because the first one left them alone.
         """
-        try:
-            status = json.loads((self.path / "status.json").read_bytes())
-        except (OSError, ValueError):
-            status = {"state": "starting", "step": 0}
+        status = {"state": "starting", "phase": "start", "step": 0} | read_status(self.path.parent)
         if status["state"] != "failed":
+            self.phase = status["phase"]
             self.status("failed", status["step"], reason)
+
+
+def read_status(run_dir: Path) -> dict:
+    """What `control/status.json` says; empty if it is not there or cannot be read."""
+    try:
+        status = json.loads((Path(run_dir) / "control" / STATUS_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}

@@ -1,6 +1,9 @@
 """Evaluation between steps: every task's held-out data, on all ranks, numbers and pictures."""
 
+import contextlib
 import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,50 +12,103 @@ import torch.distributed as dist
 from data_pipeline.faults import FaultFile
 from pretrain import build
 from pretrain.engine.distributed import Ranks
-from pretrain.engine.metrics_log import MetricsLog, shown
+from pretrain.engine.ema import Ema
+from pretrain.engine.metrics_log import METRICS_FILE, MetricsLog, evaluated_tasks, shown
 from pretrain.objectives.caption_evaluation import CaptionExample
 from pretrain.recipe import Recipe
 
 log = logging.getLogger("omnipretrain.evaluation")
 
 
+class EvaluationStopped(Exception):
+    """A stop was asked for, or the run directory lost, between two batches; on every rank."""
+
+
 class Evaluator:
-    """Evaluates each task that names held-out data."""
+    """Evaluates each task that names held-out data.
+
+    `stop_asked` says on each rank whether the evaluation is to end; asked before every batch.
+    `phase` gives the context in which all of it runs.
+    """
 
     def __init__(
         self, recipe: Recipe, ranks: Ranks, engine, tokenizer, metrics: MetricsLog,
-        fault_file: FaultFile,
-    ) -> None:
+        fault_file: FaultFile, ema: Ema | None, stop_asked: Callable[[], bool],
+        phase: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:  # fmt: skip
         self.recipe = recipe
         self.ranks = ranks
         self.engine = engine
         self.tokenizer = tokenizer
         self.metrics = metrics
         self.fault_file = fault_file
+        self.ema = ema
+        self.stop_asked = stop_asked
+        self.phase = phase
 
-    def evaluate(self, step: int) -> dict[str, dict[str, float | None]]:
-        """Evaluate after `step` steps. A collective. Returns task -> metrics, None where nothing
-        was counted."""
-        results = {}
-        for name, task in self.recipe.tasks.items():
-            if task.evaluation is None:
-                continue
+    def evaluate_if_due(self, step: int) -> bool:
+        """Evaluate after `step` steps if the recipe says so; False if a stop that was asked for has
+        cut it off, on every rank. A collective."""
+        return self._evaluate(step, self._tasks() if self._due(step) else [])
+
+    def catch_up(self, step: int) -> bool:
+        """Evaluate what an earlier start has not come to after this step, as `evaluate_if_due`.
+
+        Rank 0 looks into the metrics: where a task's line is missing, a stop has cut it off.
+        """
+        left: list = [[]]
+        if self.ranks.leads and step and self._due(step):
+            done = evaluated_tasks(self.metrics.run_dir / METRICS_FILE, step)
+            left = [[task for task in self._tasks() if task not in done]]
+        dist.broadcast_object_list(left, src=0)
+        return self._evaluate(step, left[0])
+
+    def _tasks(self) -> list[str]:
+        return [name for name, task in self.recipe.tasks.items() if task.evaluation is not None]
+
+    def _due(self, step: int) -> bool:
+        every = self.recipe.evaluation_every_steps
+        return bool(every and step % every == 0) or step == self.recipe.steps
+
+    def _evaluate(self, step: int, tasks: list[str]) -> bool:
+        if not tasks:
+            return True
+        averaged = self.ema is not None and self.ema.settings.evaluate
+        try:
+            with self.phase(), self.ema.in_module() if averaged else contextlib.nullcontext():
+                self._evaluate_tasks(step, tasks)
+        except EvaluationStopped:
+            log.info("the evaluation after step %d ends early, since a stop is asked for; a resume "
+                     "begins with it", step)
+            return False
+        return True
+
+    def _evaluate_tasks(self, step: int, tasks: list[str]) -> None:
+        for name in tasks:
             loader = build.build_evaluation_loader(
                 self.recipe, name, self.tokenizer, rank=self.ranks.rank, world=self.ranks.world,
                 fault_file=self.fault_file,
             )
             model = self.engine.module
             values, examples = model.objectives[name].evaluate(
-                model.encoders, loader, self.tokenizer, self.ranks.device, reduce=self._share,
-                keep_images=self.recipe.logging.images, agree=self._all_agree,
+                model.encoders, self._until_stopped(loader), self.tokenizer, self.ranks.device,
+                reduce=self._share, keep_images=self.recipe.logging.images, agree=self._all_agree,
             )
             values["read_retries"] = sum(self._share(loader.counters()["retries"]))
             self.metrics.log(step, name, values, kind="evaluation")
             self._show(step, name, [e for e in examples if e.image is not None])
             log.info("step %d, %s on %d held-out samples: %s", step, name, values["images"],
                      ", ".join(f"{k} {shown(v)}" for k, v in sorted(values.items())))
-            results[name] = values
-        return results
+
+    def _until_stopped(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches, equally many on all ranks, until any rank is asked to stop."""
+        for batch in batches:
+            asked = torch.tensor(int(self.stop_asked()), dtype=torch.int32)
+            asked = asked.to(self.ranks.device)
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            if asked:
+                raise EvaluationStopped
+            yield batch
 
     def _show(self, step: int, task: str, examples: list[CaptionExample]) -> None:
         """Pictures for TensorBoard, from objectives that write captions."""

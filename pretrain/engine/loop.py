@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from pretrain.engine.agreement import LENGTH, Agreement
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.counted import TargetWatch, with_absences
 from pretrain.engine.distributed import Ranks
+from pretrain.engine.ownership import OwnershipLost
 from pretrain.engine.update_size import mean_square_share
 from pretrain.engine.zero import TaskWindow, accumulate_parts, set_learning_rate, to_device
 
@@ -27,6 +29,7 @@ log = logging.getLogger("omnipretrain.loop")
 # The agreed vector has the same length for (almost) any tasks: ranks that disagree on what to run
 # must at least meet in the all-reduce that tells them so.
 _COUNT_SLOTS = 64
+_FLAGS = 3  # stop, save, run directory lost
 
 
 class TrainingFailed(RuntimeError):
@@ -126,7 +129,7 @@ class Loop:
         *,
         wants_report: Callable[[int], bool],
         on_report: Callable[[TrainerState, StepReport], None],
-        after_step: Callable[[TrainerState, bool], None],
+        after_step: Callable[[TrainerState, bool], bool | None],
     ) -> str | None:
         """Take one step per window until the windows end or somebody asks to stop.
 
@@ -135,27 +138,29 @@ class Loop:
             state: updated in place.
             wants_report: step -> whether its metrics are reduced and reported.
             on_report: receives the reports, one per task of a step, on every rank.
-            after_step: (state, save asked for) after every step, on every rank.
+            after_step: (state, save asked for) after every step, on every rank; returns whether
+                all ranks have agreed meanwhile to stop.
 
         Returns:
             Why the run was stopped, or None when the windows ended.
 
         Raises:
             TrainingFailed: too many steps in a row had a non-finite gradient.
+            OwnershipLost: on every rank, if another job has taken the run directory.
             RanksDisagree: on every rank, if they do not run the same.
         """
         self._begin_mark = time.perf_counter()
         for window in windows:
             reports, requests = self._step(window, state, wants_report(window.step))
+            if self.ranks.leads:
+                self.control.beat()
             for report in reports:
                 on_report(state, report)
             self._check_skips(state)
-            if self.ranks.leads:
-                self.control.beat()
             stop, save = requests
-            after_step(state, save)
+            stop = after_step(state, save) or stop
             if stop:
-                return self._agreed_reason()
+                return self.agreed_reason()
         return None
 
     # ---- one step ------------------------------------------------------------------------------
@@ -188,7 +193,9 @@ class Loop:
             state.samples[part.task] = samples
         # Here the host waits until the device has stepped: `seconds` are those of the whole step,
         # and ZeRO-3, whose gathering stream waits for no other, finds weights that are written.
-        stop, save, *sums = agreed.tolist()
+        stop, save, lost, *sums = agreed.tolist()
+        if lost > 0:
+            self._leave_lost_run()
         requests = stop > 0, save > 0
         counts = _by_task(totals, sums)
         for part in window.parts:
@@ -236,10 +243,10 @@ class Loop:
         return sizes if weight == 1.0 else sizes | {"loss_weight": weight}
 
     def _agree(self, window) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
-        """Sum over all ranks: the counts of each part, the requests to stop and save, the check.
+        """Sum over all ranks: the counts of each part, flags (stop, save, lost), the check.
 
         Returns:
-            task -> count -> its sum, 0-dim float32 on the device; and stop, save and the same sums
+            task -> count -> its sum, 0-dim float32 on the device; and the flags and the same sums
             in the order of `_by_task`, for the host when it waits for the device anyway.
         """
         counts: dict[tuple[str, str], int] = {}
@@ -251,26 +258,27 @@ class Loop:
                 for name, count in batch["counted"].items():
                     counts[part.task, name] = counts.get((part.task, name), 0) + count
         stop = self.signals.received is not None
-        save = False
+        save = lost = False
         if self.ranks.leads:
             stop = stop or self.control.stop_requested() is not None
             save = self.control.save_requested()
+            lost = self.control.ownership.lost
         names = sorted(counts)
         checked = self.agreement.due()
         check = self.agreement.numbers(window) if checked else [0] * LENGTH
         spare = [0] * (-len(names) % _COUNT_SLOTS)
         values = torch.tensor(
-            [*check, stop, save, *(counts[name] for name in names), *spare],
+            [*check, stop, save, lost, *(counts[name] for name in names), *spare],
             dtype=torch.float64, device=self.ranks.device,
         )
         dist.all_reduce(values)
         if checked:
             self.agreement.check(window, values[:LENGTH].tolist())
         totals: dict[str, dict[str, torch.Tensor]] = {part.task: {} for part in window.parts}
-        summed = values[LENGTH + 2 :].float().unbind()
+        summed = values[LENGTH + _FLAGS :].float().unbind()
         for (task, name), total in zip(names, summed, strict=False):
             totals[task][name] = total
-        return totals, values[LENGTH : LENGTH + 2 + len(names)]
+        return totals, values[LENGTH : LENGTH + _FLAGS + len(names)]
 
     def _reduce(
         self, shares: Mapping[str, Mapping[str, torch.Tensor]]
@@ -300,8 +308,12 @@ class Loop:
                 + self.way_back(state.step - state.skipped_in_a_row)
             )
 
-    def _agreed_reason(self) -> str:
-        """The reason to stop, from whichever rank knows one."""
+    def _leave_lost_run(self) -> NoReturn:
+        self.control.ownership.require()
+        raise OwnershipLost("rank 0 found that another job has taken over this run")
+
+    def agreed_reason(self) -> str:
+        """The reason to stop, from whichever rank knows one. A collective."""
         mine = self.signals.received
         if self.ranks.leads and mine is None:
             mine = self.control.stop_requested()

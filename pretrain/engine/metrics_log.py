@@ -20,7 +20,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -29,6 +29,7 @@ import numpy as np
 from pydantic import Field
 from rich.console import Console
 
+from data_pipeline.files import naming
 from data_pipeline.settings import Settings
 from pretrain.engine.progress import ProgressReport
 
@@ -68,6 +69,8 @@ class MetricsLog:
         total_steps: length of the run.
         settings: what to write and how often.
         console: where rank 0 prints; the standard error stream if None.
+        may_write: asked before every write that others read; once it says no, nothing is written
+            but the rank's log file.
     """
 
     def __init__(
@@ -78,15 +81,17 @@ class MetricsLog:
         total_steps: int,
         settings: LoggingSettings,
         console: Console | None = None,
+        may_write: Callable[[], bool] = lambda: True,
     ) -> None:
         self.run_dir = Path(run_dir)
+        self._may_write = may_write
         self.settings = settings
         self._console = console or Console(file=sys.stderr)
         self._file: TextIO | None = None
         self._board: Any = None
         self._progress: ProgressReport | None = None
         self._handlers = _open_handlers(self.run_dir, rank, self._console)
-        if rank != 0:
+        if rank != 0 or not may_write():
             return
         path = self.run_dir / METRICS_FILE
         drop_later_steps(path, resume_step)
@@ -117,7 +122,7 @@ class MetricsLog:
         Raises:
             ValueError: a name that the line itself uses (step, task, kind, time, non_finite).
         """
-        if self._file is None:
+        if self._file is None or not self._may_write():
             return
         if clash := _RESERVED.intersection(values):
             raise ValueError(f"metric names {sorted(clash)} are taken by the line itself")
@@ -135,8 +140,9 @@ class MetricsLog:
                 self._board.add_scalar(f"{kind}/{task}/{name}", number, global_step=step)
         if non_finite:
             line["non_finite"] = non_finite
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self.run_dir / METRICS_FILE):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
 
     def images(
         self, step: int, task: str, images: Sequence[np.ndarray], captions: Sequence[str]
@@ -150,6 +156,8 @@ class MetricsLog:
             captions: one text per image; may hold several lines (prediction, references).
         """
         if self._board is None or not self.settings.images or not len(images):
+            return
+        if not self._may_write():
             return
         from pretrain.engine.captioned_images import contact_strip
 
@@ -169,11 +177,12 @@ class MetricsLog:
         """Flush and close everything; a second call does nothing."""
         if self._progress is not None:
             self._progress.close()
-        if self._board is not None:
-            self._board.close()
+        if self._board is not None and self._may_write():
+            self._board.close()  # else what it still holds stays unwritten
+            self._board = None
         if self._file is not None:
             self._file.close()
-        self._progress = self._board = self._file = None
+        self._progress = self._file = None
         _close_handlers(self._handlers)
         self._handlers = []
 
@@ -186,7 +195,8 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and issubclass(kind, Exception) and self._handlers:
+        failed = kind is not None and issubclass(kind, Exception)
+        if failed and self._handlers and self._may_write():
             # Python prints the traceback to the console itself; the rank's file must have it too.
             record = log.makeRecord(
                 log.name, logging.ERROR, __file__, 0, "the run ends here", (), (kind, error, trace)
@@ -219,11 +229,20 @@ def drop_later_steps(path: Path, resume_step: int) -> None:
             if resume_step > 0 and step <= resume_step and line.endswith("\n"):
                 kept.append(line)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as out:
+    with naming(path), temporary.open("w", encoding="utf-8") as out:
         out.writelines(kept)
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, path)
+
+
+def evaluated_tasks(path: Path, step: int) -> set[str]:
+    """Tasks whose evaluation after `step` steps stands in a JSON lines file of metrics."""
+    if not path.exists():
+        return set()
+    with path.open(encoding="utf-8") as lines:
+        found = [line for line in map(json.loads, lines) if line["step"] == step]
+    return {line["task"] for line in found if line["kind"] == "evaluation"}
 
 
 def _number(value: Any) -> int | float:

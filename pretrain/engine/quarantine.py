@@ -40,7 +40,7 @@ from data_pipeline.sources import MixedOrder
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.loop import TrainerState
 from pretrain.engine.quarantine_files import Edit, Listed, read_edits, read_list, write_list
-from pretrain.engine.run_dir import RunDirError
+from pretrain.engine.run_record import RunDirError
 
 KIND = "quarantine"
 

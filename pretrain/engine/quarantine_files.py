@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.files import write_atomically
-from pretrain.engine.run_dir import RunDirError
+from pretrain.engine.run_record import RunDirError
 
 LIST_FILE = "quarantine.jsonl"
 EDITS_FILE = "quarantine_edits.jsonl"

@@ -20,37 +20,20 @@ from importlib import metadata
 from pathlib import Path
 
 from data_pipeline.faults import FaultFile
+from data_pipeline.files import naming
 from pretrain.engine.metrics_log import drop_later_steps
+from pretrain.engine.ownership import Ownership
+from pretrain.engine.run_record import STARTS_FILE
 
 _PACKAGES = ("torch", "deepspeed", "webdataset", "transformers", "tokenizers", "safetensors",
              "numpy", "pillow", "simplejpeg", "opencv-python-headless", "pydantic", "omnipretrain")
 
 
-class RunDirError(RuntimeError):
-    """The run directory does not fit what was asked; the message says what to do."""
-
-
-def check_new(run_dir: Path) -> None:
-    """Refuse to start a new run in a folder that already holds one."""
-    if (run_dir / "checkpoints").is_dir() and any((run_dir / "checkpoints").glob("step_*")):
-        raise RunDirError(
-            f"{run_dir} already holds a run with checkpoints: continue it with "
-            f"`--resume {run_dir}`, or choose another run_dir"
-        )
-
-
-def check_resumable(run_dir: Path) -> Path:
-    """Path of the resolved recipe of an existing run."""
-    path = run_dir / "recipe.yaml"
-    if not path.is_file():
-        raise RunDirError(f"{run_dir} is not a run directory: it has no recipe.yaml")
-    return path
-
-
 def record_start(
-    run_dir: Path, world: int, zero_stage: int, device: str, step: int, deterministic: bool
+    run_dir: Path, ownership: Ownership, *, world: int, zero_stage: int, device: str, step: int,
+    deterministic: bool,
 ) -> None:
-    """Append what this start ran on to `starts.jsonl`."""
+    """Append what this start runs on to `starts.jsonl`; raises OwnershipLost."""
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "from_step": step,
@@ -65,19 +48,24 @@ def record_start(
         "git": git_state(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
-    with open(run_dir / "starts.jsonl", "a", encoding="utf-8") as file:
+    ownership.require()
+    path = run_dir / STARTS_FILE
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 
-def open_fault_file(run_dir: Path, rank: int, world: int, step: int) -> FaultFile:
+def open_fault_file(
+    run_dir: Path, ownership: Ownership, rank: int, world: int, step: int
+) -> FaultFile:
     """The file of this rank's bad samples, without the lines of steps after `step`, which the run
     continues from; rank 0 looks after those of ranks that a larger world had."""
+    ownership.require()
     folder = run_dir / "faults"
     own = folder / f"rank_{rank:05d}.jsonl"
     others = [p for p in folder.glob("rank_*.jsonl") if int(p.stem.removeprefix("rank_")) >= world]
     for path in [own, *(others if rank == 0 else [])]:
         drop_later_steps(path, step)
-    return FaultFile(own)
+    return FaultFile(own, may_write=ownership.holds)
 
 
 def _versions() -> dict[str, str]:

@@ -1,17 +1,13 @@
-"""One run on this rank, from start to end: set up, restore, loop, evaluate, save, report."""
+"""The parts of a run on this rank: set up, restore, loop, evaluate, save, report."""
 
 import contextlib
-import faulthandler
 import json
 import logging
-import os
-import sys
-import time
-import traceback
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from data_pipeline.loader import StepLoader, TaskStream
 from data_pipeline.rng import keyed_u64
@@ -26,20 +22,26 @@ from pretrain.engine.data_metrics import DataMetrics
 from pretrain.engine.data_record import data_entries
 from pretrain.engine.data_start import look_at_data
 from pretrain.engine.device_peak import choose_peak
-from pretrain.engine.distributed import Ranks, init_distributed, shutdown
+from pretrain.engine.distributed import Ranks
 from pretrain.engine.ds_config import engine_config, offloads_optimizer
 from pretrain.engine.ema import Ema
 from pretrain.engine.engine_state import fill_masters
 from pretrain.engine.evaluation import Evaluator
-from pretrain.engine.loop import Loop, StepReport, TrainerState
+from pretrain.engine.free_space import checkpoint_bytes, space_warning
+from pretrain.engine.hardware import require_hardware
+from pretrain.engine.loop import Loop, StepReport, TrainerState, TrainingFailed
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.metrics_log import MetricsLog, shown
 from pretrain.engine.momentum import TargetNetworks
 from pretrain.engine.momentum_pairs import declared_targets, require_weights_in_memory
+from pretrain.engine.ownership import Ownership
 from pretrain.engine.quarantine import Quarantine
-from pretrain.engine.run_dir import RunDirError, open_fault_file, record_start
+from pretrain.engine.run_dir import open_fault_file, record_start
+from pretrain.engine.run_record import RunDirError
+from pretrain.engine.spikes import SpikeWatch
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.throughput import Throughput
+from pretrain.engine.watchdog import Watchdog
 from pretrain.engine.zero import start_engine
 from pretrain.idle_ranks import idle_ranks
 from pretrain.optim.schedule import lr_factor
@@ -50,109 +52,21 @@ from pretrain.sampler import Schedule, ledger_entries
 log = logging.getLogger("omnipretrain.train")
 
 
-def train_recipe(recipe: Recipe, resume: bool, from_step: int | None = None) -> int:
-    """Run a recipe on this process and its peers; returns the exit code (0 or 1).
-
-    from_step: the checkpoint of this step is restored, not the newest one.
-    """
-    # Where every thread stands, if C++ ends this process: NCCL's watchdog does after a time-out.
-    faulthandler.enable()
-    signals = StopSignals()
-    rank = os.environ.get("RANK", "0")
-    run_dir = Path(recipe.run_dir)
-    try:
-        ranks = init_distributed(
-            recipe.threads_per_rank, recipe.deterministic, trace_dir=run_dir / "logs"
-        )
-        prepare_run_dir(recipe, ranks, resume)
-        Trainer(recipe, ranks, signals, from_step).run()
-    except Exception as error:
-        # Peers wait in a collective for this rank: leave the reason on disk, then leave at once,
-        # so that the launcher ends them.
-        reason = f"{type(error).__name__}: {error}"
-        note_failure(run_dir, rank, reason)
-        print(f"rank {rank}: {reason}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)
-    shutdown()
-    return 0
-
-
-def note_failure(run_dir: Path, rank: str, reason: str) -> None:
-    """Write `control/failure_rank_N.json` with the reason and the stack, if the disk allows."""
-    try:
-        folder = run_dir / "control"
-        folder.mkdir(parents=True, exist_ok=True)
-        note = {"rank": int(rank), "reason": reason, "stack": traceback.format_exc(),
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        file = folder / f"failure_rank_{int(rank):05d}.json"
-        file.write_text(json.dumps(note, indent=1), encoding="utf-8")
-        ControlFolder(run_dir).failed(f"rank {rank}: {reason}")
-    except OSError as error:
-        print(f"rank {rank}: cannot note the failure: {error}", file=sys.stderr)
-
-
-def prepare_run_dir(recipe: Recipe, ranks: Ranks, resume: bool) -> None:
-    """Rank 0 lays the run directory out; the others wait until it is there, or fail alike."""
-    errors: list[str | None] = [None]
-    if ranks.leads:
-        try:
-            run_dir = Path(recipe.run_dir)
-            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-            for old in run_dir.glob("control/failure_rank_*.json"):
-                old.unlink()
-            if not resume and recipe.tokenizer is not None:
-                Tokenizer.load(recipe.tokenizer.path).save(run_dir / "tokenizer")
-            recipe.dump(run_dir / "recipe.yaml")
-        except Exception as error:
-            errors[0] = f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(errors, src=0)
-    if errors[0]:
-        raise RunDirError(errors[0])
-
-
-def require_hardware(precision: str, config: dict, device: torch.device) -> None:
-    """Refuse what this machine cannot do before DeepSpeed fails half-way into it.
-
-    Raises:
-        RunDirError: fp16 without a GPU, bf16 on one that would emulate it, or weights on NVMe
-            without DeepSpeed's operator for it.
-    """
-    if precision == "fp16" and device.type == "cpu":
-        raise RunDirError("precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
-    # DeepSpeed asks torch, which also says yes where bf16 is emulated: slow, and not in Triton.
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(
-        including_emulation=False
-    ):
-        raise RunDirError(
-            "precision=bf16 needs a GPU that computes it (A100, RTX 30 and newer): set "
-            "precision=fp16 and one of the *_fp16 files (deepspeed=zero1_fp16), or precision=fp32"
-        )
-    offload = config["zero_optimization"].get("offload_param", {})
-    if offload.get("device") == "nvme":
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise RunDirError(
-                "offload_param.device=nvme needs DeepSpeed's async_io operator: install libaio's "
-                "headers and a C++ compiler (`ds_report` shows what is missing), or offload to cpu"
-            )
-
-
 class Trainer:
     """The parts of a run on this rank, and what happens between its steps."""
 
     def __init__(
-        self, recipe: Recipe, ranks: Ranks, signals: StopSignals, from_step: int | None = None
-    ) -> None:
+        self, recipe: Recipe, ranks: Ranks, signals: StopSignals, ownership: Ownership,
+        watchdog: Watchdog, from_step: int | None = None,
+    ) -> None:  # fmt: skip
         self.recipe = recipe
         self.from_step = from_step
         self.ranks = ranks
         self.signals = signals
         self.run_dir = Path(recipe.run_dir)
-        self.control = ControlFolder(self.run_dir)
-        if ranks.leads:
-            self.control.take_ownership()
+        self.ownership = ownership
+        self.watchdog = watchdog
+        self.control = ControlFolder(self.run_dir, ownership)
         self.tokenizer = None
         if recipe.tokenizer is not None:
             self.tokenizer = Tokenizer.load(str(self.run_dir / "tokenizer"))
@@ -161,11 +75,12 @@ class Trainer:
         require_verified(len(recipe.tasks), stage, offloads_optimizer(self.config))
         require_hardware(recipe.precision, self.config, ranks.device)
         self.state = TrainerState()
+        self.spikes = SpikeWatch(recipe.failure.spike) if recipe.failure.spike else None
         self.saved_step = 0
         self.checkpoints = Checkpoints(
             self.run_dir / "checkpoints",
             recipe.checkpoint,
-            may_commit=self.control.check_ownership,
+            may_commit=ownership.require,
             attachments={
                 f"tokenizer/{path.name}": path
                 for path in sorted((self.run_dir / "tokenizer").glob("*"))
@@ -191,24 +106,44 @@ class Trainer:
             if newest is None:
                 self.targets.start()
         if newest is not None:
-            self._restore(newest)
+            with self._during("restore"):
+                self._restore(newest)
+            self.ownership.require()
             self.turn.take(self.checkpoints, self.state, self.from_step)
+        self._settle()
         step = self.state.step
         with (
-            MetricsLog(self.run_dir, ranks.rank, step, recipe.steps, recipe.logging) as self.log,
-            open_fault_file(self.run_dir, ranks.rank, ranks.world, step) as self.faults,
+            MetricsLog(
+                self.run_dir, ranks.rank, step, recipe.steps, recipe.logging,
+                may_write=self.ownership.holds,
+            ) as self.log,
+            open_fault_file(
+                self.run_dir, self.ownership, ranks.rank, ranks.world, step
+            ) as self.faults,
         ):
             if ranks.leads:
-                stage = self.engine.zero_optimization_stage()
-                record_start(
-                    self.run_dir, ranks.world, stage, str(ranks.device), step, recipe.deterministic
-                )
                 self.control.status("running", step)
             self._announce(newest)
             self.evaluator = Evaluator(
-                recipe, ranks, self.engine, self.tokenizer, self.log, self.faults
+                recipe, ranks, self.engine, self.tokenizer, self.log, self.faults, self.ema,
+                self._evaluation_is_to_stop, partial(self._during, "evaluate"),
             )
             self._train()
+
+    def _settle(self) -> None:
+        """Bring the records of the run up to this start, on rank 0; now that the checkpoint is
+        restored, and no earlier: a start that fails before must leave them as they were."""
+        if not self.ranks.leads:
+            return
+        self.ownership.require()
+        for old in self.run_dir.glob("control/failure_rank_*.json"):
+            old.unlink()
+        self.recipe.dump(self.run_dir / "recipe.yaml")
+        record_start(
+            self.run_dir, self.ownership, world=self.ranks.world,
+            zero_stage=self.engine.zero_optimization_stage(), device=str(self.ranks.device),
+            step=self.state.step, deterministic=self.recipe.deterministic,
+        )
 
     def _train(self) -> None:
         recipe, state = self.recipe, self.state
@@ -248,7 +183,9 @@ class Trainer:
             meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
         )
         stopped, self.loader = None, None
-        if state.step < recipe.steps:
+        if not self.evaluator.catch_up(state.step):
+            stopped = loop.agreed_reason()
+        elif state.step < recipe.steps:
             self.loader = StepLoader(
                 streams, schedule, recipe.loader, rank=self.ranks.rank,
                 world=self.ranks.world, start_step=state.step, stop_step=recipe.steps,
@@ -256,6 +193,7 @@ class Trainer:
                 node_ranks=self.ranks.of_node,
             )
             self.data_metrics = DataMetrics(self.ranks, self.loader)
+            self._enter_step()
             stopped = loop.run(
                 self.loader, state, wants_report=self._wants_report,
                 on_report=self._on_report, after_step=self._after_step,
@@ -263,6 +201,7 @@ class Trainer:
         if self.loader is not None and self.saved_step != state.step:
             self._look_after_bad_samples()
         self._save()
+        self.ownership.require()
         if self.ranks.leads:
             self.control.status("stopped" if stopped else "finished", state.step, stopped or "")
         if stopped:
@@ -307,7 +246,19 @@ class Trainer:
         metrics |= self.quarantine.metrics(report.task)
         metrics |= self.data_metrics.describe(report.task)
         self.log.log(state.step, report.task, metrics)
+        self._look_for_a_spike(report.task, metrics["loss"])
         self.status_line = f"{report.task} loss {shown(metrics['loss'], '.4f')}"
+
+    def _look_for_a_spike(self, task: str, loss: float | None) -> None:
+        said = self.spikes.observe(task, self.state.step, loss) if self.spikes else None
+        if said is None:
+            return
+        if self.recipe.failure.spike.action == "stop":
+            raise TrainingFailed(
+                f"{said}; resume from a checkpoint before it (--from-step N) with a lower "
+                "optimizer.lr, or with failure.spike.action=warn"
+            )
+        log.warning("%s", said)
 
     def _after_update(self, update: int) -> None:
         if self.ema is not None:
@@ -315,19 +266,37 @@ class Trainer:
         if self.targets is not None:
             self.targets.update(update)
 
-    def _after_step(self, state: TrainerState, save_asked: bool) -> None:
+    def _after_step(self, state: TrainerState, save_asked: bool) -> bool:
         recipe = self.recipe
         self.log.progress(state.step, getattr(self, "status_line", ""))
-        every = recipe.evaluation_every_steps
-        if (every and state.step % every == 0) or state.step == recipe.steps:
-            averaged = self.ema is not None and self.ema.settings.evaluate
-            with self.ema.in_module() if averaged else contextlib.nullcontext():
-                self.evaluator.evaluate(state.step)
+        whole = self.evaluator.evaluate_if_due(state.step)
         if save_asked or state.step % recipe.checkpoint.every_steps == 0:
             self._look_after_bad_samples()
             self._save()
             if save_asked and self.ranks.leads:
                 self.control.save_done()
+        self.watchdog.enter("step", state.step)
+        return not whole
+
+    def _enter_step(self) -> None:
+        self.watchdog.enter("step", self.state.step)
+        if self.ranks.leads:
+            self.control.enter("step")
+
+    @contextlib.contextmanager
+    def _during(self, phase: str) -> Iterator[None]:
+        """Within, the watchdog and the status know the run in this phase."""
+        said = self.control.during(phase) if self.ranks.leads else contextlib.nullcontext()
+        with self.watchdog.during(phase), said:
+            yield
+
+    def _evaluation_is_to_stop(self) -> bool:
+        self.watchdog.enter("evaluate")  # another batch: it gets on
+        stop = self.signals.received is not None
+        if self.ranks.leads:
+            self.control.beat()
+            stop = stop or self.ownership.lost or self.control.stop_requested() is not None
+        return stop
 
     def _look_after_bad_samples(self) -> None:
         """Before a checkpoint, which has to hold what ranks agree on: see `engine.quarantine`."""
@@ -342,7 +311,8 @@ class Trainer:
                 self.agreement.common["ledger"] = self._ledger_digest()
                 if self.state.step < self.recipe.steps:
                     self.loader.restart()
-        self.quarantine.write_list()
+        if self.ownership.holds():
+            self.quarantine.write_list()
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
@@ -353,9 +323,10 @@ class Trainer:
             **vars(self.state), "tokenizer": self._tokenizer_digest(), "seed": self.recipe.seed,
             "loss_scale": loss_scale_state(self.engine),
         }
-        self.checkpoints.save(
-            self.engine, self.state.step, trainer, self._averages(), self.targets
-        )
+        with self._during("save"):
+            self.checkpoints.save(
+                self.engine, self.state.step, trainer, self._averages(), self.targets
+            )
         self.saved_step = self.state.step
         if self.ranks.leads:
             self.control.status("running", self.state.step)
@@ -389,6 +360,11 @@ class Trainer:
     def _announce(self, restored: Path | None) -> None:
         for problem in self.checkpoints.passed_over:
             log.warning("checkpoint %s", problem)
+        size = checkpoint_bytes(
+            self.engine.module, self.recipe.optimizer.kind, self.recipe.ema is not None
+        )
+        if self.ranks.leads and (short := space_warning(self.run_dir, size)):
+            log.warning("%s", short)
         self.turn.tell()
         idle = idle_ranks(self.recipe, self.ranks.world)
         for warning in [*recipe_checks.warnings(self.recipe), *idle]:

@@ -1,16 +1,21 @@
+import errno
 import multiprocessing
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from data_pipeline import files
 from data_pipeline.files import (
     exclusive,
     give_usual_access,
     leftovers,
+    naming,
     temporary_name,
     write_atomically,
 )
@@ -100,3 +105,41 @@ def test_one_at_a_time(tmp_path):
         worker.join()
     assert path.read_text() == "160"
     assert os.listdir(tmp_path) == ["count"]
+
+
+def refuse_folder_sync(monkeypatch, number: int) -> None:
+    plain = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        return plain(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_file_systems_that_cannot_sync_folders_are_used(tmp_path, monkeypatch, caplog, number):
+    """CIFS before Linux 4.17 and some FUSE mounts; it is said once."""
+    refuse_folder_sync(monkeypatch, number)
+    monkeypatch.setattr(files, "_folder_sync_refused", False)
+    for content in (b"old", b"new"):
+        write_atomically(tmp_path / "x", [content])
+    assert (tmp_path / "x").read_bytes() == b"new"
+    (record,) = caplog.records
+    assert str(tmp_path) in record.getMessage() and os.strerror(number) in record.getMessage()
+
+
+def test_errors_of_the_system_name_the_file(tmp_path, monkeypatch):
+    """Those of writes and syncs do not do so by themselves."""
+    refuse_folder_sync(monkeypatch, errno.EIO)
+    with pytest.raises(OSError) as failed:
+        write_atomically(tmp_path / "x", [b"1"])
+    assert failed.value.errno == errno.EIO and failed.value.filename == str(tmp_path)
+    full = Path("/dev/full")
+    if full.exists():
+        with pytest.raises(OSError) as failed, naming(tmp_path / "y"), open(full, "wb") as file:
+            file.write(b"1")
+            file.flush()
+        assert failed.value.errno == errno.ENOSPC
+        assert failed.value.filename == str(tmp_path / "y")

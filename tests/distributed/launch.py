@@ -26,6 +26,13 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
+def without_ranks() -> dict[str, str]:
+    """What a person's shell has, for launchers that set the rest."""
+    return {k: v for k, v in rank_environment(0, 1, 0).items()
+            if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                         "MASTER_PORT")}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -18,6 +18,7 @@ from pretrain.engine.agreement import Agreement, RanksDisagree
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.distributed import init_distributed, leave, shutdown
 from pretrain.engine.loop import Loop, TrainerState
+from pretrain.engine.ownership import Ownership, claim
 from pretrain.engine.zero import start_engine
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.sampler import Schedule, Stage, build_schedule
@@ -73,7 +74,9 @@ class Cells:
     def __init__(self, ranks, out: Path) -> None:
         self.ranks, self.out, self.signals = ranks, out, StopSignals()
         self.engine = None
-        (out / "control").mkdir(exist_ok=True)
+        # Rank 0's is asked for; the other knows a token that nobody has.
+        owner = claim(out, {}) if ranks.leads else Ownership(out, "")
+        self.control = ControlFolder(out, owner)
 
     def start(self) -> None:
         config = deepspeed_config(2, "fp32", SGD)
@@ -87,14 +90,14 @@ class Cells:
         )
         loop = Loop(
             self.engine, self.ranks, SEED, (SGD.lr, lambda step: 1.0), 0,
-            dict.fromkeys(WEIGHTS, SAMPLES), ControlFolder(self.out), self.signals,
+            dict.fromkeys(WEIGHTS, SAMPLES), self.control, self.signals,
             lambda step: loss_weights(schedule, step), Agreement(self.ranks, every, common),
         )
         found = []
         state = TrainerState(step=steps[0])
         loop.run(loader, state, wants_report=lambda step: True,
                  on_report=lambda state, report: found.append((state.step, asdict(report))),
-                 after_step=lambda state, save: None)
+                 after_step=lambda state, save: False)
         return {"samples": state.samples, "losses": [
             (step, report["task"], report["metrics"]["loss"], report["metrics"].get("loss_weight"))
             for step, report in found

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,10 +17,10 @@ from tests.distributed.launch import (
     ROOT,
     free_port,
     kill_ranks,
-    rank_environment,
     run_ranks,
     start_ranks,
     tails,
+    without_ranks,
 )
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
@@ -68,24 +70,45 @@ def test_rotten_data_ends_every_rank_and_names_the_shard(data, tmp_path):
     assert "train-00000" in reasons and "rank" in reasons
 
 
-def test_a_job_that_lost_the_run_commits_nothing(data, tmp_path):
+def test_a_job_that_lost_the_run_leaves_it_alone(data, tmp_path, capsys):
+    """Two ranks sleep in the middle of their run, another job goes on with it, and they wake up."""
     run = tmp_path / "run"
-    recipe = tiny_recipe(data, run, steps=400, checkpoint={"every_steps": 400})
+    recipe = tiny_recipe(data, run, steps=60)
     path = write_recipe(tmp_path / "r.yaml", recipe)
-    processes = start_ranks("pretrain.train", [path], 1, tmp_path)
+    losers = start_ranks("pretrain.train", [path], 2, tmp_path / "losers")
+    winner = []
     try:
-        until = time.monotonic() + 60
-        while not (run / "control/heartbeat").exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        owner = json.loads((run / "control/owner.json").read_text())
-        owner |= {"token": "another", "host": "elsewhere"}
-        (run / "control/owner.json").write_text(json.dumps(owner))
-        (run / "control/save").touch()
-        assert processes[0].wait(timeout=120) == 1
+        wait_for(lambda: list(run.glob("checkpoints/step_*")), losers)
+        assert main(["--resume", str(run)]) == 2
+        assert re.search(r"is in use: process \d+ on .* --take-over", capsys.readouterr().err)
+        for process in losers:
+            process.send_signal(signal.SIGSTOP)
+        token = (run / "control/owner.json").read_text()
+        winner = start_ranks("pretrain.train", ["--resume", run, "--take-over"], 1,
+                             tmp_path / "winner")
+        wait_for(lambda: (run / "control/owner.json").read_text() != token, winner)
+        for process in losers:
+            process.send_signal(signal.SIGCONT)
+        codes = [process.wait(timeout=240) for process in [*losers, *winner]]
+        assert codes == [3, 3, 0], tails(tmp_path / "losers") + tails(tmp_path / "winner")
     finally:
-        kill_ranks(processes)
-    assert "on elsewhere has taken over this run" in tails(tmp_path)
-    assert not list((run / "checkpoints").glob("step_*"))
+        kill_ranks([*losers, *winner])
+    assert status(run)["state"] == "finished" and status(run)["step"] == 60
+    assert not list(run.glob("control/failure_rank_*.json"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 61))
+    assert len((run / "starts.jsonl").read_text().splitlines()) == 2
+    for rank in range(2):
+        log = (run / f"logs/rank_{rank:05d}.log").read_text()
+        (line,) = [line for line in log.splitlines() if "has taken over this run" in line]
+        assert f"rank {rank}: " in line and "stops without writing" in line
+
+
+def wait_for(condition, processes, timeout_s: float = 120) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until and all(p.poll() is None for p in processes)
+        time.sleep(0.01)
 
 
 def test_arguments_and_recipes_are_judged_before_anything_starts(data, tmp_path, capsys):
@@ -127,15 +150,12 @@ def test_a_locale_in_which_torch_fails_is_named(tmp_path, utf8_mode):
 
 LAUNCHERS = {
     "python": [sys.executable, "-m", "pretrain.train"],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                 "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m",
-                 "pretrain.train"],
     "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
                   "--master_port", "0", "--module", "pretrain.train"],
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", LAUNCHERS)  # torchrun: test_resume.py
 def test_launchers(data, tmp_path, launcher):
     run = tmp_path / "run"
     recipe = tiny_recipe(data, run, steps=2, schedule__warmup_steps=1,
@@ -154,12 +174,6 @@ def test_launchers(data, tmp_path, launcher):
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert first["mfu"] == pytest.approx(first["model_tflops_per_device"] / 0.5)
     assert "MFU refers to 0.5 TFLOP/s (logging.peak" in done.stdout + done.stderr
-
-
-def without_ranks() -> dict[str, str]:
-    return {k: v for k, v in rank_environment(0, 1, 0).items()
-            if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
-                         "MASTER_PORT")}
 
 
 def test_tasks_of_srun(data, tmp_path):

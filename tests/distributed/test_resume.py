@@ -3,9 +3,13 @@
 Equal means bit for bit: every logged loss and gradient norm, and the final weights.
 """
 
+import contextlib
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,10 +17,20 @@ import pytest
 import torch
 
 from pretrain.engine.checkpoint_files import newest_whole, read_full_state
-from tests.distributed.launch import kill_ranks, run_ranks, start_ranks, tails
+from tests.distributed.launch import (
+    ROOT,
+    kill_ranks,
+    run_ranks,
+    start_ranks,
+    tails,
+    without_ranks,
+)
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
 EXACT = ("loss", "cross_entropy", "token_accuracy", "gradient_norm", "learning_rate", "epoch")
+
+
+RECORDS = ("recipe.yaml", "starts.jsonl", "metrics.jsonl", "faults/rank_00000.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +138,25 @@ def test_killed_many_times(data, straight, tmp_path, stage):
     assert_same_run(straight(stage), kill_and_resume(data, tmp_path, stage, moments))
 
 
-def test_stopped_by_a_signal_to_one_rank(data, straight, tmp_path):
-    """SIGTERM reaches rank 1 alone; both ranks save the same step and leave with 0."""
+def test_stopped_by_a_signal_to_all_processes(data, straight, tmp_path):
+    """As launchers and schedulers send it: to ranks, loader workers and the process that fills the
+    cache. Both ranks save the same step and leave with 0, and nobody stays behind."""
     run = tmp_path / "run"
-    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(data, run))
+    cache = {"folder": str(tmp_path / "cache"), "max_gib": 0.001, "block_mib": 0.01}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(data, run, loader__cache=cache))
     processes = start_ranks("pretrain.train", [recipe], 2, tmp_path)
     try:
         until = time.monotonic() + 120
         while steps_logged(run) < 2 and time.monotonic() < until:
             time.sleep(0.005)
-        processes[1].send_signal(signal.SIGTERM)
+        assert all(len(members(process.pid)) >= 2 for process in processes)
+        os.killpg(processes[1].pid, signal.SIGTERM)
+        os.killpg(processes[0].pid, signal.SIGTERM)
         codes = [process.wait(timeout=120) for process in processes]
+        until = time.monotonic() + 10
+        while any(members(process.pid) for process in processes):
+            assert time.monotonic() < until, "processes stay behind"
+            time.sleep(0.1)
     finally:
         kill_ranks(processes)
     assert codes == [0, 0], tails(tmp_path)
@@ -143,6 +165,43 @@ def test_stopped_by_a_signal_to_one_rank(data, straight, tmp_path):
     assert 2 <= status["step"] < 12
     assert (run / f"checkpoints/step_{status['step']:09d}/manifest.json").exists()
     finish(Path("--resume"), tmp_path / "again", str(run))
+    assert json.loads((run / "control/status.json").read_text())["state"] == "finished"
+    assert_same_run(straight(2), run)
+
+
+def members(group: int) -> list[int]:
+    """Processes of a process group that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, own, *_ = stat.read_bytes().rpartition(b")")[2].split()
+            if int(own) == group and state != b"Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def test_torchrun_starts_a_killed_run_again(data, straight, tmp_path):
+    """One command, also for the first start; a rank dies after a checkpoint."""
+    run = tmp_path / "run"
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(data, run))
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--max-restarts", "2", "-m", "pretrain.train", str(recipe), "--start-or-resume",
+         "loader.workers=1"],
+        cwd=ROOT, env=without_ranks(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 120
+        while steps_logged(run) < 5 and time.monotonic() < until and agent.poll() is None:
+            time.sleep(0.001)
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text("utf-8").split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        said, _ = agent.communicate(timeout=240)
+    finally:
+        agent.kill()
+    assert agent.returncode == 0, said
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert [start["world"] for start in starts] == [2, 2] and starts[1]["from_step"] >= 4
     assert json.loads((run / "control/status.json").read_text())["state"] == "finished"
     assert_same_run(straight(2), run)
 
@@ -232,3 +291,10 @@ def test_a_resume_on_other_data_is_refused(data, tmp_path, monkeypatch):
     assert run_ranks("pretrain.train", ["--resume", run, "steps=5"], 1, tmp_path) == [1]
     reason = json.loads((run / "control" / "failure_rank_00000.json").read_text())["reason"]
     assert "tasks.caption: the training data are not those that this run" in reason
+    for checkpoint in run.glob("checkpoints/step_*/manifest.json"):
+        checkpoint.write_text("{}")
+    kept = {name: (run / name).read_bytes() for name in RECORDS}
+    assert run_ranks("pretrain.train", ["--resume", run], 1, tmp_path) == [1]
+    reason = json.loads((run / "control" / "status.json").read_text())["reason"]
+    assert "none of the 1 checkpoints" in reason
+    assert {name: (run / name).read_bytes() for name in RECORDS} == kept

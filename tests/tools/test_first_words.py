@@ -84,3 +84,15 @@ def test_what_is_wrong_is_said_once(arguments, of_other_nodes, monkeypatch, caps
         assert train.main(arguments) == train.WRONG_USAGE
         said[str(rank)] = capsys.readouterr().err
     assert said["0"] and [rank for rank in said if rank > "0" and said[rank]] == of_other_nodes
+
+
+def test_sizes_without_the_tokenizer(tmp_path, capsys):
+    """`check` names what is missing, and what the model would be with an assumed vocabulary."""
+    found = {}
+    for name in ("git_base", "m3i_digits"):
+        assert look.main(["check", name, f"tokenizer.path={tmp_path}/none"]) == 1
+        found[name] = capsys.readouterr().out
+        assert "FAULT tokenizer" in found[name]
+        assert "ok    model: without the tokenizer, sizes are those with an assumed" in found[name]
+        assert "ok    memory per rank: about" in found[name]
+    assert "ok    model: 15" in found["git_base"]  # 129 M beside the words, 23 M of them

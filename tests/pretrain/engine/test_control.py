@@ -3,17 +3,18 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 
-from pretrain.engine.control import ControlFolder, OwnershipLost, StopSignals
+from pretrain.engine.control import ControlFolder, StopSignals
+from pretrain.engine.launchers import age_of_start
+from pretrain.engine.ownership import claim
 
 
 @pytest.fixture
 def control(tmp_path):
-    folder = ControlFolder(tmp_path)
-    folder.take_ownership()
-    return folder
+    return ControlFolder(tmp_path, claim(tmp_path, {}))
 
 
 def test_requests(control):
@@ -28,22 +29,19 @@ def test_requests(control):
     assert not control.save_requested()
 
 
-def test_an_old_request_does_not_stop_the_next_start(control, tmp_path):
-    (control.path / "stop").touch()
-    ControlFolder(tmp_path).take_ownership()
-    assert control.stop_requested() is None
-
-
-def test_ownership_passes_to_the_last_start(control, tmp_path):
-    control.check_ownership()
-    successor = ControlFolder(tmp_path)
-    successor.take_ownership()
-    successor.check_ownership()
-    with pytest.raises(OwnershipLost, match=f"process {os.getpid()} on "):
-        control.check_ownership()
-    (control.path / "owner.json").write_text("{")
-    with pytest.raises(OwnershipLost, match="cannot read"):
-        successor.check_ownership()
+def test_only_requests_from_before_the_start_are_dropped(control):
+    """What is asked for while the run starts is asked of this run."""
+    names = ("stop", "stop.auto", "save")
+    before = time.time() - age_of_start() - 1.0
+    for name in names:
+        (control.path / name).touch()
+        os.utime(control.path / name, (before, before))
+    control.begin()
+    assert control.stop_requested() is None and not control.save_requested()
+    for name in names:
+        (control.path / name).touch()
+    control.begin()
+    assert control.stop_requested() == "control/stop" and control.save_requested()
 
 
 def test_status_and_heartbeat(control):
@@ -52,6 +50,20 @@ def test_status_and_heartbeat(control):
     assert (status["state"], status["step"]) == ("running", 7)
     control.beat()
     assert (control.path / "heartbeat").exists()
+    control.begin()  # of the next start, which may fail: the step is still that of the checkpoint
+    status = json.loads((control.path / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("starting", 7)
+
+
+def test_the_status_names_the_phase(control):
+    control.status("running", 7)
+    control.enter("step")
+    with control.during("save"):
+        within = json.loads((control.path / "status.json").read_text())
+        assert (within["state"], within["phase"], within["step"]) == ("running", "save", 7)
+    assert json.loads((control.path / "status.json").read_text())["phase"] == "step"
+    control.failed("rank 0: no space left")
+    assert json.loads((control.path / "status.json").read_text())["phase"] == "step"
 
 
 def test_the_first_failure_names_the_cause(control):
@@ -61,6 +73,9 @@ def test_the_first_failure_names_the_cause(control):
     status = json.loads((control.path / "status.json").read_text())
     assert status["state"] == "failed" and status["step"] == 7
     assert status["reason"] == "rank 3: shard damaged"
+    control.begin()  # the next start has failures of its own
+    control.failed("rank 1: no GPU")
+    assert json.loads((control.path / "status.json").read_text())["reason"] == "rank 1: no GPU"
 
 
 def test_signals_only_set_a_flag():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pretrain.engine.data_record import data_entries
-from pretrain.engine.run_dir import RunDirError
+from pretrain.engine.run_record import RunDirError
 
 
 def never(task, numbers):

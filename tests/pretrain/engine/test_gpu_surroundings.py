@@ -103,10 +103,12 @@ def test_two_ranks_on_one_gpu(monkeypatch):
 # A rank as a job scheduler starts it that shows each task one GPU. What torch answers is stood in
 # for; the process group is gloo's, and after its start the process ends as NCCL's watchdog ends it.
 RANK = """
-import os, sys, types
+import os, pathlib, sys, types
 import torch, deepspeed
-from pretrain.engine import trainer
+from pretrain.engine.control import StopSignals
+from pretrain.engine.start import train_recipe
 from pretrain.recipe import load_recipe
+from pretrain.train import enter
 
 run_dir, uuid = sys.argv[1:]
 torch.cuda.is_available = lambda: True
@@ -134,7 +136,8 @@ def start_nccl(dist_backend, **_):
 
 torch.cuda.set_device, deepspeed.init_distributed = start_cuda, start_nccl
 recipe = load_recipe("digits_demo", ["run_dir=" + run_dir, "threads_per_rank=1"])
-os._exit(trainer.train_recipe(recipe, resume=False))
+owner = enter(pathlib.Path(run_dir), take_over=False)
+os._exit(train_recipe(recipe, False, StopSignals(), owner))
 """
 
 

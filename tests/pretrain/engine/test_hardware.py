@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pretrain.engine.run_dir import RunDirError
-from pretrain.engine.trainer import require_hardware
+from pretrain.engine.hardware import require_hardware
+from pretrain.engine.run_record import RunDirError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PLAIN = {"zero_optimization": {"stage": 3}}

@@ -33,7 +33,8 @@ def test_fields_of_the_data_reach_the_objective_as_they_are():
     batch = box_batch()
     fields = dict(batch)
     engine = SimpleNamespace(module=SimpleNamespace(objectives={"detect": Boxes()}))
-    control = SimpleNamespace(stop_requested=lambda: None, save_requested=lambda: False)
+    control = SimpleNamespace(stop_requested=lambda: None, save_requested=lambda: False,
+                              ownership=SimpleNamespace(lost=False))
     loop = Loop(
         engine, RANKS, 0, (1e-3, lambda step: 1.0), 0, {"detect": 3}, control,
         SimpleNamespace(received=None),

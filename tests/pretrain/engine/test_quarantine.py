@@ -16,7 +16,7 @@ from pretrain.engine.distributed import Ranks
 from pretrain.engine.loop import TrainerState
 from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.quarantine_files import Edit, append_edits, read_list
-from pretrain.engine.run_dir import RunDirError
+from pretrain.engine.run_record import RunDirError
 
 RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("group_of_one")

@@ -1,0 +1,84 @@
+"""How a rank ends that cannot go on: what it says, where it leaves it, its exit code."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.engine.control import ControlFolder
+from pretrain.engine.ownership import Ownership, owned_by_launch
+from pretrain.engine.peers import Place, ended_peers, speaks_of_a_peer
+
+FAILED, LOST = 1, 3
+"""Exit codes; 3: another job has taken the run directory."""
+
+
+def end_failed(
+    run_dir: Path, rank: int, error: Exception, ownership: Ownership | None,
+    places: Sequence[Place] = (),
+) -> int:  # fmt: skip
+    """Leave the reason on disk, if this job may still write there; returns the exit code.
+
+    Whoever has lost the run directory writes one line into the log file of its rank: errors that
+    follow from the loss (a checkpoint that may not be committed, a peer that has left) would read
+    as those of the run that the new owner trains.
+
+    places: where the ranks run, once they have met. An error that may be the echo of another rank's
+        end is named behind that end, if it was on this node.
+    """
+    reason = f"rank {rank}: {reason_of(error)}"
+    if places and speaks_of_a_peer(error) and (ended := ended_peers(places, rank)):
+        reason = f"{', '.join(ended)}; rank {rank} then failed: {reason_of(error)}"
+    ownership = ownership or owned_by_launch(run_dir, os.environ)
+    try:
+        if ownership is None or not ownership.holds():
+            _note_loss(run_dir, rank, ownership)
+            return LOST
+        note_failure(run_dir, rank, reason, ownership)
+    except OSError as problem:
+        print(f"rank {rank}: cannot note the failure: {reason_of(problem)}", file=sys.stderr)
+    print(reason, file=sys.stderr, flush=True)
+    return FAILED
+
+
+def reason_of(error: BaseException) -> str:
+    """Kind and message; of an operating system's error also what was being done, and where."""
+    reason = f"{type(error).__name__}: {error}"
+    if not isinstance(error, OSError):
+        return reason
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    if not own:
+        return reason
+    frame = own[-1]
+    return f"{reason} ({Path(frame.filename).name}:{frame.lineno}, {frame.name}: {frame.line})"
+
+
+def note_failure(run_dir: Path, rank: int, reason: str, ownership: Ownership) -> None:
+    """Write `control/failure_rank_N.json` with the reason and the stack, and the status."""
+    folder = run_dir / "control"
+    note = {"rank": rank, "reason": reason, "stack": traceback.format_exc(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    file = folder / f"failure_rank_{rank:05d}.json"
+    file.write_text(json.dumps(note, indent=1), encoding="utf-8")
+    ControlFolder(run_dir, ownership).failed(reason)
+    ownership.leave()
+
+
+def _note_loss(run_dir: Path, rank: int, ownership: Ownership | None) -> None:
+    why = "it belongs to another job"
+    if ownership is not None:
+        try:
+            ownership.require()
+        except Exception as error:
+            why = str(error)
+    line = f"rank {rank}: {run_dir} is lost: {why}"
+    print(line, file=sys.stderr, flush=True)
+    folder = run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+    with open(folder / f"rank_{rank:05d}.log", "a", encoding="utf-8") as log:
+        log.write(f"{stamp} ERROR {line}\n")
