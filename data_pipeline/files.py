@@ -24,6 +24,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or os.path.expanduser("~/.cache/omnipretrain"))
 
 
+@contextlib.contextmanager
+def using_cache() -> Iterator[None]:
+    """Within, an OSError also says how to choose another cache folder."""
+    try:
+        yield
+    except OSError as error:
+        advice = f"{error.strerror}; set {CACHE_VARIABLE} to a folder that can be written"
+        raise OSError(error.errno, advice, error.filename) from None
+
+
 def temporary_name(path: Path) -> Path:
     """Return a hidden, unused name in the folder of `path`: a rename to `path` is atomic."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")

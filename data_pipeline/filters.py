@@ -21,7 +21,7 @@ from rich.progress import track
 from data_pipeline.columns import column_names, column_of, text_names, texts_of
 from data_pipeline.expression_values import MISSING_TEXT
 from data_pipeline.expressions import TEXT_COLUMNS, Expression, ExpressionError, UnknownColumn
-from data_pipeline.files import cache_folder, exclusive
+from data_pipeline.files import cache_folder, exclusive, using_cache
 from data_pipeline.index import ShardIndex
 from data_pipeline.selection import Selection
 from data_pipeline.shards import Shard, ShardSet
@@ -67,8 +67,9 @@ def _cached(shards: ShardSet, expression: Expression) -> Selection:
         return found
     with contextlib.ExitStack() as stack:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(exclusive(place))
+            with using_cache():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive(place))
         except OSError as error:
             _log.warning("which samples meet a condition is not kept for the next start: %s", error)
             return _evaluate(shards, expression)
@@ -76,7 +77,8 @@ def _cached(shards: ShardSet, expression: Expression) -> Selection:
             return found  # another process evaluated it while this one waited
         selection = _evaluate(shards, expression)
         try:
-            selection.save(place)
+            with using_cache():
+                selection.save(place)
         except OSError as error:
             _log.warning("which samples meet a condition is not kept for the next start: %s", error)
             return selection

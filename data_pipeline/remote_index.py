@@ -14,7 +14,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
-from data_pipeline.files import cache_folder, exclusive, leftovers, temporary_name
+from data_pipeline.files import cache_folder, exclusive, leftovers, temporary_name, using_cache
 from data_pipeline.index import SUFFIX, ShardIndex, is_foreign
 from data_pipeline.index_builder import index_file
 from data_pipeline.locations import base_name, beside, folder_of, identity, without_secrets
@@ -90,8 +90,9 @@ def remote_index(
         return index
     with contextlib.ExitStack() as stack:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            locked = stack.enter_context(exclusive(place))
+            with using_cache():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                locked = stack.enter_context(exclusive(place))
         except OSError:
             # The folder may be that of another user: then what lies there will do.
             if not force and weak is not None and (index := _stored(weak)) is not None:

@@ -203,7 +203,7 @@ def _read_files(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.exists():
         raise TokenizerError(
             f"tokenizer {path} does not exist; give a tokenizer.json, a local tokenizer folder or "
-            "a vocab.txt, or train one with `python -m tools.train_tokenizer`"
+            f"a vocab.txt, or train one: python -m tools.train_tokenizer {path} --shards SHARDS"
         )
     folder = path if path.is_dir() else path.parent
     config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}

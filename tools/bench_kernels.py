@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     try:
         import triton
     except ImportError as error:
-        raise SystemExit(f"{error}: pip install -e '.[triton]' brings the compiler") from None
+        raise SystemExit(f"{error}: pip install triton brings the compiler") from None
     gpu = GPUS[args.gpu]
     rows = []
     for dtype in (torch.bfloat16, torch.float32):

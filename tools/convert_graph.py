@@ -10,9 +10,11 @@ from torch import nn
 
 from pretrain.models.internimage import STAGES, InternImage, InternImageSettings
 from pretrain.models.internimage_weights import import_internimage
+from pretrain.recipe import Recipe
 from tools.arguments import add_run, add_weights
-from tools.convert_internimage import read_internimage
-from tools.export_graph import Logits, Maps, write_graph
+from tools.convert_internimage import no_internimage, read_internimage
+from tools.export_graph import Logits, Maps, require_writer, write_graph
+from tools.trained import choose_task, open_run
 from tools.weight_files import weight_file
 
 # What the published models were trained on, in units of the full range.
@@ -57,6 +59,7 @@ def add_command(commands: Any, console: Console) -> None:
 
 
 def _export(options: argparse.Namespace, console: Console) -> int:
+    require_writer(options.out)
     with console.status("reading the weights"):
         chosen = _of_run(options) if options.run_dir else _of_source(options)
     size = _size(options, chosen)
@@ -82,7 +85,6 @@ def _size(options: argparse.Namespace, chosen: Chosen) -> tuple[int, int]:
 
 def _of_run(options: argparse.Namespace) -> Chosen:
     from pretrain.build import evaluation_image
-    from tools.trained import open_run
 
     if options.settings:
         raise ValueError("--settings is for --source: the recipe of a run describes its model")
@@ -97,7 +99,7 @@ def _of_run(options: argparse.Namespace) -> Chosen:
         readers = [t for t in tasks.values() if name in _encoders(t.objective)]
         image, size, model = readers[0].data.image, None, Maps(encoder)
     else:
-        task = _choose_task(tasks, options.task)
+        task = _choose_task(run.recipe, options.task)
         objective = run.model.objectives[task]
         model = Logits(run.model.encoders[objective.encoder], objective.pool, objective.head)
         image = evaluation_image(tasks[task])
@@ -114,21 +116,17 @@ def _encoders(objective: Any) -> list[str]:
 def _internimage(encoders: nn.ModuleDict, name: str) -> InternImage:
     names = [n for n, encoder in encoders.items() if isinstance(encoder, InternImage)]
     if name not in names:
-        raise ValueError(f"--encoder {name}: the run's InternImages are: "
-                         f"{', '.join(names) or 'none'}; only these have maps of stages")
+        raise ValueError(no_internimage(name, names) + "; only InternImages have maps of stages")
     return encoders[name]
 
 
-def _choose_task(tasks: Any, wanted: str | None) -> str:
-    names = [n for n, task in tasks.items() if task.objective.type == "classification"]
-    if wanted is None and len(names) == 1:
-        return names[0]
-    if wanted in names:
-        return wanted
-    raise ValueError(
-        f"choose one of the run's classification tasks with --task: {', '.join(names) or 'none'}; "
-        "without one there are the maps of its InternImages (--outputs maps)"
-    )
+def _choose_task(recipe: Recipe, wanted: str | None) -> str:
+    try:
+        return choose_task(recipe, "classification", wanted)
+    except ValueError as error:
+        if not any(e.type == "internimage" for e in recipe.model.encoders.values()):
+            raise
+        raise ValueError(f"{error}; its InternImage has maps too (--outputs maps)") from None
 
 
 def _of_source(options: argparse.Namespace) -> Chosen:

@@ -238,8 +238,7 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     settings = run.recipe.model.encoders.get(options.encoder)
     if not isinstance(settings, InternImageSettings):
         names = [n for n, s in run.recipe.model.encoders.items() if s.type == "internimage"]
-        raise ValueError(f"--encoder {options.encoder}: the run's InternImages are: "
-                         f"{', '.join(names) or 'none'}")
+        raise ValueError(no_internimage(options.encoder, names))
     ours = run.model.state_dict()
     if options.classes is not None:
         ours |= _zeros_for_classes(run, options)
@@ -263,6 +262,13 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def no_internimage(wanted: str, names: list[str]) -> str:
+    """That an encoder is none of the InternImages of a run, which are `names`."""
+    if not names:
+        return "the run has no InternImage"
+    return f"--encoder {wanted}: the run's InternImages are: {', '.join(names)}"
+
+
 def _zeros_for_classes(run: "TrainedRun", options: argparse.Namespace) -> dict[str, Tensor]:
     """The linear layer that the task has not.
 
@@ -273,8 +279,10 @@ def _zeros_for_classes(run: "TrainedRun", options: argparse.Namespace) -> dict[s
                          "leave it out")
     names = [n for n, task in run.recipe.tasks.items() if task.objective.type == "m3i"]
     if options.task not in names:
-        raise ValueError(f"--classes needs --task with the name of an m3i task; the run has: "
-                         f"{', '.join(names) or 'none'}")
+        raise ValueError(
+            f"--classes needs --task with the name of an m3i task; the run has: {', '.join(names)}"
+            if names else "the run has no m3i task, which --classes is for: leave it out"
+        )
     objective = run.model.objectives[options.task]
     if objective.head is not None:
         raise ValueError(f"task {options.task!r} has learned {objective.head.out_features} classes,"

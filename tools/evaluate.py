@@ -30,10 +30,11 @@ from data_pipeline.reader import TransientReadError
 from data_pipeline.stream import DataError
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.tokenizer import Tokenizer
+from pretrain.engine.checkpoint_files import CheckpointError
 from pretrain.objectives.caption_evaluation import CaptionExample, evaluate_captions
 from tools.arguments import add_device, positive
 from tools.contact_sheet import Cell, contact_sheet
-from tools.export_record import ExportRecord, heldout_loader
+from tools.export_record import RECORD, ExportRecord, heldout_loader, way_to_export
 
 _COLUMNS = 4
 _SHOWN = {
@@ -226,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_utf8()
     options = parse_in_any_order(_parser(), arguments)
     try:
+        if not (options.export / RECORD).is_file():
+            raise ValueError(way_to_export(options.export))
         record = ExportRecord.read(options.export)
         found = evaluate(
             options.export,
@@ -246,7 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except torch.OutOfMemoryError:
         _complain(f"the device's memory is too small for batches of {options.batch}: lower --batch")
-    except (DataError, ShardError, TransientReadError, OSError, ValueError) as error:
+    except (
+        CheckpointError, DataError, ShardError, TransientReadError, OSError, ValueError,
+    ) as error:  # fmt: skip
         _complain(str(error))
     return 1
 

@@ -84,12 +84,8 @@ def write_graph(
         ValueError: another suffix, packages for ONNX are missing, a model that cannot be exported,
             or one whose graph computes something else; then nothing is written.
     """
-    kinds = {".onnx": (_save_onnx, _run_onnx), ".pt2": (_save_program, _run_program)}
-    if out.suffix not in kinds:
-        raise ValueError(f"--out {out}: the file must end in {' or '.join(kinds)}")
-    if out.suffix == ".onnx":
-        _need_onnx()
-    save, run = kinds[out.suffix]
+    require_writer(out)
+    save, run = _KINDS[out.suffix]
     model.eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".{out.name}.{os.getpid()}"
@@ -110,6 +106,14 @@ def write_graph(
     finally:
         shutil.rmtree(temporary)
     return difference
+
+
+def require_writer(out: Path) -> None:
+    """Raise ValueError for another suffix, and where packages for ONNX are missing."""
+    if out.suffix not in _KINDS:
+        raise ValueError(f"--out {out}: the file must end in {' or '.join(_KINDS)}")
+    if out.suffix == ".onnx":
+        _need_onnx()
 
 
 def _trace(model: nn.Module, size: tuple[int, int]) -> torch.export.ExportedProgram:
@@ -215,6 +219,9 @@ def _run_onnx(file: Path) -> Run:
         return [torch.from_numpy(array) for array in found]
 
     return run
+
+
+_KINDS = {".onnx": (_save_onnx, _run_onnx), ".pt2": (_save_program, _run_program)}
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ from data_pipeline.settings import Settings
 from data_pipeline.sources import open_source
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
+from pretrain.engine.checkpoint_files import MANIFEST, newest_whole
+from pretrain.recipe import load_resolved
 
 RECORD = "omnipretrain.json"
 
@@ -86,10 +88,7 @@ class ExportRecord(Settings):
         """
         path = Path(folder) / RECORD
         if not path.is_file():
-            raise ValueError(
-                f"{folder} is no export: it has no {RECORD}; make one with "
-                "`python -m tools.convert export-git`"
-            )
+            raise ValueError(f"{folder} is no export of tools.convert: it has no {RECORD}")
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
@@ -131,6 +130,34 @@ def _first(error: ValidationError) -> str:
     """The first fault on one line."""
     fault = error.errors()[0]
     return f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"
+
+
+def way_to_export(folder: Path) -> str:
+    """What to do about a folder without a record, by what it is."""
+    if (folder / "checkpoints").is_dir() or (folder / MANIFEST).is_file():
+        path = newest_whole(folder / "checkpoints") if (folder / "checkpoints").is_dir() else folder
+        tasks = load_resolved(path / "recipe.yaml").tasks
+        if any(task.objective.type == "captioning" for task in tasks.values()):
+            return (
+                f"{folder} is a run, not an export: make one with `python -m tools.convert "
+                f"export-git --run {folder} --out EXPORT`, and evaluate EXPORT"
+            )
+        kinds = ", ".join(f"{name} ({task.objective.type})" for name, task in tasks.items())
+        return (
+            f"{folder} is a run without a captioning task (it has {kinds}), and captions are what "
+            "this tool judges: the run evaluates its tasks itself, every `evaluation_every_steps` "
+            'and at its end; see the lines with "kind": "evaluation" of its metrics.jsonl'
+        )
+    if (folder / "config.json").is_file():
+        return (
+            f"{folder} has no {RECORD}, which says how its images are to be prepared; transformers "
+            "does not copy it. If this model was made from an export of this project, copy that "
+            f"file: cp EXPORT/{RECORD} {folder}"
+        )
+    return (
+        f"{folder} is no export: it has no {RECORD}; make one with `python -m tools.convert "
+        "export-git --run RUN --out EXPORT`"
+    )
 
 
 def heldout_loader(

@@ -144,7 +144,7 @@ def _rows(
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise ValueError("parquet needs pyarrow: pip install 'omnipretrain[parquet]'") from None
+        raise ValueError("parquet needs pyarrow: pip install pyarrow") from None
     for table in tables:
         number = 0
         try:

@@ -101,6 +101,8 @@ def choose_encoder(run: TrainedRun, wanted: str | None) -> tuple[str, ImageSetti
     }
     if wanted is None and len(readers) == 1:
         wanted = next(iter(readers))
+    if not readers:
+        raise ValueError("no task of the run reads images: there is nothing to probe")
     if wanted not in readers:
         raise ValueError(f"choose one of the run's encoders of images with --encoder: "
                          f"{', '.join(readers)}")

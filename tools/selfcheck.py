@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.console import parse_in_any_order
+from data_pipeline.files import CACHE_VARIABLE
 from tools.parity_cells import OPTIMIZERS, Cell, all_cells, faults, plain_run
 
 console = Console(soft_wrap=True)
@@ -163,7 +164,8 @@ def note_pass(world: int, cells: int) -> None:
         console.print(f"noted in {path}", highlight=False)
     except OSError as error:
         console.print(f"the pass could not be noted in {path}: {error.strerror}; training several "
-                      "tasks on an unlisted DeepSpeed will ask again", highlight=False)
+                      f"tasks on an unlisted DeepSpeed will ask again. Set {CACHE_VARIABLE} to a "
+                      "folder that can be written, here and there", highlight=False)
 
 
 if __name__ == "__main__":

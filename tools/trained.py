@@ -86,7 +86,7 @@ def open_captioner(
     Raises ValueError also if the run has no such task.
     """
     run = open_run(path, weights)
-    return TrainedCaptioner(**vars(run), task_name=_choose_task(run.recipe, task))
+    return TrainedCaptioner(**vars(run), task_name=choose_task(run.recipe, "captioning", task))
 
 
 def open_run(path: str | Path, weights: str = "master") -> TrainedRun:
@@ -147,13 +147,21 @@ def _find(path: Path) -> Path:
     )
 
 
-def _choose_task(recipe: Recipe, wanted: str | None) -> str:
-    names = [n for n, task in recipe.tasks.items() if task.objective.type == "captioning"]
+def choose_task(recipe: Recipe, kind: str, wanted: str | None) -> str:
+    """Name of the task with an objective of type `kind`, if it is clear which.
+
+    Raises:
+        ValueError: the run has none, or several to choose from, or not the one that is wanted.
+    """
+    names = [n for n, task in recipe.tasks.items() if task.objective.type == kind]
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted in names:
         return wanted
+    if not names:
+        there = ", ".join(f"{n} ({task.objective.type})" for n, task in recipe.tasks.items())
+        raise ValueError(f"the run has no {kind} task, which this is for; it has {there}")
     raise ValueError(
-        f"choose one of the run's captioning tasks with --task: {', '.join(names) or 'it has none'}"
+        f"choose one of the run's {kind} tasks with --task: {', '.join(names)}"
         + (f"; {wanted!r} is not among them" if wanted else "")
     )

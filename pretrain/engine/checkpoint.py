@@ -323,7 +323,8 @@ class Checkpoints:
             elif EMA not in wanted:
                 raise CheckpointError(
                     f"{folder} holds no moving average, since its run had no `ema`: start a new "
-                    "run from its weights (initial_weights) to begin one"
+                    "run from its weights to begin one (python -m tools.convert export-weights "
+                    "writes a file for initial_weights)"
                 )
             for name in wanted:
                 out = averages[index] if name == EMA else state_to_fill(engine, partition, name)

@@ -55,7 +55,7 @@ class TargetWatch:
                 log.warning(
                     "task %s: no %s in any of the last %d steps up to step %d, so that nothing is "
                     "learned from them (without a value: %s): look at what the samples hold with "
-                    "`python -m pretrain check`, or say that it is meant with "
-                    "tasks.%s.data.unlabelled=expected",
+                    "`python -m pretrain check RUN/recipe.yaml`; where labels or boxes "
+                    "may be missing, say tasks.%s.data.unlabelled=expected (boxes: unannotated)",
                     task, count, PATIENCE_STEPS, step, ", ".join(silent) or "nothing", task,
                 )

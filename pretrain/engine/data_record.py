@@ -58,7 +58,8 @@ def data_entries(
         raise RunDirError(
             f"tasks.{', '.join(other)}: the training data are not those that this run has been "
             "trained on: other shards, another `repeats`, or other samples meet `where`"
-            f"{unread}. Put them back, or start a new run from this one's weights (initial_weights)"
+            f"{unread}. Put them back, or start a new run from this one's weights (python -m "
+            "tools.convert export-weights writes a file for initial_weights)"
         )
     return []
 

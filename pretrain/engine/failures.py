@@ -5,23 +5,33 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.engine.control import ControlFolder
 from pretrain.engine.ownership import Ownership, owned_by_launch
+from pretrain.engine.peers import Place, ended_peers, speaks_of_a_peer
 
 FAILED, LOST = 1, 3
 """Exit codes; 3: another job has taken the run directory."""
 
 
-def end_failed(run_dir: Path, rank: int, error: Exception, ownership: Ownership | None) -> int:
+def end_failed(
+    run_dir: Path, rank: int, error: Exception, ownership: Ownership | None,
+    places: Sequence[Place] = (),
+) -> int:  # fmt: skip
     """Leave the reason on disk, if this job may still write there; returns the exit code.
 
     Whoever has lost the run directory writes one line into the log file of its rank: errors that
     follow from the loss (a checkpoint that may not be committed, a peer that has left) would read
     as those of the run that the new owner trains.
+
+    places: where the ranks run, once they have met. An error that may be the echo of another rank's
+        end is named behind that end, if it was on this node.
     """
-    reason = reason_of(error)
+    reason = f"rank {rank}: {reason_of(error)}"
+    if places and speaks_of_a_peer(error) and (ended := ended_peers(places, rank)):
+        reason = f"{', '.join(ended)}; rank {rank} then failed: {reason_of(error)}"
     ownership = ownership or owned_by_launch(run_dir, os.environ)
     try:
         if ownership is None or not ownership.holds():
@@ -30,7 +40,7 @@ def end_failed(run_dir: Path, rank: int, error: Exception, ownership: Ownership 
         note_failure(run_dir, rank, reason, ownership)
     except OSError as problem:
         print(f"rank {rank}: cannot note the failure: {reason_of(problem)}", file=sys.stderr)
-    print(f"rank {rank}: {reason}", file=sys.stderr, flush=True)
+    print(reason, file=sys.stderr, flush=True)
     return FAILED
 
 
@@ -54,7 +64,7 @@ def note_failure(run_dir: Path, rank: int, reason: str, ownership: Ownership) ->
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     file = folder / f"failure_rank_{rank:05d}.json"
     file.write_text(json.dumps(note, indent=1), encoding="utf-8")
-    ControlFolder(run_dir, ownership).failed(f"rank {rank}: {reason}")
+    ControlFolder(run_dir, ownership).failed(reason)
     ownership.leave()
 
 

@@ -13,10 +13,11 @@ has passed on this installation.
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
+
+from data_pipeline.files import cache_folder
 
 # Versions on which tests/distributed/test_task_parity.py has passed.
 VERIFIED = ("0.19.8",)
@@ -77,9 +78,8 @@ def record_path() -> Path:
     """Where a passed selfcheck of the installed versions is noted, in the user's cache folder."""
     import deepspeed
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = f"selfcheck_deepspeed-{deepspeed.__version__}_torch-{torch.__version__}.json"
-    return cache / "omnipretrain" / name
+    return cache_folder() / name
 
 
 def passed_here() -> bool:

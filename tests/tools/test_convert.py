@@ -215,7 +215,7 @@ def _forget(path: Path) -> None:
     (path.parent / MANIFEST).write_bytes(seal_manifest(manifest))
 
 
-def test_errors_name_what_to_do(run_dir, tmp_path, capsys) -> None:
+def test_errors_name_what_to_do(run_dir, internimage_run, tmp_path, capsys) -> None:
     out = tmp_path / "out"
 
     def complaint(*arguments) -> str:
@@ -225,6 +225,10 @@ def test_errors_name_what_to_do(run_dir, tmp_path, capsys) -> None:
 
     text = complaint("--run", run_dir, "--task", "classify")
     assert "'classify' is not among them" in text
+    assert main(["export-git", "--run", str(internimage_run), "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "no captioning task" in said and "it has classify (classification)" in said
+    assert "--task" not in said
     assert "neither a run directory" in complaint("--run", tmp_path)
     text = complaint("--run", run_dir, "--image-size", "33")
     assert "no multiple of patch_size 8" in text and "--image-size 32" in text

@@ -1,6 +1,8 @@
 """Evaluation of an export by transformers, against our own evaluation of the same weights."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -104,7 +106,7 @@ def test_errors_are_one_line(export, scenes, run_dir, tmp_path, capsys) -> None:
         return error
 
     heldout = ("--shards", scenes / "heldout")
-    assert "export-git" in complaint(run_dir, *heldout)
+    assert "is a run, not an export" in complaint(run_dir, *heldout)
     assert "gone" in complaint(export, "--shards", scenes / "gone")
     assert "caption_source" in complaint(export, *heldout, "--caption-source", "json:")
     wrong = complaint(export, *heldout, "--caption-source", "json:title")
@@ -113,6 +115,31 @@ def test_errors_are_one_line(export, scenes, run_dir, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
         run(export, *heldout, "--device", "abacus")
     assert "no device" in capsys.readouterr().err
+
+
+def test_what_it_says_of_other_folders_can_be_done(
+    export, scenes, run_dir, internimage_run, tmp_path, capsys
+) -> None:
+    """Each advice is followed: the next call gets on."""
+    heldout = ("--shards", scenes / "heldout", "--workers", 0, "--max-samples", 2)
+    again = tmp_path / "again"
+    shutil.copytree(export, again, ignore=shutil.ignore_patterns("omnipretrain.json"))
+    assert run(again, *heldout) == 1
+    command = re.search(r"cp (EXPORT/\S+) (\S+)", capsys.readouterr().err)
+    shutil.copy(command[1].replace("EXPORT", str(export)), command[2])
+    assert run(again, *heldout) == 0
+
+    assert run(run_dir, *heldout) == 1
+    command = re.search(r"python -m tools.convert ([^`]*)`", capsys.readouterr().err)[1]
+    made = str(tmp_path / "made")
+    assert convert(command.replace("EXPORT", made).split()) == 0
+    assert run(made, *heldout) == 0
+
+    assert run(internimage_run, *heldout) == 1
+    said = capsys.readouterr().err
+    assert "it has classify (classification)" in said and "export-git" not in said
+    assert '"kind": "evaluation"' in said
+    assert '"kind": "evaluation"' in (internimage_run / "metrics.jsonl").read_text()
 
 
 def test_a_record_of_another_version_is_refused(export, tmp_path) -> None:

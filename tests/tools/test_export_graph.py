@@ -233,3 +233,15 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert main(["export-graph", *source, "--out", str(tmp_path / "a.onnx")]) == 1
     assert "not here: pip install onnxscript" in capsys.readouterr().err
+    # Before anything is read, which takes minutes of a large checkpoint.
+    arguments = ["--run", str(tmp_path / "none"), "--out", str(tmp_path / "a.onnx")]
+    assert main(["export-graph", *arguments]) == 1
+    assert "not here: pip install onnxscript" in capsys.readouterr().err
+
+
+def test_a_run_without_a_classification_task(run_dir, tmp_path, capsys):
+    arguments = ["--run", str(run_dir), "--out", str(tmp_path / "a.pt2")]
+    assert main(["export-graph", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert "no classification task" in said and "caption (captioning)" in said
+    assert "--task" not in said and "--outputs" not in said  # neither would help

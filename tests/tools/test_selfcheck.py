@@ -17,7 +17,7 @@ RIGHT = Cell(3, False, 1, "all", "sgd")
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     return tmp_path
 
@@ -67,7 +67,7 @@ def test_only_affected_modes_of_several_tasks_ask_for_it(cache, monkeypatch):
 
 
 def test_a_damaged_record_is_no_pass(cache):
-    record_path().parent.mkdir(parents=True)
+    record_path().parent.mkdir(parents=True, exist_ok=True)
     for text in ("", "[]", '{"passed": "yes"}', '{"passed": false}'):
         record_path().write_text(text)
         assert not passed_here()

@@ -5,6 +5,7 @@ code depends on: sources, compiler, torch, and the vector instructions of the CP
 them: ATEN_CPU_CAPABILITY=avx2 holds back wider ones). It needs a C++20 compiler, and nothing else.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.files import cache_folder, exclusive
+from data_pipeline.files import cache_folder, exclusive, using_cache
 
 _log = logging.getLogger("omnipretrain.operators")
 
@@ -71,8 +72,10 @@ def library() -> Path:
     path = root / "operators" / f"cpu_{_fingerprint(compiler, flags)}.so"
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with exclusive(path) as locked:
+    with contextlib.ExitStack() as stack:
+        with using_cache():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            locked = stack.enter_context(exclusive(path))
         if locked:
             for leftover in path.parent.glob(f".build-{path.stem}-*"):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -151,6 +151,13 @@ def test_a_user_without_a_home_computes_all_the_same(pretended, unloaded, monkey
     assert results(random_case((1, 3, 3, 4), groups=2))["output"].isfinite().all()
 
 
+def test_a_home_that_cannot_be_written_names_the_variable(pretended, unloaded, monkeypatch):
+    pretended("true")
+    monkeypatch.delenv("OMNIPRETRAIN_CACHE")
+    monkeypatch.setenv("HOME", os.devnull)
+    assert "set OMNIPRETRAIN_CACHE to a folder that can be written" in cpu_library.missing()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_narrower_vectors(capability):
