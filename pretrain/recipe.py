@@ -40,6 +40,7 @@ from data_pipeline.transforms import ImageSettings
 from pretrain import recipe_checks
 from pretrain.engine.checkpoint_settings import CheckpointSettings
 from pretrain.engine.metrics_log import LoggingSettings
+from pretrain.engine.spikes import SpikeSettings
 from pretrain.models.internimage_settings import InternImageSettings
 from pretrain.models.text_settings import TextEncoderSettings
 from pretrain.models.vit_settings import VitSettings
@@ -202,6 +203,19 @@ class FailureSettings(Settings):
     max_skipped_steps: int = Field(default=10, ge=0)
     """So many optimizer steps in a row may be skipped for a non-finite gradient; one more ends the
     run."""
+
+    start_minutes: float = Field(default=30, gt=0)
+    """From the start of a process to its first step, and a restore, at most; then the run ends,
+    with the stacks of all ranks on file and the silent ones named."""
+
+    step_minutes: float = Field(default=10, gt=0)
+    """A step with the wait for its data, or a batch of an evaluation, at most."""
+
+    save_minutes: float = Field(default=30, gt=0)
+    """Writing a checkpoint, at most."""
+
+    spike: SpikeSettings | None = SpikeSettings()
+    """What is done when a logged loss jumps; null: nothing is looked at."""
 
 
 class Recipe(Settings):

@@ -32,7 +32,7 @@ from pretrain.engine.checkpoint_retention import (
     step_to_go_back_to,
 )
 from pretrain.engine.control import ControlFolder, StopSignals
-from pretrain.engine.launch_environment import LaunchError, translate
+from pretrain.engine.launch_environment import LaunchError, require_world, translate
 from pretrain.engine.ownership import (
     OccupiedError,
     Ownership,
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
     try:
         translate(os.environ)
         arguments = parse_arguments(argv)
+        require_world(os.environ, arguments.expect_world)
         check_locale()
         recipe, resume = read_recipe(arguments)
         ownership = enter(Path(recipe.run_dir), arguments.take_over)
@@ -157,6 +158,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--from-step", metavar="N", type=int,
                         help="with --resume: go on from the checkpoint of this step; those after "
                         "it are moved aside")
+    parser.add_argument("--expect-world", metavar="N", type=int,
+                        help="end if the launcher has started another number of processes")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume is not None and arguments.recipe is not None:

@@ -5,8 +5,8 @@
         save               asked: save and go on; deleted when done
         heartbeat          its time of change says when rank 0 was last at work: each step, each
                            batch of an evaluation, and within start-up and saves
-        status.json        state (starting, running, stopped, finished, failed), step of the last
-                           checkpoint, reason
+        status.json        state (starting, running, stopped, finished, failed), phase (start,
+                           restore, step, evaluate, save), step of the last checkpoint, reason
         owner.json         which job may write: the last one that started (`ownership`)
 
 A signal only sets a flag. Nothing here acts by itself: rank 0 reads the requests, the loop makes
@@ -15,25 +15,19 @@ all ranks agree on them at a step boundary, the evaluation between its batches.
 
 import contextlib
 import json
-import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.files import write_atomically
-from pretrain.engine.ownership import HEARTBEAT_FILE, Ownership, process_age
+from pretrain.engine.launchers import age_of_start
+from pretrain.engine.ownership import HEARTBEAT_FILE, Ownership
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REQUESTS = ("stop", "stop.auto", "save")
 STATUS_FILE = "status.json"
-_BEAT_S = 5.0
-_LONGEST_PHASE_S = 3600.0  # then a phase without steps counts as hung
 
-# What starts ranks and was itself started by the person: a request since then is for this run.
-_LAUNCHERS = ("torchrun", "deepspeed", "accelerate")
-_LAUNCHER_MODULES = ("torch.distributed.", "deepspeed.launcher.", "accelerate.commands.")
 
 
 class StopSignals:
@@ -59,6 +53,7 @@ class ControlFolder:
     def __init__(self, run_dir: Path, ownership: Ownership) -> None:
         self.path = Path(run_dir) / "control"
         self.ownership = ownership
+        self.phase = "start"
         self._last_beat = 0.0
 
     def begin(self) -> None:
@@ -66,7 +61,7 @@ class ControlFolder:
 
         The step stays: it is that of the last checkpoint, whatever becomes of this start.
         """
-        since = time.time() - _age_of_start()
+        since = time.time() - age_of_start()
         for name in REQUESTS:
             with contextlib.suppress(OSError):
                 if (self.path / name).stat().st_mtime < since:
@@ -98,29 +93,26 @@ class ControlFolder:
             self._last_beat = now
 
     @contextlib.contextmanager
-    def beating(self) -> Iterator[None]:
-        """Within, the heart beats by itself: for phases without steps, like a long save."""
-        ended = threading.Event()
-
-        def beat() -> None:
-            until = time.monotonic() + _LONGEST_PHASE_S
-            while not ended.wait(_BEAT_S) and time.monotonic() < until:
-                with contextlib.suppress(OSError):  # the step after this one will say it
-                    self.beat()
-
-        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-        thread.start()
+    def during(self, phase: str) -> Iterator[None]:
+        """Within, the status names this phase; behind it, the one before."""
+        before = self.phase
+        self.enter(phase)
         try:
             yield
         finally:
-            ended.set()
-            thread.join()
+            self.enter(before)
+
+    def enter(self, phase: str) -> None:
+        """Say in which phase the run is now."""
+        self.phase = phase
+        said = {"state": "starting", "step": 0, "reason": ""} | read_status(self.path.parent)
+        self.status(said["state"], said["step"], said["reason"])
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Say how the run stands; written after what it speaks of is on disk."""
         if not self.ownership.holds():
             return
-        status = {"state": state, "step": step, "reason": reason,
+        status = {"state": state, "phase": self.phase, "step": step, "reason": reason,
                   "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         write_atomically(self.path / STATUS_FILE, [json.dumps(status).encode()])
 
@@ -129,8 +121,9 @@ class ControlFolder:
 
         Ranks that fail later do so mostly because the first one left them alone.
         """
-        status = {"state": "starting", "step": 0} | read_status(self.path.parent)
+        status = {"state": "starting", "phase": "start", "step": 0} | read_status(self.path.parent)
         if status["state"] != "failed":
+            self.phase = status["phase"]
             self.status("failed", status["step"], reason)
 
 
@@ -141,37 +134,3 @@ def read_status(run_dir: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}
-
-
-def _age_of_start() -> float:
-    """Seconds since the person's command began: that of this process, or of its launcher.
-
-    torchrun and deepspeed take seconds before they start a rank, and start it anew after a crash.
-    """
-    pid, age = os.getpid(), process_age(os.getpid()) or 0.0
-    while (pid := _parent(pid)) and _is_launcher(pid):
-        age = max(age, process_age(pid) or 0.0)
-    return age
-
-
-def _parent(pid: int) -> int:
-    """Process number of the parent, 0 if /proc does not say."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def _is_launcher(pid: int) -> bool:
-    return any(
-        Path(word).name in _LAUNCHERS or word.startswith(_LAUNCHER_MODULES)
-        or "/deepspeed/launcher/" in word
-        for word in _command(pid)[:5]  # what follows are arguments
-    )
-
-
-def _command(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")
-    except OSError:
-        return []

@@ -5,11 +5,11 @@ The ranks come from what the launcher says in the environment (`launch_environme
 
 import atexit
 import os
-import socket
 import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import NoReturn
@@ -25,6 +25,7 @@ from pretrain.engine.launch_environment import (
     naming_taken_port,
     read_ranks,
 )
+from pretrain.engine.peers import Place, own_place
 from pretrain.engine.rendezvous import store_of_this_start
 
 
@@ -37,6 +38,8 @@ class Ranks:
     local_rank: int
     local_world: int
     device: torch.device
+    places: tuple[Place, ...] = ()
+    """Host and process of each rank."""
 
     @property
     def of_node(self) -> range:
@@ -54,6 +57,7 @@ def init_distributed(
     threads_per_rank: int | None = None,
     deterministic: bool = False,
     trace_dir: Path | None = None,
+    timeout: timedelta | None = None,
 ) -> Ranks:
     """Read the launcher's environment, choose the device and start the process group.
 
@@ -63,6 +67,8 @@ def init_distributed(
             (a reduction's order follows it).
         deterministic: see `be_deterministic`.
         trace_dir: where a collective of GPUs that times out leaves a file for each rank.
+        timeout: of collectives in all process groups, DeepSpeed's own too, and of the meeting of
+            the ranks; None: torch's and DeepSpeed's defaults.
 
     Raises:
         RuntimeError: see `read_ranks`, `choose_device`, `claim_gpu` and `be_deterministic`.
@@ -90,20 +96,24 @@ def init_distributed(
         # The shared-memory collective is an optimisation that would start a C++ compiler on every
         # rank (minutes, and a lock that outlives a killed build).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    constants = dist.distributed_c10d
+    if timeout is not None:  # of the groups that DeepSpeed makes, which names none
+        constants.default_pg_timeout = constants.default_pg_nccl_timeout = timeout
     if not dist.is_initialized():
         try:
-            _meet(rank, world, device)
+            _meet(rank, world, device, timeout)
         except LaunchError:
             if world > 1:
                 raise
             os.environ["MASTER_PORT"] = str(free_port())  # somebody was faster
-            _meet(rank, world, device)
-    cores = own_cores(world)  # asked for in any case: a collective, and recipes may differ
+            _meet(rank, world, device, timeout)
+    # Asked for in any case: a collective, and recipes may differ.
+    cores, places = own_cores(world)
     torch.set_num_threads(threads_per_rank or cores)
-    return Ranks(rank, world, local_rank, local_world, device)
+    return Ranks(rank, world, local_rank, local_world, device, places)
 
 
-def _meet(rank: int, world: int, device: torch.device) -> None:
+def _meet(rank: int, world: int, device: torch.device, timeout: timedelta | None) -> None:
     """Start the process group.
 
     Raises:
@@ -112,20 +122,23 @@ def _meet(rank: int, world: int, device: torch.device) -> None:
     import deepspeed
 
     on_gpu = device.type == "cuda"
+    timeout = timeout or deepspeed.constants.default_pg_timeout
     with naming_taken_port(os.environ):
         backend = "nccl" if on_gpu else "gloo"
         of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if world > 1 and (on_gpu or of_agent):
             # Kept while the process group starts, which serves its own from the same port.
-            store, *_ = next(dist.rendezvous("env://", rank, world))
+            store, *_ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
             if of_agent:
-                store = store_of_this_start(store, rank, world)
+                store = store_of_this_start(store, rank, world, timeout.total_seconds())
             if on_gpu:
                 claim_gpu(store, rank, str(torch.cuda.get_device_properties(device).uuid))
             if of_agent:
                 dist.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                        timeout=deepspeed.constants.default_pg_timeout)
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+                                        timeout=timeout)
+        deepspeed.init_distributed(
+            backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
+        )
 
 
 def choose_device(rank: int, local_rank: int) -> torch.device:
@@ -157,18 +170,19 @@ def choose_device(rank: int, local_rank: int) -> torch.device:
     return torch.device("cuda", 0 if visible == 1 else local_rank)
 
 
-def own_cores(world: int) -> int:
-    """This rank's part of the cores that it may use; a collective.
+def own_cores(world: int) -> tuple[int, tuple[Place, ...]]:
+    """This rank's part of the cores that it may use, and where all ranks run; a collective.
 
     Each core is divided among the ranks that may use it: all of the node's, unless the launcher
     has bound them to cores of their own (`srun --cpus-per-task`, `torchrun --numa-binding`).
     """
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    host, mine = socket.gethostname(), sorted(affinity(0))
+    place, mine = own_place(), sorted(affinity(0))
     everyone: list = [None] * world
-    dist.all_gather_object(everyone, (host, mine))
-    users = Counter(core for where, cores in everyone if where == host for core in cores)
-    return max(1, int(sum(Fraction(1, users[core]) for core in mine)))
+    dist.all_gather_object(everyone, (tuple(place), mine))
+    users = Counter(c for (host, _), cores in everyone if host == place.host for c in cores)
+    own = max(1, int(sum(Fraction(1, users[core]) for core in mine)))
+    return own, tuple(Place(*where) for where, _ in everyone)
 
 
 def shutdown() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ class Evaluator:
     """Evaluates each task that names held-out data.
 
     `stop_asked` says on each rank whether the evaluation is to end; asked before every batch.
+    `phase` gives the context in which all of it runs.
     """
 
     def __init__(
         self, recipe: Recipe, ranks: Ranks, engine, tokenizer, metrics: MetricsLog,
         fault_file: FaultFile, ema: Ema | None, stop_asked: Callable[[], bool],
-    ) -> None:
+        phase: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:  # fmt: skip
         self.recipe = recipe
         self.ranks = ranks
         self.engine = engine
@@ -41,6 +44,7 @@ class Evaluator:
         self.fault_file = fault_file
         self.ema = ema
         self.stop_asked = stop_asked
+        self.phase = phase
 
     def evaluate_if_due(self, step: int) -> bool:
         """Evaluate after `step` steps if the recipe says so; False if a stop that was asked for has
@@ -71,7 +75,7 @@ class Evaluator:
             return True
         averaged = self.ema is not None and self.ema.settings.evaluate
         try:
-            with self.ema.in_module() if averaged else contextlib.nullcontext():
+            with self.phase(), self.ema.in_module() if averaged else contextlib.nullcontext():
                 self._evaluate_tasks(step, tasks)
         except EvaluationStopped:
             log.info("the evaluation after step %d ends early, since a stop is asked for; a resume "

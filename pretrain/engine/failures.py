@@ -7,26 +7,36 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.files import exclusive
 from pretrain.engine.control import STATUS_FILE, ControlFolder, read_status
 from pretrain.engine.ownership import Ownership, owned_by_launch
+from pretrain.engine.peers import Place, ended_peers, speaks_of_a_peer
 
 FAILED, LOST = 1, 3
 """Exit codes; 3: another job has taken the run directory."""
 _TURN_S = 3.0
+_OF_RANK = re.compile(r"^rank \d+: ")
 
 
-def end_failed(run_dir: Path, rank: int, error: Exception, ownership: Ownership | None) -> int:
+def end_failed(
+    run_dir: Path, rank: int, error: Exception, ownership: Ownership | None,
+    places: Sequence[Place] = (),
+) -> int:  # fmt: skip
     """Leave the reason on disk, if this job may still write there; returns the exit code.
 
     Whoever has lost the run directory writes one line into the log file of its rank: errors that
     follow from the loss (a checkpoint that may not be committed, a peer that has left) would read
     as those of the run that the new owner trains.
+
+    places: where the ranks run, once they have met. An error that may be the echo of another rank's
+        end is named behind that end, if it was on this node.
     """
-    reason = reason_of(error)
+    reason = f"rank {rank}: {reason_of(error)}"
+    if places and speaks_of_a_peer(error) and (ended := ended_peers(places, rank)):
+        reason = f"{', '.join(ended)}; rank {rank} then failed: {reason_of(error)}"
     ownership = ownership or owned_by_launch(run_dir, os.environ)
     first = True
     try:
@@ -37,7 +47,7 @@ def end_failed(run_dir: Path, rank: int, error: Exception, ownership: Ownership 
     except OSError as problem:
         print(f"rank {rank}: cannot note the failure: {reason_of(problem)}", file=sys.stderr)
     if first:
-        print(f"rank {rank}: {reason}", file=sys.stderr, flush=True)
+        print(reason, file=sys.stderr, flush=True)
     return FAILED
 
 
@@ -67,10 +77,10 @@ def note_failure(run_dir: Path, rank: int, reason: str, ownership: Ownership) ->
     file.write_text(json.dumps(note, indent=1), encoding="utf-8")
     with _in_turn(folder / STATUS_FILE):
         status = read_status(run_dir)
-        said = re.sub(r"^rank \d+: ", "", str(status.get("reason")))
-        ControlFolder(run_dir, ownership).failed(f"rank {rank}: {reason}")
+        ControlFolder(run_dir, ownership).failed(reason)
         ownership.leave()
-    return status.get("state") != "failed" or said != reason
+    told = str(status.get("reason")) if status.get("state") == "failed" else ""
+    return _OF_RANK.sub("", told) != _OF_RANK.sub("", reason)
 
 
 @contextlib.contextmanager

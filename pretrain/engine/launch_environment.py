@@ -32,6 +32,29 @@ def translate(environment: MutableMapping[str, str]) -> None:
         _translate_srun(environment)
     elif int(environment.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
         _translate_mpirun(environment)
+    elif "MASTER_ADDR" in environment and "SLURM_STEP_ID" not in environment:
+        # accelerate's simple launcher, for one: N processes were asked for, and this is all.
+        raise LaunchError(
+            f"MASTER_ADDR={environment['MASTER_ADDR']} is set, but neither RANK nor WORLD_SIZE: a "
+            "launcher has started one process where several were meant, or the variable is left "
+            "over (for one process: unset MASTER_ADDR). With accelerate, start `accelerate launch "
+            "--multi_gpu --num_machines 1 --num_processes N --mixed_precision no "
+            "--dynamo_backend no -m pretrain.train ...`, on CPUs too"
+        )
+
+
+def require_world(environment: Mapping[str, str], expected: int | None) -> None:
+    """Refuse to train on another number of processes than whoever started them has meant.
+
+    Raises:
+        LaunchError: both numbers.
+    """
+    world = int(environment.get("WORLD_SIZE") or 1)
+    if expected is not None and world != expected:
+        raise LaunchError(
+            f"--expect-world {expected}, but the launcher has started {world} process(es): a host "
+            "file that is not there, or fewer nodes or GPUs than asked for"
+        )
 
 
 def read_ranks(environment: MutableMapping[str, str]) -> tuple[int, int, int, int]:

@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,10 +13,16 @@ from data_pipeline.tokenizer import Tokenizer
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.distributed import Ranks, init_distributed, shutdown
 from pretrain.engine.failures import end_failed, reason_of
+from pretrain.engine.launchers import Launchers
 from pretrain.engine.ownership import Ownership
 from pretrain.engine.run_record import RunDirError
 from pretrain.engine.trainer import Trainer
+from pretrain.engine.watchdog import Limits, Watchdog, meeting_place
 from pretrain.recipe import Recipe
+
+
+class RunHangs(RuntimeError):
+    """A phase of the run has taken longer than it may."""
 
 
 def train_recipe(
@@ -31,26 +38,56 @@ def train_recipe(
     faulthandler.enable()
     rank = int(os.environ.get("RANK", "0"))
     run_dir = Path(recipe.run_dir)
-    with contextlib.ExitStack() as starting:
-        try:
-            if ownership is not None:
-                starting.enter_context(ControlFolder(run_dir, ownership).beating())
-            ranks = init_distributed(
-                recipe.threads_per_rank, recipe.deterministic, trace_dir=run_dir / "logs"
-            )
-            ownership = prepare_run_dir(recipe, ranks, resume, ownership)
-            Trainer(recipe, ranks, signals, ownership, from_step).run(on_first_step=starting.close)
-            ownership.require()
-        except Exception as error:
-            # Peers wait in a collective for this rank: leave the reason on disk, then leave at
-            # once, so that the launcher ends them.
-            code = end_failed(run_dir, rank, error, ownership)
-            sys.stdout.flush()
-            os._exit(code)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    limits = Limits(*(60 * minutes for minutes in (
+        recipe.failure.start_minutes, recipe.failure.step_minutes, recipe.failure.save_minutes
+    )))  # fmt: skip
+    control = ControlFolder(run_dir, ownership) if ownership is not None else None
+    watchdog = Watchdog(
+        run_dir, rank, world, limits,
+        expired=lambda reason: end_failed(run_dir, rank, RunHangs(reason), ownership),
+        alive=partial(look_around, control, Launchers(), signals),
+        store=meeting_place if world > 1 else None,
+    )
+    ranks = None
+    try:
+        ranks = init_distributed(
+            recipe.threads_per_rank, recipe.deterministic, trace_dir=run_dir / "logs",
+            timeout=limits.of_collectives,
+        )
+        ownership = prepare_run_dir(recipe, ranks, resume, ownership)
+        Trainer(recipe, ranks, signals, ownership, watchdog, from_step).run()
+        ownership.require()
+    except Exception as error:
+        # Peers wait in a collective for this rank: leave the reason on disk, then leave at once,
+        # so that the launcher ends them.
+        code = end_failed(run_dir, rank, error, ownership, ranks.places if ranks else ())
+        sys.stdout.flush()
+        os._exit(code)
     if ranks.leads:
         ownership.leave()
+    watchdog.stop()
     shutdown()
     return 0
+
+
+def look_around(
+    control: ControlFolder | None, launchers: Launchers, signals: StopSignals
+) -> str | None:
+    """What the watchdog's thread does every few seconds, also in phases without steps.
+
+    The heartbeat, on rank 0; and a run whose launcher is gone is asked to stop, as by a signal.
+
+    Returns:
+        Why this process is to leave, if its launcher is gone.
+    """
+    if control is not None:
+        with contextlib.suppress(OSError):  # the next step will say it
+            control.beat()
+    gone = launchers.gone()
+    if gone is not None and signals.received is None:
+        signals.received = gone
+    return gone
 
 
 def prepare_run_dir(

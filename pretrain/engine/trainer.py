@@ -3,7 +3,8 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from pretrain.engine.engine_state import fill_masters
 from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.free_space import checkpoint_bytes, space_warning
 from pretrain.engine.hardware import require_hardware
-from pretrain.engine.loop import Loop, StepReport, TrainerState
+from pretrain.engine.loop import Loop, StepReport, TrainerState, TrainingFailed
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.metrics_log import MetricsLog, shown
 from pretrain.engine.momentum import TargetNetworks
@@ -37,8 +38,10 @@ from pretrain.engine.ownership import Ownership
 from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.run_dir import open_fault_file, record_start
 from pretrain.engine.run_record import RunDirError
+from pretrain.engine.spikes import SpikeWatch
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.throughput import Throughput
+from pretrain.engine.watchdog import Watchdog
 from pretrain.engine.zero import start_engine
 from pretrain.idle_ranks import idle_ranks
 from pretrain.optim.schedule import lr_factor
@@ -54,14 +57,15 @@ class Trainer:
 
     def __init__(
         self, recipe: Recipe, ranks: Ranks, signals: StopSignals, ownership: Ownership,
-        from_step: int | None = None,
-    ) -> None:
+        watchdog: Watchdog, from_step: int | None = None,
+    ) -> None:  # fmt: skip
         self.recipe = recipe
         self.from_step = from_step
         self.ranks = ranks
         self.signals = signals
         self.run_dir = Path(recipe.run_dir)
         self.ownership = ownership
+        self.watchdog = watchdog
         self.control = ControlFolder(self.run_dir, ownership)
         self.tokenizer = None
         if recipe.tokenizer is not None:
@@ -71,6 +75,7 @@ class Trainer:
         require_verified(len(recipe.tasks), stage, offloads_optimizer(self.config))
         require_hardware(recipe.precision, self.config, ranks.device)
         self.state = TrainerState()
+        self.spikes = SpikeWatch(recipe.failure.spike) if recipe.failure.spike else None
         self.saved_step = 0
         self.checkpoints = Checkpoints(
             self.run_dir / "checkpoints",
@@ -82,12 +87,8 @@ class Trainer:
             } | {RECIPE: recipe.to_yaml().encode()},  # not the file, which may be edited
         )
 
-    def run(self, on_first_step: Callable[[], None]) -> None:
-        """Train to the end of the recipe, or until a stop is asked for.
-
-        on_first_step: called when all is set up.
-        """
-        self.on_first_step = on_first_step
+    def run(self) -> None:
+        """Train to the end of the recipe, or until a stop is asked for."""
         recipe, ranks = self.recipe, self.ranks
         newest = self.checkpoints.newest(self.from_step)
         self.turn = Turn.plan(recipe, newest)
@@ -105,7 +106,8 @@ class Trainer:
             if newest is None:
                 self.targets.start()
         if newest is not None:
-            self._restore(newest)
+            with self._during("restore"):
+                self._restore(newest)
             self.ownership.require()
             self.turn.take(self.checkpoints, self.state, self.from_step)
         self._settle()
@@ -124,7 +126,7 @@ class Trainer:
             self._announce(newest)
             self.evaluator = Evaluator(
                 recipe, ranks, self.engine, self.tokenizer, self.log, self.faults, self.ema,
-                self._evaluation_is_to_stop,
+                self._evaluation_is_to_stop, partial(self._during, "evaluate"),
             )
             self._train()
 
@@ -191,7 +193,7 @@ class Trainer:
                 node_ranks=self.ranks.of_node,
             )
             self.data_metrics = DataMetrics(self.ranks, self.loader)
-            self.on_first_step()
+            self._enter_step()
             stopped = loop.run(
                 self.loader, state, wants_report=self._wants_report,
                 on_report=self._on_report, after_step=self._after_step,
@@ -244,7 +246,19 @@ class Trainer:
         metrics |= self.quarantine.metrics(report.task)
         metrics |= self.data_metrics.describe(report.task)
         self.log.log(state.step, report.task, metrics)
+        self._look_for_a_spike(report.task, metrics["loss"])
         self.status_line = f"{report.task} loss {shown(metrics['loss'], '.4f')}"
+
+    def _look_for_a_spike(self, task: str, loss: float | None) -> None:
+        said = self.spikes.observe(task, self.state.step, loss) if self.spikes else None
+        if said is None:
+            return
+        if self.recipe.failure.spike.action == "stop":
+            raise TrainingFailed(
+                f"{said}; resume from a checkpoint before it (--from-step N) with a lower "
+                "optimizer.lr, or with failure.spike.action=warn"
+            )
+        log.warning("%s", said)
 
     def _after_update(self, update: int) -> None:
         if self.ema is not None:
@@ -261,9 +275,23 @@ class Trainer:
             self._save()
             if save_asked and self.ranks.leads:
                 self.control.save_done()
+        self.watchdog.enter("step", state.step)
         return not whole
 
+    def _enter_step(self) -> None:
+        self.watchdog.enter("step", self.state.step)
+        if self.ranks.leads:
+            self.control.enter("step")
+
+    @contextlib.contextmanager
+    def _during(self, phase: str) -> Iterator[None]:
+        """Within, the watchdog and the status know the run in this phase."""
+        said = self.control.during(phase) if self.ranks.leads else contextlib.nullcontext()
+        with self.watchdog.during(phase), said:
+            yield
+
     def _evaluation_is_to_stop(self) -> bool:
+        self.watchdog.enter("evaluate")  # another batch: it gets on
         stop = self.signals.received is not None
         if self.ranks.leads:
             self.control.beat()
@@ -295,7 +323,7 @@ class Trainer:
             **vars(self.state), "tokenizer": self._tokenizer_digest(), "seed": self.recipe.seed,
             "loss_scale": loss_scale_state(self.engine),
         }
-        with self.control.beating() if self.ranks.leads else contextlib.nullcontext():
+        with self._during("save"):
             self.checkpoints.save(
                 self.engine, self.state.step, trainer, self._averages(), self.targets
             )

@@ -26,7 +26,7 @@ FOREIGN_OPTIONS = {
     "--nproc-per-node", "--num", "--ntasks-per-node", "--untracked-files", "--gpus-per-task",
     "--cpus-per-task", "--numa-binding", "--distribution", "--master", "--sort", "--logdir",
     "--no-build-isolation", "--ignore-zeros", "--help", "--local", "--nnodes", "--max-restarts",
-    "--standalone",
+    "--standalone", "--multi", "--mixed", "--dynamo",
 }  # fmt: skip
 FOREIGN_VARIABLES = {
     "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "FSSPEC_S3_ANON", "LC_ALL", "MASTER_ADDR",

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from pretrain.engine import control as control_module
 from pretrain.engine.control import ControlFolder, StopSignals
+from pretrain.engine.launchers import age_of_start
 from pretrain.engine.ownership import claim
 
 
@@ -32,7 +32,7 @@ def test_requests(control):
 def test_only_requests_from_before_the_start_are_dropped(control):
     """What is asked for while the run starts is asked of this run."""
     names = ("stop", "stop.auto", "save")
-    before = time.time() - control_module._age_of_start() - 1.0
+    before = time.time() - age_of_start() - 1.0
     for name in names:
         (control.path / name).touch()
         os.utime(control.path / name, (before, before))
@@ -42,23 +42,6 @@ def test_only_requests_from_before_the_start_are_dropped(control):
         (control.path / name).touch()
     control.begin()
     assert control.stop_requested() == "control/stop" and control.save_requested()
-
-
-@pytest.mark.parametrize("command", [
-    "python\0/usr/bin/torchrun\0--nproc-per-node", "python\0-m\0torch.distributed.run\0-m",
-    "python\0-u\0-m\0deepspeed.launcher.launch\0x", "python\0-m\0pytest\0-q", "bash\0",
-])  # fmt: skip
-def test_a_start_begins_with_its_launcher(command, monkeypatch):
-    """Which takes seconds until it starts a rank, and starts it anew after a crash."""
-    ages = {1: 9000.0, 10: 600.0, 20: 12.0, 30: 4.0}  # init, shell, launcher, rank
-    parents = {30: 20, 20: 10, 10: 1, 1: 0}
-    commands = {20: command, 10: "bash\0", 1: "init\0"}
-    monkeypatch.setattr(control_module.os, "getpid", lambda: 30)
-    monkeypatch.setattr(control_module, "process_age", ages.get)
-    monkeypatch.setattr(control_module, "_parent", parents.get)
-    monkeypatch.setattr(control_module, "_command", lambda pid: commands[pid].split("\0"))
-    launched = "torch" in command or "deepspeed" in command
-    assert control_module._age_of_start() == (12.0 if launched else 4.0)
 
 
 def test_status_and_heartbeat(control):
@@ -72,13 +55,15 @@ def test_status_and_heartbeat(control):
     assert (status["state"], status["step"]) == ("starting", 7)
 
 
-def test_the_heart_beats_in_phases_without_steps(control, monkeypatch):
-    monkeypatch.setattr(control_module, "_BEAT_S", 0.01)
-    until = time.monotonic() + 30
-    with control.beating():
-        while not (control.path / "heartbeat").exists():
-            assert time.monotonic() < until
-            time.sleep(0.01)
+def test_the_status_names_the_phase(control):
+    control.status("running", 7)
+    control.enter("step")
+    with control.during("save"):
+        within = json.loads((control.path / "status.json").read_text())
+        assert (within["state"], within["phase"], within["step"]) == ("running", "save", 7)
+    assert json.loads((control.path / "status.json").read_text())["phase"] == "step"
+    control.failed("rank 0: no space left")
+    assert json.loads((control.path / "status.json").read_text())["phase"] == "step"
 
 
 def test_the_first_failure_names_the_cause(control):

@@ -6,7 +6,12 @@ import socket
 import pytest
 import torch.distributed as dist
 
-from pretrain.engine.launch_environment import LaunchError, naming_taken_port, read_ranks
+from pretrain.engine.launch_environment import (
+    LaunchError,
+    naming_taken_port,
+    read_ranks,
+    require_world,
+)
 
 SRUN = {
     "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3",
@@ -156,3 +161,17 @@ def test_a_launcher_that_says_half():
              "MASTER_PORT": "1"}  # fmt: skip
     with pytest.raises(LaunchError, match="impossible ranks"):
         read_ranks(whole)
+
+
+def test_one_process_where_several_were_meant():
+    """`accelerate launch --cpu` sets an address and starts one; a host file that is not there makes
+    `deepspeed` start one."""
+    with pytest.raises(LaunchError, match=r"unset MASTER_ADDR.*accelerate launch --multi_gpu"):
+        read_ranks({"MASTER_ADDR": "127.0.0.1"})
+    alone_in_a_step = {"MASTER_ADDR": "n1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    assert read_ranks(alone_in_a_step)[:2] == (0, 1)
+    require_world({}, None)
+    require_world({"WORLD_SIZE": "8"}, 8)
+    for environment in ({}, {"WORLD_SIZE": "7"}):
+        with pytest.raises(LaunchError, match="--expect-world 8, but the launcher has started"):
+            require_world(environment, 8)

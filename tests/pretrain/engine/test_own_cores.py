@@ -17,15 +17,18 @@ def threads(monkeypatch, *affinities, hosts=None) -> list[int]:
     ranks = list(zip(hosts, map(sorted, affinities), strict=True))
 
     def gather(everyone, mine):
-        assert mine in ranks
-        everyone[:] = ranks
+        (host, pid), cores = mine
+        assert (host, cores) in ranks and pid == os.getpid()
+        everyone[:] = [((host, pid), cores) for host, cores in ranks]
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
     found = []
     for host, cores in ranks:
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(cores))
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
-        found.append(own_cores(len(ranks)))
+        own, places = own_cores(len(ranks))
+        assert [place.host for place in places] == list(hosts)
+        found.append(own)
     return found
 
 

@@ -1,0 +1,68 @@
+"""A rank that stops, or never comes, ends the run in time, and the status names it."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from tests.distributed.launch import kill_ranks, start_ranks, tails
+from tests.distributed.test_resume import steps_logged
+from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
+
+LIMITS = {"start_minutes": 1.0, "step_minutes": 0.1, "save_minutes": 0.5}
+OVERHEAD_S = 24.0  # comparing reports, writing stacks, and a busy machine
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    pack_scenes(folder)
+    return folder
+
+
+def started(data, folder, limits=LIMITS):
+    recipe = tiny_recipe(
+        data, folder / "run", steps=100_000, failure=limits, checkpoint={"every_steps": 10**6}
+    )
+    path = write_recipe(folder / "recipe.yaml", recipe)
+    return folder / "run", start_ranks("pretrain.train", [path], 2, folder)
+
+
+def status_of(run) -> dict:
+    return json.loads((run / "control/status.json").read_text())
+
+
+@pytest.mark.parametrize("stopped", [1, 0])
+def test_a_rank_that_is_stopped(data, tmp_path, stopped):
+    run, ranks = started(data, tmp_path)
+    try:
+        until = time.monotonic() + 120
+        while steps_logged(run) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(4)  # both have reported
+        ranks[stopped].send_signal(signal.SIGSTOP)
+        since, other = time.monotonic(), 1 - stopped
+        assert ranks[other].wait(timeout=90) == 1, tails(tmp_path)
+        assert time.monotonic() - since < 60 * LIMITS["step_minutes"] + OVERHEAD_S
+    finally:
+        kill_ranks(ranks)
+    status = status_of(run)
+    assert status["state"] == "failed" and status["phase"] == "step"
+    # Rank 0 serves the store in which the ranks report.
+    named = "rank 1 does not report any more" if stopped else "rank 0 or its node hangs"
+    assert named in status["reason"]
+    stacks = (run / f"logs/stacks_rank_{other:05d}.txt").read_text()
+    assert "accumulate" in stacks or "all_reduce" in stacks
+
+
+def test_a_rank_that_never_comes(data, tmp_path):
+    run, ranks = started(data, tmp_path, LIMITS | {"start_minutes": 0.15})
+    ranks[1].send_signal(signal.SIGKILL)
+    try:
+        assert ranks[0].wait(timeout=60) == 1, tails(tmp_path)
+    finally:
+        kill_ranks(ranks)
+    status = status_of(run)
+    assert (status["state"], status["phase"]) == ("failed", "start")
+    assert "rank 1 has never reported" in status["reason"]
