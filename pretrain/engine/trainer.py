@@ -115,7 +115,7 @@ class Trainer:
         with (
             MetricsLog(
                 self.run_dir, ranks.rank, step, recipe.steps, recipe.logging,
-                may_write=self.ownership.holds,
+                may_write=self.ownership.holds, recipe=recipe.to_yaml(),
             ) as self.log,
             open_fault_file(
                 self.run_dir, self.ownership, ranks.rank, ranks.world, step
@@ -236,8 +236,12 @@ class Trainer:
 
     # ---- between steps ---------------------------------------------------------------------------
 
-    def _wants_report(self, step: int) -> bool:
-        return self.log.due(step + 1, self.recipe.steps)
+    def _wants_report(self, step: int, stops: bool) -> bool:
+        # A run that stops before its first line is due has one of its last step; an evaluation may
+        # be where the stop is heard.
+        early = step + 1 < self.recipe.logging.every_steps
+        last = early and (stops or self.evaluator.is_due(step + 1))
+        return last or self.log.due(step + 1, self.recipe.steps)
 
     def _on_report(self, state: TrainerState, report: StepReport) -> None:
         metrics = self.throughput.describe(report)

@@ -57,7 +57,7 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
     rouge = _rouge_l(corpus)
     means = {"cider_d": float(cider.mean()), "rouge_l": float(rouge.mean())}
     per_image = {"cider_d": cider, "rouge_l": rouge}
-    for order in range(_ORDERS):
+    for order in reversed(range(_ORDERS)):  # the longest says most
         means[f"bleu_{order + 1}"] = float(bleu[order])
         per_image[f"bleu_{order + 1}"] = bleu_per_image[order]
     return CaptionScores(means, per_image)

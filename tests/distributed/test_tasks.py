@@ -1,6 +1,7 @@
 """Three objectives in one run, from shards to evaluation, in different worlds and divisions."""
 
 import json
+import re
 
 import pytest
 
@@ -8,6 +9,10 @@ from tests.distributed.launch import run_ranks, tails
 from tests.tiny_run import pack_scenes, three_tasks, write_recipe
 
 STEPS = 9
+FIRST = {  # of an evaluation, in the order of the objective
+    "caption": ["cider_d", "bleu_4"], "classify": ["top1", "top5"],
+    "contrast": ["image_to_text_r1", "text_to_image_r1"],
+}
 METRICS = {
     "caption": {"loss", "cross_entropy", "token_accuracy"},
     "classify": {"loss", "cross_entropy", "top1", "top5", "labelled"},
@@ -49,8 +54,18 @@ def test_every_task_trains_and_is_evaluated(alone):
     tested = {line["task"]: line for line in alone if line["kind"] == "evaluation"}
     for name, wanted in EVALUATED.items():
         assert wanted <= set(tested[name]) and tested[name]["images"] == 10
+        assert [x for x in tested[name] if x not in ("step", "task", "kind", "time")][:2] == (
+            FIRST[name]
+        )
     assert tested["contrast"]["texts"] == 50
     assert 0 < tested["classify"]["labelled"] < 1
+
+
+def test_lines_of_an_evaluation_begin_with_what_matters(alone, tmp_path_factory):
+    (log,) = tmp_path_factory.getbasetemp().glob("alone*/run/logs/rank_00000.log")
+    said = log.read_text(encoding="utf-8")
+    for name, (first, second) in FIRST.items():
+        assert re.search(rf"{name} on 10 held-out samples: {first} [\d.e-]+, {second} ", said), said
 
 
 @pytest.mark.parametrize("world, stage", [(2, 2), (3, 1)])
