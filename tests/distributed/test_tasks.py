@@ -40,10 +40,16 @@ def lines_of(data, folder, world: int, **changes) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
+def folder(tmp_path_factory):
+    """Of the run `alone`."""
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture(scope="module")
+def alone(data, folder):
     """One process with undivided batches."""
     whole = {f"tasks__{name}__micro_batch": 8 for name in METRICS}
-    return lines_of(data, tmp_path_factory.mktemp("alone"), 1, **whole)
+    return lines_of(data, folder, 1, **whole)
 
 
 def test_every_task_trains_and_is_evaluated(alone):
@@ -61,9 +67,8 @@ def test_every_task_trains_and_is_evaluated(alone):
     assert 0 < tested["classify"]["labelled"] < 1
 
 
-def test_lines_of_an_evaluation_begin_with_what_matters(alone, tmp_path_factory):
-    (log,) = tmp_path_factory.getbasetemp().glob("alone*/run/logs/rank_00000.log")
-    said = log.read_text(encoding="utf-8")
+def test_lines_of_an_evaluation_begin_with_what_matters(alone, folder):
+    said = (folder / "run/logs/rank_00000.log").read_text(encoding="utf-8")
     for name, (first, second) in FIRST.items():
         assert re.search(rf"{name} on 10 held-out samples: {first} [\d.e-]+, {second} ", said), said
 
