@@ -1,9 +1,14 @@
 """What is asked of SLURM's commands, in one place; without SLURM each answer is empty."""
 
 import getpass
+import re
 import shutil
 import subprocess
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
+
+from slurm.run_files import read_json
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD")
 
@@ -38,12 +43,34 @@ def version() -> str:
     return ask("sinfo", "--version")
 
 
-def jobs_named(name: str) -> list[dict[str, str]]:
-    """Jobs of this user with this name that are not over: job, state, reason, nodes, left."""
+def job_name(run: Path) -> str:
+    """The same for all jobs of a run directory, and for no other's."""
+    readable = re.sub(r"[^A-Za-z0-9._-]", "-", run.name)
+    return f"pretrain-{readable}-{zlib.crc32(str(run).encode()):08x}"
+
+
+def jobs_of(run: Path) -> list[dict[str, str]]:
+    """Jobs of a run that are not over: job, state, reason, nodes, left (time).
+
+    A run of a sweep is an element of the sweep's array; RUN/submit/job.json says which.
+    """
+    said = read_json(run / "submit" / "job.json")
     keys = ("job", "state", "reason", "nodes", "left")
-    text = ask("squeue", "--noheader", f"--user={getpass.getuser()}", f"--name={name}",
-               "--format=%i|%T|%r|%N|%L")
-    return [dict(zip(keys, line.split("|"), strict=False)) for line in text.splitlines() if line]
+    text = ask("squeue", "--noheader", "--array", f"--user={getpass.getuser()}",
+               f"--name={said.get('name', job_name(run))}", "--format=%i|%T|%r|%N|%L")
+    jobs = [dict(zip(keys, line.split("|"), strict=False)) for line in text.splitlines() if line]
+    element = said.get("element")
+    return [job for job in jobs if element is None or job["job"].endswith(f"_{element}")]
+
+
+def preemption_warning() -> str:
+    """What the cluster lacks for a preempted run to save first; "" if nothing."""
+    config = ask("scontrol", "show", "config")
+    mode = re.search(r"^PreemptMode\s*= (.*)$", config, re.MULTILINE)
+    if not mode or mode[1].startswith("OFF") or "preempt_send_user_signal" in config:
+        return ""
+    return ("this cluster preempts jobs, and SlurmctldParameters lacks preempt_send_user_signal: a "
+            "preempted run has only KillWait and GraceTime for its save; save often")
 
 
 def longest_time(partition: str | None) -> str | None:

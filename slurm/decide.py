@@ -69,12 +69,12 @@ def decide(outcome: Outcome) -> Decision:
         return Decision("leave", LOST, "another job has taken over the run")
     if outcome.code == REFUSED:
         return Decision("leave", REFUSED, "the trainer refused to start; see the log")
-    if outcome.code == BAD_NODE:
-        return Decision("requeue", BAD_NODE, outcome.reason)
     if outcome.fruitless_now >= outcome.most_fruitless:
         return Decision("give up", NO_PROGRESS,
                         f"{outcome.fruitless_now} tries in a row made no new step; the last one: "
                         f"{outcome.reason or outcome.state or 'said nothing'}")
+    if outcome.code == BAD_NODE:
+        return Decision("requeue", BAD_NODE, outcome.reason)
     why = outcome.leaving or outcome.reason or f"the launcher ended with {outcome.code}"
     if not outcome.leaving and outcome.restarts_left > 0:
         return Decision("restart", AGAIN, why)

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from slurm import cluster
 from slurm.run_files import age, control, last_checkpoint, read_json, status
-from slurm.submit import job_name
 
 
 def stop(run: Path, wait_s: float) -> int:
     """Ask for a stop and wait for it; what waits in the queue is cancelled."""
     control(run, "stop").parent.mkdir(parents=True, exist_ok=True)
     control(run, "stop").touch()
-    waiting = [j["job"] for j in cluster.jobs_named(job_name(run)) if j["state"] in cluster.WAITING]
+    waiting = [j["job"] for j in cluster.jobs_of(run) if j["state"] in cluster.WAITING]
     if waiting:
         cluster.ask("scancel", *waiting)
     said = _wait(lambda: not _is_at_work(run), wait_s, f"{run} to save and stop")
@@ -45,10 +44,10 @@ def save(run: Path, wait_s: float) -> int:
 
 def cancel(run: Path, wait_s: float) -> int:
     """End the jobs of a run, or its supervisor where there is no SLURM."""
-    jobs = [job["job"] for job in cluster.jobs_named(job_name(run))]
+    jobs = [job["job"] for job in cluster.jobs_of(run)]
     if jobs:
         cluster.ask("scancel", "--full", *jobs, check=True)
-        done = _wait(lambda: not cluster.jobs_named(job_name(run)), wait_s, "the jobs to end")
+        done = _wait(lambda: not cluster.jobs_of(run), wait_s, "the jobs to end")
         print(f"cancelled: {', '.join(jobs)}")
         return 0 if done else 1
     supervisor = read_json(control(run, "supervisor.json"))
@@ -69,7 +68,7 @@ def _is_at_work(run: Path) -> bool:
     silent = age(control(run, "heartbeat"))
     alive = silent is not None and silent < 60.0
     busy = status(run).get("state") in ("running", "starting") and alive
-    return busy or bool(cluster.jobs_named(job_name(run)))
+    return busy or bool(cluster.jobs_of(run))
 
 
 def _wait(done: Callable[[], bool], wait_s: float, what: str) -> bool:

@@ -26,6 +26,15 @@ class Job:
     code: Path | None = None
     """A copy of the code that the job runs."""
     exclude: Sequence[str] = ()
+    script: Path | None = None
+    """Where the script will lie, for a successor that keeps away from bad nodes."""
+    elements: int = 0
+    """Runs of a sweep: one element of an array each, in RUN/000, RUN/001, ...; 0 = no sweep."""
+
+    @property
+    def folder(self) -> Path:
+        """The run directory as the script names it."""
+        return self.run / "$ELEMENT" if self.elements else self.run
 
 
 def version_of(text: str) -> tuple[int, int]:
@@ -53,10 +62,12 @@ def header(job: Job, site: Site, version: tuple[int, int]) -> list[str]:
     options = [
         f"--job-name={job.name}", f"--nodes={job.nodes}", f"--ntasks-per-node={tasks}",
         *gpu_options(site, version),
-        f"--output={job.run / 'logs' / 'job-%j.log'}",
+        f"--output={job.run / ('%3a/logs/job-%A_%a.log' if job.elements else 'logs/job-%j.log')}",
         "--open-mode=append", "--wait-all-nodes=1", f"--signal=B:USR1@{site.signal_lead_s}",
         "--requeue" if job.requeue else "--no-requeue",
     ]
+    if job.elements:
+        options.append(f"--array=0-{job.elements - 1}")
     if site.cpus_per_task:
         per = site.cpus_per_task * (1 if job.launcher == "srun" else site.ranks)
         options.append(f"--cpus-per-task={per}")
@@ -86,9 +97,15 @@ def render(job: Job, site: Site, version: tuple[int, int]) -> str:
         lines.append(f'export PYTHONPATH={folder}"${{PYTHONPATH:+:$PYTHONPATH}}"')
         lines.append(f"cd {shlex.quote(str(job.code))}")
     supervise = [
-        site.python, "-u", "-m", "slurm.supervise", _quoted(str(job.run)), "--launcher",
+        site.python, "-u", "-m", "slurm.supervise", _quoted(str(job.folder)), "--launcher",
         job.launcher, "--per-node", str(site.ranks),
+        "--silent-minutes", str(site.silent_minutes),
+        "--gpus", str(site.gpus_per_node),
     ]
+    if job.script is not None and not job.elements:
+        supervise += ["--script", shlex.quote(str(job.script))]
+    if job.elements:
+        lines.append('ELEMENT=$(printf %03d "$SLURM_ARRAY_TASK_ID")')
     supervise += ["--requeue"] if job.requeue else []
     supervise += ["--chain", shlex.quote(job.name)] if job.chain else []
     lines.append("exec " + " ".join([*supervise, "--", *map(_quoted, job.train)]))

@@ -36,6 +36,8 @@ class Site:
     signal_lead_s: int = 600
     """So long before the time limit the run is asked to stop: at least twice its longest step and
     save together. SLURM may be a minute early."""
+    silent_minutes: float = 45.0
+    """A run without a heartbeat for so long is ended and started again."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before the start: modules, a virtual environment."""
     python: str = "python3"
@@ -87,7 +89,7 @@ def _fits(value: object, hint: object) -> bool:
         return isinstance(value, list) and all(isinstance(v, str) for v in value)
     if text.startswith("dict"):
         return isinstance(value, dict)
-    kinds = {"int": int, "str": str, "bool": bool}
+    kinds = {"int": int, "float": int | float, "str": str, "bool": bool}
     wanted = [kind for name, kind in kinds.items() if name in text.replace("<class '", " ")]
     return any(isinstance(value, kind) for kind in wanted) and (
         bool in wanted or not isinstance(value, bool)
@@ -99,4 +101,6 @@ def _words(hint: object) -> str:
     for start, words in (("list", "a list of texts"), ("dict", "a mapping")):
         if text.startswith(start):
             return words
-    return "a number" if "int" in text else "true or false" if "bool" in text else "a text"
+    if "int" in text or "float" in text:
+        return "a number"
+    return "true or false" if "bool" in text else "a text"

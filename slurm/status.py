@@ -15,10 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from slurm import cluster
+from slurm import cluster, requests
 from slurm.attempts import read_attempts
 from slurm.run_files import age, control, last_checkpoint, status
-from slurm.submit import job_name
 
 _TAIL_BYTES = 2**18
 ALIVE_S = 60.0
@@ -99,7 +98,7 @@ def describe(run: Path, now: float | None = None) -> dict:
     state, beat = said.get("state", "new"), age(control(run, "heartbeat"))
     if state in ("running", "starting") and (beat is None or beat > ALIVE_S):
         state = "silent"
-    jobs = cluster.jobs_named(job_name(run))
+    jobs = cluster.jobs_of(run)
     checkpoint = last_checkpoint(run)
     found = {
         "run": str(run), "state": state, "phase": said.get("phase"), "step": step, "steps": total,
@@ -162,7 +161,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="slurm status", description=__doc__.split("\n\n")[0])
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    for verb in ("stop", "save"):
+        parser.add_argument(f"--{verb}", metavar="RUN", help=f"as `slurm {verb} RUN`")
     options = parser.parse_intermixed_args(argv)
+    for verb in ("stop", "save"):
+        if run := getattr(options, verb):
+            return requests.main([run], verb)
     runs = runs_of(options.folders)
     if not runs:
         print(f"no run in {', '.join(map(str, options.folders))}", file=sys.stderr)

@@ -7,14 +7,9 @@ nothing.
 """
 
 import argparse
-import itertools
-import json
-import os
 import re
 import shlex
-import subprocess
 import sys
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,49 +20,10 @@ from slurm.attempts import read_attempts, suspects
 from slurm.cluster import SlurmError
 from slurm.code_copy import copy_code
 from slurm.launch import LAUNCHERS
-from slurm.run_files import control, status
+from slurm.recipes import SubmitError, require_fit, resolved, sweep
+from slurm.run_files import control, status, write_json
 from slurm.script import Job, render, version_of
 from slurm.site import Site, SiteError, read_site
-
-
-class SubmitError(RuntimeError):
-    """The run cannot be submitted; the message says what to do."""
-
-
-def resolved(recipe: str, overrides: Sequence[str]) -> dict:
-    """The recipe with all its values, as `pretrain show` prints it.
-
-    Raises:
-        SubmitError: what is wrong with it, in the words of the trainer.
-    """
-    done = _pretrain("show", recipe, *overrides)
-    if done.returncode:
-        raise SubmitError(done.stderr.strip() or done.stdout.strip())
-    return yaml.safe_load(done.stdout)
-
-
-def require_fit(recipe: str, overrides: Sequence[str], world: int) -> str:
-    """What `pretrain check` says for this number of ranks.
-
-    Raises:
-        SubmitError: it refuses the run.
-    """
-    done = _pretrain("check", recipe, *overrides, "--world", str(world))
-    if done.returncode:
-        raise SubmitError(f"`pretrain check` refuses the run on {world} ranks:\n"
-                          f"{(done.stdout + done.stderr).strip()}")
-    return done.stdout.strip()
-
-
-def _pretrain(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "pretrain", *words], capture_output=True,
-                          text=True, check=False)
-
-
-def job_name(run: Path) -> str:
-    """The same for all jobs of a run directory, and for no other's."""
-    readable = re.sub(r"[^A-Za-z0-9._-]", "-", run.name)
-    return f"pretrain-{readable}-{zlib.crc32(str(run).encode()):08x}"
 
 
 def require_free(run: Path, site: Site) -> None:
@@ -82,90 +38,99 @@ def require_free(run: Path, site: Site) -> None:
                 f"run_dir {run} lies in {folder}, which each node has for itself: choose a shared "
                 "folder (run_dir=...), or take it out of the site file's local_folders"
             )
-    if jobs := cluster.jobs_named(job_name(run)):
+    if jobs := cluster.jobs_of(run):
         listed = ", ".join(f"{job['job']} ({job['state'].lower()})" for job in jobs)
         raise SubmitError(f"{run} has jobs already: {listed}. `python -m slurm stop {run}` ends "
                           "the run, `python -m slurm cancel` its jobs")
 
 
-def plan(options: argparse.Namespace, site: Site, run: Path) -> Job:
-    """The job of a run directory; nothing is written."""
-    world = int(str(options.nodes).split("-")[-1]) * site.ranks
+def plan(options: argparse.Namespace, site: Site, run: Path, elements: int = 0) -> Job:
+    """The job of a run directory, or of the folder of a sweep; nothing is written."""
     number = len(list(run.glob("submit/*.sbatch"))) + 1
-    recipe = run / "submit" / f"{number:03d}.yaml"
-    train = ["pretrain.train", str(recipe), "--start-or-resume"]
-    if "-" not in str(options.nodes):
-        train += ["--expect-world", str(world)]
+    name = f"{number:03d}"
+    folder = run / "$ELEMENT" if elements else run
+    train = ["pretrain.train", str(folder / "submit" / f"{name}.yaml"), "--start-or-resume"]
+    if "-" not in options.nodes:
+        train += ["--expect-world", str(world_of(options, site))]
     return Job(
-        name=job_name(run), run=run, nodes=str(options.nodes),
+        name=cluster.job_name(run), run=run, nodes=options.nodes,
         time=options.time or cluster.longest_time(site.partition), launcher=options.launcher,
         train=train, requeue=not options.chain, chain=bool(options.chain),
-        code=run / "code" / f"{number:03d}" if options.copy_code else None,
-        exclude=suspects(read_attempts(run)),
+        code=run / "code" / name if options.copy_code else None,
+        exclude=suspects(read_attempts(run)), script=run / "submit" / f"{name}.sbatch",
+        elements=elements,
     )
 
 
-def submit_run(options: argparse.Namespace, site: Site, overrides: Sequence[str]) -> int:
-    """One run: refuse what cannot work, write, submit, say what to do next."""
+def world_of(options: argparse.Namespace, site: Site) -> int:
+    """Ranks on all nodes; on as many as there may be."""
+    return int(options.nodes.split("-")[-1]) * site.ranks
+
+
+def accept(options: argparse.Namespace, site: Site, overrides: Sequence[str]) -> tuple[dict, str]:
+    """The complete recipe of a run that may start, and what `pretrain check` says of it.
+
+    Raises:
+        SubmitError: it may not.
+    """
     recipe = resolved(options.recipe, overrides)
     run = Path(recipe["run_dir"]).resolve()
     require_free(run, site)
     if status(run).get("state") == "finished":
         raise SubmitError(f"{run} is finished; nothing is left to do")
-    world = int(str(options.nodes).split("-")[-1]) * site.ranks
-    checked = require_fit(options.recipe, overrides, world)
-    job = plan(options, site, run)
+    return recipe, require_fit(options.recipe, overrides, world_of(options, site))
+
+
+def submit_runs(options: argparse.Namespace, site: Site) -> int:
+    """Refuse what cannot work, write, submit, say what to do next."""
+    run = Path(resolved(options.recipe, options.overrides)["run_dir"]).resolve()
+    grid = sweep(options.sweep) if options.sweep else []
+    runs = [run / f"{number:03d}" for number in range(len(grid))] or [run]
+    changes = [[*options.overrides, *element, f"run_dir={folder}"]
+               for element, folder in zip(grid or [[]], runs, strict=True)]
+    accepted = [accept(options, site, overrides) for overrides in changes]
+    job = plan(options, site, run, len(grid))
     script = render(job, site, version_of(cluster.version()))
+    if warning := cluster.preemption_warning():
+        print(f"warn  {warning}", file=sys.stderr)
+    world = world_of(options, site)
     if options.dry_run:
         print(script)
-        print(f"# {world} ranks; nothing was written\n" + _indented(checked), file=sys.stderr)
+        print(f"# {world} ranks; nothing was written\n" + _indented(accepted[0][1]),
+              file=sys.stderr)
         return 0
-    path = lay_out(job, recipe, script)
-    print(cluster.test_only(str(path)))
-    control(run, "stop").unlink(missing_ok=True)  # a person's, of the time before
-    jobs = [cluster.submit(str(path)) for _ in range(options.chain or 1)]
-    with open(run / "submit" / "jobs.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"jobs": jobs, "script": path.name}) + "\n")
-    print(f"submitted: {', '.join(jobs)} ({job.name}), {world} ranks, run directory {run}\n"
+    for number, (folder, (recipe, _)) in enumerate(zip(runs, accepted, strict=True)):
+        lay_out(folder, job.script.stem, recipe)
+        write_json(folder / "submit" / "job.json",
+                   {"name": job.name, "element": number if grid else None})
+        control(folder, "stop").unlink(missing_ok=True)  # a person's, of the time before
+    write_script(job, script)
+    print(cluster.test_only(str(job.script)))
+    jobs = [cluster.submit(str(job.script)) for _ in range(options.chain or 1)]
+    each = f", {len(grid)} runs" if grid else ""
+    print(f"submitted: {', '.join(jobs)} ({job.name}), {world} ranks{each}, run directory {run}\n"
           f"  watch   python -m slurm status {run}\n"
-          f"  logs    python -m slurm logs {run} -f     ({run / 'logs'})\n"
-          f"  stop    python -m slurm stop {run}        (saves; submit again to go on)")
+          f"  logs    python -m slurm logs {runs[0]} -f     ({runs[0] / 'logs'})\n"
+          f"  stop    python -m slurm stop {runs[0]}        (saves; submit again to go on)")
     return 0
 
 
-def lay_out(job: Job, recipe: dict, script: str) -> Path:
-    """Write what the job reads into RUN/submit and RUN/code; returns the script's path."""
-    yaml_path = Path(job.train[1])
-    yaml_path.parent.mkdir(parents=True, exist_ok=True)
-    for folder in ("logs", "control"):
-        (job.run / folder).mkdir(exist_ok=True)
-    yaml_path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    path = yaml_path.with_suffix(".sbatch")
-    path.write_text(script, encoding="utf-8")
+def lay_out(run: Path, name: str, recipe: dict) -> None:
+    """Write what a run reads into RUN/submit."""
+    for folder in ("submit", "logs", "control"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(recipe, sort_keys=False)
+    (run / "submit" / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def write_script(job: Job, script: str) -> None:
+    """Write the script, the typed command, and the copy of the code."""
+    job.script.parent.mkdir(parents=True, exist_ok=True)
+    job.script.write_text(script, encoding="utf-8")
     words = shlex.join([sys.executable, "-m", "slurm.submit", *sys.argv[1:]])
-    yaml_path.with_suffix(".command").write_text(words + "\n", encoding="utf-8")
+    job.script.with_suffix(".command").write_text(words + "\n", encoding="utf-8")
     if job.code is not None:
         copy_code(job.code)
-    return path
-
-
-def sweep(path: Path) -> list[list[str]]:
-    """Overrides of every element of a grid: `key: [values]` lines, all combinations.
-
-    Raises:
-        SubmitError: it is no such file.
-    """
-    try:
-        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise SubmitError(f"{path}: {error}") from None
-    if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()):
-        raise SubmitError(f"{path}: expected `key: [value, value]` lines")
-    return [
-        [f"{key}={json.dumps(value) if not isinstance(value, str) else value}"
-         for key, value in zip(grid, values, strict=True)]
-        for values in itertools.product(*grid.values())
-    ]
 
 
 def _indented(text: str) -> str:
@@ -189,7 +154,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-code-copy", dest="copy_code", action="store_false",
                         help="run the code where it lies, not a copy in the run directory")
     parser.add_argument("--dry-run", action="store_true", help="print the script, write nothing")
-    return parser.parse_intermixed_args(argv)
+    options = parser.parse_intermixed_args(argv)
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", options.nodes):
+        parser.error(f"--nodes {options.nodes}: a number, or a span like 1-2")
+    if options.sweep and options.chain:
+        parser.error("--sweep makes one array, whose elements are requeued: without --chain")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,13 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.dry_run and not cluster.available():
             raise SubmitError("there is no sbatch here: submit from a login node, or start "
                               "`python -m slurm.supervise RUN -- LAUNCHER ...` by hand")
-        if options.sweep is None:
-            return submit_run(options, site, options.overrides)
-        run_dir = resolved(options.recipe, options.overrides)["run_dir"]
-        for number, element in enumerate(sweep(options.sweep)):
-            run = f"run_dir={os.path.join(run_dir, f'{number:03d}')}"
-            submit_run(options, site, [*options.overrides, *element, run])
-        return 0
+        return submit_runs(options, site)
     except (SiteError, SlurmError, SubmitError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch):
     tries = [{"attempt": 1, "started": now - 200, "steps": [0, 20], "decision": "restart"},
              {"attempt": 2, "started": now - 120, "steps": [20, 40], "decision": "requeue"}]
     (folder / "attempts.jsonl").write_text("".join(json.dumps(t) + "\n" for t in tries))
-    monkeypatch.setattr(module.cluster, "jobs_named", lambda name: [])
+    monkeypatch.setattr(module.cluster, "jobs_of", lambda run: [])
     return folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm import cluster, submit
+from slurm import cluster, recipes, submit
 from slurm.script import Job, gpu_options, header, render, version_of
 from slurm.site import Site, SiteError, read_site
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
@@ -84,7 +84,7 @@ def test_header_and_script(tmp_path):
 
 @pytest.fixture
 def no_cluster(monkeypatch):
-    monkeypatch.setattr(cluster, "jobs_named", lambda name: [])
+    monkeypatch.setattr(cluster, "jobs_of", lambda run: [])
     monkeypatch.setattr(cluster, "longest_time", lambda partition: "2-00:00:00")
 
 
@@ -123,10 +123,10 @@ def test_what_is_refused(tmp_path, no_cluster, monkeypatch, capsys, recipe):
     ):
         assert run_submit(*words) == 2
         assert said in capsys.readouterr().err, words
-    monkeypatch.setattr(cluster, "jobs_named", lambda name: [{"job": "17", "state": "RUNNING"}])
+    monkeypatch.setattr(cluster, "jobs_of", lambda run: [{"job": "17", "state": "RUNNING"}])
     assert run_submit(recipe, f"run_dir={tmp_path}/r", *shared) == 2
     assert "has jobs already: 17 (running)" in capsys.readouterr().err
-    monkeypatch.setattr(cluster, "jobs_named", lambda name: [])
+    monkeypatch.setattr(cluster, "jobs_of", lambda run: [])
     control = tmp_path / "r/control"
     control.mkdir(parents=True)
     (control / "status.json").write_text(json.dumps({"state": "finished"}))
@@ -147,12 +147,12 @@ def test_the_code_of_a_run_is_a_copy_that_runs(tmp_path):
 def test_sweeps(tmp_path):
     grid = tmp_path / "grid.yaml"
     grid.write_text("optimizer.lr: [1.0e-3, 2.0e-3]\noptimizer.kind: [adamw, mt_adamw]\n")
-    assert submit.sweep(grid) == [
+    assert recipes.sweep(grid) == [
         ["optimizer.lr=0.001", "optimizer.kind=adamw"],
         ["optimizer.lr=0.001", "optimizer.kind=mt_adamw"],
         ["optimizer.lr=0.002", "optimizer.kind=adamw"],
         ["optimizer.lr=0.002", "optimizer.kind=mt_adamw"],
     ]
     grid.write_text("optimizer.lr: 3\n")
-    with pytest.raises(submit.SubmitError, match="expected `key:"):
-        submit.sweep(grid)
+    with pytest.raises(recipes.SubmitError, match="expected `key:"):
+        recipes.sweep(grid)

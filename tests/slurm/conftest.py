@@ -1,0 +1,119 @@
+"""A real SLURM on emulated nodes, for the tests marked `slurm`."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "slurm/devcluster.sh"
+LOCK = Path("/var/tmp/omnipretrain-devcluster.lock")  # /etc/hosts holds the nodes of one cluster
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+
+
+def why_not() -> str:
+    """Why no SLURM can be started here, or ""."""
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    if os.geteuid() != 0:
+        return "a SLURM with emulated nodes takes root"
+    if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
+        return (f"no {', '.join(missing)} here: apt-get install --no-install-recommends slurmctld "
+                "slurmd slurm-client munge")
+    if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode:
+        return "nodes are emulated with namespaces, which this machine does not allow"
+    return ""
+
+
+class DevCluster:
+    """The cluster of slurm/devcluster.sh, and what tests ask of it."""
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        self.environment = os.environ | {
+            "SLURM_DEV_DIR": str(folder), "SLURM_DEV_NODES": str(nodes), "SLURM_DEV_LINK": "0",
+            "SLURM_DEV_PORT": str(20_000 + os.getpid() % 9_000),
+            "SLURM_CONF": str(folder / "etc/slurm.conf"), "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+
+    def do(self, *words: str) -> None:
+        """A verb of devcluster.sh."""
+        # The daemons keep a pipe open that they inherit: output goes to a file.
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+            done = subprocess.run([str(SCRIPT), *words], env=self.environment, stdout=said,
+                                  stderr=said, check=False)
+            said.seek(0)
+            assert done.returncode == 0, said.read()
+
+    def ask(self, *words: str, check: bool = True) -> str:
+        """Output of a command on the cluster."""
+        done = subprocess.run(words, env=self.environment, text=True, capture_output=True, cwd=ROOT)
+        assert done.returncode == 0 or not check, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def state(self, job: str) -> str:
+        """State of a job by slurmctld's memory, which needs no accounting."""
+        shown = self.ask("scontrol", "--oneliner", "show", "job", job, check=False)
+        return shown.partition("JobState=")[2].partition(" ")[0]
+
+    def wait_state(self, job: str, *states: str, seconds: float = 60) -> None:
+        wait_for(lambda: self.state(job) in states, seconds,
+                 lambda: f"job {job} is {self.state(job)}, not {states}")
+
+
+def wait_for(
+    done: Callable[[], object], seconds: float = 60, why: Callable[[], object] = str
+) -> None:
+    """Poll until true; an AssertionError with `why()` after so many seconds."""
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until, why()
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def emulated(request) -> Iterator[DevCluster]:
+    """A running SLURM; a module that sets NODES has as many (4)."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with open(LOCK, "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = Path(tempfile.mkdtemp(prefix="devcluster-", dir="/var/tmp"))
+        cluster = DevCluster(folder, getattr(request.module, "NODES", 4))
+        try:
+            cluster.do("start")
+            yield cluster
+        finally:
+            cluster.do("purge")
+
+
+def attempts(run: Path) -> list[dict]:
+    """The ledger of a run."""
+    try:
+        text = (run / "attempts.jsonl").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def steps(run: Path) -> list[int]:
+    """The steps that a toy run has made, in order."""
+    try:
+        return [int(line) for line in (run / "steps.txt").read_text(encoding="utf-8").split()]
+    except OSError:
+        return []
+
+
+def rank(run: Path, number: int) -> dict:
+    """Process and node of a rank of a toy run."""
+    return json.loads((run / f"control/pids/rank_{number}.json").read_text(encoding="utf-8"))
+
+
+def kill_rank(run: Path, number: int) -> None:
+    os.kill(rank(run, number)["pid"], signal.SIGKILL)
