@@ -46,6 +46,7 @@ from pretrain.engine.run_record import (
     check_resumable,
     holds_run,
 )
+from pretrain.engine.start_notes import StartNotes
 
 if TYPE_CHECKING:
     from pretrain.recipe import Recipe
@@ -79,10 +80,11 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
 
         say(reason_of(error))
         return FAILED
-    from pretrain.engine.start import train_recipe  # imports DeepSpeed, which takes seconds
+    with StartNotes(recipe.name, speaks=ownership is not None) as notes:
+        from pretrain.engine.start import train_recipe  # imports DeepSpeed, which takes seconds
 
-    return train_recipe(recipe, resume, signals or StopSignals(), ownership,
-                        arguments.from_step)
+        return train_recipe(recipe, resume, signals or StopSignals(), ownership,
+                            arguments.from_step, notes)
 
 
 def enter(run_dir: Path, take_over: bool) -> Ownership | None:

@@ -127,7 +127,7 @@ class Loop:
         windows: Iterable,
         state: TrainerState,
         *,
-        wants_report: Callable[[int], bool],
+        wants_report: Callable[[int, bool], bool],
         on_report: Callable[[TrainerState, StepReport], None],
         after_step: Callable[[TrainerState, bool], bool | None],
     ) -> str | None:
@@ -136,7 +136,8 @@ class Loop:
         Args:
             windows: `StepWindow`s from step `state.step` on.
             state: updated in place.
-            wants_report: step -> whether its metrics are reduced and reported.
+            wants_report: (step, whether the run stops with it) -> whether its metrics are reduced
+                and reported; the same on all ranks.
             on_report: receives the reports, one per task of a step, on every rank.
             after_step: (state, save asked for) after every step, on every rank; returns whether
                 all ranks have agreed meanwhile to stop.
@@ -151,7 +152,7 @@ class Loop:
         """
         self._begin_mark = time.perf_counter()
         for window in windows:
-            reports, requests = self._step(window, state, wants_report(window.step))
+            reports, requests = self._step(window, state, wants_report)
             if self.ranks.leads:
                 self.control.beat()
             for report in reports:
@@ -165,7 +166,9 @@ class Loop:
 
     # ---- one step ------------------------------------------------------------------------------
 
-    def _step(self, window, state: TrainerState, report: bool) -> tuple[list[StepReport], tuple]:
+    def _step(
+        self, window, state: TrainerState, wants_report: Callable[[int, bool], bool]
+    ) -> tuple[list[StepReport], tuple]:
         waited = time.perf_counter()
         totals, agreed = self._agree(window)
         # Element-wise draws (dropout) belong to (seed, step, rank): a resume repeats them.
@@ -206,7 +209,7 @@ class Loop:
         seconds = {**window.seconds, "wait": waited - self._begin_mark, "step": now - waited}
         seconds["total"] = now - self._begin_mark
         self._begin_mark = now
-        if not report:
+        if not wants_report(window.step, stop > 0):
             return [], requests
         if applied and (size := mean_square_share(self.engine, self.ranks.device)) is not None:
             shares[""] = {"update_size": size}
