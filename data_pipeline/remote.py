@@ -3,17 +3,19 @@
 import os
 import threading
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from data_pipeline.fsspec_storage import FsspecStorage
 from data_pipeline.http_storage import HttpStorage
 from data_pipeline.limits import HostLimits, node_folder
 from data_pipeline.locations import scheme
 from data_pipeline.retry import RetryPolicy
 from data_pipeline.settings import Settings
 from data_pipeline.storage import FileState
+
+if TYPE_CHECKING:
+    from data_pipeline.fsspec_storage import FsspecStorage
 
 
 class RemoteSettings(Settings):
@@ -88,7 +90,7 @@ class UrlStorage:
         """URLs that match a pattern, sorted; not for http(s), which cannot be listed."""
         return self._storage(pattern).glob(pattern)
 
-    def _storage(self, url: str) -> HttpStorage | FsspecStorage:
+    def _storage(self, url: str) -> "HttpStorage | FsspecStorage":
         self._leave_parent()
         kind = scheme(url)
         with self._lock:
@@ -126,7 +128,7 @@ def host_limits(settings: RemoteSettings) -> HostLimits:
 
 def open_storage(
     kind: str, settings: RemoteSettings, limits: HostLimits
-) -> HttpStorage | FsspecStorage:
+) -> "HttpStorage | FsspecStorage":
     """The storage of URLs with one scheme.
 
     Raises:
@@ -135,4 +137,6 @@ def open_storage(
     retry = settings.retry_policy()
     if kind in ("http", "https"):
         return HttpStorage(retry, limits)
+    from data_pipeline.fsspec_storage import FsspecStorage  # fsspec takes a while, most need none
+
     return FsspecStorage(kind, retry, limits)

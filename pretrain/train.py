@@ -62,17 +62,20 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
 
     signals: those that were heard since this process began; None = listen from now on.
     """
-    from pretrain.recipe import RecipeError  # takes a second, in which signals count
-
     try:
         translate(os.environ)
         arguments = parse_arguments(argv)
         require_world(os.environ, arguments.expect_world)
         check_locale()
+    except (LaunchError, LocaleError, UsageError) as error:
+        say(error)
+        return WRONG_USAGE
+    from pretrain.recipe import RecipeError  # takes a second, in which signals count
+
+    try:
         recipe, resume = read_recipe(arguments)
         ownership = enter(Path(recipe.run_dir), arguments.take_over)
-    except (LaunchError, LocaleError, OccupiedError, RecipeError, RunDirError,
-            UsageError) as error:
+    except (OccupiedError, RecipeError, RunDirError, UsageError) as error:
         say(error)
         return WRONG_USAGE
     except OSError as error:

@@ -1,6 +1,7 @@
 """Command-line arguments that several tools share, and their types."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,16 @@ def add_weights(parser: Any, targets: bool = True) -> None:
 
 
 def add_device(parser: Any) -> None:
-    """Add --device, where a model runs: a torch.device, a GPU if there is one."""
-    import torch  # tools that only handle files do without
-
+    """Add --device, where a model runs; `device_of` says which torch.device that is."""
     parser.add_argument("--device", type=_device, metavar="DEVICE",
-                        default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="where the model runs (default %(default)s)")
+                        help="where the model runs (default: a GPU if there is one, else cpu)")
+
+
+def device_of(name: str | None) -> "torch.device":
+    """The device of --device; None: the default."""
+    import torch  # not before the arguments are known to be right: it takes seconds
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def positive(text: str) -> int:
@@ -43,16 +48,15 @@ def natural(text: str) -> int:
     return _whole(text, 0)
 
 
-def _device(text: str) -> "torch.device":
-    import torch
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device such as cpu or cuda:0")
+    if text != "cpu":
+        import torch
 
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device such as cpu or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"{text}: this machine shows no GPU to torch; use cpu")
-    return device
+        if not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError(f"{text}: this machine shows no GPU to torch; use cpu")
+    return text
 
 
 def _whole(text: str, least: int) -> int:

@@ -17,13 +17,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from data_pipeline.console import parse_in_any_order, write_utf8
-from data_pipeline.manifest import Manifest
 from pretrain.overlay import RecipeError
-from pretrain.recipe import load_recipe, load_resolved
 from tools.experiment import Plan, Run, describe, evaluations, markdown, metrics, slug, train
 from tools.line_chart import Line, Panel, line_chart
 
@@ -109,6 +106,8 @@ def pack(options: argparse.Namespace) -> int:
     Raises:
         subprocess.CalledProcessError: a tool has failed; `stderr` holds what it said.
     """
+    from data_pipeline.manifest import Manifest
+
     data = options.out / "data"
     if options.scenes:
         for split, count in (("train", options.scenes), ("heldout", _HELD_OUT_SCENES)):
@@ -133,6 +132,8 @@ def plan(options: argparse.Namespace, classes: int) -> Plan:
     Raises:
         RecipeError: `--set` does not fit, or a run directory is that of another comparison.
     """
+    from pretrain.recipe import load_recipe, load_resolved
+
     data = options.out / "data"
     side = 32 if options.scenes else 64
     common = [
@@ -180,6 +181,10 @@ def table(runs: Plan) -> str:
 
 def size_of(run: Run) -> tuple[int, int]:
     """Parameters of the encoder of a run, and its FLOPs for one image."""
+    import torch  # --help and wrong arguments do without
+
+    from pretrain.recipe import load_recipe
+
     recipe = load_recipe(run.recipe, run.overrides)
     with torch.device("meta"):
         encoder = recipe.model.encoders["image"].build()

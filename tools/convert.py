@@ -27,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -35,11 +36,12 @@ from data_pipeline.files import give_usual_access, sync_file, temporary_name
 from data_pipeline.tar_headers import ShardError
 from pretrain.engine.checkpoint_files import CheckpointError
 from pretrain.overlay import to_yaml
-from tools import convert_graph, convert_internimage, convert_weights
 from tools.arguments import add_run, add_weights
-from tools.export_record import RECORD, ExportRecord, Verification
-from tools.import_git import Imported, import_weights, read_source
-from tools.weight_files import save_tensors
+from tools.convert_arguments import add_graph, add_internimage, add_weight_files
+
+if TYPE_CHECKING:  # --help and wrong arguments do without torch
+    from tools.export_record import ExportRecord, Verification
+    from tools.import_git import Imported
 
 console = Console(stderr=True)
 
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_in_any_order(_parser(), arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        return options.run(options)
+        return options.run(options, console)
     except (CheckpointError, ShardError, OSError, ValueError) as error:
         _say(f"error: {error}", style="red")
         return 1
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---- export ------------------------------------------------------------------------------------
 
 
-def _export_git(options: argparse.Namespace) -> int:
+def _export_git(options: argparse.Namespace, _: Console) -> int:
     # transformers takes seconds to import, and `import-git` does without it.
     from tools.export_git import write_git
     from tools.trained import open_captioner
@@ -87,6 +89,8 @@ def _export_git(options: argparse.Namespace) -> int:
 
 def _check_replaceable(out: Path) -> None:
     """Only an empty place or an earlier export may be overwritten."""
+    from tools.export_record import ExportRecord
+
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir():
@@ -119,7 +123,9 @@ def _publish(temporary: Path, out: Path) -> None:
     shutil.rmtree(old)
 
 
-def _report(out: Path, record: ExportRecord, verification: Verification) -> int:
+def _report(out: Path, record: "ExportRecord", verification: "Verification") -> int:
+    from tools.export_record import RECORD
+
     averaged = ", averaged weights" if record.weights == "ema" else ""
     _say(f"{out}: recipe {record.recipe}, step {record.step}, task {record.task}{averaged}")
     _say(f"read back by transformers {verification.transformers}; "
@@ -145,7 +151,10 @@ def _report(out: Path, record: ExportRecord, verification: Verification) -> int:
 # ---- import ------------------------------------------------------------------------------------
 
 
-def _import_git(options: argparse.Namespace) -> int:
+def _import_git(options: argparse.Namespace, _: Console) -> int:
+    from tools.import_git import import_weights, read_source
+    from tools.weight_files import save_tensors
+
     source = read_source(options.source)
     imported = import_weights(
         source,
@@ -167,7 +176,7 @@ def _import_git(options: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace, folder: Path, imported: Imported) -> str:
+def _settings(options: argparse.Namespace, folder: Path, imported: "Imported") -> str:
     """The part of a recipe that describes this model."""
     vit = imported.vit.model_dump(include=set(_ENCODER_SHAPE))
     shape = imported.decoder.model_dump(include=set(_DECODER_SHAPE))
@@ -233,9 +242,9 @@ def _parser() -> argparse.ArgumentParser:
     for tower in ("encoder", "decoder"):
         take.add_argument(f"--{tower}-heads", type=int, metavar="N",
                           help=f"attention heads of the {tower}, which weights alone do not show")
-    convert_internimage.add_commands(commands, console)
-    convert_graph.add_command(commands, console)
-    convert_weights.add_command(commands, console)
+    add_internimage(commands)
+    add_graph(commands)
+    add_weight_files(commands)
     return parser
 
 

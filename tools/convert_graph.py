@@ -1,7 +1,6 @@
 """`export-graph` of `tools.convert`: a model as ONNX or as torch's ExportedProgram."""
 
 import argparse
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from pretrain.models.internimage import STAGES, InternImage, InternImageSettings
 from pretrain.models.internimage_weights import import_internimage
 from pretrain.recipe import Recipe
-from tools.arguments import add_run, add_weights
 from tools.convert_internimage import no_internimage, read_internimage
 from tools.export_graph import Logits, Maps, require_writer, write_graph
 from tools.trained import choose_task, open_run
@@ -30,35 +28,8 @@ class Chosen(NamedTuple):
     """Side of the images that it was evaluated on, if that is known."""
 
 
-def add_command(commands: Any, console: Console) -> None:
-    """Add export-graph to the parsers of `tools.convert`."""
-    text = "a classifier, or the maps of an InternImage, as ONNX or torch.export graph"
-    give = commands.add_parser("export-graph", help=text, description=text)
-    give.set_defaults(run=lambda options: _export(options, console))
-    source = give.add_mutually_exclusive_group(required=True)
-    add_run(source, required=False)  # the group requires one of them
-    source.add_argument("--source", type=Path,
-                        help="InternImage weights that import-internimage reads, such as an "
-                             "official .pth")
-    give.add_argument("--out", type=Path, required=True, metavar="FILE",
-                      help="FILE.onnx (ONNX; weights above 2 GB beside it, in FILE.onnx.data) or "
-                           "FILE.pt2 (for torch.export.load)")
-    give.add_argument("--outputs", choices=("logits", "maps"), default="logits",
-                      help="logits (B, classes), or the maps (B, C, H, W) of the four stages of an "
-                           "InternImage (default %(default)s)")
-    give.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS",
-                      help="height and width, or one number for both; default for the logits of a "
-                           "run: as its recipe evaluates")
-    add_weights(give)
-    give.add_argument("--task", metavar="NAME",
-                      help="with --run and logits: classification task, if there are several")
-    give.add_argument("--encoder", metavar="NAME",
-                      help="with --run and maps: its name in model.encoders (default image)")
-    give.add_argument("--settings", type=Path, metavar="FILE.yaml",
-                      help="with --source: as in import-internimage")
-
-
-def _export(options: argparse.Namespace, console: Console) -> int:
+def export(options: argparse.Namespace, console: Console) -> int:
+    """Run the command; see `convert_arguments`."""
     require_writer(options.out)
     with console.status("reading the weights"):
         chosen = _of_run(options) if options.run_dir else _of_source(options)

@@ -27,7 +27,6 @@ from pretrain.models.internimage_weights import (
     unwrap,
 )
 from pretrain.overlay import parse_yaml, to_yaml
-from tools.arguments import add_run, add_weights, positive
 from tools.internimage_config import config_of_settings, settings_of_config
 from tools.weight_files import read_config, read_tensors, save_tensors, weight_file, writing
 
@@ -38,55 +37,11 @@ if TYPE_CHECKING:
 WRAPPINGS = {"master": ("model", "state_dict", "module"), "ema": ("model_ema",)}
 
 
-def add_commands(commands: Any, console: Console) -> None:
-    """Add import-internimage and export-internimage to the parsers of `tools.convert`."""
-    text = "InternImage weights of others under our names"
-    take = commands.add_parser("import-internimage", help=text, description=text)
-    take.set_defaults(run=lambda options: _import(options, console))
-    take.add_argument("source", type=Path,
-                      help="official .pth (foreign objects in it are passed over, never made), "
-                           "transformers folder, or .safetensors file")
-    take.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
-    take.add_argument("--encoder", default="image", metavar="NAME",
-                      help="its name in model.encoders (default %(default)s)")
-    take.add_argument("--task", default="classify", metavar="NAME",
-                      help="name in tasks of the classification that has the linear layer "
-                           "(default %(default)s)")
-    take.add_argument("--weights", choices=tuple(WRAPPINGS), default="master",
-                      help="ema: the moving average that the file has too (default %(default)s)")
-    take.add_argument("--settings", type=Path, metavar="FILE.yaml",
-                      help="settings of the encoder as in a recipe, for a model that is not "
-                           "published, without a config.json or NAME.settings.yaml beside it")
-    take.add_argument("--leave-out", action="append", default=[], metavar="PATTERN",
-                      help="official names of tensors that are not taken and may be missing, such "
-                           "as 'head.*' for other classes; may be given again")
-    take.add_argument("--head-rows", type=Path, metavar="FILE",
-                      help="rows of the linear layer to take, one number a line (as in the "
-                           "official map from ImageNet-22K to 1K)")
-    text = "a run's InternImage for the official code, its detectors, or transformers"
-    give = commands.add_parser("export-internimage", help=text, description=text)
-    give.set_defaults(run=lambda options: _export(options, console))
-    add_run(give)
-    give.add_argument("--out", type=Path, required=True,
-                      help="file that ends in .pth; for transformers a folder that is not there")
-    give.add_argument("--format", choices=("official", "detection", "transformers", "m3i"),
-                      default="official",
-                      help="m3i: raw M3I checkpoint, both branches (default %(default)s)")
-    give.add_argument("--encoder", default="image", metavar="NAME",
-                      help="its name in model.encoders (default %(default)s)")
-    give.add_argument("--task", metavar="NAME",
-                      help="classification or m3i task whose linear layer goes along (default: "
-                           "none)")
-    give.add_argument("--classes", type=positive, metavar="N",
-                      help="with --format m3i, of a task that learns no classes: write a linear "
-                           "layer of zeros for so many, since the loader of that layout wants one")
-    add_weights(give)
-
-
 # ---- import ------------------------------------------------------------------------------------
 
 
-def _import(options: argparse.Namespace, console: Console) -> int:
+def import_command(options: argparse.Namespace, console: Console) -> int:
+    """Run the command; see `convert_arguments`."""
     file = weight_file(options.source)
     try:
         found, settings = read_internimage(file, options.weights, options.settings)
@@ -226,7 +181,8 @@ _TRAINING = ("drop_path", "gradient_checkpointing")
 # ---- export ------------------------------------------------------------------------------------
 
 
-def _export(options: argparse.Namespace, console: Console) -> int:
+def export_command(options: argparse.Namespace, console: Console) -> int:
+    """Run the command; see `convert_arguments`."""
     from tools.trained import open_run
 
     _check_place(options)

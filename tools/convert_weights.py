@@ -7,33 +7,18 @@ any case, stay behind.
 import argparse
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from torch import Tensor
 
 from pretrain.engine.momentum_pairs import target_sources
 from pretrain.models.multitask import MultiTaskModel
-from tools.arguments import add_run, add_weights
 from tools.trained import open_run
 from tools.weight_files import save_tensors
 
 
-def add_command(commands: Any, console: Console) -> None:
-    """Add export-weights to the parsers of `tools.convert`."""
-    text = "a run's weights under our names, for initial_weights of another recipe"
-    give = commands.add_parser("export-weights", help=text, description=text)
-    give.set_defaults(run=lambda options: _export(options, console))
-    add_run(give)
-    give.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
-    give.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN",
-                      help="names to take, for example 'encoders.image.*' for a recipe with other "
-                           "tasks (default: all)")
-    add_weights(give)
-
-
-def _export(options: argparse.Namespace, console: Console) -> int:
+def export(options: argparse.Namespace, console: Console) -> int:
+    """Run the command; see `convert_arguments`."""
     run = open_run(options.run_dir, options.weights)
     tensors = chosen_tensors(run.model, options.only)
     save_tensors(tensors, options.out, f"omnipretrain {run.recipe.name}")

@@ -10,23 +10,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
 from data_pipeline.console import parse_in_any_order, write_utf8
-from data_pipeline.labels import NO_LABEL, LabelDataSettings, LabelFields
-from data_pipeline.loader import EvaluationLoader, TaskStream
-from data_pipeline.reader import SampleReader
-from data_pipeline.shards import ShardSet
-from data_pipeline.transforms import ImageSettings
-from pretrain.build import evaluation_image
-from pretrain.models.pixels import normalise_pixels
-from pretrain.objectives.image_tokens import image_vectors, vector_width
-from pretrain.objectives.probing import knn_top1, linear_top1
-from tools.arguments import add_device, add_weights, natural, positive
-from tools.trained import TrainedRun, open_run
+from tools.arguments import add_device, add_weights, device_of, natural, positive
+
+if TYPE_CHECKING:  # --help and wrong arguments do without torch
+    from torch import Tensor
+
+    from data_pipeline.transforms import ImageSettings
+    from tools.trained import TrainedRun
 
 console = Console(stderr=True)
 
@@ -38,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_in_any_order(parser, arguments)
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
+    from pretrain.objectives.probing import knn_top1, linear_top1
+    from tools.trained import open_run
+
     try:
         run = open_run(args.run, args.weights)
         name, image = choose_encoder(run, args.encoder)
@@ -88,11 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose_encoder(run: TrainedRun, wanted: str | None) -> tuple[str, ImageSettings]:
+def choose_encoder(run: "TrainedRun", wanted: str | None) -> "tuple[str, ImageSettings]":
     """Name of the encoder, and how its images are prepared.
 
     Raises ValueError: the run has no such encoder of images, or several to choose from.
     """
+    from pretrain.build import evaluation_image
+
     readers = {
         getattr(task.objective, field): task
         for task in run.recipe.tasks.values()
@@ -109,16 +109,26 @@ def choose_encoder(run: TrainedRun, wanted: str | None) -> tuple[str, ImageSetti
     return wanted, evaluation_image(readers[wanted])
 
 
-@torch.no_grad()
 def features(
-    run: TrainedRun, name: str, image: ImageSettings, shards: list[str], args: argparse.Namespace
-) -> tuple[Tensor, Tensor]:
+    run: "TrainedRun", name: str, image: "ImageSettings", shards: list[str],
+    args: argparse.Namespace,
+) -> "tuple[Tensor, Tensor]":
     """Pooled features (N, width) float32 and labels (N,) int64 of all labelled images of `shards`.
     """
+    import torch
+
+    from data_pipeline.labels import NO_LABEL, LabelDataSettings, LabelFields
+    from data_pipeline.loader import EvaluationLoader, TaskStream
+    from data_pipeline.reader import SampleReader
+    from data_pipeline.shards import ShardSet
+    from pretrain.models.pixels import normalise_pixels
+    from pretrain.objectives.image_tokens import image_vectors, vector_width
+
+    device = device_of(args.device)
     data = LabelDataSettings(
         shards=shards, image=image, label_source=args.label_source, classes=args.classes
     )
-    encoder = run.model.encoders[name].to(args.device)
+    encoder = run.model.encoders[name].to(device)
     vector_width(encoder, args.pool)  # or an error that says why not
     batch_size = 1 if image.mode == "keep_aspect" else args.batch
     stream = TaskStream(
@@ -127,10 +137,10 @@ def features(
     )  # fmt: skip
     loader = EvaluationLoader(stream, 0, 1, workers=args.workers)
     pieces, labels = [], []
-    with console.status(f"features of {len(ShardSet.open(shards))} images"):
+    with torch.no_grad(), console.status(f"features of {len(ShardSet.open(shards))} images"):
         for batch in loader:
             pixels = normalise_pixels(
-                batch["images"].to(args.device), image.mean, image.std, encoder.dtype
+                batch["images"].to(device), image.mean, image.std, encoder.dtype
             )
             known = batch["labels"] != NO_LABEL
             vectors = image_vectors(encoder, pixels, args.pool, draws=None)

@@ -22,13 +22,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.console import parse_in_any_order
 from data_pipeline.files import CACHE_VARIABLE
-from tools.parity_cells import OPTIMIZERS, Cell, all_cells, faults, plain_run
+
+if TYPE_CHECKING:  # --help and wrong arguments do without torch
+    from tools.parity_cells import Cell
 
 console = Console(soft_wrap=True)
 TIME_LIMIT_S = 900
@@ -42,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_in_any_order(parser, argv)
     if options.world < 1:
         parser.error("--world must be at least 1")
+    from tools.parity_cells import all_cells
+
     os.environ["DS_ACCELERATOR"] = "cpu"  # the processes see no GPU, whatever this machine has
     cells = [c for c in all_cells() if c.precision == "fp32" and (options.all or is_affected(c))]
     started = time.monotonic()
@@ -65,14 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def is_affected(cell: Cell) -> bool:
+def is_affected(cell: "Cell") -> bool:
     """Whether stale gradients are known in this mode and could show in this cell."""
     from pretrain.engine.stale_gradients import affected
 
     return cell.tasks != "one" and affected(cell.stage, cell.offload)
 
 
-def launch(cells: Sequence[Cell], world: int, out: Path) -> str:
+def launch(cells: "Sequence[Cell]", world: int, out: Path) -> str:
     """Run the cells on `world` CPU processes; the end of the output of a failed one, or ""."""
     logs = [out / f"rank_{rank}.txt" for rank in range(world)]
     command = [sys.executable, "-m", "tools.parity_cells", str(out), *(c.name for c in cells)]
@@ -119,8 +124,10 @@ def free_port() -> int:
 _references: dict = {}
 
 
-def compare(cell: Cell, out: Path) -> list[str]:
+def compare(cell: "Cell", out: Path) -> list[str]:
     """Differences of a cell from plain PyTorch; see `parity_cells.faults`."""
+    from tools.parity_cells import faults, plain_run
+
     if cell.tasks == "reentrant":
         return faults(cell, out, None)
     key = (cell.tasks, cell.optimizer)
@@ -129,8 +136,10 @@ def compare(cell: Cell, out: Path) -> list[str]:
     return faults(cell, out, _references[key])
 
 
-def show(results: dict[Cell, list[str]]) -> None:
+def show(results: "dict[Cell, list[str]]") -> None:
     """A table: stage and offload by optimizer and accumulation."""
+    from tools.parity_cells import OPTIMIZERS, Cell
+
     words = {"one": "one task", "all": "tasks in turn", "mixed": "tasks mixed",
              "reentrant": "reentrant refused"}
     columns = [(tasks, optimizer, micro) for tasks in words for optimizer in OPTIMIZERS

@@ -9,11 +9,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from rich.console import Console
 
 from data_pipeline.decode import DecodeError, decode, read_header
-from data_pipeline.loader import LoaderSettings, StepLoader, TaskStream
 from data_pipeline.members import AbsentValue, bad
 from data_pipeline.order import Order
 from data_pipeline.pictures import PictureDataSettings, PictureFields
@@ -51,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     if options.repeats < LEAST_REPEATS:
         raise ShardError(f"--repeats {options.repeats}: medians need at least {LEAST_REPEATS}")
+    import torch  # --help and wrong arguments do without
+
     torch.set_num_threads(1)
     cv2.setNumThreads(0)  # as in the workers
     bench = ShardBench(ShardSet.open(options.shards), options.samples, options.size)
@@ -141,6 +141,8 @@ class ShardBench:
 
     def load(self, workers: int) -> float:
         """Batches of the loader."""
+        from data_pipeline.loader import LoaderSettings, StepLoader, TaskStream
+
         stream = TaskStream(
             "bench", SampleReader(self.shards), self.order, self.fields, 0, _BATCH, _BATCH
         )

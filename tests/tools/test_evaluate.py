@@ -11,8 +11,9 @@ from PIL import Image
 from pretrain.build import build_evaluation_loader
 from pretrain.models.git import GitDecoder
 from pretrain.models.vit import VisionTransformer
+from tools.captioner import evaluate
 from tools.convert import main as convert
-from tools.evaluate import evaluate, main
+from tools.evaluate import main
 from tools.export_record import ExportRecord
 from tools.trained import open_captioner
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -24,6 +25,32 @@ QUICK = [
     ("pretrain.train", ["git_digits", "steps=many"], 2),
     ("pretrain.train", ["--resume", "/no/such/run"], 2),
 ]
+ROOT = Path(__file__).parents[2]
+# No entry points for people: ranks of another tool, and what `pretrain.__main__` calls.
+INNER = {"parity_cells"}
+# Arguments that lack something, or of which one is wrong; of every tool.
+WRONG = {
+    "benchmark": ["no_such_benchmark"], "compare_mixers": [], "compare_tasks": ["--steps", "x"],
+    "convert": ["export-graph", "--out", "x.onnx"], "demo": ["--no-such-option"],
+    "evaluate": ["export", "--shards", "x", "--device", "abacus"], "make_shards": ["coco"],
+    "probe": ["run", "--train", "x"], "selfcheck": ["--world", "0"], "shards": ["repack"],
+    "train_tokenizer": ["out"], "watch_memory": [],
+}
+HELP = [
+    *(("convert", command) for command in (
+        "export-git", "import-git", "import-internimage", "export-internimage", "export-graph",
+        "export-weights",
+    )),
+    *(("make_shards", source) for source in ("scenes", "folder", "coco", "table", "voc", "text")),
+    *(("shards", command) for command in ("verify", "stats", "sheet", "repack", "plan", "bench")),
+]
+TOOLS = sorted(
+    path.stem for path in (ROOT / "tools").glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8") and path.stem not in INNER
+)
+QUICK += [(f"tools.{tool}", ["--help"], 0) for tool in TOOLS]
+QUICK += [(f"tools.{tool}", [command, "--help"], 0) for tool, command in HELP]
+QUICK += [(f"tools.{tool}", words, 2) for tool, words in WRONG.items()]
 SLOW_MODULES = ("torch", "deepspeed", "transformers")
 
 _RUN = """
@@ -50,6 +77,10 @@ def test_first_words_need_no_torch():
     for case, (code, said, slow) in zip(QUICK, json.loads(answer.stdout), strict=True):
         assert code == case[2] and said > 20, case
         assert slow == [], case
+
+
+def test_every_tool_is_asked_for_nonsense():
+    assert sorted(WRONG) == TOOLS
 
 
 def test_names_that_torch_takes():

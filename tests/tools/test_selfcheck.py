@@ -9,7 +9,7 @@ from pretrain.engine.stale_gradients import (
     record_path,
     require_verified,
 )
-from tools import selfcheck
+from tools import parity_cells, selfcheck
 from tools.parity_cells import Cell
 
 RIGHT = Cell(3, False, 1, "all", "sgd")
@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_a_pass_is_noted_and_opens_the_way(cache, monkeypatch, capsys):
-    monkeypatch.setattr(selfcheck, "all_cells", lambda: [RIGHT])
+    monkeypatch.setattr(parity_cells, "all_cells", lambda: [RIGHT])
     monkeypatch.setattr(deepspeed, "__version__", "0.99.0")
     with pytest.raises(UnverifiedDeepSpeed, match=r"tools\.selfcheck"):
         require_verified(2, stage=3, offloaded=False)
@@ -34,7 +34,7 @@ def test_a_pass_is_noted_and_opens_the_way(cache, monkeypatch, capsys):
 
 
 def test_a_difference_is_shown_and_not_noted(cache, monkeypatch, capsys):
-    monkeypatch.setattr(selfcheck, "all_cells", lambda: [RIGHT])
+    monkeypatch.setattr(parity_cells, "all_cells", lambda: [RIGHT])
     monkeypatch.setattr(selfcheck, "launch", lambda cells, world, out: "")
     monkeypatch.setattr(selfcheck, "compare", lambda cell, out: ["step 3: loss 1, plain 2"])
     assert selfcheck.main([]) == 1
@@ -44,7 +44,7 @@ def test_a_difference_is_shown_and_not_noted(cache, monkeypatch, capsys):
 
 
 def test_a_process_that_dies_ends_the_check(cache, monkeypatch, capsys):
-    monkeypatch.setattr(selfcheck, "all_cells", lambda: [Cell(9, False, 1, "all", "sgd")])
+    monkeypatch.setattr(parity_cells, "all_cells", lambda: [Cell(9, False, 1, "all", "sgd")])
     monkeypatch.setattr(selfcheck, "is_affected", lambda cell: True)
     assert selfcheck.main(["--world", "2"]) == 1
     assert "the processes failed" in capsys.readouterr().out
