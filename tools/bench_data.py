@@ -41,16 +41,6 @@ CAPTION = b"a photograph of something that is worth a caption"
 BITS_PER_PIXEL = 4.4
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this benchmark."""
-    parser.add_argument(
-        "--images", type=Path, help="folder of JPEGs, or of shards; default: made-up photographs"
-    )
-    parser.add_argument("--samples", type=int, default=9600, help="images per repetition")
-    parser.add_argument("--tiny-samples", type=int, default=20_000, help="images of 32 pixels")
-    parser.add_argument("--size", type=int, default=224, help="output pixels")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see `tools.benchmark` for the form of the result."""
     torch.set_num_threads(1)

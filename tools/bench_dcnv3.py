@@ -51,16 +51,6 @@ def _text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape[1:]))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is run."""
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads")
-    parser.add_argument("--types", nargs="+", default=list(_TYPES), choices=list(_TYPES))
-    parser.add_argument("--depths", type=int, nargs="+", default=[16, 32],
-                        help="channels of a group")  # fmt: skip
-    parser.add_argument("--scale", type=float, default=1.0,
-                        help="height and width of the shapes times this")  # fmt: skip
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see `tools.benchmark` for the form of the result."""
     obstacle = cpu_library.missing()

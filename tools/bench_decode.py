@@ -10,7 +10,6 @@ import argparse
 import io
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -33,24 +32,6 @@ PILLOW = "full size, Pillow"
 LIMIT = "limit: decoding to 1/8, nothing else"
 # What a margin is judged by: the default of the recipe.
 DEFAULT = ImageSettings().scaled_decode_margin
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this benchmark."""
-    parser.add_argument(
-        "--images", type=Path, help="folder of JPEGs, or of shards; default: made-up photographs"
-    )
-    parser.add_argument("--count", type=int, default=12, help="made-up photographs")
-    parser.add_argument("--megapixels", type=float, default=6.0, help="of the made-up photographs")
-    parser.add_argument(
-        "--bits-per-pixel",
-        type=float,
-        default=1.5,
-        help="of the made-up photographs, as near as JPEG qualities of 50 and more come to it",
-    )
-    parser.add_argument("--crops", type=int, default=48, help="images per repetition")
-    parser.add_argument("--size", type=int, default=224, help="output pixels")
-    parser.add_argument("--least-scale", type=float, default=0.35, help="least share of the area")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,12 +24,6 @@ _HEADS, _DEPTH, _POINTS = 8, 32, 4
 _QUERIES = {"encoder": _PIXELS, "decoder": 300}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is run."""
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads")
-    parser.add_argument("--images", type=int, default=2, help="images of a batch")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see `tools.benchmark` for the form of the result."""
     obstacle = cpu_library.missing()

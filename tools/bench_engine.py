@@ -23,17 +23,6 @@ WEIGHTS = {"caption": 2.0, "classify": 1.0}
 """Tasks, and their shares of the steps."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Size of the model and of the repetitions."""
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps per repetition")
-    parser.add_argument("--width", type=int, default=128, help="channels of encoder and decoder")
-    parser.add_argument("--batch", type=int, default=16, help="images per micro-batch")
-    parser.add_argument("--micro-steps", type=int, default=2, help="micro-batches per step")
-    parser.add_argument("--zero", type=int, choices=(1, 2, 3), default=3, help="ZeRO stage")
-    parser.add_argument("--tasks", type=int, choices=(1, 2), default=2, help="tasks in turn")
-    parser.add_argument("--log-every", type=int, default=10, help="steps between metrics")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see `tools.benchmark` for the form of the result."""
     from pretrain.engine.distributed import init_distributed, shutdown

@@ -32,21 +32,6 @@ _IDS = SpecialIds(bos_id=101, eos_id=102, pad_id=0)
 _SIDES = ("ours", "transformers")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Size of the model and of the batch; the defaults are GIT-base on one image."""
-    parser.add_argument("--images", type=int, default=1, help="images per step")
-    parser.add_argument(
-        "--captions", type=int, nargs="+", default=[1, 5], help="captions per image, one case each"
-    )
-    parser.add_argument("--text-length", type=int, default=40, help="tokens of a caption")
-    parser.add_argument("--image-size", type=int, default=224, help="side of the images in pixels")
-    parser.add_argument(
-        "--layers", type=int, nargs=2, default=[12, 6], help="of the encoder and of the decoder"
-    )
-    parser.add_argument("--vocabulary", type=int, default=30522, help="words")
-    parser.add_argument("--threads", type=int, default=1, help="threads of either side")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see `tools.benchmark` for the form of the result."""
     rows: list[dict[str, Any]] = []

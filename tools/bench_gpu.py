@@ -34,16 +34,6 @@ BARS = {FORWARD: 0.6, BACKWARD: 0.35}
 """Share of the speed of a copy to aim at."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is run."""
-    parser.add_argument("--device", default="cuda", help="cpu only shows that it runs")
-    parser.add_argument("--batch", type=int, default=64, help="images for the kernels")
-    parser.add_argument("--models", nargs="*", default=["T:128", "B:64", "H:16"],
-                        help="size:batch of the models to train")  # fmt: skip
-    parser.add_argument("--image", type=int, default=224, help="pixels of the models' images")
-    parser.add_argument("--copy-mib", type=int, default=1024, help="size of the copy")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see `tools.benchmark` for the form of the result."""
     device = torch.device(args.device)

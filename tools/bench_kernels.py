@@ -56,12 +56,6 @@ class Case(NamedTuple):
     touched: dict[str, float]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is compiled for."""
-    parser.add_argument("--gpu", choices=GPUS, default="H100")
-    parser.add_argument("--all", action="store_true", help="every candidate, not only the best")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Count; see `tools.benchmark` for the form of the result."""
     if os.environ.get("TRITON_INTERPRET") == "1":

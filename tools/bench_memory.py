@@ -37,18 +37,6 @@ SIDE, PICTURES = 32, 64
 REAL_SHARDS, MOST_PER_SHARD = 4, 1000
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command line."""
-    parser.add_argument("--workers", type=int, default=8, help="processes (default %(default)s)")
-    parser.add_argument(
-        "--rows", type=int, default=10**8, help="samples of the data set (default %(default)s)"
-    )
-    parser.add_argument("--batch", type=int, default=64, help="(default %(default)s)")
-    parser.add_argument(
-        "--steps", type=int, default=600, help="of each epoch, at most (default %(default)s)"
-    )
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure in a process that holds nothing else."""
     rows = in_fresh_process(

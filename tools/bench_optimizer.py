@@ -22,16 +22,9 @@ AVERAGE, SIZE = "moving average", "update RMS (reported steps)"
 _BETAS, _TASKS = (0.9, 0.95), (("a", 0.75), ("b", 0.25))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Size of the partitions."""
-    parser.add_argument("--elements", type=int, default=2**23, help="elements of each tensor")
-    parser.add_argument("--tensors", type=int, default=3, help="flat tensors, one per group")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see `tools.benchmark` for the form of the result."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
     names = (OURS, FUSED, CLIPPED, FOREACH, AVERAGE, SIZE)
     times = interleaved({n: _timed(args, _case(args, n)) for n in names}, args.repeats, _quiet)

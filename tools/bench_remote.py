@@ -34,17 +34,6 @@ from tools.serve import RangeServer
 LOCAL, DIRECT, CACHED = "local shards", "server", "server, cache with read-ahead"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this benchmark."""
-    parser.add_argument(
-        "--images", type=Path, help="folder of JPEGs, or of shards; default: made-up photographs"
-    )
-    parser.add_argument("--samples", type=int, default=6400, help="images in the shards")
-    parser.add_argument("--steps", type=int, default=40, help="batches per repetition")
-    parser.add_argument("--step-s", type=float, default=0.2, help="seconds that a step takes")
-    parser.add_argument("--delay-s", type=float, default=0.05, help="of each answer, in seconds")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see `tools.benchmark` for the form of the result."""
     torch.set_num_threads(1)

@@ -15,7 +15,7 @@
 Ratios compare cases of the same run, which take turns; figures are medians of at least five
 repetitions, unless these take longer than five minutes: `--long` takes all of them, as the README's
 figures do. Each case is said as it is measured. Each benchmark is a module `tools/bench_<name>.py`
-with `add_arguments(parser)` and `run(args) -> dict`:
+with `run(args) -> dict`, its arguments in `tools/bench_arguments.py`:
 
     title: str
     rows:  list of dicts with equal keys; the keys become the columns of the table
@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.console import parse_in_any_order, write_utf8
+from tools.bench_arguments import ARGUMENTS
 from tools.bench_measure import LEAST_REPEATS, end_after, machine, say
 
 _MINUTES = 5
@@ -72,9 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
             "--long", action="store_true", help="all repetitions, also if they take hours"
         )
         command.add_argument("--json", type=Path, help="also write the result to this file")
-        # Only the chosen one is imported: each needs libraries that take seconds to load.
-        if name in arguments[:1]:
-            importlib.import_module(f"tools.bench_{name}").add_arguments(command)
+        ARGUMENTS[name](command)
     options = parse_in_any_order(parser, arguments)
     if options.repeats < LEAST_REPEATS:
         parser.error(f"--repeats {options.repeats}: at least {LEAST_REPEATS}")

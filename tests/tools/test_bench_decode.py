@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tools import bench_decode
+from tools.bench_arguments import ARGUMENTS
 from tools.bench_data import made_up_photographs
 from tools.bench_decode import DecodeBench, psnr
 
@@ -13,7 +14,7 @@ from tools.bench_decode import DecodeBench, psnr
 def test_a_run_has_a_row_per_case():
     parser = ArgumentParser()
     parser.add_argument("--repeats", type=int)
-    bench_decode.add_arguments(parser)
+    ARGUMENTS["decode"](parser)
     small = ["--repeats=5", "--count=1", "--megapixels=0.3", "--crops=2", "--size=48"]
     result = bench_decode.run(parser.parse_args(small))
     rows = {row["case"]: row for row in result["rows"]}

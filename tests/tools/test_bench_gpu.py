@@ -10,12 +10,13 @@ import torch
 
 from pretrain.models.operators.dcnv3 import dcnv3
 from tools import bench_dcnv4, bench_gpu
+from tools.bench_arguments import ARGUMENTS
 
 
 def options(*arguments: str):
     parser = ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
-    bench_gpu.add_arguments(parser)
+    ARGUMENTS["gpu"](parser)
     return parser.parse_args(arguments)
 
 

@@ -5,12 +5,13 @@ from argparse import ArgumentParser
 import pytest
 
 from tools import bench_kernels
+from tools.bench_arguments import ARGUMENTS
 from tools.machine_code import Code, executed
 
 
 def options(*arguments: str):
     parser = ArgumentParser()
-    bench_kernels.add_arguments(parser)
+    ARGUMENTS["kernels"](parser)
     return parser.parse_args(arguments)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from pretrain.models.operators import cpu_library
 from tools import bench_dcnv3, bench_deform_attn
+from tools.bench_arguments import ARGUMENTS
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +20,7 @@ def _compiled():
 def _run(benchmark, *arguments: str) -> dict:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
-    benchmark.add_arguments(parser)
+    ARGUMENTS[benchmark.__name__.removeprefix("tools.bench_")](parser)
     return benchmark.run(parser.parse_args(arguments))
 
 

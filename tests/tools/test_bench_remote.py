@@ -3,12 +3,13 @@
 from argparse import ArgumentParser
 
 from tools import bench_remote
+from tools.bench_arguments import ARGUMENTS
 
 
 def test_a_run_has_a_row_per_case():
     parser = ArgumentParser()
     parser.add_argument("--repeats", type=int)
-    bench_remote.add_arguments(parser)
+    ARGUMENTS["remote"](parser)
     small = ["--repeats=5", "--samples=256", "--steps=3", "--step-s=0.01", "--delay-s=0.02"]
     result = bench_remote.run(parser.parse_args(small))
     rows = {row["case"]: row for row in result["rows"]}

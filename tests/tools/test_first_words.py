@@ -11,6 +11,7 @@ from torch import nn
 from pretrain import __main__ as look
 from pretrain import train
 from pretrain.recipe_checks import TAKEN_NAMES
+from tools.benchmark import BENCHMARKS
 
 QUICK = [
     ("pretrain.__main__", ["--help"], 0),
@@ -42,6 +43,7 @@ HELP = [
         "export-weights",
     )),
     *(("make_shards", source) for source in ("scenes", "folder", "coco", "table", "voc", "text")),
+    *(("benchmark", name) for name in BENCHMARKS),
     *(("shards", command) for command in ("verify", "stats", "sheet", "repack", "plan", "bench")),
 ]
 TOOLS = sorted(
