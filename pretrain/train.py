@@ -31,8 +31,9 @@ from pretrain.engine.checkpoint_retention import (
     step_of,
     step_to_go_back_to,
 )
-from pretrain.engine.control import ControlFolder, StopSignals, age_of_start
+from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.launch_environment import LaunchError, require_world, translate
+from pretrain.engine.launchers import age_of_start
 from pretrain.engine.ownership import (
     OccupiedError,
     Ownership,
