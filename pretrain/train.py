@@ -25,7 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pretrain.engine.checkpoint_files import CheckpointError, newest_whole
-from pretrain.engine.checkpoint_retention import find_checkpoint, step_of, step_to_go_back_to
+from pretrain.engine.checkpoint_retention import (
+    cut_off_return,
+    find_checkpoint,
+    step_of,
+    step_to_go_back_to,
+)
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.launch_environment import LaunchError, require_world, translate
 from pretrain.engine.ownership import (
@@ -41,6 +46,7 @@ from pretrain.engine.run_record import (
     check_resumable,
     holds_run,
 )
+from pretrain.engine.start_notes import StartNotes
 
 if TYPE_CHECKING:
     from pretrain.recipe import Recipe
@@ -74,10 +80,11 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
 
         say(reason_of(error))
         return FAILED
-    from pretrain.engine.start import train_recipe  # imports DeepSpeed, which takes seconds
+    with StartNotes(recipe.name, speaks=ownership is not None) as notes:
+        from pretrain.engine.start import train_recipe  # imports DeepSpeed, which takes seconds
 
-    return train_recipe(recipe, resume, signals or StopSignals(), ownership,
-                        arguments.from_step)
+        return train_recipe(recipe, resume, signals or StopSignals(), ownership,
+                            arguments.from_step, notes)
 
 
 def enter(run_dir: Path, take_over: bool) -> Ownership | None:
@@ -224,6 +231,12 @@ def check_same_run(
     from pretrain.resume_rules import check_changes, recipe_of
 
     root = run_dir / "checkpoints"
+    if from_step is None and (step := cut_off_return(root)) is not None:
+        raise RunDirError(
+            f"{run_dir} was on its way back to step {step}, and was cut off while the checkpoints "
+            f"after that were moved: end it with --resume {run_dir} --from-step {step} (or of an "
+            "earlier checkpoint)"
+        )
     try:
         folder = newest_whole(root) if from_step is None else find_checkpoint(root, from_step)
     except CheckpointError as error:

@@ -208,7 +208,7 @@ def _ours(args: argparse.Namespace, engine, batches: dict[str, list], ranks, fol
     def case() -> int:
         loop.run(
             windows(), TrainerState(),
-            wants_report=lambda step: log.due(step + 1, args.steps),
+            wants_report=lambda step, stops: log.due(step + 1, args.steps),
             on_report=lambda state, report: log.log(
                 state.step, report.task, throughput.describe(report)
             ),

@@ -73,6 +73,10 @@ def test_what_a_run_was_trained_with_is_in_its_checkpoints(ended, capsys):
         assert "optimizer.kind: adamw in checkpoints/step_000000008, sgd now" in said
         assert main(["--resume", str(ended), "--from-step", "5"]) == 2
         assert "no checkpoint of step 5 (--from-step): there are 4, 8" in capsys.readouterr().err
+        (cut_off := ended / "checkpoints/going_back_to_step_000000004").mkdir()
+        assert main(["--resume", str(ended)]) == 2
+        assert f"end it with --resume {ended} --from-step 4 " in capsys.readouterr().err
+        cut_off.rmdir()
     finally:
         resolved.write_text(before)
     assert main(["--resume", str(ended), "steps=7"]) == 2

@@ -164,6 +164,20 @@ def test_the_loser_writes_nothing_that_others_read(run, tmp_path):
         assert snapshot(run) == before
 
 
+def test_of_what_ends_all_ranks_alike_one_speaks(run, capsys):
+    """Every other reason is told, and each rank's stack is on file."""
+    first = claim(run, {})
+    ControlFolder(run, first).begin()
+    alike = RuntimeError("rank 1: no labels")
+    for rank, error in enumerate([alike, alike, RuntimeError("a peer has left"), alike]):
+        assert end_failed(run, rank, error, first) == FAILED
+    assert capsys.readouterr().err.splitlines() == [
+        "rank 0: RuntimeError: rank 1: no labels", "rank 2: RuntimeError: a peer has left"
+    ]  # fmt: skip
+    assert len(list(run.glob("control/failure_rank_*.json"))) == 4
+    assert not list(run.glob("control/*.lock"))
+
+
 def test_a_rank_that_fails_before_it_heard_of_the_claim(run):
     """It may note why, if the claim is that of its own launch."""
     launch = {"MASTER_ADDR": "h", "MASTER_PORT": "1"}
