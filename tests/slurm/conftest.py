@@ -90,6 +90,7 @@ def emulated(request) -> Iterator[DevCluster]:
             yield cluster
         finally:
             cluster.do("purge")
+            Path(f"{folder}.lock").unlink(missing_ok=True)
 
 
 def attempts(run: Path) -> list[dict]:

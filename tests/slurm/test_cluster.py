@@ -118,8 +118,9 @@ def test_a_node_that_reboots_without_a_word(emulated, tmp_path):
     wait_for(lambda: attempts(run), 90, lambda: story(run))
     make_steps(run)
     assert attempts(run)[0]["decision"] == "restart"
-    emulated.ask(sys.executable, "-m", "slurm", "cancel", str(run))  # leaves no process of the run
-    assert emulated.state(job) == "CANCELLED"
+    # It leaves no process of the run.
+    emulated.ask(sys.executable, "-m", "slurm", "cancel", str(run), "--wait", "60")
+    assert emulated.state(job) == "CANCELLED"  # and the supervisor does not bring it back
     steps_are_whole(run)
     wait_for(lambda: not any(psutil.pid_exists(rank(run, n)["pid"]) for n in range(4)), 30)
 
