@@ -184,7 +184,7 @@ def index_file(
         if headers_only and not _is_wanted(member):
             builder.add(member, 0, None)
         else:
-            crc32, payload = _read(file, member, shard)
+            crc32, payload = read_payload(file, member, shard)
             builder.add(member, 0 if headers_only else crc32, payload)
         if progress is not None and member.end - passed >= _CHUNK:
             progress(member.end - passed)
@@ -202,8 +202,11 @@ def _is_wanted(member: Member) -> bool:
     return split[1] == bundles.EXTENSION or wants_payload(split[1], member.size)
 
 
-def _read(file: BinaryIO, member: Member, shard: str) -> tuple[int, bytes | None]:
-    """Return the crc32 of a payload, and the payload itself if the builder wants it."""
+def read_payload(file: BinaryIO, member: Member, shard: str) -> tuple[int, bytes | None]:
+    """Return the crc32 of a payload, and the payload itself if the builder wants it.
+
+    file: stands at the payload.
+    """
     split = split_name(member.name)
     extension = split[1] if split is not None else ""
     keep = wants_payload(extension, member.size)

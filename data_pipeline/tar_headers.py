@@ -38,14 +38,13 @@ _LARGEST_EXTENDED_HEADER = 1 << 20
 # Digits of the largest size that a 64-bit offset can reach.
 _SIZE_DIGITS = 19
 
-_SAVE = (
-    "can be saved with GNU tar: `mkdir saved && tar --ignore-zeros -xf {name} -C saved; tar "
-    "--sort=name -cf new.tar -C saved .`"
-)
-
-
 class ShardError(ValueError):
     """A shard, its index or its manifest cannot be trusted. The message names file and byte."""
+
+    at: int | None = None
+    """Byte of the tar where damage was met, if it is that."""
+    marker: int | None = None
+    """First byte of the end-of-archive marker that it lies behind, if it does."""
 
 
 class Member(NamedTuple):
@@ -88,15 +87,16 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def iter_members(file: BinaryIO, shard: str, total: int) -> Iterator[Member]:
+def iter_members(file: BinaryIO, shard: str, total: int, start: int = 0) -> Iterator[Member]:
     """Yield the regular files of a tar in order; `file` stands at the payload at each yield.
 
     The caller may read the payload or not. Directories and volume labels are passed over.
 
-    Args: file: seekable, opened for reading at byte 0; shard: name for messages; total: file size.
+    Args: file: seekable, opened for reading; shard: name for messages; total: file size; start:
+    byte of the first header.
     Errors: ShardError for any damage, an unsafe name, or a member that is not a plain file.
     """
-    position = 0
+    position = start
     extended: _Extended | None = None
     while True:
         block = _read(file, position, BLOCK, shard, total)
@@ -129,7 +129,7 @@ def iter_members(file: BinaryIO, shard: str, total: int) -> Iterator[Member]:
                     shard,
                     position,
                     f"member {name!r} needs {size} bytes but the file ends at byte {total}: "
-                    "truncated",
+                    "truncated" + _saved(shard),
                 )
             yield Member(name, begin, payload, size, zlib.crc32(block))
         else:
@@ -145,7 +145,11 @@ def parse_header(block: bytes, shard: str, at: int) -> Header:
     """
     stored = _number(block[148:156], shard, at, "checksum")
     if stored != sum(block[:148]) + 256 + sum(block[156:]) and stored != _signed_sum(block):
-        raise _damage(shard, at, "this is not a tar header (its checksum is wrong): damaged")
+        raise _damage(
+            shard,
+            at,
+            "this is not a tar header (its checksum is wrong): damaged" + _saved(shard),
+        )
     name = block[:100].split(b"\0", 1)[0]
     # GNU archives have "ustar  " here and use the prefix field for something else.
     if block[257:263] == b"ustar\0" and block[345]:
@@ -189,13 +193,17 @@ def _read(file: BinaryIO, position: int, size: int, shard: str, total: int) -> b
         raise _damage(
             shard,
             total,
-            "the file ends without an end-of-archive marker: truncated or not a tar. What is whole "
-            + _SAVE.format(name=shlex.quote(os.path.basename(shard))),
+            "the file ends without an end-of-archive marker: truncated or not a tar"
+            + _saved(shard),
         )
     file.seek(position)
     data = file.read(size)
     if len(data) != size:
-        raise _damage(shard, position, f"the file ends at byte {total} inside a header: truncated")
+        raise _damage(
+            shard,
+            position,
+            f"the file ends at byte {total} inside a header: truncated" + _saved(shard),
+        )
     return data
 
 
@@ -241,17 +249,19 @@ def _pax_records(data: bytes, shard: str, at: int) -> Iterator[tuple[bytes, byte
 
 
 def _check_rest_is_zero(file: BinaryIO, position: int, shard: str) -> None:
+    marker = position
     file.seek(position)
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):
             at = position + len(chunk) - len(chunk.lstrip(b"\0"))
-            raise _damage(
+            error = _damage(
                 shard,
                 at,
-                f"data behind the end-of-archive marker at byte {position}: a header was "
-                "overwritten with zeros, or archives were concatenated. All of it "
-                + _SAVE.format(name=shlex.quote(os.path.basename(shard))),
+                f"data behind the end-of-archive marker at byte {marker}: a header was "
+                "overwritten with zeros, or archives were concatenated" + _saved(shard),
             )
+            error.marker = marker
+            raise error
         position += len(chunk)
 
 
@@ -261,7 +271,9 @@ def _number(field: bytes, shard: str, at: int, what: str) -> int:
     digits = field.split(b"\0", 1)[0].strip(b" ")
     # Not left to int(): it reads signs and underscores too, and a negative size leads back.
     if digits.strip(b"01234567"):
-        raise _damage(shard, at, f"bad {what} field {field!r} in a tar header: damaged")
+        raise _damage(
+            shard, at, f"bad {what} field {field!r} in a tar header: damaged" + _saved(shard)
+        )
     return int(digits, 8) if digits else 0
 
 
@@ -276,4 +288,16 @@ def _text(name: bytes) -> str:
 
 
 def _damage(shard: str, at: int, what: str) -> ShardError:
-    return ShardError(f"{shard}: byte {at}: {what}")
+    error = ShardError(f"{shard}: byte {at}: {what}")
+    error.at = at
+    return error
+
+
+def _saved(shard: str) -> str:
+    """How to go on with a damaged tar."""
+    local = shard if "://" not in shard else os.path.basename(shard)
+    return (
+        ("; what is whole" if local is shard else "; download it, and what is whole")
+        + f" is saved by `python -m tools.shards repack {shlex.quote(local)} --out saved "
+        "--on-damage skip --on-clash prefix`"
+    )

@@ -196,10 +196,11 @@ class Turn:
             run_dir = checkpoints.root.parent
             records = [run_dir / name for name in ("metrics.jsonl", "faults", "quarantine.jsonl")]
             self.aside = checkpoints.go_back(self.step, records)
-            if self.aside.newest is not None:
-                state.ledger.append(
-                    {"kind": "return", "step": self.step, "from_step": self.aside.newest}
-                )
+        # Also where an earlier start went back, and ended before a checkpoint could say so.
+        newest = checkpoints.went_back_from(self.step)
+        entry = {"kind": "return", "step": self.step, "from_step": newest}
+        if newest is not None and entry not in state.ledger[-1:]:
+            state.ledger.append(entry)
         recorded = {p: list(pair) for p, pair in self.changes.items() if matches(p, RECORDED)}
         if recorded:
             state.ledger.append({"kind": "settings", "step": self.step, "changed": recorded})

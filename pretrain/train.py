@@ -25,13 +25,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pretrain.engine.checkpoint_files import CheckpointError, newest_whole
-from pretrain.engine.checkpoint_retention import find_checkpoint, step_of, step_to_go_back_to
+from pretrain.engine.checkpoint_retention import (
+    cut_off_return,
+    find_checkpoint,
+    step_of,
+    step_to_go_back_to,
+)
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.launch_environment import LaunchError, require_world, translate
+from pretrain.engine.launchers import age_of_start
 from pretrain.engine.ownership import (
     OccupiedError,
     Ownership,
     claim,
+    claimed_by_this_launch,
     refuse_if_occupied,
 )
 from pretrain.engine.run_record import (
@@ -41,6 +48,7 @@ from pretrain.engine.run_record import (
     check_resumable,
     holds_run,
 )
+from pretrain.engine.start_notes import StartNotes
 
 if TYPE_CHECKING:
     from pretrain.recipe import Recipe
@@ -74,10 +82,11 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
 
         say(reason_of(error))
         return FAILED
-    from pretrain.engine.start import train_recipe  # imports DeepSpeed, which takes seconds
+    with StartNotes(recipe.name, speaks=ownership is not None) as notes:
+        from pretrain.engine.start import train_recipe  # imports DeepSpeed, which takes seconds
 
-    return train_recipe(recipe, resume, signals or StopSignals(), ownership,
-                        arguments.from_step)
+        return train_recipe(recipe, resume, signals or StopSignals(), ownership,
+                            arguments.from_step, notes)
 
 
 def enter(run_dir: Path, take_over: bool) -> Ownership | None:
@@ -183,7 +192,11 @@ def read_recipe(arguments: argparse.Namespace) -> "tuple[Recipe, bool]":
         return read_resumed(arguments.resume, arguments.overrides, arguments.from_step), True
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run_dir = Path(recipe.run_dir)
-    if not (arguments.start_or_resume and holds_run(run_dir)):
+    # A launcher that starts its ranks anew repeats the words of the first start.
+    goes_on = arguments.start_or_resume or claimed_by_this_launch(
+        run_dir, os.environ, age_of_start()
+    )
+    if not (goes_on and holds_run(run_dir)):
         check_new(run_dir)
         return recipe, False
     recipe = moved(recipe, run_dir)
@@ -224,6 +237,12 @@ def check_same_run(
     from pretrain.resume_rules import check_changes, recipe_of
 
     root = run_dir / "checkpoints"
+    if from_step is None and (step := cut_off_return(root)) is not None:
+        raise RunDirError(
+            f"{run_dir} was on its way back to step {step}, and was cut off while the checkpoints "
+            f"after that were moved: end it with --resume {run_dir} --from-step {step} (or of an "
+            "earlier checkpoint)"
+        )
     try:
         folder = newest_whole(root) if from_step is None else find_checkpoint(root, from_step)
     except CheckpointError as error:

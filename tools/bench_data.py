@@ -29,7 +29,7 @@ from data_pipeline.rng import sample_rng
 from data_pipeline.shards import ShardSet
 from data_pipeline.tokenizer import train_byte_level_bpe
 from data_pipeline.transforms import ImageSettings, ImageTransform
-from tools.bench_measure import Measurement, interleaved, median_rate, ratio
+from tools.bench_measure import Measurement, interleaved, median_rate, ratio, say
 from tools.bench_peers import Peers
 from tools.bench_tiny import BUNDLE, TinyBench
 
@@ -46,8 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=Path, help="folder of JPEGs, or of shards; default: made-up photographs"
     )
-    parser.add_argument("--samples", type=int, default=9600, help="images per repetition")
-    parser.add_argument("--tiny-samples", type=int, default=20_000, help="images of 32 pixels")
+    parser.add_argument("--samples", type=int, help="images per repetition (1,920; --long: 9,600)")
+    parser.add_argument(
+        "--tiny-samples", type=int, help="images of 32 pixels (4,000; --long: 20,000)"
+    )
     parser.add_argument("--size", type=int, default=224, help="output pixels")
 
 
@@ -55,11 +57,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see `tools.benchmark` for the form of the result."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)  # as in the workers
+    samples = args.samples or (9600 if args.long else 1920)
+    tiny_samples = args.tiny_samples or (20_000 if args.long else 4000)
+    say(f"packing {samples:,} photographs and {tiny_samples:,} tiny images")
     with tempfile.TemporaryDirectory() as folder:
         jpegs = photographs(args.images)
-        shards = pack(jpegs, Path(folder) / "shards", args.samples)
+        shards = pack(jpegs, Path(folder) / "shards", samples)
         bench = DataBench(shards, jpegs, args.size)
-        tiny = TinyBench(Path(folder) / "tiny", args.tiny_samples)
+        tiny = TinyBench(Path(folder) / "tiny", tiny_samples)
         cases = {
             "omnipretrain": bench.ours,
             "webdataset, same decoder": lambda: _drain(bench.peers.webdataset(bench.decode_fast)),

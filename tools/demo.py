@@ -124,7 +124,7 @@ def tokenizer(demo: Demo) -> None:
 
 def train_and_kill(demo: Demo) -> None:
     """Pre-train two tasks with ZeRO-2 on two processes, and kill them all in the middle."""
-    real("deepspeed --num_gpus 8 --module pretrain.train git_base "
+    real("deepspeed --quiet --num_gpus 8 --module pretrain.train git_base "
          "tasks.caption.data.shards=[data/coco/train] tokenizer.path=...")
     for old in (demo.run, demo.export):
         shutil.rmtree(old, ignore_errors=True)

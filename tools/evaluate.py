@@ -27,6 +27,7 @@ from data_pipeline.captions import CaptionDataSettings
 from data_pipeline.console import parse_in_any_order, write_utf8
 from data_pipeline.loader import EvaluationLoader
 from data_pipeline.reader import TransientReadError
+from data_pipeline.shards import ShardSet
 from data_pipeline.stream import DataError
 from data_pipeline.tar_headers import ShardError
 from data_pipeline.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ from pretrain.objectives.caption_evaluation import CaptionExample, evaluate_capt
 from tools.arguments import add_device, positive
 from tools.contact_sheet import Cell, contact_sheet
 from tools.export_record import RECORD, ExportRecord, heldout_loader, way_to_export
+from tools.training_images import NAMED, Seen, seen_in_training
 
 _COLUMNS = 4
 _SHOWN = {
@@ -57,6 +59,8 @@ class Evaluated:
     """One per image, in row order; the first few with the image as the model saw it."""
     seconds: float
     bad_samples: int
+    shards: ShardSet
+    """What the images were read from."""
 
 
 class Captioner:
@@ -138,7 +142,8 @@ def evaluate(
             f"none of the {loader.samples} samples of {', '.join(data.shards)} could be used; "
             f"last: key {faults.last.key!r}: {faults.last.reason}"
         )
-    return Evaluated(metrics, examples, time.monotonic() - started, faults.replaced)
+    seconds = time.monotonic() - started
+    return Evaluated(metrics, examples, seconds, faults.replaced, loader.stream.reader.shards)
 
 
 def _with_progress(loader: EvaluationLoader) -> Iterator[dict[str, Any]]:
@@ -153,7 +158,7 @@ def _with_progress(loader: EvaluationLoader) -> Iterator[dict[str, Any]]:
 # ---- output ------------------------------------------------------------------------------------
 
 
-def _print_results(record: ExportRecord, found: Evaluated, examples: int) -> None:
+def _print_results(record: ExportRecord, found: Evaluated, seen: Seen, examples: int) -> None:
     if not (record.verification and record.verification.passed):
         console.print("[yellow]this export was not verified against the run that it came from[/]")
     title = f"{record.recipe}, step {record.step}, task {record.task}"
@@ -166,6 +171,8 @@ def _print_results(record: ExportRecord, found: Evaluated, examples: int) -> Non
             table.add_row(label, f"{value:,.0f}" if name == "images" else f"{value:.4f}")
     table.add_row("captions per second", f"{len(found.examples) / found.seconds:.1f}")
     console.print(table)
+    if seen in ("training", "partly training"):
+        console.print(f"[yellow]these are {NAMED[seen]}: the metrics say little about others[/]")
     if found.bad_samples:
         console.print(f"[yellow]{found.bad_samples} bad samples were left out[/]")
     for example in found.examples[:examples]:
@@ -175,7 +182,9 @@ def _print_results(record: ExportRecord, found: Evaluated, examples: int) -> Non
             console.print(Text(f"  reference  {reference}", style="green"))
 
 
-def _write_json(path: Path, record: ExportRecord, options: Any, found: Evaluated) -> None:
+def _write_json(
+    path: Path, record: ExportRecord, options: Any, found: Evaluated, seen: Seen
+) -> None:
     content = {
         "metrics": found.metrics,
         "export": record.model_dump(
@@ -184,6 +193,7 @@ def _write_json(path: Path, record: ExportRecord, options: Any, found: Evaluated
         "generation": {"kind": "greedy", "max_new_tokens": record.max_new_tokens},
         "shards": options.shards,
         "where": options.where,
+        "images": seen,
         "bad_samples": found.bad_samples,
         "captions": [
             {key: value for key, value in asdict(example).items() if key != "image"}
@@ -194,7 +204,9 @@ def _write_json(path: Path, record: ExportRecord, options: Any, found: Evaluated
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_sheet(path: Path, record: ExportRecord, font: str | None, found: Evaluated) -> None:
+def _write_sheet(
+    path: Path, record: ExportRecord, font: str | None, found: Evaluated, seen: Seen
+) -> None:
     cells = [
         Cell(e.image.permute(1, 2, 0).numpy(), e.key, e.caption, e.references[:1])
         for e in found.examples
@@ -211,7 +223,7 @@ def _write_sheet(path: Path, record: ExportRecord, font: str | None, found: Eval
     sheet = contact_sheet(
         cells,
         title=f"{record.recipe}, step {record.step}",
-        subtitle=f"{metrics['images']:,.0f} held-out images: {scores}",
+        subtitle=f"{metrics['images']:,.0f} {NAMED[seen]}: {scores}",
         columns=_COLUMNS,
         font=font,
     )
@@ -239,12 +251,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep_images=options.sheet_rows * _COLUMNS if options.sheet else 0,
             device=options.device,
         )
-        _print_results(record, found, options.examples)
+        seen = seen_in_training(found.shards, options.where, record.training_shards)
+        _print_results(record, found, seen, options.examples)
         if options.json:
-            _write_json(options.json, record, options, found)
+            _write_json(options.json, record, options, found, seen)
             console.print(f"metrics and captions: {options.json}", highlight=False)
         if options.sheet:
-            _write_sheet(options.sheet, record, options.font, found)
+            _write_sheet(options.sheet, record, options.font, found, seen)
             console.print(f"contact sheet: {options.sheet}", highlight=False)
         return 0
     except torch.OutOfMemoryError:

@@ -6,6 +6,8 @@ other sizes of shards, bundles or none. Parallel, resumable and reproducible as 
 
 import argparse
 import itertools
+import logging
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,14 +18,15 @@ import numpy as np
 
 from data_pipeline.catalogue import Catalogue
 from data_pipeline.filters import select_rows
-from data_pipeline.locations import folder_of
+from data_pipeline.locations import folder_of, is_url
 from data_pipeline.manifest import Manifest
 from data_pipeline.packer import sample_bytes
 from data_pipeline.packing import PackJob, SampleFault, plan_ranges
 from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.remote import UrlStorage
 from data_pipeline.rng import keyed_u64
-from data_pipeline.shards import ShardSet
+from data_pipeline.shards import ShardSet, load_or_build_index
+from data_pipeline.tar_headers import ShardError
 from tools.pack_options import (
     add_packing_options,
     byte_count,
@@ -33,8 +36,10 @@ from tools.pack_options import (
     split_name,
 )
 from tools.pack_run import run_jobs
+from tools.tar_salvage import salvage
 
 _SHOWN = 5
+_log = logging.getLogger("omnipretrain.data")
 
 
 @dataclass
@@ -68,6 +73,10 @@ class Input:
     shards: ShardSet
     manifests: list[Manifest]
     """Of the folders that its shards lie in."""
+    saved: dict[str, int] = field(default_factory=dict)
+    """Damaged tar -> samples that were saved from it."""
+    lost: list[str] = field(default_factory=list)
+    """A line for each thing that was not."""
 
 
 def add_command(commands: Any, text: str) -> None:
@@ -97,7 +106,8 @@ def add_command(commands: Any, text: str) -> None:
         "--on-damage",
         choices=("error", "skip"),
         default="error",
-        help="what to do with damaged samples (default %(default)s)",
+        help="what to do with damaged samples; skip also saves what is whole from tars that are "
+        "cut, joined, without an end, or damaged between members (default %(default)s)",
     )
     parser.add_argument("--max-bytes", type=byte_count, help="per shard, e.g. 500M")
     parser.add_argument("--licence", help="text, or @FILE, in place of those of the inputs")
@@ -106,16 +116,23 @@ def add_command(commands: Any, text: str) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    return run_jobs(lambda: repack_jobs(options), options.processes)
+    with tempfile.TemporaryDirectory(prefix="repack-") as folder:
+        return run_jobs(lambda: repack_jobs(options, Path(folder)), options.processes)
 
 
-def repack_jobs(options: argparse.Namespace) -> Iterator[PackJob]:
+def repack_jobs(options: argparse.Namespace, links: Path) -> Iterator[PackJob]:
     """Yield a job for each split, in the order of --fractions.
+
+    links: an empty folder that lasts as long as the jobs.
 
     Errors: ValueError naming the inputs for keys or classes that clash, and for splits that nothing
     falls into; ShardError, OSError.
     """
-    inputs = [_open(spec) for spec in options.shards]
+    if options.on_damage == "skip":
+        inputs = [_open_damaged(spec, links / str(n)) for n, spec in enumerate(options.shards)]
+    else:
+        inputs = [_open(spec) for spec in options.shards]
+    lost = [line for one in inputs for line in one.lost]
     shards = ShardSet(itertools.chain.from_iterable(i.shards.shards for i in inputs))
     classes = classes_of(options) or _common_classes(inputs)
     rows = np.arange(len(shards))
@@ -152,19 +169,50 @@ def repack_jobs(options: argparse.Namespace) -> Iterator[PackJob]:
             classes=classes,
             details={
                 "seed": options.seed,
-                "missing": 0,
+                "missing": 0 if number else len(lost),
                 "clashing_keys": clashes,
                 "inputs": [_described(one) for one in inputs],
             },
+            account={
+                "saved_of_damaged_shards": {k: v for one in inputs for k, v in one.saved.items()}
+            },
+            missing=() if number else lost,  # of the inputs: named once
         )
 
 
 def _open(spec: str) -> Input:
     shards = ShardSet.open(spec)
+    return Input(spec, shards, _manifests([shard.path for shard in shards.shards]))
+
+
+def _open_damaged(spec: str, links: Path) -> Input:
+    """As `_open`, with what is whole in place of tars that cannot be read.
+
+    Errors: ShardError also if nothing of the input is whole.
+    """
+    paths, saved, lost, readable = Catalogue(UrlStorage()).expand(spec), {}, [], []
+    first: ShardError | None = None
+    for number, path in enumerate(paths):
+        try:
+            if not is_url(path):
+                load_or_build_index(path)
+            readable.append(path)
+        except ShardError as error:
+            first = first or error
+            found = salvage(path, links / str(number))
+            _log.warning("%s; %d samples of it are saved", error, found.samples)
+            readable += found.links
+            lost += found.lost
+            saved[path] = found.samples
+    if first is not None and not readable:
+        raise first
+    return Input(spec, ShardSet.open(readable), _manifests(paths), saved, lost)
+
+
+def _manifests(paths: list[str]) -> list[Manifest]:
     catalogue = Catalogue(UrlStorage())
-    folders = dict.fromkeys(folder_of(shard.path) for shard in shards.shards)
-    found = [catalogue.manifest(folder) for folder in folders]
-    return Input(spec, shards, [manifest for manifest in found if manifest is not None])
+    found = [catalogue.manifest(folder) for folder in dict.fromkeys(map(folder_of, paths))]
+    return [manifest for manifest in found if manifest is not None]
 
 
 def _described(one: Input) -> dict[str, Any]:
@@ -253,9 +301,21 @@ def _resolved(
     if on_clash == "prefix":
         pairs = zip(keys, numbers, strict=True)
         named = [f"{number}/{key}" if key in clashing else key for key, number in pairs]
+        named = _told_apart(named)
         return rows, named, parts, len(clashing)
     firsts = np.array(sorted({key: at for at, key in reversed(list(enumerate(keys)))}.values()))
     return rows[firsts], [keys[at] for at in firsts.tolist()], parts[firsts], len(clashing)
+
+
+def _told_apart(keys: list[str]) -> list[str]:
+    """Keys that one input has several times get a number of their own: "0/a", "0-2/a"."""
+    seen: Counter[str] = Counter()
+    found = []
+    for key in keys:
+        seen[key] += 1
+        number, slash, rest = key.partition("/")
+        found.append(key if seen[key] == 1 else f"{number}-{seen[key]}{slash}{rest}")
+    return found
 
 
 def _sizes(shards: ShardSet, rows: list[int], keys: list[str], bundle: int) -> Iterator[int]:

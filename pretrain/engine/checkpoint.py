@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from data_pipeline.files import (
     give_usual_access,
@@ -42,6 +41,7 @@ from pretrain.engine.checkpoint_files import (
     read_manifest,
     seal_manifest,
     verify_file,
+    write_tensors,
 )
 from pretrain.engine.checkpoint_retention import (
     Aside,
@@ -50,6 +50,7 @@ from pretrain.engine.checkpoint_retention import (
     retire,
     set_aside,
     steps_there,
+    went_back_from,
 )
 from pretrain.engine.checkpoint_settings import (
     CheckpointSettings,
@@ -178,16 +179,18 @@ class Checkpoints:
                               for f in partition.fragments],
             })
         tensor_file, map_file = (folder / name for name in rank_files(self._rank))
-        save_file(tensors, tensor_file)
-        map_file.write_text(json.dumps({"partitions": maps}), encoding="utf-8")
+        write_tensors(tensors, tensor_file)
+        with naming(map_file):
+            map_file.write_text(json.dumps({"partitions": maps}), encoding="utf-8")
         written = [tensor_file, map_file]
         if self._rank == 0:
-            save_file(module, folder / MODULE)
+            write_tensors(module, folder / MODULE)
             written.append(folder / MODULE)
             for name, source in self._attachments.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 content = source if isinstance(source, bytes) else source.read_bytes()
-                (folder / name).write_bytes(content)
+                with naming(folder / name):
+                    (folder / name).write_bytes(content)
                 written.append(folder / name)
         for path in written:
             give_usual_access(path)
@@ -344,6 +347,10 @@ class Checkpoints:
             return set_aside(self.root, step, records)
 
         return self._agree_on(move)
+
+    def went_back_from(self, step: int) -> int | None:
+        """See the function of this name. A collective."""
+        return self._agree_on(lambda: went_back_from(self.root, step))
 
     # ---- agreement ---------------------------------------------------------------------------
 

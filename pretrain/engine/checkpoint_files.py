@@ -21,11 +21,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,25 @@ def list_checkpoints(root: Path) -> list[Path]:
 def rank_files(rank: int) -> tuple[str, str]:
     """Names of a rank's tensor file and of its fragment map."""
     return f"rank_{rank:05d}.safetensors", f"rank_{rank:05d}.json"
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a .safetensors file.
+
+    Raises:
+        CheckpointError: it cannot be written; with its name and size and the room that there is
+            (the library's own error tells neither).
+    """
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        raise CheckpointError(
+            f"cannot write {path}, {size:,} bytes ({free:,} bytes are free there): {error}"
+        ) from None
 
 
 def file_entry(path: Path) -> dict[str, int | str]:

@@ -7,6 +7,7 @@
 """
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,8 @@ from pretrain.engine.checkpoint_files import (
     list_checkpoints,
 )
 
-_ASIDE = "aside_{}_after_{}"
+_ASIDE, _UNFINISHED = "aside_{}_after_{}", "going_back_to_{}"
+_ASIDE_NAME = re.compile(r"aside_(\d+)_after_step_(\d+)$")
 
 
 def step_of(folder: Path) -> int:
@@ -81,33 +83,38 @@ class Aside(NamedTuple):
 
     folder: Path
     newest: int | None
-    """The newest step that was left aside; None if there was none."""
+    """The newest step in it; None if it holds none."""
 
 
 def set_aside(root: Path, step: int, records: Iterable[Path]) -> Aside:
     """Move the checkpoints after `step` out of the way; to be done once that one is restored.
 
     They go, with copies of the run's records so far, into a folder of their own, where nothing
-    reads them but who names it. The folder is made in any case: it says that the run went back.
+    reads them but who names it. It has another name until all is moved: a start after a crash in
+    the middle goes on with it. It is made in any case: it says that the run went back.
 
     Args:
         records: files and folders of the run which speak of the steps that are left aside.
     """
     later = [folder for folder in list_checkpoints(root) if step_of(folder) > step]
-    number = max([0, *_went_back(root)]) + 1
-    aside = root / _ASIDE.format(number, checkpoint_name(step))
-    aside.mkdir()
+    unfinished = root / _UNFINISHED.format(checkpoint_name(step))
+    for other in root.glob(_UNFINISHED.format("step_*")):  # at most one, perhaps to another step
+        os.rename(other, unfinished)
+    unfinished.mkdir(exist_ok=True)
     for record in records:
         if record.is_dir():
-            shutil.copytree(record, aside / record.name)
+            shutil.copytree(record, unfinished / record.name, dirs_exist_ok=True)
         elif record.exists():
-            shutil.copy2(record, aside / record.name)
+            shutil.copy2(record, unfinished / record.name)
     write_atomically(root / "latest", [f"{checkpoint_name(step)}\n".encode()])
     for folder in later:  # the newest first: a crash leaves no gap
-        os.rename(folder, aside / folder.name)
-    sync_folder(aside)
+        os.rename(folder, unfinished / folder.name)
+    sync_folder(unfinished)
+    aside = root / _ASIDE.format(max([0, *_went_back(root)]) + 1, checkpoint_name(step))
+    os.rename(unfinished, aside)
     sync_folder(root)
-    return Aside(aside, step_of(later[0]) if later else None)
+    left = list_checkpoints(aside)
+    return Aside(aside, step_of(left[0]) if left else None)
 
 
 def step_to_go_back_to(
@@ -124,7 +131,26 @@ def step_to_go_back_to(
     return wanted
 
 
+def cut_off_return(root: Path) -> int | None:
+    """The step that the run was to go back to when something ended it in the middle of that."""
+    return next((step_of(Path(path.name.removeprefix(_UNFINISHED.format("")))) for path
+                 in root.glob(_UNFINISHED.format("step_*"))), None)
+
+
+def went_back_from(root: Path, step: int) -> int | None:
+    """The newest step that was left aside when the run last went back to `step`; None if it has
+    gone back elsewhere since then, or never did."""
+    back = _went_back(root)
+    for number in sorted(back, reverse=True):
+        if back[number] != step:
+            return None
+        aside = root / _ASIDE.format(number, checkpoint_name(step))
+        if left := list_checkpoints(aside):
+            return step_of(left[0])
+    return None
+
+
 def _went_back(root: Path) -> dict[int, int]:
     """Number of each folder of `set_aside` -> the step that the run went back to."""
-    names = [path.name.split("_") for path in root.glob(_ASIDE.format("*", "*"))]
-    return {int(parts[1]): int(parts[-1]) for parts in names}
+    found = (_ASIDE_NAME.match(path.name) for path in root.glob("aside_*"))
+    return {int(match[1]): int(match[2]) for match in found if match}

@@ -15,6 +15,13 @@ PATIENCE_STEPS = 100
 """Steps of a task in a row without targets for a part of its loss, after which that is told."""
 
 
+def has_targets(objective: Any, counts: Mapping[str, float]) -> bool:
+    """Whether a step counted anything that the loss is a mean over; else it has no gradient, and
+    its norm no value."""
+    counted_by = getattr(objective, "counted_by", {})
+    return "loss" not in counted_by or any(counts[count] for count in counted_by["loss"])
+
+
 def with_absences(
     objective: Any, metrics: Mapping[str, float], counts: Mapping[str, float]
 ) -> dict[str, float | None]:

@@ -1,4 +1,7 @@
-"""Evaluation between steps: every task's held-out data, on all ranks, numbers and pictures."""
+"""Evaluation between steps: every task's held-out data, on all ranks, numbers and pictures.
+
+An objective's `evaluate` returns its metrics in the order that matters; so they are said.
+"""
 
 import contextlib
 import logging
@@ -49,7 +52,7 @@ class Evaluator:
     def evaluate_if_due(self, step: int) -> bool:
         """Evaluate after `step` steps if the recipe says so; False if a stop that was asked for has
         cut it off, on every rank. A collective."""
-        return self._evaluate(step, self._tasks() if self._due(step) else [])
+        return self._evaluate(step, self._tasks() if self.is_due(step) else [])
 
     def catch_up(self, step: int) -> bool:
         """Evaluate what an earlier start has not come to after this step, as `evaluate_if_due`.
@@ -57,7 +60,7 @@ class Evaluator:
         Rank 0 looks into the metrics: where a task's line is missing, a stop has cut it off.
         """
         left: list = [[]]
-        if self.ranks.leads and step and self._due(step):
+        if self.ranks.leads and step and self.is_due(step):
             done = evaluated_tasks(self.metrics.run_dir / METRICS_FILE, step)
             left = [[task for task in self._tasks() if task not in done]]
         dist.broadcast_object_list(left, src=0)
@@ -66,7 +69,8 @@ class Evaluator:
     def _tasks(self) -> list[str]:
         return [name for name, task in self.recipe.tasks.items() if task.evaluation is not None]
 
-    def _due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
+        """Whether tasks are evaluated after `step` steps, if they have held-out data."""
         every = self.recipe.evaluation_every_steps
         return bool(every and step % every == 0) or step == self.recipe.steps
 
@@ -98,7 +102,7 @@ class Evaluator:
             self.metrics.log(step, name, values, kind="evaluation")
             self._show(step, name, [e for e in examples if e.image is not None])
             log.info("step %d, %s on %d held-out samples: %s", step, name, values["images"],
-                     ", ".join(f"{k} {shown(v)}" for k, v in sorted(values.items())))
+                     ", ".join(f"{name} {shown(value)}" for name, value in values.items()))
 
     def _until_stopped(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches, equally many on all ranks, until any rank is asked to stop."""

@@ -1,19 +1,24 @@
 """How a rank ends that cannot go on: what it says, where it leaves it, its exit code."""
 
+import contextlib
 import json
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pretrain.engine.control import ControlFolder
+from data_pipeline.files import exclusive, naming
+from pretrain.engine.control import STATUS_FILE, ControlFolder, read_status
 from pretrain.engine.ownership import Ownership, owned_by_launch
 from pretrain.engine.peers import Place, ended_peers, speaks_of_a_peer
 
 FAILED, LOST = 1, 3
 """Exit codes; 3: another job has taken the run directory."""
+_TURN_S = 3.0
+_OF_RANK = re.compile(r"^rank \d+: ")
 
 
 def end_failed(
@@ -33,14 +38,16 @@ def end_failed(
     if places and speaks_of_a_peer(error) and (ended := ended_peers(places, rank)):
         reason = f"{', '.join(ended)}; rank {rank} then failed: {reason_of(error)}"
     ownership = ownership or owned_by_launch(run_dir, os.environ)
+    first = True
     try:
         if ownership is None or not ownership.holds():
             _note_loss(run_dir, rank, ownership)
             return LOST
-        note_failure(run_dir, rank, reason, ownership)
+        first = note_failure(run_dir, rank, reason, ownership)
     except OSError as problem:
         print(f"rank {rank}: cannot note the failure: {reason_of(problem)}", file=sys.stderr)
-    print(reason, file=sys.stderr, flush=True)
+    if first:
+        print(reason, file=sys.stderr, flush=True)
     return FAILED
 
 
@@ -57,15 +64,38 @@ def reason_of(error: BaseException) -> str:
     return f"{reason} ({Path(frame.filename).name}:{frame.lineno}, {frame.name}: {frame.line})"
 
 
-def note_failure(run_dir: Path, rank: int, reason: str, ownership: Ownership) -> None:
-    """Write `control/failure_rank_N.json` with the reason and the stack, and the status."""
+def note_failure(run_dir: Path, rank: int, reason: str, ownership: Ownership) -> bool:
+    """Write `control/failure_rank_N.json` with the reason and the stack, and the status.
+
+    Returns whether the status did not give this very reason before: of what ends all ranks alike,
+    one speaks.
+    """
     folder = run_dir / "control"
     note = {"rank": rank, "reason": reason, "stack": traceback.format_exc(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     file = folder / f"failure_rank_{rank:05d}.json"
-    file.write_text(json.dumps(note, indent=1), encoding="utf-8")
-    ControlFolder(run_dir, ownership).failed(reason)
-    ownership.leave()
+    with naming(file):
+        file.write_text(json.dumps(note, indent=1), encoding="utf-8")
+    with _in_turn(folder / STATUS_FILE):
+        status = read_status(run_dir)
+        ControlFolder(run_dir, ownership).failed(reason)
+        ownership.leave()
+    told = str(status.get("reason")) if status.get("state") == "failed" else ""
+    return _OF_RANK.sub("", told) != _OF_RANK.sub("", reason)
+
+
+@contextlib.contextmanager
+def _in_turn(path: Path) -> Iterator[None]:
+    """One rank after the other; but a rank that fails waits for nobody for long, since the launcher
+    ends the others once it is gone."""
+    until = time.monotonic() + _TURN_S
+    with contextlib.ExitStack() as held:
+        while time.monotonic() < until:
+            with contextlib.suppress(BlockingIOError):
+                held.enter_context(exclusive(path, wait=False))
+                break
+            time.sleep(0.02)
+        yield
 
 
 def _note_loss(run_dir: Path, rank: int, ownership: Ownership | None) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from data_pipeline.rng import keyed_u64
 from pretrain.engine.agreement import LENGTH, Agreement
 from pretrain.engine.control import ControlFolder, StopSignals
-from pretrain.engine.counted import TargetWatch, with_absences
+from pretrain.engine.counted import TargetWatch, has_targets, with_absences
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.ownership import OwnershipLost
 from pretrain.engine.update_size import mean_square_share
@@ -127,7 +127,7 @@ class Loop:
         windows: Iterable,
         state: TrainerState,
         *,
-        wants_report: Callable[[int], bool],
+        wants_report: Callable[[int, bool], bool],
         on_report: Callable[[TrainerState, StepReport], None],
         after_step: Callable[[TrainerState, bool], bool | None],
     ) -> str | None:
@@ -136,7 +136,8 @@ class Loop:
         Args:
             windows: `StepWindow`s from step `state.step` on.
             state: updated in place.
-            wants_report: step -> whether its metrics are reduced and reported.
+            wants_report: (step, whether the run stops with it) -> whether its metrics are reduced
+                and reported; the same on all ranks.
             on_report: receives the reports, one per task of a step, on every rank.
             after_step: (state, save asked for) after every step, on every rank; returns whether
                 all ranks have agreed meanwhile to stop.
@@ -151,7 +152,7 @@ class Loop:
         """
         self._begin_mark = time.perf_counter()
         for window in windows:
-            reports, requests = self._step(window, state, wants_report(window.step))
+            reports, requests = self._step(window, state, wants_report)
             if self.ranks.leads:
                 self.control.beat()
             for report in reports:
@@ -165,7 +166,9 @@ class Loop:
 
     # ---- one step ------------------------------------------------------------------------------
 
-    def _step(self, window, state: TrainerState, report: bool) -> tuple[list[StepReport], tuple]:
+    def _step(
+        self, window, state: TrainerState, wants_report: Callable[[int, bool], bool]
+    ) -> tuple[list[StepReport], tuple]:
         waited = time.perf_counter()
         totals, agreed = self._agree(window)
         # Element-wise draws (dropout) belong to (seed, step, rank): a resume repeats them.
@@ -197,21 +200,22 @@ class Loop:
         if lost > 0:
             self._leave_lost_run()
         requests = stop > 0, save > 0
-        counts = _by_task(totals, sums)
+        counts, taught = _by_task(totals, sums), False
         for part in window.parts:
             objective = self.engine.module.objectives[part.task]
             self.targets.observe(state.step, part.task, objective, counts[part.task])
+            taught = taught or has_targets(objective, counts[part.task])
         now = time.perf_counter()
         seconds = {**window.seconds, "wait": waited - self._begin_mark, "step": now - waited}
         seconds["total"] = now - self._begin_mark
         self._begin_mark = now
-        if not report:
+        if not wants_report(window.step, stop > 0):
             return [], requests
         if applied and (size := mean_square_share(self.engine, self.ranks.device)) is not None:
             shares[""] = {"update_size": size}
         metrics = self._reduce(shares)
         common = {
-            "gradient_norm": float(self.engine.get_global_grad_norm()),
+            "gradient_norm": float(self.engine.get_global_grad_norm()) if taught else None,
             "learning_rate": self.base_rate * rate,
             "skipped": float(not applied),
         }

@@ -1,7 +1,7 @@
 """What a run says: numbers to `metrics.jsonl` and TensorBoard, text to log files and the console.
 
     <run_dir>/metrics.jsonl            one JSON object per logged step and task, in step order
-    <run_dir>/tensorboard/events...    the same numbers, and sample images with captions
+    <run_dir>/tensorboard/events...    the same numbers, sample images with captions, the recipe
     <run_dir>/logs/rank_00003.log      every rank's log messages, appended over restarts
 
 Steps are counted as completed optimizer steps: the line of step 5 was written after the fifth. A
@@ -12,6 +12,10 @@ A metric of which a step counted nothing (no labelled image, no text) is `null`:
 TensorBoard has no point there. JSON has no NaN: a value that is not finite is `null`, too, and
 stands as text under `non_finite`, as in `{"step": 5, ..., "loss": null, "non_finite": {"loss":
 "nan"}}`; TensorBoard gets the value itself.
+
+TensorBoard shows groups of curves by their names, so that the group `at_a_glance` comes first: the
+loss, learning rate and samples/s of training, what an evaluation names first, and the pictures. All
+other curves are in `detail`.
 """
 
 import json
@@ -35,6 +39,9 @@ from pretrain.engine.progress import ProgressReport
 
 METRICS_FILE = "metrics.jsonl"
 _LOGGER = "omnipretrain"
+_TOP, _REST = "at_a_glance", "detail"
+_TOP_OF_TRAINING = ("loss", "learning_rate", "samples_per_second")
+_TOP_OF_EVALUATION = 2  # so many of its first metrics
 _RESERVED = frozenset({"step", "task", "kind", "time", "non_finite"})
 log = logging.getLogger("omnipretrain.metrics")
 
@@ -71,6 +78,7 @@ class MetricsLog:
         console: where rank 0 prints; the standard error stream if None.
         may_write: asked before every write that others read; once it says no, nothing is written
             but the rank's log file.
+        recipe: of the run, as text for TensorBoard; none if empty.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class MetricsLog:
         settings: LoggingSettings,
         console: Console | None = None,
         may_write: Callable[[], bool] = lambda: True,
+        recipe: str = "",
     ) -> None:
         self.run_dir = Path(run_dir)
         self._may_write = may_write
@@ -101,6 +110,9 @@ class MetricsLog:
 
             purge_step = resume_step + 1 if resume_step > 0 else 0
             self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge_step)
+            if recipe:
+                text = f"```yaml\n{recipe}\n```"
+                self._board.add_text("recipe", text, global_step=resume_step)
         self._progress = ProgressReport(
             self._console, resume_step, total_steps, settings.plain_progress_seconds
         )
@@ -116,8 +128,8 @@ class MetricsLog:
             step: completed steps.
             task: name of the task that ran.
             values: name -> number (Python, numpy, or a tensor of one element); None where nothing
-                was counted.
-            kind: `train` or `evaluation`; groups the curves in TensorBoard.
+                was counted. Those of an evaluation come in the order that matters.
+            kind: `train` or `evaluation`.
 
         Raises:
             ValueError: a name that the line itself uses (step, task, kind, time, non_finite).
@@ -128,6 +140,7 @@ class MetricsLog:
             raise ValueError(f"metric names {sorted(clash)} are taken by the line itself")
         line: dict[str, Any] = {"step": step, "task": task, "kind": kind, "time": time.time()}
         non_finite: dict[str, str] = {}
+        top = _TOP_OF_TRAINING if kind == "train" else list(values)[:_TOP_OF_EVALUATION]
         for name, value in values.items():
             if value is None:
                 line[name] = None
@@ -137,7 +150,8 @@ class MetricsLog:
                 non_finite[name] = str(float(number))
             line[name] = None if name in non_finite else number
             if self._board is not None:
-                self._board.add_scalar(f"{kind}/{task}/{name}", number, global_step=step)
+                group = _TOP if name in top else _REST
+                self._board.add_scalar(f"{group}/{kind}/{task}/{name}", number, global_step=step)
         if non_finite:
             line["non_finite"] = non_finite
         with naming(self.run_dir / METRICS_FILE):
@@ -163,10 +177,11 @@ class MetricsLog:
 
         shown = self.settings.images
         strip = contact_strip(list(images[:shown]), list(captions[:shown]))
-        self._board.add_image(f"examples/{task}", strip, global_step=step, dataformats="HWC")
+        tag = f"{_TOP}/examples/{task}"
+        self._board.add_image(tag, strip, global_step=step, dataformats="HWC")
         # The picture's font knows Latin letters only; the text page shows every script.
         listing = "\n\n".join(f"{i}. {text}" for i, text in enumerate(captions[:shown], start=1))
-        self._board.add_text(f"examples/{task}", listing, global_step=step)
+        self._board.add_text(tag, listing, global_step=step)
 
     def progress(self, step: int, status: str = "") -> None:
         """Move the progress bar to `step` completed steps; cheap enough for every step."""

@@ -16,6 +16,7 @@ from pretrain.engine.failures import end_failed, reason_of
 from pretrain.engine.launchers import Launchers
 from pretrain.engine.ownership import Ownership
 from pretrain.engine.run_record import RunDirError
+from pretrain.engine.start_notes import StartNotes
 from pretrain.engine.trainer import Trainer
 from pretrain.engine.watchdog import Limits, Watchdog, meeting_place
 from pretrain.recipe import Recipe
@@ -27,13 +28,15 @@ class RunHangs(RuntimeError):
 
 def train_recipe(
     recipe: Recipe, resume: bool, signals: StopSignals, ownership: Ownership | None,
-    from_step: int | None = None,
+    from_step: int | None = None, notes: StartNotes | None = None,
 ) -> int:
     """Run a recipe on this process and its peers; returns the exit code (0, 1 or 3).
 
     ownership: rank 0's claim on the run directory; the others learn of it from rank 0.
     from_step: the checkpoint of this step is restored, not the newest one.
+    notes: of the start, until the first step; None = nothing is said.
     """
+    notes = notes or StartNotes()
     # Where every thread stands, if C++ ends this process: NCCL's watchdog does after a time-out.
     faulthandler.enable()
     rank = int(os.environ.get("RANK", "0"))
@@ -51,12 +54,13 @@ def train_recipe(
     )
     ranks = None
     try:
+        notes.enter(f"meeting {world - 1} other process(es)" if world > 1 else "preparing torch")
         ranks = init_distributed(
             recipe.threads_per_rank, recipe.deterministic, trace_dir=run_dir / "logs",
             timeout=limits.of_collectives,
         )
         ownership = prepare_run_dir(recipe, ranks, resume, ownership)
-        Trainer(recipe, ranks, signals, ownership, watchdog, from_step).run()
+        Trainer(recipe, ranks, signals, ownership, watchdog, from_step, notes).run()
         ownership.require()
     except Exception as error:
         # Peers wait in a collective for this rank: leave the reason on disk, then leave at once,

@@ -40,6 +40,7 @@ from pretrain.engine.run_dir import open_fault_file, record_start
 from pretrain.engine.run_record import RunDirError
 from pretrain.engine.spikes import SpikeWatch
 from pretrain.engine.stale_gradients import require_verified
+from pretrain.engine.start_notes import StartNotes
 from pretrain.engine.throughput import Throughput
 from pretrain.engine.watchdog import Watchdog
 from pretrain.engine.zero import start_engine
@@ -57,7 +58,7 @@ class Trainer:
 
     def __init__(
         self, recipe: Recipe, ranks: Ranks, signals: StopSignals, ownership: Ownership,
-        watchdog: Watchdog, from_step: int | None = None,
+        watchdog: Watchdog, from_step: int | None, notes: StartNotes,
     ) -> None:  # fmt: skip
         self.recipe = recipe
         self.from_step = from_step
@@ -66,6 +67,7 @@ class Trainer:
         self.run_dir = Path(recipe.run_dir)
         self.ownership = ownership
         self.watchdog = watchdog
+        self.notes = notes
         self.control = ControlFolder(self.run_dir, ownership)
         self.tokenizer = None
         if recipe.tokenizer is not None:
@@ -92,6 +94,7 @@ class Trainer:
         recipe, ranks = self.recipe, self.ranks
         newest = self.checkpoints.newest(self.from_step)
         self.turn = Turn.plan(recipe, newest)
+        self.notes.enter("building the model")
         self.engine = start_engine(
             lambda: build.build_model(recipe, self.tokenizer), recipe.optimizer, self.config,
             recipe.seed, ranks.device, initial_weights=None if newest else recipe.initial_weights,
@@ -106,6 +109,7 @@ class Trainer:
             if newest is None:
                 self.targets.start()
         if newest is not None:
+            self.notes.enter(f"restoring {newest.name}")
             with self._during("restore"):
                 self._restore(newest)
             self.ownership.require()
@@ -115,7 +119,7 @@ class Trainer:
         with (
             MetricsLog(
                 self.run_dir, ranks.rank, step, recipe.steps, recipe.logging,
-                may_write=self.ownership.holds,
+                may_write=self.ownership.holds, recipe=recipe.to_yaml(),
             ) as self.log,
             open_fault_file(
                 self.run_dir, self.ownership, ranks.rank, ranks.world, step
@@ -147,7 +151,9 @@ class Trainer:
 
     def _train(self) -> None:
         recipe, state = self.recipe, self.state
+        self.notes.enter("opening shards")
         streams = build.build_streams(recipe, self.tokenizer)
+        self.notes.enter("looking at shards and samples")
         look_at_data(recipe, self.ranks, streams, self.tokenizer)
         fingerprints = {name: stream.fingerprint for name, stream in streams.items()}
         with_rows = {name: s for name, s in streams.items() if isinstance(s, TaskStream)}
@@ -169,6 +175,7 @@ class Trainer:
         )
         if said:
             log.info("%s", said)
+        self.notes.enter("waiting for the first step")
         self.throughput = Throughput(self.ranks, peak)
         loop = Loop(
             self.engine, self.ranks, recipe.seed,
@@ -236,8 +243,12 @@ class Trainer:
 
     # ---- between steps ---------------------------------------------------------------------------
 
-    def _wants_report(self, step: int) -> bool:
-        return self.log.due(step + 1, self.recipe.steps)
+    def _wants_report(self, step: int, stops: bool) -> bool:
+        # A run that stops before its first line is due has one of its last step; an evaluation may
+        # be where the stop is heard.
+        early = step + 1 < self.recipe.logging.every_steps
+        last = early and (stops or self.evaluator.is_due(step + 1))
+        return last or self.log.due(step + 1, self.recipe.steps)
 
     def _on_report(self, state: TrainerState, report: StepReport) -> None:
         metrics = self.throughput.describe(report)
@@ -268,6 +279,7 @@ class Trainer:
 
     def _after_step(self, state: TrainerState, save_asked: bool) -> bool:
         recipe = self.recipe
+        self.notes.close()
         self.log.progress(state.step, getattr(self, "status_line", ""))
         whole = self.evaluator.evaluate_if_due(state.step)
         if save_asked or state.step % recipe.checkpoint.every_steps == 0:

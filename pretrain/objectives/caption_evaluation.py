@@ -50,10 +50,10 @@ def evaluate_captions(
         are images, loss_mask, valid, row, key, and captions (a list of references per image).
     reduce: one JSON-like value per rank -> the values of all ranks in rank order, on every rank.
 
-    Returns the metrics of the whole set (the sums divided by the number of supervised tokens, None
-    without any;
-    `images`; and, where there are references, the scores of `caption_scores`) and one example per
-    image in row order. Both are the same on every rank, but for the images kept.
+    Returns the metrics of the whole set (where there are references, the scores of
+    `caption_scores`; the sums divided by the number of supervised tokens, None without any; and
+    `images`), in the order that matters, and one example per image in row order. Both are the same
+    on every rank, but for the images kept.
     """
     sums: dict[str, float] = {}
     tokens = 0
@@ -72,15 +72,16 @@ def evaluate_captions(
                 kept[row] = _picture(batch["images"][i])
     parts = reduce({"sums": sums, "tokens": tokens, "records": records})
     total = sum(part["tokens"] for part in parts)
-    metrics: dict[str, float | None] = {
-        name: mean(sum(part["sums"].get(name, 0.0) for part in parts), total)
-        for name in dict.fromkeys(name for part in parts for name in part["sums"])
-    }
     merged = sorted((r for part in parts for r in part["records"]), key=lambda r: r["row"])
-    metrics["images"] = float(len(merged))
+    metrics: dict[str, float | None] = {}
     if judged := [r for r in merged if r["references"]]:
         captions = [r["caption"] for r in judged]
         metrics |= caption_scores(captions, [r["references"] for r in judged]).means
+    metrics |= {
+        name: mean(sum(part["sums"].get(name, 0.0) for part in parts), total)
+        for name in dict.fromkeys(name for part in parts for name in part["sums"])
+    }
+    metrics["images"] = float(len(merged))
     return metrics, [CaptionExample(**r, image=kept.get(r["row"])) for r in merged]
 
 

@@ -55,11 +55,11 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
     cider = _cider_d(corpus, counts)
     bleu, bleu_per_image = _bleu(corpus, counts)
     rouge = _rouge_l(corpus)
-    means = {"cider_d": float(cider.mean()), "rouge_l": float(rouge.mean())}
-    per_image = {"cider_d": cider, "rouge_l": rouge}
-    for order in range(_ORDERS):
+    means, per_image = {"cider_d": float(cider.mean())}, {"cider_d": cider}
+    for order in reversed(range(_ORDERS)):  # the longest says most
         means[f"bleu_{order + 1}"] = float(bleu[order])
         per_image[f"bleu_{order + 1}"] = bleu_per_image[order]
+    means["rouge_l"], per_image["rouge_l"] = float(rouge.mean()), rouge
     return CaptionScores(means, per_image)
 
 

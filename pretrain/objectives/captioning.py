@@ -168,8 +168,8 @@ class Captioning(nn.Module):
         """Caption every image of `loader` and compare with its references.
 
         Arguments and results as in `evaluate_captions`; `agree` is asked after every generated
-        token, as in `generate_greedy`. The metrics are loss, cross_entropy, token_accuracy, images
-        and the caption scores.
+        token, as in `generate_greedy`. The metrics are the caption scores, token_accuracy, loss,
+        cross_entropy and images.
         """
 
         def judge(batch: Mapping[str, Any]) -> tuple[dict[str, float], list[list[int]]]:
@@ -177,8 +177,9 @@ class Captioning(nn.Module):
             image_tokens = self._encode(encoders, inputs["images"])
             sums = torch.stack(self.token_sums(image_tokens, inputs)).tolist()
             ids = self._generate(image_tokens, None, agree)
-            names = ("loss", "cross_entropy", "token_accuracy")
-            return dict(zip(names, sums, strict=True)), ids.tolist()
+            loss, cross_entropy, right = sums
+            found = {"token_accuracy": right, "loss": loss, "cross_entropy": cross_entropy}
+            return found, ids.tolist()
 
         with torch.no_grad(), evaluating(self, encoders[self.encoder]):
             return evaluate_captions(judge, loader, vocabulary, reduce, keep_images)

@@ -186,7 +186,7 @@ class Classification(nn.Module):
     ) -> tuple[dict[str, float | None], list]:
         """Classify every image of `loader`, which has equally many batches on every rank.
 
-        Returns loss, cross_entropy, top1 and top5 over the labelled images of all ranks, images
+        Returns top1, top5, loss and cross_entropy over the labelled images of all ranks, images
         and labelled (as in `forward`), the same on every rank, None where nothing was counted; and
         no examples.
         """
@@ -206,8 +206,8 @@ class Classification(nn.Module):
         labels = sum(part["labels"] for part in parts)
         images = sum(part["images"] for part in parts)
         metrics = {
-            name: mean(sum(part["sums"][place] for part in parts), labels)
-            for place, name in enumerate(names)
+            name: mean(sum(part["sums"][names.index(name)] for part in parts), labels)
+            for name in ("top1", "top5", "loss", "cross_entropy")
         }
         return metrics | {"images": float(images), "labelled": mean(labels, images)}, []
 

@@ -31,10 +31,10 @@ def evaluate_m3i(
     loader: batches as in `M3I.forward`, with K texts per image, the first view without
         augmentation; position and row (B,) int64. Equally many, and at least one, on every rank.
 
-    Returns intra, inter, text, category: losses of mixed images as in training, masks keyed by
+    Returns, of whole images, top1 and the recalls of `retrieval_recalls` among those with texts.
+    Then intra, inter, text, category: losses of mixed images as in training, masks keyed by
     position; effective_rank and target_std of the dense targets. Texts are told apart, and targets
-    centred, within a batch of all ranks, so that these depend on its size. Of whole images top1,
-    and the recalls of `retrieval_recalls` among those with texts; images, texts, labelled.
+    centred, within a batch of all ranks, so that these depend on its size. Images, labelled, texts.
     """
     used = [encoders[name] for name in (objective.encoder, objective.text_encoder) if name]
     tally, parts = _Tally(), []
@@ -55,10 +55,11 @@ def evaluate_m3i(
             if objective.text_encoder is not None:
                 parts.append(_texts_and_images(objective, encoders, on_device, vectors))
     metrics = tally.metrics(reduce, objective)
-    if parts:
-        recalls, _, texts = gathered_recalls(parts, reduce, device, identical_match=True)
-        metrics |= recalls | {"texts": float(texts)}
-    return metrics
+    top1 = {name: metrics.pop(name) for name in ("top1",) if name in metrics}
+    if not parts:
+        return top1 | metrics
+    recalls, _, texts = gathered_recalls(parts, reduce, device, identical_match=True)
+    return top1 | recalls | metrics | {"texts": float(texts)}
 
 
 def _losses(

@@ -17,9 +17,9 @@ def retrieval_recalls(image: Tensor, text: Tensor, image_of: Tensor, kind: Tenso
     image: (N, D), text: (M, D) float32 of unit length; image_of: (M,) int64, each text's image;
     kind: (M,) int64. A text matches its own image, and every image that has a text of its kind.
 
-    Returns image_to_text_r1 .. text_to_image_r10, each in [0, 1]; an empty dict without images. A
-    key that is as similar as the best match, but none, stands before it: features that have all
-    become the same find nothing.
+    Returns image_to_text_r1, text_to_image_r1, .. text_to_image_r10, each in [0, 1]; an empty dict
+    without images. A key that is as similar as the best match, but none, stands before it: features
+    that have all become the same find nothing.
     """
     if not len(image) or not len(text):
         return {}
@@ -28,10 +28,11 @@ def retrieval_recalls(image: Tensor, text: Tensor, image_of: Tensor, kind: Tenso
         "image_to_text": _image_places(image, text, image_of, kind),
         "text_to_image": _text_places(image, text, image_of, kind),
     }
+    ranks_of = {name: torch.cat(list(parts)) for name, parts in places.items()}
     return {
         f"{name}_r{k}": (found < k).double().mean().item()
-        for name, found in ((name, torch.cat(list(parts))) for name, parts in places.items())
         for k in RANKS
+        for name, found in ranks_of.items()
     }
 
 

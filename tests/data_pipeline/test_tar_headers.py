@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.index_builder import build_index
 from data_pipeline.tar_headers import BLOCK, ShardError, iter_members
 
 
@@ -226,25 +225,3 @@ def test_damaged_extended_headers_never_crash(data):
         members_of(bytes(tar))
     except ShardError as error:
         assert "x.tar: byte " in str(error)
-
-
-@pytest.mark.parametrize("kind", ["joined", "no end marker"])
-def test_the_advice_for_damaged_archives_can_be_followed(tmp_path, monkeypatch, kind):
-    monkeypatch.chdir(tmp_path)
-    parts = []
-    for number in range(2):
-        with tarfile.open("part.tar", "w") as tar:
-            for name, payload in ((f"{number}.jpg", b"j" * 700), (f"{number}.txt", b"t")):
-                member = tarfile.TarInfo(name)
-                member.size = len(payload)
-                tar.addfile(member, io.BytesIO(payload))
-        parts.append((tmp_path / "part.tar").read_bytes())
-    whole = parts[1][: 512 + 1024 + 512 + 512]
-    joined = parts[0] + parts[1] if kind == "joined" else parts[0][: len(whole)] + whole
-    (tmp_path / "my shard.tar").write_bytes(joined)
-    with pytest.raises(ShardError, match="can be saved with GNU tar") as error:
-        build_index("my shard.tar")
-    command = str(error.value).split("`")[1]
-    subprocess.run(command, shell=True, check=True)
-    keys = build_index("new.tar").keys()
-    assert [key.removeprefix("./") for key in keys] == ["0", "1"]

@@ -7,6 +7,7 @@ Usage: python -m tests.distributed.restore_worker write|read DIR
 
 import gc
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -100,8 +101,14 @@ def fault_cell(ranks, folder: Path) -> dict:
         store.save(engine, step, {})
     kept = sorted(p.name for p in root.glob("step_*"))
 
-    def broken_write(*_):
-        raise OSError(28, "No space left on device")
+    def broken_write(*arguments):
+        """The system's own refusal: no file may be longer than the first bytes of a header."""
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
+        try:
+            return Checkpoints._write_rank_files(store, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     result = {"kept": kept, "latest": (root / "latest").read_text().strip()}
     if ranks.rank == 1:

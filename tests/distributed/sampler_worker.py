@@ -95,7 +95,7 @@ class Cells:
         )
         found = []
         state = TrainerState(step=steps[0])
-        loop.run(loader, state, wants_report=lambda step: True,
+        loop.run(loader, state, wants_report=lambda step, stops: True,
                  on_report=lambda state, report: found.append((state.step, asdict(report))),
                  after_step=lambda state, save: False)
         return {"samples": state.samples, "losses": [

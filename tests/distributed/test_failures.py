@@ -150,8 +150,8 @@ def test_a_locale_in_which_torch_fails_is_named(tmp_path, utf8_mode):
 
 LAUNCHERS = {
     "python": [sys.executable, "-m", "pretrain.train"],
-    "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
-                  "--master_port", "0", "--module", "pretrain.train"],
+    "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus",
+                  "2", "--master_port", "0", "--module", "pretrain.train"],
 }
 
 
@@ -173,7 +173,11 @@ def test_launchers(data, tmp_path, launcher):
     assert status(run)["state"] == "finished"
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert first["mfu"] == pytest.approx(first["model_tflops_per_device"] / 0.5)
-    assert "MFU refers to 0.5 TFLOP/s (logging.peak" in done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert "MFU refers to 0.5 TFLOP/s (logging.peak" in said
+    # The first screen is ours: no line of DeepSpeed's or of a library.
+    assert said.startswith("INFO starting tiny: importing torch and DeepSpeed\n")
+    assert [x for x in said.splitlines() if not x.startswith(("INFO ", "step "))] == []
 
 
 def test_tasks_of_srun(data, tmp_path):

@@ -82,6 +82,8 @@ def test_metrics_of_nothing_have_no_value(two):
         if line["task"] in ("classify", "sizes"):
             for name in ("loss", "cross_entropy", "top1", "top5"):
                 assert (line[name] is None) == (line["labelled"] == 0), line
+            if line["kind"] == "train":
+                assert (line["gradient_norm"] is None) == (line["labelled"] == 0), line
             assert "non_finite" not in line
     assert all(line["labelled"] == 0 for line in lines if line["task"] == "sizes")
     assert any(line["labelled"] for line in lines if line["task"] == "classify")

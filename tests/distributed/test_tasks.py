@@ -1,6 +1,7 @@
 """Three objectives in one run, from shards to evaluation, in different worlds and divisions."""
 
 import json
+import re
 
 import pytest
 
@@ -8,6 +9,10 @@ from tests.distributed.launch import run_ranks, tails
 from tests.tiny_run import pack_scenes, three_tasks, write_recipe
 
 STEPS = 9
+FIRST = {  # of an evaluation, in the order of the objective
+    "caption": ["cider_d", "bleu_4"], "classify": ["top1", "top5"],
+    "contrast": ["image_to_text_r1", "text_to_image_r1"],
+}
 METRICS = {
     "caption": {"loss", "cross_entropy", "token_accuracy"},
     "classify": {"loss", "cross_entropy", "top1", "top5", "labelled"},
@@ -35,10 +40,16 @@ def lines_of(data, folder, world: int, **changes) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
+def folder(tmp_path_factory):
+    """Of the run `alone`."""
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture(scope="module")
+def alone(data, folder):
     """One process with undivided batches."""
     whole = {f"tasks__{name}__micro_batch": 8 for name in METRICS}
-    return lines_of(data, tmp_path_factory.mktemp("alone"), 1, **whole)
+    return lines_of(data, folder, 1, **whole)
 
 
 def test_every_task_trains_and_is_evaluated(alone):
@@ -49,8 +60,17 @@ def test_every_task_trains_and_is_evaluated(alone):
     tested = {line["task"]: line for line in alone if line["kind"] == "evaluation"}
     for name, wanted in EVALUATED.items():
         assert wanted <= set(tested[name]) and tested[name]["images"] == 10
+        assert [x for x in tested[name] if x not in ("step", "task", "kind", "time")][:2] == (
+            FIRST[name]
+        )
     assert tested["contrast"]["texts"] == 50
     assert 0 < tested["classify"]["labelled"] < 1
+
+
+def test_lines_of_an_evaluation_begin_with_what_matters(alone, folder):
+    said = (folder / "run/logs/rank_00000.log").read_text(encoding="utf-8")
+    for name, (first, second) in FIRST.items():
+        assert re.search(rf"{name} on 10 held-out samples: {first} [\d.e-]+, {second} ", said), said
 
 
 @pytest.mark.parametrize("world, stage", [(2, 2), (3, 1)])

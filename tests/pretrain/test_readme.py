@@ -23,6 +23,13 @@ def test_the_dcnv3_example_runs(readme):
     assert gradients["output_proj.weight"].abs().sum() > 0
 
 
+@pytest.mark.parametrize("readme", [*READMES, "data_pipeline/README.md"])
+def test_launchers_are_quiet(readme):
+    """DeepSpeed's speaks of itself unless told not to; see test_failures.py for what is left."""
+    commands = re.findall(r"deepspeed (?:--\S+ ).*", (ROOT / readme).read_text(encoding="utf-8"))
+    assert commands and all(line.startswith("deepspeed --quiet ") for line in commands)
+
+
 @pytest.mark.parametrize("readme", READMES)
 def test_modules_and_recipes_are_there(readme):
     text = (ROOT / readme).read_text(encoding="utf-8")

@@ -1,15 +1,19 @@
 """Which checkpoints stay; on empty folders, since only names count."""
 
+import os
+
 import pytest
 
 from pretrain.engine.checkpoint_files import CheckpointError, checkpoint_name, list_checkpoints
 from pretrain.engine.checkpoint_retention import (
+    cut_off_return,
     find_checkpoint,
     last_before,
     retire,
     set_aside,
     step_of,
     step_to_go_back_to,
+    went_back_from,
 )
 
 
@@ -63,6 +67,44 @@ def test_what_a_run_goes_back_behind_is_kept_aside(root, tmp_path):
     assert second.newest is None and second.folder != first.folder
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 7 .*there are 1, 2, 3, 4, 5"):
         find_checkpoint(root, 7)
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_a_crash_in_the_middle_of_going_back(root, tmp_path, monkeypatch, moved):
+    """The launcher's next start, or the same command again, ends it: nothing after step 5 is gone
+    on from, and the ledger hears of the newest step that was there."""
+    record = tmp_path / "metrics.jsonl"
+    record.write_text("old\n")
+    rename, done = os.rename, []
+
+    def crash(*names):
+        if len(done) == moved:
+            raise KeyboardInterrupt
+        done.append(rename(*names))
+
+    monkeypatch.setattr(os, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        set_aside(root, 5, [record])
+    monkeypatch.setattr(os, "rename", rename)
+    assert cut_off_return(root) == 5
+    if moved == 3:  # or the person thinks better of it
+        return check_going_back_further(root)
+    assert step_to_go_back_to(root, 5, {"TORCHELASTIC_RESTART_COUNT": "1"}) == 5
+    aside = set_aside(root, 5, [record])
+    assert aside.newest == 8 and steps(root) == [1, 2, 3, 4, 5]
+    assert steps(aside.folder) == [6, 7, 8] and (aside.folder / "metrics.jsonl").exists()
+    assert cut_off_return(root) is None and [path.name for path in root.glob("*_*_*")] == [
+        aside.folder.name
+    ]
+    assert set_aside(root, 5, []).newest is None  # a start that came no further, and another one
+    assert went_back_from(root, 5) == 8 and went_back_from(root, 4) is None
+    (root / checkpoint_name(6)).mkdir()
+    assert set_aside(root, 5, []).newest == 6
+
+
+def check_going_back_further(root):
+    assert set_aside(root, 3, []).newest == 8 and steps(root) == [1, 2, 3]
+    assert cut_off_return(root) is None
 
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pretrain.engine.counted import PATIENCE_STEPS, TargetWatch, with_absences
+from pretrain.engine.counted import PATIENCE_STEPS, TargetWatch, has_targets, with_absences
 
 OBJECTIVE = SimpleNamespace(counted_by={
     "loss": ("texts", "labels"), "category": ("labels",), "top1": ("labels",), "text": ("texts",),
@@ -20,6 +20,8 @@ def test_a_metric_has_a_value_if_one_of_its_counts_does(texts, labels):
         "loss": 1.0 if texts or labels else None, "category": 0.0 if labels else None,
         "top1": 0.0 if labels else None, "text": 2.0 if texts else None, "weight": 0.5,
     }  # fmt: skip
+    assert has_targets(OBJECTIVE, {"texts": texts, "labels": labels}) == bool(texts or labels)
+    assert has_targets(SimpleNamespace(), {})
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What the loop does to a batch before an objective reads it; runs are in tests/distributed."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from data_pipeline.boxes import BoxDataSettings, BoxFields
 from data_pipeline.loader import Part, StepWindow
 from data_pipeline.transforms import ImageSettings
+from pretrain.engine import loop as loop_module
 from pretrain.engine.distributed import Ranks
-from pretrain.engine.loop import Loop
+from pretrain.engine.loop import Loop, TrainerState
+from pretrain.engine.trainer import Trainer
 
 RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("group_of_one")
@@ -21,6 +24,9 @@ class Boxes:
     def count(self, batch) -> dict[str, int]:
         return {"boxes": int(batch["counts"].sum())}
 
+    def flops(self, batch) -> float:
+        return 1.0
+
 
 def box_batch() -> dict:
     """What the data pipeline makes of three images without boxes, and how many it would hold."""
@@ -29,17 +35,52 @@ def box_batch() -> dict:
     return batch | {"counts": torch.tensor([2, 0, 3])}
 
 
+def make_loop(engine, control) -> Loop:
+    return Loop(
+        engine, RANKS, 0, (1e-3, lambda step: 1.0), 0, {"detect": 3}, control,
+        SimpleNamespace(received=None),
+    )  # fmt: skip
+
+
 def test_fields_of_the_data_reach_the_objective_as_they_are():
     batch = box_batch()
     fields = dict(batch)
     engine = SimpleNamespace(module=SimpleNamespace(objectives={"detect": Boxes()}))
     control = SimpleNamespace(stop_requested=lambda: None, save_requested=lambda: False,
                               ownership=SimpleNamespace(lost=False))
-    loop = Loop(
-        engine, RANKS, 0, (1e-3, lambda step: 1.0), 0, {"detect": 3}, control,
-        SimpleNamespace(received=None),
-    )  # fmt: skip
+    loop = make_loop(engine, control)
     totals, _ = loop._agree(StepWindow(0, [Part("detect", [batch])], {}))
     assert totals["detect"]["boxes"] == 5
     assert all(batch[name] is value for name, value in fields.items())
     assert batch["counted"] == {"boxes": 5}
+
+
+@pytest.mark.parametrize("begin, stop_at, evaluation, reported", [
+    (0, 3, None, [3]), (0, 12, None, [10]), (20, 23, None, []), (0, 3, 2, [2, 3]), (0, 1, None, [1])
+])  # fmt: skip
+def test_a_run_that_stops_early_reports_a_step(monkeypatch, begin, stop_at, evaluation, reported):
+    """Without a line, nobody would see later what it did; every tenth step is due."""
+    engine = SimpleNamespace(
+        module=SimpleNamespace(objectives={"detect": Boxes()}), was_step_applied=lambda: True,
+        get_global_grad_norm=lambda: 1.0,
+    )  # fmt: skip
+    monkeypatch.setattr(loop_module, "set_learning_rate", lambda *_: None)
+    monkeypatch.setattr(loop_module, "mean_square_share", lambda *_: None)
+    monkeypatch.setattr(loop_module, "accumulate_parts",
+                        lambda *_: {"detect": {"loss": torch.tensor(1.0)}})
+    state, found = TrainerState(step=begin), []
+    control = SimpleNamespace(
+        stop_requested=lambda: "enough" if state.step == stop_at - 1 else None, beat=lambda: None,
+        save_requested=lambda: False, ownership=SimpleNamespace(lost=False),
+    )  # fmt: skip
+    trainer = SimpleNamespace(
+        recipe=SimpleNamespace(steps=100, logging=SimpleNamespace(every_steps=10)),
+        evaluator=SimpleNamespace(is_due=lambda step: bool(evaluation) and step % evaluation == 0),
+        log=SimpleNamespace(due=lambda step, total: step % 10 == 0),
+    )
+    windows = (StepWindow(n, [Part("detect", [box_batch()])], {}) for n in range(begin, 100))
+    reason = make_loop(engine, control).run(
+        windows, state, wants_report=partial(Trainer._wants_report, trainer),
+        on_report=lambda state, report: found.append(state.step), after_step=lambda *_: False,
+    )  # fmt: skip
+    assert (found, state.step) == (reported, stop_at) and reason == "stop requested"

@@ -128,7 +128,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     with open_log(tmp_path, resume_step=2, settings=settings) as log:
         for step in (3, 4, 5):
             log.log(step, "caption", {"loss": 20.0 + step})
-    events = read_board(tmp_path).Scalars("train/caption/loss")
+    events = read_board(tmp_path).Scalars("at_a_glance/train/caption/loss")
     shown = [(event.step, event.value) for event in events]
     assert shown == [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0), (5, 25.0)]
 
@@ -138,13 +138,35 @@ def test_tensorboard_shows_images_with_captions(tmp_path):
     with open_log(tmp_path, settings=LoggingSettings(images=2)) as log:
         log.images(7, "caption", images, ["one", "two\n(a second one)", "three"])
     board = read_board(tmp_path)
-    (event,) = board.Images("examples/caption")
+    (event,) = board.Images("at_a_glance/examples/caption")
     picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
     assert event.step == 7 and picture.shape[1] == 2 * 224
     # First the pictures in their colours, below them black text on white.
     assert tuple(picture[60, 100]) == (10, 10, 10) and tuple(picture[60, 324]) == (90, 90, 90)
-    text = board.Tensors("examples/caption/text_summary")[0].tensor_proto.string_val[0].decode()
+    text = text_of(board, "at_a_glance/examples/caption")
     assert "one" in text and "three" not in text
+
+
+def text_of(board, tag: str) -> str:
+    return board.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_tensorboard_begins_with_what_matters(tmp_path):
+    """It sorts groups of curves by their names."""
+    with open_log(tmp_path, settings=LoggingSettings(), recipe="name: tiny\n") as log:
+        log.log(1, "a", {"gradient_norm": 2.0, "loss": 1.0, "learning_rate": 0.1, "samples": 8,
+                         "samples_per_second": 3.0})
+        log.log(1, "a", {"top1": 0.5, "top5": 0.7, "loss": 1.0}, kind="evaluation")
+        log.images(1, "a", [np.zeros((4, 4, 3), np.uint8)], ["x"])
+    board = read_board(tmp_path)
+    tags = sorted([*board.Tags()["scalars"], *board.Tags()["images"]])
+    assert tags == [
+        "at_a_glance/evaluation/a/top1", "at_a_glance/evaluation/a/top5", "at_a_glance/examples/a",
+        "at_a_glance/train/a/learning_rate", "at_a_glance/train/a/loss",
+        "at_a_glance/train/a/samples_per_second",
+        "detail/evaluation/a/loss", "detail/train/a/gradient_norm", "detail/train/a/samples",
+    ]  # fmt: skip
+    assert "name: tiny" in text_of(board, "recipe")
 
 
 def test_contact_strip_wraps_rows_and_text():

@@ -90,6 +90,7 @@ def test_whole_images(found):
     assert metrics["texts"] == has.sum() and has.sum(1).unique().tolist() == [0, 1, 2]
     assert {name: metrics[name] for name in recalls} == pytest.approx(recalls)
     assert 0 < recalls["image_to_text_r1"] < 1
+    assert list(metrics)[:3] == ["top1", "image_to_text_r1", "text_to_image_r1"]
 
 
 def test_spread_of_the_targets_of_all_batches(found):
