@@ -1,7 +1,7 @@
 """Values that a sample carries beside its image: a text member, or a key of a JSON member."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from data_pipeline.plain_text import decoded
@@ -17,15 +17,23 @@ def no_member(
 ) -> BadSample:
     """The error that a sample lacks a member, which says so if dots in names are the reason."""
     text = f"has no member {' or '.join(wanted)}"
-    ends = tuple(f".{name}" for name in wanted)
-    dotted = sorted(name for name in sample.members if name.endswith(ends))
-    if dotted:
-        text += (
-            f", but {len(sample.members)} like {f'{sample.key}.{dotted[0]}'!r}: the key of a name "
-            "ends at its first dot, so that files which belong to several samples became one. "
-            "Pack them again under names with no dot but the one of the suffix"
-        )
+    if hint := about_dots(sample.members, wanted):
+        text += f", but {len(sample.members)} {hint}"
     return bad(sample, text, error)
+
+
+def about_dots(members: Iterable[str], wanted: Sequence[str]) -> str:
+    """What to do about members like `2023.01.txt`, if dots in names made one of what is wanted;
+    else empty."""
+    ends = tuple(f".{name}" for name in wanted)
+    dotted = sorted(name for name in members if name.endswith(ends))
+    if not dotted:
+        return ""
+    return (
+        f"like {dotted[0]!r}: the key of a name ends at its first dot, so that files which belong "
+        "to several samples became one. Pack them again under names with no dot but the one of "
+        "the suffix"
+    )
 
 
 def check_source(name: str, value: str) -> str:

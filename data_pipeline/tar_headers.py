@@ -271,7 +271,9 @@ def _number(field: bytes, shard: str, at: int, what: str) -> int:
     digits = field.split(b"\0", 1)[0].strip(b" ")
     # Not left to int(): it reads signs and underscores too, and a negative size leads back.
     if digits.strip(b"01234567"):
-        raise _damage(shard, at, f"bad {what} field {field!r} in a tar header: damaged")
+        raise _damage(
+            shard, at, f"bad {what} field {field!r} in a tar header: damaged" + _saved(shard)
+        )
     return int(digits, 8) if digits else 0
 
 

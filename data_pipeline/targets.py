@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_pipeline.locations import is_url
-from data_pipeline.members import AbsentValue
+from data_pipeline.members import AbsentValue, about_dots
 from data_pipeline.reader import BadSample, Sample, SampleReader
 from data_pipeline.revisions import images_of, plain_orders
 from data_pipeline.sources import MixedOrder
@@ -28,6 +28,7 @@ SPREAD = 256
 
 _DESCRIBED = 4
 _STREAMED_SHARDS = 4
+_NAMED = 12
 
 
 @dataclass
@@ -51,11 +52,15 @@ class Look:
 
     def holds(self, source: str) -> str:
         """What samples hold that lack `source`, for people."""
-        found = f"they hold members {', '.join(sorted(self.members)) or 'of no name'}"
+        names = sorted(self.members)
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        found = f"they hold members {', '.join(names[:_NAMED]) or 'of no name'}{more}"
+        if hint := about_dots(names, [one.partition(":")[0] for one in source.split(" or ")]):
+            return f"{found}, {hint}"
         if self.keys:
             shown = [name.removeprefix("json:") for name in sorted(self.keys)]
-            more = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
-            found += f"; keys of the json: {', '.join(shown[:12])}{more}"
+            more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
+            found += f"; keys of the json: {', '.join(shown[:_NAMED])}{more}"
         near = difflib.get_close_matches(source, [*self.keys, *self.members], n=1, cutoff=0.7)
         return f"{found}; did you mean {near[0]}?" if near else found
 

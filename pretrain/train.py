@@ -33,10 +33,12 @@ from pretrain.engine.checkpoint_retention import (
 )
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.launch_environment import LaunchError, require_world, translate
+from pretrain.engine.launchers import age_of_start
 from pretrain.engine.ownership import (
     OccupiedError,
     Ownership,
     claim,
+    claimed_by_this_launch,
     refuse_if_occupied,
 )
 from pretrain.engine.run_record import (
@@ -193,7 +195,11 @@ def read_recipe(arguments: argparse.Namespace) -> "tuple[Recipe, bool]":
         return read_resumed(arguments.resume, arguments.overrides, arguments.from_step), True
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run_dir = Path(recipe.run_dir)
-    if not (arguments.start_or_resume and holds_run(run_dir)):
+    # A launcher that starts its ranks anew repeats the words of the first start.
+    goes_on = arguments.start_or_resume or claimed_by_this_launch(
+        run_dir, os.environ, age_of_start()
+    )
+    if not (goes_on and holds_run(run_dir)):
         check_new(run_dir)
         return recipe, False
     recipe = moved(recipe, run_dir)

@@ -22,6 +22,11 @@ class Queue:
         A running job cannot be kept from nodes: a successor takes its place if one of them is its
         own. An element of an array has no successor but itself.
         """
+        # What was cancelled must not come back, and what is preempted SLURM requeues by itself.
+        shown = _run("squeue", "--noheader", "--format=%T", f"--jobs={self.job}")
+        if shown and shown.stdout.strip() not in ("", "RUNNING"):
+            self._say(f"the job is {shown.stdout.strip()}: it is not requeued from here")
+            return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it, which is no preemption
         if set(nodes) & set(away) and self.script and "_" not in self.job:
             options = ["--dependency=singleton", f"--exclude={self._excluded(away)}"]

@@ -61,7 +61,8 @@ def command(
     step = [
         "srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks}",
         f"--ntasks-per-node={tasks}", "--distribution=block", "--kill-on-bad-exit=1",
-        "--wait=60", "--gpu-bind=none", f"--nodelist={','.join(nodes)}",
+        # A step that died with a rebooted node holds its place for minutes: steps may overlap.
+        "--overlap", "--wait=60", "--gpu-bind=none", f"--nodelist={','.join(nodes)}",
         f"--output={run / 'logs' / f'launch-%j-{attempt}-%t.log'}", "--open-mode=append",
     ]
     if launcher == "srun":

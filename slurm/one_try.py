@@ -96,7 +96,8 @@ class OneTry:
             old.unlink()
         step = [
             "srun", f"--nodes={len(self.nodes)}", f"--ntasks={len(self.nodes)}",
-            "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=60", "--gpu-bind=none",
+            "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=60", "--overlap",
+            "--gpu-bind=none",
             f"--nodelist={','.join(self.nodes)}", f"--output={logs / f'{name}-%t.log'}",
             sys.executable, "-m", "slurm.health", str(self.run), "--token", token,
             "--gpus", str(self.options.gpus),

@@ -11,8 +11,10 @@ def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=Path, help="folder of JPEGs, or of shards; default: made-up photographs"
     )
-    parser.add_argument("--samples", type=int, default=9600, help="images per repetition")
-    parser.add_argument("--tiny-samples", type=int, default=20_000, help="images of 32 pixels")
+    parser.add_argument("--samples", type=int, help="images per repetition (1,920; --long: 9,600)")
+    parser.add_argument(
+        "--tiny-samples", type=int, help="images of 32 pixels (4,000; --long: 20,000)"
+    )
     parser.add_argument("--size", type=int, default=224, help="output pixels")
 
 

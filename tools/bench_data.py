@@ -29,7 +29,7 @@ from data_pipeline.rng import sample_rng
 from data_pipeline.shards import ShardSet
 from data_pipeline.tokenizer import train_byte_level_bpe
 from data_pipeline.transforms import ImageSettings, ImageTransform
-from tools.bench_measure import Measurement, interleaved, median_rate, ratio
+from tools.bench_measure import Measurement, interleaved, median_rate, ratio, say
 from tools.bench_peers import Peers
 from tools.bench_tiny import BUNDLE, TinyBench
 
@@ -45,11 +45,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see `tools.benchmark` for the form of the result."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)  # as in the workers
+    samples = args.samples or (9600 if args.long else 1920)
+    tiny_samples = args.tiny_samples or (20_000 if args.long else 4000)
+    say(f"packing {samples:,} photographs and {tiny_samples:,} tiny images")
     with tempfile.TemporaryDirectory() as folder:
         jpegs = photographs(args.images)
-        shards = pack(jpegs, Path(folder) / "shards", args.samples)
+        shards = pack(jpegs, Path(folder) / "shards", samples)
         bench = DataBench(shards, jpegs, args.size)
-        tiny = TinyBench(Path(folder) / "tiny", args.tiny_samples)
+        tiny = TinyBench(Path(folder) / "tiny", tiny_samples)
         cases = {
             "omnipretrain": bench.ours,
             "webdataset, same decoder": lambda: _drain(bench.peers.webdataset(bench.decode_fast)),

@@ -24,6 +24,7 @@ from tools.bench_measure import (
     peak_rise_mib,
     ratio,
     repeated,
+    say,
 )
 
 SHAPES = ((2, 56, 56, 64), (2, 28, 28, 128), (2, 14, 14, 256))
@@ -57,18 +58,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if obstacle is not None:
         raise SystemExit(f"no C++ operators to measure: {obstacle}")
     rows, ratios, difference = [], {}, 0.0
-    for threads in args.threads:
+    for done, threads in enumerate(args.threads):
+        say(f"threads: {threads}; preparing the cases")
         torch.set_num_threads(threads)
         speed = _machine_speed()
         cases = list(_cases(args, threads))
         difference = max(difference, *(_difference(case) for case in cases if case.what == FORWARD))
         steps = {(case, who): repeated(_step(case, who), case.elements)
                  for case in cases for who in (OURS, PEER)}  # fmt: skip
-        times = interleaved(steps, args.repeats, lambda _: None)
+        times = interleaved(steps, args.repeats, sharers=len(args.threads) - done)
         for case in cases:
             ours, peer = times[case, OURS], times[case, PEER]
             rows.append(_row(case, ours, peer, speed))
             ratios.setdefault((case.threads, case.shape, case.what), []).append(ratio(ours, peer))
+    say("peak memory, each case in a process of its own")
     memory = list(_memory(args))
     bars = [
         {"what": f"times as fast as {PEER}: {what}, {_text(shape)}, threads: {threads}",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pretrain.models.operators import cpu_library
 from pretrain.models.operators.ms_deform_attn import ms_deform_attn
-from tools.bench_measure import in_fresh_process, interleaved, peak_rise_mib, ratio, repeated
+from tools.bench_measure import in_fresh_process, interleaved, peak_rise_mib, ratio, repeated, say
 
 OURS, PEER = "ours", "transformers"
 FORWARD, BOTH = "forward", "both ways"
@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if obstacle is not None:
         raise SystemExit(f"no C++ operators to measure: {obstacle}")
     rows, bars = [], []
-    for threads in args.threads:
+    for done, threads in enumerate(args.threads):
+        say(f"threads: {threads}; preparing the cases")
         torch.set_num_threads(threads)
         cases = [(name, what) for name in _QUERIES for what in (FORWARD, BOTH)]
         steps = {}
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             items = args.images * _QUERIES[name] * _HEADS * _DEPTH
             for who in (OURS, PEER):
                 steps[name, what, who] = repeated(_step(args.images, name, what, who), items)
-        times = interleaved(steps, args.repeats, lambda _: None)
+        times = interleaved(steps, args.repeats, sharers=len(args.threads) - done)
         for name, what in cases:
             ours, peer = times[name, what, OURS], times[name, what, PEER]
             speed = ratio(ours, peer)
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                          "measured": speed, "bar": 4.0, "at_least": True})  # fmt: skip
     notes = [f"largest difference between the two outputs: {_difference(args.images):.1e}",
              "ns, peer: nanoseconds for an element of the output"]  # fmt: skip
+    say("peak memory, each side in a process of its own")
     peak, its_peak = (in_fresh_process(_peak_here, args.images, who) for who in (OURS, PEER))
     if peak is not None and its_peak is not None:
         bars.append({"what": "peak memory in sizes of the results: encoder, both ways",

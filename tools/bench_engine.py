@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tools.bench_measure import interleaved
+from tools.bench_measure import interleaved, say
 
 VOCABULARY = 1000
 CLASSES = 100
@@ -36,13 +36,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(args: argparse.Namespace, ranks, folder: Path) -> dict[str, Any]:
+    say("starting the engine")
     engine = _engine(args, ranks)
     batches = {task: _batches(args, task) for task in _weights(args)}
     cases = {
         "bare DeepSpeed engine": lambda: _bare(args, engine, batches),
         "training loop": _ours(args, engine, batches, ranks, folder),
     }
-    results = interleaved(cases, args.repeats, lambda text: None)
+    results = interleaved(cases, args.repeats)
     seconds = {name: [m.cpu_seconds / m.items for m in ms] for name, ms in results.items()}
     wall = {name: [m.wall_seconds / m.items for m in ms] for name, ms in results.items()}
     bare, ours = seconds.values()

@@ -24,6 +24,7 @@ from tools.bench_measure import (
     interleaved,
     peak_rise_mib,
     ratio,
+    say,
 )
 from tools.transformers_git import SpecialIds, transformers_model
 
@@ -36,8 +37,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see `tools.benchmark` for the form of the result."""
     rows: list[dict[str, Any]] = []
     bars: list[dict[str, Any]] = []
-    for captions in args.captions:
-        cases, losses = _time(args, captions)
+    for done, captions in enumerate(args.captions):
+        say(f"captions an image: {captions}")
+        cases, losses = _time(args, captions, len(args.captions) - done)
+        say("peak memory, each side in a process of its own")
         peaks = {side: in_fresh_process(_peak_mib, args, captions, side) for side in _SIDES}
         rows.extend(_row(side, captions, cases[side], peaks[side], losses[side]) for side in _SIDES)
         bars.extend(_bars(captions, cases, peaks, losses))
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _time(
-    args: argparse.Namespace, captions: int
+    args: argparse.Namespace, captions: int, sharers: int
 ) -> tuple[dict[str, list[Measurement]], dict[str, float]]:
     """Repetitions of both sides for one number of captions per image, and their losses."""
     losses: dict[str, float] = {}
@@ -73,7 +76,7 @@ def _time(
     torch.set_num_threads(args.threads)
     try:
         cases = {side: case(side) for side in _SIDES}
-        return interleaved(cases, args.repeats, lambda text: None), losses
+        return interleaved(cases, args.repeats, sharers=sharers), losses
     finally:
         torch.set_num_threads(before)
 

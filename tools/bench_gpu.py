@@ -21,6 +21,7 @@ from pretrain.models.internimage import InternImageSettings
 from pretrain.models.operators.dcnv3 import dcnv3
 from tools import bench_dcnv4
 from tools.bench_dcnv3 import grid_sample_dcnv3
+from tools.bench_measure import say, seconds_left, shorten
 
 POINTS = 9
 # (name, height, width, channels, channels of a group) of the stages that InternImage runs at 224.
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU here; --device cpu shows that it runs, its figures say nothing")
     clock = _Clock(device, args.repeats)
+    say("speed of a copy and of a product")
     copy, product = _copy_speed(clock, args.copy_mib), _matmul_speed(clock)
     sheet = peak_tflops(_name(device), "bf16")  # what a run's MFU refers to
     peak = sheet * 1e12 if sheet else product
@@ -86,9 +88,16 @@ class _Clock:
 
     def seconds(self, action: Callable[[], Any], warm_up: int = 3) -> float:
         """Median over the repetitions, after some that are not counted."""
-        for _ in range(warm_up):
+        for number in range(warm_up):
+            if number and not seconds_left():
+                break
             action()
-        return median(self._once(action) for _ in range(self.repeats))
+        times = [self._once(action)]
+        while len(times) < self.repeats and seconds_left():
+            times.append(self._once(action))
+        if len(times) < self.repeats:
+            shorten(f"later cases had fewer than {self.repeats} repetitions, one at least")
+        return median(times)
 
     def _once(self, action: Callable[[], Any]) -> float:
         if self.device.type != "cuda":
@@ -132,6 +141,7 @@ def _kernel_rows(
     function, _ = bench_dcnv4.find()
     rows = []
     for what in (FORWARD, BACKWARD):
+        say(f"DCNv3 {name}, {dtype}, {what} ...")
         ours, peer, plain = (
             clock.seconds(_pass(call, inputs, upstream, what))
             for call in (
@@ -147,6 +157,7 @@ def _kernel_rows(
         })  # fmt: skip
         if function is not None:
             rows[-1]["DCNv4 / ours"] = _dcnv4(clock, function, inputs, groups, output, what) / ours
+        say(f"  {1e3 * ours:.3g} ms, grid_sample {1e3 * peer:.3g} ms")
     return rows
 
 
@@ -204,6 +215,7 @@ def _model_row(
     clock: _Clock, size: str, batch: str, pixels: int, peak: float
 ) -> dict[str, Any]:
     device = clock.device
+    say(f"InternImage-{size}, {batch} images ...")
     with torch.device(device):
         model = InternImageSettings(size=size).build()
     initialise(model, 0)
@@ -220,6 +232,7 @@ def _model_row(
         optimizer.step()
 
     seconds = clock.seconds(step)
+    say(f"  {int(batch) / seconds:,.4g} images a second")
     flops = 3 * int(batch) * model.flops(pixels, pixels) / seconds
     used = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return {

@@ -15,6 +15,7 @@ import torch
 
 from pretrain.models.operators.window import Window
 from tools.bench_gpu import BACKWARD, FORWARD, floor_bars
+from tools.bench_measure import say, seconds_left, shorten
 
 MAPS, POINTS = ((28, 28), (14, 14), (7, 7), (4, 4)), 4
 
@@ -69,11 +70,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for dtype in (torch.bfloat16, torch.float32):
         for case in cases(dtype):
             for what in (FORWARD, BACKWARD):
+                say(f"{case.name}, {dtype}, {what} ...")
                 found = sorted(
                     candidates(case, what, dtype, gpu),
                     key=lambda row: (row["spilled bytes"] > 0, -row["share of the floor at most"]),
                 )
                 rows += found if args.all else found[:1]
+                share = found[0]["share of the floor at most"]
+                say(f"  at most {share:.2f} of the floor")
     spilled = max(row["spilled bytes"] for row in rows)
     bars = [{"what": "bytes of registers spilled", "measured": spilled, "bar": 0,
              "at_least": False}]  # fmt: skip
@@ -115,6 +119,9 @@ def candidates(case: Case, what: str, dtype: torch.dtype, gpu: Gpu) -> list[dict
         settings = settings | {"WIDTH": 1, "PAIRS": False}  # it adds one number at a time
     rows = []
     for config in kernel.configs:
+        if rows and not seconds_left():
+            shorten("not every candidate of each kernel was compiled")
+            break
         code = compiled(kernel, arguments, settings, config, gpu.capability)
         items = _items_of_warp(settings, config)
         # Of a corner, by a thread: reads of 16 bytes, or additions.

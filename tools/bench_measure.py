@@ -19,6 +19,7 @@ from typing import Any
 LEAST_REPEATS = 5
 # When the benchmark shall be over, by time.perf_counter(); None: no limit.
 _end: float | None = None
+_shortened: list[str] = []
 LIBRARIES = (
     "torch", "numpy", "deepspeed", "transformers", "webdataset", "simplejpeg", "pillow",
     "opencv-python-headless", "tokenizers",
@@ -64,32 +65,41 @@ def repeated(
 
 
 def interleaved(
-    cases: Mapping[str, Callable[[], float]], repeats: int, progress: Callable[[str], None]
+    cases: Mapping[str, Callable[[], float]],
+    repeats: int,
+    progress: Callable[[str], None] = lambda text: None,
+    sharers: int = 1,
 ) -> dict[str, list[Measurement]]:
     """Run every case `repeats` times, in turns, so that a slow spell of the machine hits them all.
 
     One unmeasured round comes first (imports, page cache). Repetition i of two cases ran next to
     each other: compare them pairwise (`ratio`).
 
-    Each case is said as it is measured. The warm-up tells how long the rest takes: where that is
-    longer than what `end_after` left, there are fewer repetitions, one at least.
+    Each case is said as it is measured. The unmeasured round tells how long the rest takes: where
+    that is longer than what `end_after` left, there are fewer repetitions (see `shortened`), and
+    where there is no time for one, that round counts.
+
+    sharers: calls that share the time that is left, this one included.
     """
     if repeats < LEAST_REPEATS:
         raise ValueError(f"repeats {repeats}: medians need at least {LEAST_REPEATS}")
-    results: dict[str, list[Measurement]] = {name: [] for name in cases}
+    first: dict[str, list[Measurement]] = {}
     start = time.perf_counter()
     for name, case in cases.items():
         progress(f"warm-up: {name}")
-        say(f"warm-up: {name}: {measure(case).wall_seconds:.1f} s")
-    turns = _turns(time.perf_counter() - start, repeats)
+        say(f"warm-up: {_said(name)} ...")
+        first[name] = [measure(case)]
+        say(f"warm-up: {_said(name)}: {first[name][0].wall_seconds:.1f} s")
+    turns = _turns(time.perf_counter() - start, repeats, sharers)
+    results: dict[str, list[Measurement]] = {name: [] for name in cases}
     for turn in range(1, turns + 1):
         for name, case in cases.items():
             progress(f"{turn}/{turns}: {name}")
             measured = measure(case)
             results[name].append(measured)
             rate = measured.items / max(measured.wall_seconds, 1e-9)
-            say(f"{turn}/{turns}: {name}: {rate:,.4g} a second")
-    return results
+            say(f"{turn}/{turns}: {_said(name)}: {rate:,.4g} a second")
+    return results if turns else first
 
 
 def end_after(seconds: float | None) -> None:
@@ -97,6 +107,25 @@ def end_after(seconds: float | None) -> None:
     it is done."""
     global _end
     _end = None if seconds is None else time.perf_counter() + seconds
+    _shortened.clear()
+
+
+def seconds_left() -> float:
+    """Until the time that `end_after` set; infinite without one."""
+    return math.inf if _end is None else max(_end - time.perf_counter(), 0.0)
+
+
+def shorten(what: str) -> None:
+    """Note that there was no time for all that was asked for; `what` says how much there was."""
+    text = f"shortened to end in time: {what}; --long takes all"
+    if text not in _shortened:
+        _shortened.append(text)
+        say(text)
+
+
+def shortened() -> list[str]:
+    """What was noted since `end_after`, for the result that is printed."""
+    return list(_shortened)
 
 
 def say(text: str) -> None:
@@ -104,13 +133,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _turns(round_seconds: float, repeats: int) -> int:
+def _turns(round_seconds: float, repeats: int, sharers: int) -> int:
     """How many repetitions there are time for, said."""
-    left = math.inf if _end is None else max(_end - time.perf_counter(), 0.0)
-    turns = max(1, math.floor(min(repeats, left / max(round_seconds, 1e-9))))
-    short = "" if turns == repeats else f" (of {repeats}: --long takes all of them)"
-    say(f"{turns} repetitions{short}, about {turns * round_seconds:.0f} s")
+    turns = math.floor(min(repeats, seconds_left() / sharers / max(round_seconds, 1e-9)))
+    if not turns:
+        shorten(f"one repetition of {repeats}, the first one, which else only warms up")
+    elif turns < repeats:
+        shorten(f"{turns} of {repeats} repetitions")
+    say(f"{turns} repetitions, about {turns * round_seconds:.0f} s")
     return turns
+
+
+def _said(case: Any) -> str:
+    return case if isinstance(case, str) else ", ".join(map(str, case))
 
 
 def median_rate(measurements: list[Measurement], clock: str = "wall_seconds") -> float:

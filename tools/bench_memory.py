@@ -14,7 +14,9 @@ their number says nothing about a leak.
 
 import argparse
 import itertools
+import math
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,20 +30,25 @@ from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
 from data_pipeline.transforms import ImageSettings
-from tools.bench_measure import in_fresh_process
+from tools.bench_measure import in_fresh_process, say, seconds_left, shorten
 from tools.digit_scenes import make_scene, scene_members
 
 EPOCHS, WARM_UPS = 3, 8
 MOST_GROWTH = 0.02
 SIDE, PICTURES = 32, 64
+_TRIED = 60
 REAL_SHARDS, MOST_PER_SHARD = 4, 1000
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure in a process that holds nothing else."""
     rows = in_fresh_process(
-        measure, options.workers, options.rows, options.batch, options.steps, options.repeats
-    )
+        measure, options.workers, options.rows, options.batch, options.steps, options.repeats,
+        seconds_left(),
+    )  # fmt: skip
+    taken = rows[0]["samples"] // options.batch
+    if taken < min(options.steps, options.rows // options.batch):
+        shorten(f"{taken} of {options.steps} steps of each epoch")
     return {
         "title": f"memory of a loader with {options.workers} workers over {options.rows:,} rows",
         "rows": rows,
@@ -63,17 +70,26 @@ def growth(rows: list[dict[str, Any]]) -> float:
 
 
 def measure(
-    workers: int, n_rows: int, batch: int, steps: int, readings: int
+    workers: int, n_rows: int, batch: int, steps: int, readings: int, seconds: float = math.inf
 ) -> list[dict[str, Any]]:
     """Load three epochs, or the first steps of each; a row of the table for each of them.
 
     Args:
         readings: memory is read after so many of the last steps of an epoch; medians count.
+        seconds: that it may take; fewer steps of each epoch are loaded where these take longer.
     """
+    begin = time.perf_counter()
+    say(f"writing the shards of {n_rows:,} rows")
     with tempfile.TemporaryDirectory() as folder:
         stream = _stream(Path(folder), n_rows, batch)
         per_epoch = n_rows // batch
         loaded = min(steps, per_epoch)
+        if loaded < per_epoch and seconds < math.inf:
+            rate = _steps_a_second(stream, workers)
+            left = seconds - (time.perf_counter() - begin)
+            # The epochs, and the beginnings of those before them.
+            in_time = int(rate * left / (EPOCHS + WARM_UPS / 4))
+            loaded = max(min(loaded, in_time), readings)
         warm = 0 if loaded == per_epoch else max(loaded // 4, 1)
         first = WARM_UPS * warm  # step
 
@@ -86,6 +102,7 @@ def measure(
             {"bench": stream}, lambda step: ("bench", visit(step)), LoaderSettings(workers=workers),
             rank=0, world=1, start_step=0, stop_step=first + EPOCHS * loaded,
         )  # fmt: skip
+        say(f"{WARM_UPS} beginnings of {warm} steps, then {EPOCHS} epochs of {loaded}")
         found: list[dict[str, Any]] = []
         last: list[float] = []
         for window in loader:
@@ -94,8 +111,21 @@ def measure(
                 last.append(_memory_mib())
             if epoch >= 0 and inside == loaded - 1:
                 found.append({"epoch": epoch + 1, "samples": loaded * batch, "MiB": median(last)})
+                say(f"epoch {epoch + 1}: {median(last):,.1f} MiB")
                 last = []
         return found
+
+
+def _steps_a_second(stream: TaskStream, workers: int) -> float:
+    """Of a loader that has started; `stream` can be loaded from its begin afterwards."""
+    loader = StepLoader(
+        {"bench": stream}, lambda step: ("bench", step), LoaderSettings(workers=workers),
+        rank=0, world=1, start_step=0, stop_step=_TRIED,
+    )  # fmt: skip
+    times = [time.perf_counter() for _ in loader]
+    rate = (len(times) - 1) / (times[-1] - times[0])
+    say(f"{rate:.1f} steps a second")
+    return rate
 
 
 def _stream(folder: Path, n_rows: int, batch: int) -> TaskStream:

@@ -14,7 +14,14 @@ import torch
 
 from pretrain.optim.mt_adamw import MTAdamW
 from pretrain.optim.update_size import sum_of_squared_steps
-from tools.bench_measure import Measurement, in_fresh_process, interleaved, peak_rise_mib, ratio
+from tools.bench_measure import (
+    Measurement,
+    in_fresh_process,
+    interleaved,
+    peak_rise_mib,
+    ratio,
+    say,
+)
 
 OURS, FUSED, FOREACH = "MT-AdamW", "torch AdamW, fused", "torch AdamW, foreach"
 CLIPPED = "torch AdamW, fused, after clipping"
@@ -28,6 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     names = (OURS, FUSED, CLIPPED, FOREACH, AVERAGE, SIZE)
     times = interleaved({n: _timed(args, _case(args, n)) for n in names}, args.repeats, _quiet)
+    say("temporary memory, each case in a process of its own")
     memory = {name: _peak(args, name) for name in names}
     count = args.elements * args.tensors
     return {

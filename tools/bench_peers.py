@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.crops import random_box
+from data_pipeline.labels import NO_LABEL
 from data_pipeline.rng import sample_rng
 from data_pipeline.transforms import ImageSettings
 
@@ -74,7 +75,11 @@ class Peers:
         """Decode, crop and resize (bicubic) with Pillow; one caption."""
         with Image.open(io.BytesIO(sample["jpg"])) as opened:
             picture = self._cropped(opened.convert("RGB"), int(sample["__key__"]))
-        return {"images": np.asarray(picture), "captions": [sample["txt"].decode()]}
+        return {
+            "images": np.asarray(picture),
+            "captions": [sample["txt"].decode()],
+            "prompt_class": NO_LABEL,
+        }
 
     def _cropped(self, picture: Image.Image, key: int) -> Image.Image:
         rng = sample_rng(0, "bench", key, "image")

@@ -28,7 +28,7 @@ from data_pipeline.shards import ShardSet
 from data_pipeline.tokenizer import train_byte_level_bpe
 from data_pipeline.transforms import ImageSettings
 from tools.bench_data import BATCH, CAPTION, WORKERS, pack, photographs
-from tools.bench_measure import interleaved
+from tools.bench_measure import interleaved, say
 from tools.serve import RangeServer
 
 LOCAL, DIRECT, CACHED = "local shards", "server", "server, cache with read-ahead"
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cv2.setNumThreads(0)
     with tempfile.TemporaryDirectory() as name, Console(stderr=True).status("packing") as status:
         folder = Path(name)
+        say(f"packing {args.samples:,} photographs")
         shards = pack(photographs(args.images), folder / "shards", args.samples)
         with _Server(folder / "shards", args.delay_s) as url:
             bench = RemoteBench(args, shards, ShardSet.open(url), folder / "cache")
@@ -87,15 +88,16 @@ class RemoteBench:
         """Table and bars; the first repetition was the warm-up."""
         rows = []
         for case, repetitions in self.waits.items():
-            later = [waits[1:] for waits in repetitions[1:]]
+            measured = repetitions[1:] or repetitions
+            later = [waits[1:] for waits in measured]
             shares = [sum(w) / (sum(w) + len(w) * self.args.step_s) for w in later]
             rows.append({
                 "case": case,
-                "first batch, s": median(waits[0] for waits in repetitions[1:]),
+                "first batch, s": median(waits[0] for waits in measured),
                 "median later wait, ms": 1e3 * median(wait for waits in later for wait in waits),
                 "longest later wait, ms": 1e3 * median(max(waits) for waits in later),
                 "waiting, share of the time": median(shares),
-                "MiB read": median(self.bytes[case][1:]) / 2**20,
+                "MiB read": median(self.bytes[case][-len(measured) :]) / 2**20,
             })
         cached = rows[-1]["waiting, share of the time"]
         return {

@@ -13,9 +13,11 @@
     python -m tools.benchmark optimizer
 
 Ratios compare cases of the same run, which take turns; figures are medians of at least five
-repetitions, unless these take longer than five minutes: `--long` takes all of them, as the README's
-figures do. Each case is said as it is measured. Each benchmark is a module `tools/bench_<name>.py`
-with `run(args) -> dict`, its arguments in `tools/bench_arguments.py`:
+repetitions, unless these take longer than five minutes: then the result says how many there were.
+`--long` takes all of them, as the README's figures do. Each case is said as it is measured.
+
+Each benchmark is a module `tools/bench_<name>.py` with `run(args) -> dict`, its arguments in
+`tools/bench_arguments.py`:
 
     title: str
     rows:  list of dicts with equal keys; the keys become the columns of the table
@@ -36,7 +38,7 @@ from rich.table import Table
 
 from data_pipeline.console import parse_in_any_order, write_utf8
 from tools.bench_arguments import ARGUMENTS
-from tools.bench_measure import LEAST_REPEATS, end_after, machine, say
+from tools.bench_measure import LEAST_REPEATS, end_after, machine, say, shortened
 
 _MINUTES = 5
 # Of this time what is measured in turns may take; the rest is for what comes before and behind.
@@ -83,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     end_after(None if options.long else 60 * _MINUTES * _SHARE)
     described = machine(shlex.join(["python", "-m", "tools.benchmark", *arguments]))
     result = importlib.import_module(f"tools.bench_{options.benchmark}").run(options)
+    result["notes"] = [*result.get("notes", []), *shortened()]
     show(result, described)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

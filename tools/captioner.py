@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_pipeline.captions import CaptionDataSettings
 from data_pipeline.loader import EvaluationLoader
+from data_pipeline.shards import ShardSet
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.objectives.caption_evaluation import CaptionExample, evaluate_captions
 from tools.export_record import heldout_loader
@@ -29,6 +30,8 @@ class Evaluated:
     """One per image, in row order; the first few with the image as the model saw it."""
     seconds: float
     bad_samples: int
+    shards: ShardSet
+    """What the images were read from."""
 
 
 class Captioner:
@@ -110,7 +113,8 @@ def evaluate(
             f"none of the {loader.samples} samples of {', '.join(data.shards)} could be used; "
             f"last: key {faults.last.key!r}: {faults.last.reason}"
         )
-    return Evaluated(metrics, examples, time.monotonic() - started, faults.replaced)
+    seconds = time.monotonic() - started
+    return Evaluated(metrics, examples, seconds, faults.replaced, loader.stream.reader.shards)
 
 
 def _with_progress(loader: EvaluationLoader) -> Iterator[dict[str, Any]]:

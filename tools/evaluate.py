@@ -25,6 +25,7 @@ from tools.arguments import add_device, device_of, positive
 if TYPE_CHECKING:  # --help and wrong arguments do without torch
     from tools.captioner import Evaluated
     from tools.export_record import ExportRecord
+    from tools.training_images import Seen
 
 _COLUMNS = 4
 _SHOWN = {
@@ -41,7 +42,11 @@ console = Console()
 # ---- output ------------------------------------------------------------------------------------
 
 
-def _print_results(record: "ExportRecord", found: "Evaluated", examples: int) -> None:
+def _print_results(
+    record: "ExportRecord", found: "Evaluated", seen: "Seen", examples: int
+) -> None:
+    from tools.training_images import NAMED
+
     if not (record.verification and record.verification.passed):
         console.print("[yellow]this export was not verified against the run that it came from[/]")
     title = f"{record.recipe}, step {record.step}, task {record.task}"
@@ -54,6 +59,8 @@ def _print_results(record: "ExportRecord", found: "Evaluated", examples: int) ->
             table.add_row(label, f"{value:,.0f}" if name == "images" else f"{value:.4f}")
     table.add_row("captions per second", f"{len(found.examples) / found.seconds:.1f}")
     console.print(table)
+    if seen in ("training", "partly training"):
+        console.print(f"[yellow]these are {NAMED[seen]}: the metrics say little about others[/]")
     if found.bad_samples:
         console.print(f"[yellow]{found.bad_samples} bad samples were left out[/]")
     for example in found.examples[:examples]:
@@ -63,7 +70,9 @@ def _print_results(record: "ExportRecord", found: "Evaluated", examples: int) ->
             console.print(Text(f"  reference  {reference}", style="green"))
 
 
-def _write_json(path: Path, record: "ExportRecord", options: Any, found: "Evaluated") -> None:
+def _write_json(
+    path: Path, record: "ExportRecord", options: Any, found: "Evaluated", seen: "Seen"
+) -> None:
     content = {
         "metrics": found.metrics,
         "export": record.model_dump(
@@ -72,6 +81,7 @@ def _write_json(path: Path, record: "ExportRecord", options: Any, found: "Evalua
         "generation": {"kind": "greedy", "max_new_tokens": record.max_new_tokens},
         "shards": options.shards,
         "where": options.where,
+        "images": seen,
         "bad_samples": found.bad_samples,
         "captions": [
             {key: value for key, value in asdict(example).items() if key != "image"}
@@ -82,8 +92,11 @@ def _write_json(path: Path, record: "ExportRecord", options: Any, found: "Evalua
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_sheet(path: Path, record: "ExportRecord", font: str | None, found: "Evaluated") -> None:
+def _write_sheet(
+    path: Path, record: "ExportRecord", font: str | None, found: "Evaluated", seen: "Seen"
+) -> None:
     from tools.contact_sheet import Cell, contact_sheet
+    from tools.training_images import NAMED
 
     cells = [
         Cell(e.image.permute(1, 2, 0).numpy(), e.key, e.caption, e.references[:1])
@@ -101,7 +114,7 @@ def _write_sheet(path: Path, record: "ExportRecord", font: str | None, found: "E
     sheet = contact_sheet(
         cells,
         title=f"{record.recipe}, step {record.step}",
-        subtitle=f"{metrics['images']:,.0f} held-out images: {scores}",
+        subtitle=f"{metrics['images']:,.0f} {NAMED[seen]}: {scores}",
         columns=_COLUMNS,
         font=font,
     )
@@ -124,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pretrain.engine.checkpoint_files import CheckpointError
     from tools.captioner import evaluate
     from tools.export_record import RECORD, ExportRecord, way_to_export
+    from tools.training_images import seen_in_training
 
     try:
         if not (options.export / RECORD).is_file():
@@ -138,12 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep_images=options.sheet_rows * _COLUMNS if options.sheet else 0,
             device=device_of(options.device),
         )
-        _print_results(record, found, options.examples)
+        seen = seen_in_training(found.shards, options.where, record.training_shards)
+        _print_results(record, found, seen, options.examples)
         if options.json:
-            _write_json(options.json, record, options, found)
+            _write_json(options.json, record, options, found, seen)
             console.print(f"metrics and captions: {options.json}", highlight=False)
         if options.sheet:
-            _write_sheet(options.sheet, record, options.font, found)
+            _write_sheet(options.sheet, record, options.font, found, seen)
             console.print(f"contact sheet: {options.sheet}", highlight=False)
         return 0
     except torch.OutOfMemoryError:

@@ -18,6 +18,7 @@ from pretrain.engine.checkpoint_files import MANIFEST, file_entry
 from pretrain.models.vit import VitSettings
 from tools.export_record import ExportRecord
 from tools.trained import TrainedCaptioner
+from tools.training_images import training_shards
 from tools.transformers_git import SpecialIds, transformers_model, without_bars
 from tools.weight_files import writing
 
@@ -143,6 +144,7 @@ def _record(
         text_length=data.text_length,
         max_new_tokens=captioner.task.objective.max_new_tokens,
         notes=notes,
+        training_shards=training_shards(task.data for task in captioner.recipe.tasks.values()),
     )
 
 

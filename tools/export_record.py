@@ -21,6 +21,7 @@ from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
 from pretrain.engine.checkpoint_files import MANIFEST, newest_whole
 from pretrain.recipe import load_resolved
+from tools.training_images import TrainingShards
 
 RECORD = "omnipretrain.json"
 
@@ -74,6 +75,8 @@ class ExportRecord(Settings):
     """Where the export cannot do what training did."""
     verification: Verification | None = None
     """None: never verified."""
+    training_shards: list[TrainingShards] | None = None
+    """What all tasks of the run read; None in exports that were written before this was kept."""
 
     def write(self, folder: Path) -> None:
         """Put the record into `folder`."""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from data_pipeline.files import write_atomically
 from pretrain.engine.launchers import age_of_start
-from pretrain.engine.ownership import HEARTBEAT_FILE, Ownership
+from pretrain.engine.ownership import HEARTBEAT_FILE, OWNER_FILE, Ownership
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REQUESTS = ("stop", "stop.auto", "save")
@@ -57,11 +57,12 @@ class ControlFolder:
         self._last_beat = 0.0
 
     def begin(self) -> None:
-        """Say that a start has begun; drop requests from before it.
+        """Say that a start, which has just claimed the run, has begun; drop requests from before.
 
         The step stays: it is that of the last checkpoint, whatever becomes of this start.
         """
-        since = time.time() - age_of_start()
+        claimed = (self.path / OWNER_FILE).stat().st_mtime  # just now, by the file system's clock
+        since = claimed - age_of_start()
         for name in REQUESTS:
             with contextlib.suppress(OSError):
                 if (self.path / name).stat().st_mtime < since:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_pipeline.files import exclusive
+from data_pipeline.files import exclusive, naming
 from pretrain.engine.control import STATUS_FILE, ControlFolder, read_status
 from pretrain.engine.ownership import Ownership, owned_by_launch
 from pretrain.engine.peers import Place, ended_peers, speaks_of_a_peer
@@ -74,7 +74,8 @@ def note_failure(run_dir: Path, rank: int, reason: str, ownership: Ownership) ->
     note = {"rank": rank, "reason": reason, "stack": traceback.format_exc(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     file = folder / f"failure_rank_{rank:05d}.json"
-    file.write_text(json.dumps(note, indent=1), encoding="utf-8")
+    with naming(file):
+        file.write_text(json.dumps(note, indent=1), encoding="utf-8")
     with _in_turn(folder / STATUS_FILE):
         status = read_status(run_dir)
         ControlFolder(run_dir, ownership).failed(reason)

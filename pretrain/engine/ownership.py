@@ -18,6 +18,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 
 from data_pipeline.files import exclusive, write_atomically
@@ -26,6 +27,8 @@ OWNER_FILE = "owner.json"
 HEARTBEAT_FILE = "heartbeat"
 SILENT_S = 60.0
 """An owner that has given no sign of life for so long may be succeeded."""
+RANK_0_CLAIMS_S = 10.0
+"""Rank 0 has claimed the run so long after another rank has looked, if it is let in."""
 _READ_ATTEMPTS, _READ_PAUSE_S = 5, 0.2
 _RUN_ID = "TORCHELASTIC_RUN_ID"
 _JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
@@ -117,14 +120,27 @@ def claim(
     return Ownership(run_dir, token)
 
 
-def refuse_if_occupied(run_dir: Path, environment: Mapping[str, str]) -> None:
+def refuse_if_occupied(
+    run_dir: Path, environment: Mapping[str, str], patience_s: float = RANK_0_CLAIMS_S
+) -> None:
     """For ranks that do not claim: end as rank 0 does, instead of waiting for it.
+
+    It is rank 0 that decides, and it may know more: whether a process of its own node is dead.
+
+    Args:
+        patience_s: for its claim.
 
     Raises:
         OccupiedError: somebody else is at work in the run directory.
     """
-    if owned_by_launch(run_dir, environment) is None:  # else rank 0 was quicker
-        _refuse_if_occupied(Path(run_dir) / "control", environment)
+    until = time.monotonic() + patience_s
+    while owned_by_launch(run_dir, environment) is None:  # else rank 0 was let in
+        try:
+            return _refuse_if_occupied(Path(run_dir) / "control", environment)
+        except OccupiedError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(_READ_PAUSE_S)
 
 
 def _refuse_if_occupied(folder: Path, environment: Mapping[str, str]) -> None:
@@ -152,6 +168,33 @@ def owned_by_launch(run_dir: Path, environment: Mapping[str, str]) -> Ownership 
         if owner.get("launch") == launch_of(environment):
             return Ownership(run_dir, owner["token"])
     return None
+
+
+def claimed_by_this_launch(
+    run_dir: Path, environment: Mapping[str, str], age_s: float
+) -> bool:
+    """Whether a launcher or scheduler has started this process anew after a start of the same
+    command that the run directory was given to. So it is that run, and no other, which goes on.
+
+    Args:
+        age_s: seconds since the launcher began; names of torchrun runs are used again.
+    """
+    try:
+        owner = _read(Path(run_dir) / "control" / OWNER_FILE)
+        since = datetime.fromisoformat(owner["since"]).timestamp()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    job = job_of(environment)
+    if owner.get("job") != job:
+        return False
+    if job is not None and int(environment.get("SLURM_RESTART_COUNT") or 0) > 0:
+        return True
+    restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    if restarts == 0 or since + 1 < time.time() - age_s:
+        return False
+    mine, theirs = (text.rpartition(" ")[0] for text in
+                    (launch_of(environment), str(owner.get("launch"))))
+    return job is not None or mine == theirs  # but for the number of restarts
 
 
 def job_of(environment: Mapping[str, str]) -> str | None:

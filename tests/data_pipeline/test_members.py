@@ -8,6 +8,8 @@ import pytest
 from data_pipeline.members import AbsentValue, MemberSource
 from data_pipeline.reader import Sample, SampleReader
 from data_pipeline.shards import ShardSet
+from data_pipeline.target import Target
+from data_pipeline.targets import _judged
 
 
 def sample(**members: bytes) -> Sample:
@@ -19,7 +21,7 @@ def test_files_that_became_one_sample_by_their_dots_are_named():
     dotted = sample(**{f"2023_{n:02d}_{e}": b"x" for n in range(30) for e in ("jpg", "txt")})
     with pytest.raises(AbsentValue) as error:
         MemberSource("txt").value(dotted)
-    assert "has no member txt, but 60 like 'shot.2023.00.txt'" in str(error.value)
+    assert "has no member txt, but 60 like '2023.00.txt'" in str(error.value)
     assert "ends at its first dot" in str(error.value)
     with pytest.raises(AbsentValue) as error:
         MemberSource("txt").value(sample(jpg=b"x"))
@@ -42,6 +44,13 @@ def test_the_advice_about_dots_can_be_followed(tmp_path, monkeypatch):
         assert len(reader.shards) == 1
         with pytest.raises(AbsentValue, match="no dot but the one of the suffix"):
             MemberSource("txt").value(reader.read(0))
+
+    # A check and a start look at samples that were read without the members that nobody wants.
+    target = Target("text", "caption_source", "txt", "txt", MemberSource("txt").value, True)
+    with SampleReader(ShardSet.open(tmp_path / "dots.tar")) as reader:
+        look = _judged([(reader.read(0, {"txt"}), lambda: reader.read(0))], [target])
+    assert "no dot but the one of the suffix" in look.holds("txt")
+    assert "dot" not in look.holds("cls")
 
     def plain(name: str) -> str:
         folder, _, file = name.rpartition("/")

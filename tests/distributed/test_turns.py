@@ -1,6 +1,7 @@
 """Runs that are resumed another way than they went: longer, from further back, at another rate."""
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -8,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from pretrain.engine.checkpoint_files import newest_whole, read_manifest
-from pretrain.train import main
+from pretrain.engine.ownership import claim
+from pretrain.engine.run_record import RunDirError
+from pretrain.overlay import RecipeError
+from pretrain.train import main, parse_arguments, read_recipe
 from tests.distributed.launch import kill_ranks, run_ranks, start_ranks, tails
 from tests.distributed.test_resume import assert_same_run, metrics
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
@@ -84,9 +88,27 @@ def test_what_a_run_was_trained_with_is_in_its_checkpoints(ended, capsys):
     assert metrics(ended) == recorded
 
 
+def test_ranks_that_torchrun_starts_anew_go_on(ended, monkeypatch):
+    """Without --start-or-resume, too; a first start of the same words is refused."""
+    for name, value in {"MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    claim(ended, os.environ).leave()
+    words = parse_arguments([str(ended / "recipe.yaml")])
+    with pytest.raises(RunDirError, match="already holds a run"):
+        read_recipe(words)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    recipe, resume = read_recipe(words)
+    assert resume and recipe.run_dir == str(ended)
+    with pytest.raises(RecipeError, match="seed: 3 in"):
+        read_recipe(parse_arguments([str(ended / "recipe.yaml"), "seed=4"]))
+
+
 def test_longer_from_the_stable_phase_then_diverged_then_as_the_advice_says(ended, data, tmp_path):
     longer = tmp_path / "longer"
     start(tmp_path, write_recipe(tmp_path / "r.yaml", recipe_of_length(data, longer, 12)))
+    cut_off = ended / "checkpoints/going_back_to_step_000000004"  # by a crash, which this ends
+    cut_off.mkdir()
+    (ended / "checkpoints/step_000000008").rename(cut_off / "step_000000008")
     said = start(tmp_path / "1", "--resume", ended, "--from-step", "4", "steps=12")
     assert "gone back from step 8 to step 4" in said and "rate jumps" not in said
     assert_same_run(longer, ended)

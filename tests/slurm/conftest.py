@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -91,6 +90,7 @@ def emulated(request) -> Iterator[DevCluster]:
             yield cluster
         finally:
             cluster.do("purge")
+            Path(f"{folder}.lock").unlink(missing_ok=True)
 
 
 def attempts(run: Path) -> list[dict]:
@@ -114,6 +114,3 @@ def rank(run: Path, number: int) -> dict:
     """Process and node of a rank of a toy run."""
     return json.loads((run / f"control/pids/rank_{number}.json").read_text(encoding="utf-8"))
 
-
-def kill_rank(run: Path, number: int) -> None:
-    os.kill(rank(run, number)["pid"], signal.SIGKILL)

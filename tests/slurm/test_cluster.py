@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -11,11 +12,19 @@ import pytest
 from slurm.cluster import job_name
 from slurm.script import Job, render
 from slurm.site import Site
-from tests.slurm.conftest import ROOT, attempts, kill_rank, rank, steps, wait_for
+from tests.slurm.conftest import ROOT, attempts, rank, steps, wait_for
 
 pytestmark = pytest.mark.slurm
 SITE = Site(gpus_per_node=0, ranks_per_node=2, signal_lead_s=60, python=sys.executable,
             memory=None, silent_minutes=0.15)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def empty_queue(emulated):
+    """What a failed test leaves behind is not the next one's."""
+    yield
+    emulated.ask("scancel", "--user=root")
+    wait_for(lambda: not emulated.ask("squeue", "--noheader"))
 
 
 def write_script(run: Path, *toy: str, site: Site = SITE, **changes) -> str:
@@ -58,9 +67,8 @@ def test_a_life(emulated, tmp_path):
     run = tmp_path / "run"
     job = submit(emulated, write_script(run, "--steps", "100000"))
     make_steps(run)
-    kill_rank(run, 3)
-    wait_for(lambda: attempts(run), why=lambda: story(run))
-    make_steps(run)
+    said = emulated.ask(sys.executable, "-m", "slurm", "drill", str(run), "--kill-rank")
+    assert "was followed by: restart" in said and "steps are done again" in said
     assert attempts(run)[0]["decision"] == "restart"  # on the same nodes, in the same job
     assert emulated.ask("squeue", "-h", "-o", "%i %T") == f"{job} RUNNING"
 
@@ -70,6 +78,8 @@ def test_a_life(emulated, tmp_path):
     make_steps(run)
     emulated.do("start-node", lost)
 
+    said = emulated.ask(sys.executable, "-m", "slurm", "drill", str(run), "--preempt")
+    assert "was followed by: requeue" in said and ": 0 steps are done again" in said
     first = emulated.ask("sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "--wrap",
                          "sleep 1", "-o", "/dev/null")  # fmt: skip
     emulated.wait_state(first, "COMPLETED")
@@ -83,7 +93,107 @@ def test_a_life(emulated, tmp_path):
     steps_are_whole(run)
     assert attempts(run)[-1]["decision"] == "stop"
     assert "SIGUSR1" in attempts(run)[-2]["leaving"] and attempts(run)[-2]["state"] == "stopped"
-    assert len(attempts(run)) == 5, story(run)  # that of the lost node too
+    assert len(attempts(run)) == 6, story(run)  # that of the lost node too
     assert json.loads((run / "control/status.json").read_text())["state"] == "stopped"
     for number in range(4):
         assert not psutil.pid_exists(rank(run, number)["pid"])
+
+
+def end_of(emulated, job: str, run: Path, *states: str, seconds: float = 90) -> None:
+    try:
+        emulated.wait_state(job, *states, seconds=seconds)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{story(run)}") from None
+
+
+def test_a_node_that_reboots_without_a_word(emulated, tmp_path):
+    """SLURM leaves the job RUNNING, with a step that holds the node; the run starts beside it."""
+    run = tmp_path / "run"
+    job = submit(emulated, write_script(run, "--steps", "100000"))
+    make_steps(run)
+    host = rank(run, 2)["host"]
+    assert host != rank(run, 0)["host"]  # the batch node is the first one
+    emulated.do("kill-node", host)
+    emulated.do("start-node", host)
+    wait_for(lambda: attempts(run), 90, lambda: story(run))
+    make_steps(run)
+    assert attempts(run)[0]["decision"] == "restart"
+    # It leaves no process of the run.
+    emulated.ask(sys.executable, "-m", "slurm", "cancel", str(run), "--wait", "60")
+    assert emulated.state(job) == "CANCELLED"  # and the supervisor does not bring it back
+    steps_are_whole(run)
+    wait_for(lambda: not any(psutil.pid_exists(rank(run, n)["pid"]) for n in range(4)), 30)
+
+
+def test_the_last_element_of_an_array_is_requeued_alone(emulated, tmp_path):
+    """Its raw number is the array's: requeueing that would start all elements again."""
+    sweep = tmp_path / "sweep"
+    runs = [sweep / "000", sweep / "001"]
+    for run in runs:
+        (run / "logs").mkdir(parents=True)
+    train = ["tests.slurm.toy_trainer", f"{sweep}/$ELEMENT", "--steps", "60"]
+    array = submit(emulated, write_script(sweep, elements=2, nodes="1", train=train))
+    make_steps(runs[1])
+    emulated.ask("scancel", "--batch", "--signal=USR1", f"{array}_1")
+    for number, run in enumerate(runs):
+        end_of(emulated, f"{array}_{number}", run, "COMPLETED")
+        steps_are_whole(run)
+    assert [a["decision"] for a in attempts(runs[0])] == ["done"]
+    assert [a["decision"] for a in attempts(runs[1])] == ["requeue", "done"]
+    assert "SIGUSR1" in attempts(runs[1])[0]["leaving"] and (runs[1] / "logs").is_dir()
+
+
+def chain(emulated, run: Path, count: int, *toy: str) -> list[str]:
+    script = write_script(run, *toy, requeue=False, chain=True)
+    return [submit(emulated, script) for _ in range(count)]
+
+
+def test_a_chain_goes_on_after_a_time_limit_and_is_over_when_the_run_is(emulated, tmp_path):
+    run = tmp_path / "run"
+    jobs = chain(emulated, run, 3, "--steps", "60")
+    make_steps(run)
+    emulated.ask("scancel", "--batch", "--signal=USR1", jobs[0])
+    end_of(emulated, jobs[0], run, "FAILED")  # only the end of a run is a success
+    for job in jobs[1:]:
+        end_of(emulated, job, run, "COMPLETED")
+    assert [a["decision"] for a in attempts(run)] == ["requeue", "done"]  # the third starts nothing
+    assert [a["job"] for a in attempts(run)] == jobs[:2]
+    steps_are_whole(run)
+
+
+def test_a_run_that_gets_nowhere_ends_its_chain(emulated, tmp_path):
+    run = tmp_path / "run"
+    jobs = chain(emulated, run, 3, "--fail-at", "0", "--always-fail")
+    end_of(emulated, jobs[0], run, "FAILED")
+    for job in jobs[1:]:
+        end_of(emulated, job, run, "CANCELLED")
+    assert [a["decision"] for a in attempts(run)] == ["restart", "restart", "give up"]
+    assert emulated.ask("scontrol", "--oneliner", "show", "job", jobs[0]).count("ExitCode=13:0")
+
+
+def test_a_bad_node_is_named_and_the_next_job_keeps_away_from_it(emulated, tmp_path):
+    """nvidia-smi of one node shows a GPU too few."""
+    smi = tmp_path / "bin/nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text('#!/bin/sh\nfor n in 1 $([ "$(hostname)" = node1 ] || echo 2); do '
+                   "echo 80000, 81000; done\n")
+    smi.chmod(0o755)
+    site = replace(SITE, gpus_per_node=2, setup=[f'export PATH="{smi.parent}:$PATH"'])
+    run = tmp_path / "run"
+    job = submit(emulated, write_script(run, "--steps", "20", site=site,
+                                        script=run / "submit/001.sbatch"), "--nodelist=node1,node2")
+    end_of(emulated, job, run, "FAILED")
+    wait_for(lambda: len(attempts(run)) == 2, 60, lambda: story(run))
+    first, second = attempts(run)
+    assert (first["unfit"], first["code"]) == (["node1"], 12)
+    assert "node node1: 1 GPUs instead of 2" in first["reason"]
+    assert second["decision"] == "done" and "node1" not in second["nodes"]
+
+
+def test_too_much_is_refused_before_it_waits(emulated, tmp_path):
+    for number, changes in enumerate(({"nodes": "5"}, {"site": replace(SITE, gpus_per_node=9)})):
+        script = write_script(tmp_path / str(number), **changes)
+        said = emulated.ask("sbatch", "--test-only", script, check=False)
+        assert not said
+        with pytest.raises(AssertionError, match=r"allocation failure|not available"):
+            emulated.ask("sbatch", "--test-only", script)

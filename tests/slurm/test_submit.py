@@ -156,3 +156,13 @@ def test_sweeps(tmp_path):
     grid.write_text("optimizer.lr: 3\n")
     with pytest.raises(recipes.SubmitError, match="expected `key:"):
         recipes.sweep(grid)
+
+
+def test_a_sweep_is_one_array(tmp_path):
+    train = ["pretrain.train", f"{tmp_path}/$ELEMENT/r.yaml"]
+    text = render(job(tmp_path, elements=3, train=train),
+                  Site(), (22, 5))
+    assert "#SBATCH --array=0-2" in text
+    assert f"#SBATCH --output={tmp_path}/%3a/logs/job-%A_%a.log" in text
+    assert 'ELEMENT=$(printf %03d "$SLURM_ARRAY_TASK_ID")' in text
+    assert f'slurm.supervise "{tmp_path}/$ELEMENT"' in text

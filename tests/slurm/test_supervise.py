@@ -96,27 +96,43 @@ sys.exit(ranks[0].wait())
 """
 
 
+@pytest.mark.parametrize("deaf", [False, True])
 @pytest.mark.parametrize(("whom", "number"), [
-    ("launcher", signal.SIGKILL), ("launcher", signal.SIGTERM), ("supervisor", signal.SIGKILL),
+    ("launcher", signal.SIGKILL), ("launcher", signal.SIGTERM), ("guard", signal.SIGKILL),
+    ("supervisor", signal.SIGKILL),
 ])  # fmt: skip
-def test_no_process_outlives_its_launcher(tmp_path, whom, number):
-    """Ranks in sessions of their own, as torchrun and deepspeed start them."""
-    options = ("--max-restarts", "0")
-    with start(
-        tmp_path, "--steps", "10000", "--ranks", "2", options=options, launcher=LAUNCHER
-    ) as process:
+def test_no_process_outlives_its_launcher(tmp_path, whom, number, deaf):
+    """Ranks in sessions of their own, as torchrun and deepspeed start them, are left to save, and
+    are ended if they do not leave."""
+    options = ("--max-restarts", "0", "--leave-s", "1" if deaf else "40")
+    toy = ("--steps", "10000", "--ranks", "2", *(["--deaf"] if deaf else []))
+    with start(tmp_path, *toy, options=options, launcher=LAUNCHER) as process:
         wait_for_steps(tmp_path, 3)
         family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) == 3  # launcher, two ranks
-        (family[0] if whom == "launcher" else process).send_signal(number)
+        assert len(family) == 4  # guard, launcher, two ranks
+        victims = {"guard": family[0], "launcher": family[1], "supervisor": process}
+        victims[whom].send_signal(number)
         _, alive = psutil.wait_procs(family, timeout=60)
         assert not alive
         code = process.wait(timeout=60)
-    if whom == "launcher":
+    if whom != "supervisor":
         assert code == 75 and attempts(tmp_path)[0]["decision"] == "requeue"
     status = json.loads((tmp_path / "control/status.json").read_text())
-    assert status["state"] == "stopped"
-    steps_are_whole(tmp_path, status["step"])
+    assert status["state"] == ("running" if deaf else "stopped")
+    if not deaf:
+        steps_are_whole(tmp_path, status["step"])
+
+
+def test_a_try_whose_supervisor_was_killed_is_in_the_ledger(tmp_path):
+    """Else a node that takes its supervisor along each time would never be counted."""
+    with start(tmp_path, "--steps", "10000") as process:
+        wait_for_steps(tmp_path, 12)
+        process.kill()
+    with start(tmp_path, "--steps", "40") as process:
+        assert process.wait(timeout=60) == 0
+    killed, last = attempts(tmp_path)
+    assert "was killed" in killed["reason"] and killed["steps"][0] == 0
+    assert last["steps"] == [killed["steps"][1], 40] and last["decision"] == "done"
 
 
 def test_words_that_make_no_sense(tmp_path):

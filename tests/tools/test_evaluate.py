@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.shards import Shard, ShardSet
 from pretrain.build import build_evaluation_loader
 from pretrain.models.git import GitDecoder
 from pretrain.models.vit import VisionTransformer
@@ -16,6 +17,7 @@ from tools.convert import main as convert
 from tools.evaluate import main
 from tools.export_record import ExportRecord
 from tools.trained import open_captioner
+from tools.training_images import TrainingShards, seen_in_training
 
 
 @pytest.fixture
@@ -141,6 +143,69 @@ def test_what_it_says_of_other_folders_can_be_done(
     assert "it has classify (classification)" in said and "export-git" not in said
     assert '"kind": "evaluation"' in said
     assert '"kind": "evaluation"' in (internimage_run / "metrics.jsonl").read_text()
+
+
+@pytest.fixture
+def subtitle(export, tmp_path, monkeypatch):
+    """What stands below the title of the contact sheet of some shards."""
+    monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
+    drawn = []
+
+    def sheet(*cells, subtitle: str, **_) -> Image.Image:
+        drawn.append(subtitle)
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr("tools.contact_sheet.contact_sheet", sheet)
+
+    def of(*shards, folder=export, where: str | None = None) -> tuple[str, str]:
+        report = tmp_path / "m.json"
+        assert run(folder, "--shards", *shards, "--max-samples", 2, "--workers", 0, "--json",
+                   report, "--sheet", tmp_path / "c.png",
+                   *(["--where", where] if where else [])) == 0  # fmt: skip
+        return drawn[-1].split(":")[0], json.loads(report.read_text())["images"]
+
+    return of
+
+
+def test_the_sheet_says_whether_images_were_trained_on(
+    export, scenes, tmp_path, subtitle, capsys
+) -> None:
+    assert subtitle(scenes / "heldout") == ("2 held-out images", "held-out")
+    assert "training images" not in capsys.readouterr().out
+    assert subtitle(scenes / "train") == ("2 training images", "training")
+    assert "these are training images" in capsys.readouterr().out
+    tars = sorted((scenes / "train").glob("*.tar"))
+    (tmp_path / "link").symlink_to(scenes / "train")
+    copy = shutil.copytree(scenes / "train", tmp_path / "copy")
+    (copy / "manifest.json").unlink()
+    for other in (tars[0], tmp_path / "link", copy, f"{scenes}/tra*/*.tar"):
+        assert subtitle(other) == ("2 training images", "training")
+    mixed = subtitle(scenes / "heldout", scenes / "train")
+    assert mixed == ("2 images, of shards that were trained on in part", "partly training")
+    old = shutil.copytree(export, tmp_path / "old")
+    content = json.loads((old / "omnipretrain.json").read_text())
+    del content["training_shards"]
+    (old / "omnipretrain.json").write_text(json.dumps(content))
+    assert subtitle(scenes / "train", folder=old) == ("2 images", "unknown")
+
+
+def test_conditions_may_part_training_from_held_out_images(scenes) -> None:
+    shards = ShardSet.open(scenes / "train")
+    trained = [TrainingShards(shards=[str(scenes / "train")], where="width > 3")]
+    assert seen_in_training(shards, "width > 3", trained) == "training"
+    assert seen_in_training(shards, "width <= 3", trained) == "partly training"
+    assert seen_in_training(shards, None, trained) == "partly training"
+    trained.append(TrainingShards(shards=[str(scenes / "train")]))  # of another task
+    assert seen_in_training(shards, "width <= 3", trained) == "training"
+
+
+def test_shards_of_servers_are_known_by_their_addresses() -> None:
+    shown = ShardSet([Shard(f"https://host/a/{n:05d}.tar?sig=x", 1, 1, "") for n in range(3)])
+    for spec in ("https://host/a", "https://host/a/{00000..00002}.tar", "https://host/a/*.tar"):
+        assert seen_in_training(shown, None, [TrainingShards(shards=[spec])]) == "training"
+    one = [TrainingShards(shards=["https://host/a/00001.tar"])]
+    assert seen_in_training(shown, None, one) == "partly training"
+    assert seen_in_training(shown, None, [TrainingShards(shards=["https://host/b"])]) == "held-out"
 
 
 def test_a_record_of_another_version_is_refused(export, tmp_path) -> None:

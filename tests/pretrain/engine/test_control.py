@@ -29,17 +29,24 @@ def test_requests(control):
     assert not control.save_requested()
 
 
-def test_only_requests_from_before_the_start_are_dropped(control):
-    """What is asked for while the run starts is asked of this run."""
+@pytest.mark.parametrize("ahead_s", [0.0, 7200.0, -7200.0])
+def test_only_requests_from_before_the_start_are_dropped(control, ahead_s):
+    """What is asked for while the run starts is asked of this run; a file server's clock may be
+    another one than this machine's."""
     names = ("stop", "stop.auto", "save")
-    before = time.time() - age_of_start() - 1.0
-    for name in names:
+
+    def written(name: str, when: float) -> None:
         (control.path / name).touch()
-        os.utime(control.path / name, (before, before))
+        os.utime(control.path / name, (when + ahead_s, when + ahead_s))
+
+    now, before = time.time(), time.time() - age_of_start() - 1.0
+    written("owner.json", now)
+    for name in names:
+        written(name, before)
     control.begin()
     assert control.stop_requested() is None and not control.save_requested()
     for name in names:
-        (control.path / name).touch()
+        written(name, now)
     control.begin()
     assert control.stop_requested() == "control/stop" and control.save_requested()
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -18,6 +19,7 @@ from pretrain.engine.ownership import (
     OccupiedError,
     OwnershipLost,
     claim,
+    claimed_by_this_launch,
     refuse_if_occupied,
 )
 
@@ -57,7 +59,7 @@ def test_a_second_start_is_refused_while_the_owner_lives(run):
                  "--take-over", f"touch {run / 'control/stop'}"):  # fmt: skip
         assert part in str(refused.value)
     with pytest.raises(OccupiedError):  # a rank that does not claim
-        refuse_if_occupied(run, {"MASTER_ADDR": "h", "MASTER_PORT": "2"} | OTHER_JOB)
+        refuse_if_occupied(run, {"MASTER_ADDR": "h", "MASTER_PORT": "2"} | OTHER_JOB, 0.0)
     with pytest.raises(OccupiedError):
         claim(run, {})
 
@@ -100,6 +102,42 @@ def test_torchrun_starts_its_ranks_anew(run):
     with pytest.raises(OccupiedError):
         claim(run, agent | {"MASTER_PORT": "2", "TORCHELASTIC_RESTART_COUNT": "0"})
     assert claim(run, agent | {"TORCHELASTIC_RESTART_COUNT": "1"}).holds()
+
+
+def test_another_node_waits_for_what_rank_0_knows(run):
+    """That the owner, a process of its node, is dead: seen from elsewhere it is just silent."""
+    mine = {"MASTER_ADDR": "h", "MASTER_PORT": "2"}
+    claim(run, {})
+    elsewhere(run)
+    late = threading.Timer(0.5, claim, (run, mine, True))
+    late.start()
+    refuse_if_occupied(run, mine)
+    late.join()
+    with pytest.raises(OccupiedError):
+        refuse_if_occupied(run, mine | {"MASTER_PORT": "3"}, 0.5)
+
+
+AGENT = {"MASTER_ADDR": "h", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("first, now, age, same", [
+    ({"TORCHELASTIC_RESTART_COUNT": "0"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, 60, True),
+    ({"TORCHELASTIC_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, 60, True),
+    ({"TORCHELASTIC_RESTART_COUNT": "0"}, {"TORCHELASTIC_RESTART_COUNT": "0"}, 60, False),
+    # Refused at first, and started anew for that: the run is not this launch's.
+    ({"TORCHELASTIC_RESTART_COUNT": "0"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, -60, False),
+    ({"MASTER_PORT": "7"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, 60, False),
+    ({"TORCHELASTIC_RUN_ID": "a"}, {"TORCHELASTIC_RUN_ID": "b", "TORCHELASTIC_RESTART_COUNT": "1"},
+     60, False),
+    ({"TORCHELASTIC_RUN_ID": "a"},
+     {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "2", "MASTER_PORT": "9"}, 60, True),
+    (JOB, JOB | {"SLURM_RESTART_COUNT": "1"}, 0, True),
+    (JOB, JOB, 60, False),
+    (JOB, OTHER_JOB | {"SLURM_RESTART_COUNT": "1"}, 60, False),
+])  # fmt: skip
+def test_a_launcher_that_repeats_a_start_means_its_own_run(run, first, now, age, same):
+    claim(run, AGENT | first)
+    assert claimed_by_this_launch(run, AGENT | now, age) == same
 
 
 def test_an_unreadable_claim_is_no_claim_once_it_stays_so(run, monkeypatch):
