@@ -89,11 +89,14 @@ def plain_forms(data: bytes) -> Iterator[bytes]:
     """Files with the same coded pixels and nothing odd: with all bytes up to the end marker, then
     without those that lie between the last pixel and the end marker, if there are any.
 
-    A file that has no end marker is cut, and has none of these forms.
+    A file that has no end marker is cut, and has none of these forms; nor has one with bytes that
+    belong to nothing behind its first scan: they may be a further scan, whose head is lost.
     """
     header, scans = [b"\xff\xd8"], []
-    sequential = False
+    sequential, behind = False, None  # where the next segment has to begin
     for marker, begin, end in _segments(data, 2):
+        if behind is not None and data[behind:begin].strip(b"\xff"):
+            return
         if marker == _EOI:
             yield b"".join((*header, *scans, b"\xff\xd9"))
             if scans and (shorter := without_rest(b"".join(header), scans[-1])) is not None:
@@ -106,6 +109,9 @@ def plain_forms(data: bytes) -> Iterator[bytes]:
         if marker == _SOS:
             found = _NEXT_MARKER.search(data, end)
             scans = [data[end : found.start()]] if found else []
+            behind = found.start() if found else len(data)
+        elif behind is not None:
+            behind = end
 
 
 def _segments(data: bytes, at: int) -> Iterator[tuple[int, int, int]]:

@@ -80,15 +80,6 @@ def goodput(attempts: Sequence[dict], step: int, step_s: float | None, now: floa
     return min((step - first) * step_s / (now - attempts[0]["started"]), 1.0)
 
 
-def slowest_rank(lines: Sequence[dict]) -> int | None:
-    """The rank that was slowest in more than half of the last 100 logged steps."""
-    ranks = [line["slowest_rank"] for line in lines[-100:] if "slowest_rank" in line]
-    if len(ranks) < 20:
-        return None
-    rank = statistics.mode(ranks)
-    return int(rank) if ranks.count(rank) * 2 > len(ranks) else None
-
-
 def describe(run: Path, now: float | None = None) -> dict:
     """All that is known of a run, as numbers and texts."""
     now = now or time.time()
@@ -107,7 +98,6 @@ def describe(run: Path, now: float | None = None) -> dict:
         "checkpoint": checkpoint,
         "checkpoint_age_s": age(run / "checkpoints" / f"step_{checkpoint:09d}" / "manifest.json"),
         "goodput": goodput(attempts, step, step_s, now), "reason": said.get("reason", ""),
-        "slowest_rank": slowest_rank(lines),
     }
     if lines and lines[-1].get("loss") is not None:
         found["loss"] = lines[-1]["loss"]
@@ -139,8 +129,6 @@ def line_of(found: dict) -> str:
         parts.append(f"{found['tries']} tries")
     if found["goodput"] is not None:
         parts.append(f"goodput {found['goodput']:.0%}")
-    if found["slowest_rank"] is not None:
-        parts.append(f"rank {found['slowest_rank']} is the slowest")
     if found["reason"]:
         parts.append(found["reason"].splitlines()[0][:160])
     return f"{found['run']}\n    " + "; ".join(parts)

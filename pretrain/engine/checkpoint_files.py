@@ -77,10 +77,10 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         save_file(dict(tensors), path)
     except SafetensorError as error:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise CheckpointError(
-            f"cannot write {path}, {size:,} bytes ({free:,} bytes are free there): {error}"
-        ) from None
+        room = "its folder is gone"  # another owner clears away what it finds unfinished
+        if path.parent.is_dir():
+            room = f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
+        raise CheckpointError(f"cannot write {path}, {size:,} bytes ({room}): {error}") from None
 
 
 def file_entry(path: Path) -> dict[str, int | str]:

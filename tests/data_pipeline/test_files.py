@@ -137,7 +137,7 @@ def test_errors_of_the_system_name_the_file(tmp_path, monkeypatch):
         write_atomically(tmp_path / "x", [b"1"])
     assert failed.value.errno == errno.EIO and failed.value.filename == str(tmp_path)
     full = Path("/dev/full")
-    if full.exists():
+    if full.is_char_device():
         with pytest.raises(OSError) as failed, naming(tmp_path / "y"), open(full, "wb") as file:
             file.write(b"1")
             file.flush()

@@ -119,7 +119,16 @@ def test_pages_and_zeros_are_seen_anywhere(name, share, size, zeros):
     except DecodeError as error:
         assert "damaged JPEG image" in str(error)
     else:  # zeros may stand for a flat area, of as many blocks
-        assert zeros and name in ("own tables", "grey"), (name, at, found.shape)
+        flat = ("own tables", "grey", "progressive")
+        assert zeros and name in flat, (name, at, found.shape)
+
+
+def test_a_scan_without_its_head_is_missed():
+    """Its bytes belong to nothing then, and the picture would be made of the scans before."""
+    data = FILES["progressive"]
+    at = data.rindex(b"\xff\xda")
+    with pytest.raises(DecodeError, match="damaged JPEG image"):
+        read(overwritten(data, at, b"no such marker"))
 
 
 # Not any bytes: of a hundred, one ends as coded pixels do, and is taken for some.

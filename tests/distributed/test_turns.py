@@ -106,6 +106,9 @@ def test_ranks_that_torchrun_starts_anew_go_on(ended, monkeypatch):
 def test_longer_from_the_stable_phase_then_diverged_then_as_the_advice_says(ended, data, tmp_path):
     longer = tmp_path / "longer"
     start(tmp_path, write_recipe(tmp_path / "r.yaml", recipe_of_length(data, longer, 12)))
+    cut_off = ended / "checkpoints/going_back_to_step_000000004"  # by a crash, which this ends
+    cut_off.mkdir()
+    (ended / "checkpoints/step_000000008").rename(cut_off / "step_000000008")
     said = start(tmp_path / "1", "--resume", ended, "--from-step", "4", "steps=12")
     assert "gone back from step 8 to step 4" in said and "rate jumps" not in said
     assert_same_run(longer, ended)

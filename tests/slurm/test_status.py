@@ -7,7 +7,7 @@ import time
 import pytest
 
 from slurm import status as module
-from slurm.status import describe, goodput, line_of, main, runs_of, seconds_a_step, slowest_rank
+from slurm.status import describe, goodput, line_of, main, runs_of, seconds_a_step
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def run(tmp_path, monkeypatch):
     folder, now = tmp_path / "runs/a", time.time()
     (folder / "control").mkdir(parents=True)
     (folder / "recipe.yaml").write_text("name: a\nsteps: 100\n")
-    lines = [{"step": s, "time": now - 100 + 2 * s, "kind": "train", "loss": 1.0, "slowest_rank": 5}
+    lines = [{"step": s, "time": now - 100 + 2 * s, "kind": "train", "loss": 1.0}
              for s in range(1, 51)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "control/status.json").write_text(
@@ -38,10 +38,9 @@ def test_describe(run):
     assert found["seconds_a_step"] == pytest.approx(2.0)
     assert found["left_s"] == pytest.approx(100.0)
     assert found["goodput"] == pytest.approx(0.5, abs=0.02)  # 50 steps x 2 s in 200 s
-    assert (found["checkpoint"], found["loss"], found["slowest_rank"]) == (40, 1.0, 5)
+    assert (found["checkpoint"], found["loss"]) == (40, 1.0)
     line = line_of(found)
     assert "step 50/100" in line and "0:01:40 left" in line and "goodput 50%" in line
-    assert "rank 5 is the slowest" in line
 
 
 def test_a_run_without_a_heartbeat_is_silent(run):
@@ -60,7 +59,7 @@ def test_runs_are_found_and_told(run, capsys):
 
 
 def test_nothing_known_is_said_as_such(tmp_path):
-    assert seconds_a_step([]) is None and slowest_rank([]) is None
+    assert seconds_a_step([]) is None
     assert goodput([], 5, 1.0, 10.0) is None
     (tmp_path / "submit").mkdir()
     found = describe(tmp_path)
