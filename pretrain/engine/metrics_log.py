@@ -2,7 +2,8 @@
 
     <run_dir>/metrics.jsonl            one JSON object per logged step and task, in step order
     <run_dir>/tensorboard/events...    the same numbers, sample images with captions, the recipe
-    <run_dir>/logs/rank_00003.log      every rank's log messages, appended over restarts
+    <run_dir>/logs/rank_00003.log      every rank's log messages, appended over restarts; older
+                                       ones in .log.1 to .log.4, 32 MiB each
 
 Steps are counted as completed optimizer steps: the line of step 5 was written after the fifth. A
 resume from step s removes the lines of later steps, so that `metrics.jsonl` is what an
@@ -25,6 +26,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -42,6 +44,7 @@ _LOGGER = "omnipretrain"
 _TOP, _REST = "at_a_glance", "detail"
 _TOP_OF_TRAINING = ("loss", "learning_rate", "samples_per_second")
 _TOP_OF_EVALUATION = 2  # so many of its first metrics
+LOG_BYTES, LOG_FILES = 2**25, 4  # of a rank: a warning in each step fills no disk in three months
 _RESERVED = frozenset({"step", "task", "kind", "time", "non_finite"})
 log = logging.getLogger("omnipretrain.metrics")
 
@@ -288,7 +291,9 @@ def _open_handlers(run_dir: Path, rank: int, console: Console) -> list[logging.H
     """Attach the rank's file (first in the list) and, on rank 0, the console."""
     folder = run_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(folder / f"rank_{rank:05d}.log", encoding="utf-8")
+    to_file = RotatingFileHandler(
+        folder / f"rank_{rank:05d}.log", encoding="utf-8", maxBytes=LOG_BYTES, backupCount=LOG_FILES
+    )
     to_file.setFormatter(
         logging.Formatter(f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s")
     )

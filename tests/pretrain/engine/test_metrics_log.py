@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from pretrain.engine import metrics_log as module
 from pretrain.engine.captioned_images import contact_strip
 from pretrain.engine.metrics_log import LoggingSettings, MetricsLog, drop_later_steps
 from pretrain.engine.progress import ProgressReport
@@ -233,3 +234,15 @@ def test_progress_on_a_terminal_is_one_bar():
     report.close()
     report.close()
     assert "10/10" in terminal.file.getvalue() and "loss 0.5" in terminal.file.getvalue()
+
+
+def test_logs_of_a_rank_have_a_bound(tmp_path, monkeypatch):
+    """What a run says in each of a million steps; the newest lines are kept."""
+    monkeypatch.setattr(module, "LOG_BYTES", 2000)
+    with MetricsLog(tmp_path, 1, 0, 10, LoggingSettings()):
+        for step in range(500):
+            logging.getLogger("omnipretrain.test").warning("step %d was skipped", step)
+    files = sorted((tmp_path / "logs").glob("rank_00001.log*"))
+    assert len(files) == 1 + module.LOG_FILES
+    assert all(path.stat().st_size <= 2000 for path in files)
+    assert "step 499 was skipped" in files[0].read_text(encoding="utf-8")
