@@ -29,6 +29,9 @@ def parse_in_any_order(
     words = sys.argv[1:] if arguments is None else list(arguments)
     commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     if not commands:
+        rest = [a for a in parser._actions if a.nargs in ("+", argparse.REMAINDER)]
+        if "--" in words and rest:  # a command with options of its own
+            return parser.parse_args(words)
         return parser.parse_intermixed_args(words)
     chosen = commands[0].choices.get(words[0]) if words else None
     if chosen is None:

@@ -140,8 +140,10 @@ class Trainer:
         if not self.ranks.leads:
             return
         self.ownership.require()
+        since = self.ownership.path.stat().st_mtime  # a rank of this start may have failed already
         for old in self.run_dir.glob("control/failure_rank_*.json"):
-            old.unlink()
+            if old.stat().st_mtime < since:
+                old.unlink()
         self.recipe.dump(self.run_dir / "recipe.yaml")
         record_start(
             self.run_dir, self.ownership, world=self.ranks.world,

@@ -365,7 +365,7 @@ def test_open_files_are_few(tmp_path, settings):
     before = len(os.listdir("/proc/self/fd"))
     check(reads)
     check(reads)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # what others left may be closed meanwhile
     copy = pickle.loads(pickle.dumps(reads))
     check(copy)
     assert copy.source.counters["cache_misses"] == 0

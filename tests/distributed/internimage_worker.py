@@ -83,7 +83,8 @@ def batch_of(step: int) -> dict:
 def rows(batch: dict, places) -> dict:
     """Those rows; -1 makes a padding row as the loader does."""
     extra = {"tokens": torch.zeros(BATCH, 1, 2, dtype=torch.int64),
-             "loss_mask": torch.zeros(BATCH, 1, 2, dtype=torch.bool), "row": batch["position"]}
+             "loss_mask": torch.zeros(BATCH, 1, 2, dtype=torch.bool), "row": batch["position"],
+             "prompt_class": torch.full((BATCH,), -1)}
     part = rows_of(batch | extra, places)
     part["position"] = part["row"]
     return part

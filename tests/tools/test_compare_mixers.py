@@ -59,7 +59,7 @@ def test_pictures_that_cannot_be_packed_end_it_with_the_reason(tmp_path, capsys)
     (tmp_path / "flowers" / "rose" / "a.jpg").write_bytes(b"no image")
     arguments = ["--images", str(tmp_path / "flowers"), "--out", str(tmp_path / "out")]
     assert compare_mixers.main(arguments) == 1
-    assert "not an image" in " ".join(capsys.readouterr().out.split())
+    assert "not a readable image" in " ".join(capsys.readouterr().out.split())
 
 
 def test_curves_take_the_losses_between_two_evaluations():
