@@ -42,9 +42,10 @@ $(READY): pyproject.toml
 demo: setup
 	@$(BIN)/python -m tools.demo
 
-# Two files at a time: the tests of one file share runs, and start processes of their own.
+# Two files at a time: the tests of one file share runs, and start processes of their own. In their
+# order, which has the long files in the middle: xdist would put those of few tests, the longest, last.
 test: setup
-	$(PYTEST) -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: setup
 	$(PYTEST) -m slow

@@ -48,6 +48,8 @@ class Ownership:
     def __init__(self, run_dir: Path, token: str) -> None:
         self.path = Path(run_dir) / "control" / OWNER_FILE
         self.token = token
+        self.claimed_at = 0.0
+        """When rank 0 claimed it, by the file server's clock; known there alone."""
         self._lost: str | None = None
 
     @property
@@ -117,7 +119,9 @@ def claim(
         if not take_over:
             _refuse_if_occupied(folder, environment)
         write_atomically(folder / OWNER_FILE, [json.dumps(owner).encode()])
-    return Ownership(run_dir, token)
+    ownership = Ownership(run_dir, token)
+    ownership.claimed_at = ownership.path.stat().st_mtime
+    return ownership
 
 
 def refuse_if_occupied(

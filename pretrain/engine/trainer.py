@@ -140,7 +140,7 @@ class Trainer:
         if not self.ranks.leads:
             return
         self.ownership.require()
-        since = self.ownership.path.stat().st_mtime  # a rank of this start may have failed already
+        since = self.ownership.claimed_at  # a rank of this start may have failed already
         for old in self.run_dir.glob("control/failure_rank_*.json"):
             if old.stat().st_mtime < since:
                 old.unlink()

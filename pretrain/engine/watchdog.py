@@ -14,8 +14,10 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -194,6 +196,10 @@ class Watchdog:
             return "not written (logs/ could not be)"
         print(time.strftime("%Y-%m-%dT%H:%M:%S%z"), f"rank {self.rank}, {self._phase}, step "
               f"{self._step}", file=self._stacks, flush=True)
+        main = sys._current_frames().get(threading.main_thread().ident)
+        # First, and by itself: faulthandler shows at most 100 threads, the newest ones.
+        stack = "".join(traceback.format_stack(main))
+        print(f"Main thread:\n{stack}", file=self._stacks, flush=True)
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._stacks.flush()
         return str(Path(self._stacks.name).relative_to(self.run_dir))

@@ -200,5 +200,6 @@ def test_tasks_of_srun(data, tmp_path):
     ]  # fmt: skip
     said = [task.communicate(timeout=240)[0] for task in tasks]
     assert all(task.returncode == 1 for task in tasks), said
+    assert (run / "control/failure_rank_00001.json").exists(), said
     assert "nothing" in json.loads((run / "control/failure_rank_00001.json").read_text())["reason"]
     assert json.loads((run / "starts.jsonl").read_text())["world"] == 2
