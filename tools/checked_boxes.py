@@ -10,8 +10,8 @@ from data_pipeline.decode import DecodeError, read_header
 from data_pipeline.masks import check_segmentation
 from data_pipeline.objects import box_fault
 from data_pipeline.packing import SampleFault
+from tools.pack_sources import listed
 
-_FAULTS_SHOWN = 5
 _ANY_PIXELS = 1 << 62
 
 
@@ -73,12 +73,9 @@ class BoxCheck:
     def finish(self, drop: bool) -> dict[str, int]:
         """Return the details for the manifest. Errors: SampleFault for bad boxes, unless `drop`."""
         if self.bad and not drop:
-            shown = "\n  ".join(self.bad[:_FAULTS_SHOWN])
-            more = len(self.bad) - _FAULTS_SHOWN
             raise SampleFault(
-                f"{len(self.bad)} of {self.boxes} boxes are bad:\n  {shown}"
-                + (f"\n  and {more} more" if more > 0 else "")
-                + "\n(--on-bad-box drop leaves them out)"
+                f"{len(self.bad)} of {self.boxes} boxes are bad:{listed(self.bad)}\n"
+                "(--on-bad-box drop leaves them out)"
             )
         details = {"dropped_boxes": len(self.bad)}
         return details | ({"images_left_without_boxes": self.emptied} if self.emptied else {})

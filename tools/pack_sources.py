@@ -52,13 +52,17 @@ class Source:
 def check_missing(source: Source, allowed: bool) -> None:
     """Raise SampleFault naming the missing images, unless they may be left out."""
     if source.missing and not allowed:
-        shown = "\n  ".join(source.missing[:_FAULTS_SHOWN])
-        more = len(source.missing) - _FAULTS_SHOWN
         raise SampleFault(
-            f"{len(source.missing)} images are missing:\n  {shown}"
-            + (f"\n  and {more} more" if more > 0 else "")
-            + "\n(--on-missing skip leaves them out)"
+            f"{len(source.missing)} images are missing:{listed(source.missing)}\n"
+            "(--on-missing skip leaves them out)"
         )
+
+
+def listed(faults: Sequence[str]) -> str:
+    """The first faults, a line each, and how many more there are."""
+    more = len(faults) - _FAULTS_SHOWN
+    lines = [*faults[:_FAULTS_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def folder_source(root: Path, classes: Sequence[str] | None = None) -> Source:

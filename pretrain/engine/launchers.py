@@ -7,7 +7,7 @@ from pretrain.engine.ownership import process_age
 
 # What starts ranks and was itself started by the person: a request since then is for this run.
 _LAUNCHERS = ("torchrun", "deepspeed", "accelerate", "mpirun", "prterun", "orted", "prted")
-_MODULES = ("torch.distributed.", "deepspeed.launcher.", "accelerate.commands.", "slurm.supervise")
+_MODULES = ("torch.distributed.", "deepspeed.launcher.", "accelerate.commands.")
 
 
 def age_of_start() -> float:
