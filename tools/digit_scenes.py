@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -193,6 +192,8 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     """Return a smooth, muted texture (size, size, 3) float64: coarse and finer blobs."""
+    import cv2  # not for `--help`
+
     level = rng.uniform(45, 105)
     canvas = np.full((size, size, 3), level)
     for cells, strength in ((3, 24.0), (7, 12.0)):
@@ -220,6 +221,8 @@ def _place_anywhere(
 
 
 def _opacity(digit: np.ndarray, side: int, top: int, left: int, size: int) -> np.ndarray:
+    import cv2
+
     # The strokes of these digits touch the border; without a margin they would look cut off.
     glyph = cv2.resize(np.pad(digit, 1), (side, side), interpolation=cv2.INTER_CUBIC)
     # Ink edges become steep but stay antialiased.

@@ -5,21 +5,15 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Iterable
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING
 
 from data_pipeline.files import write_atomically
 from data_pipeline.packing import PackJob, PackResult, SampleFault, pack
 from data_pipeline.reader import TransientReadError
 from data_pipeline.tar_headers import ShardError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _SKIPPED_SHOWN = 10
 # Details of a job that the report names otherwise, or that only the manifest needs.
@@ -31,6 +25,8 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 def run_jobs(jobs: Callable[[], Iterable[PackJob]], processes: int) -> int:
     """Pack the jobs that `jobs` returns; return 0, or 1 after an error that was printed."""
+    from rich.console import Console  # `--help` does without
+
     console = Console(stderr=True)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -49,7 +45,16 @@ def run_jobs(jobs: Callable[[], Iterable[PackJob]], processes: int) -> int:
     return 0
 
 
-def _pack_with_progress(job: PackJob, processes: int, console: Console) -> PackResult:
+def _pack_with_progress(job: PackJob, processes: int, console: "Console") -> PackResult:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     with Progress(
         TextColumn("packing {task.fields[split]}"),
         BarColumn(),
@@ -86,7 +91,7 @@ def _account_for_all(job: PackJob, result: PackResult) -> None:
         place.unlink(missing_ok=True)
 
 
-def _report(job: PackJob, result: PackResult, console: Console) -> None:
+def _report(job: PackJob, result: PackResult, console: "Console") -> None:
     manifest = result.manifest
     text = (
         f"{job.folder}: {manifest.samples:,} samples in {len(manifest.shards)} shards, "

@@ -12,19 +12,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from rich.console import Console
-from rich.progress import track
-
-from data_pipeline.caption_texts import CaptionSourceSettings, CaptionTexts
 from data_pipeline.console import parse_in_any_order
-from data_pipeline.members import check_source
 from data_pipeline.plain_text import read_lines
-from data_pipeline.reader import BadSample, SampleReader, TransientReadError
-from data_pipeline.sources import open_source
-from data_pipeline.tokenizer import train_byte_level_bpe
 
-console = Console(stderr=True)
+# What reads shards and trains is imported by the functions that do: `--help` needs none of it.
 
 
 def captions_of_shards(
@@ -42,6 +33,15 @@ def captions_of_shards(
     Raises:
         ValueError: not a single sample has a caption, or the condition is faulty.
     """
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import track
+
+    from data_pipeline.caption_texts import CaptionSourceSettings, CaptionTexts
+    from data_pipeline.reader import BadSample, SampleReader
+    from data_pipeline.sources import open_source
+
+    console = Console(stderr=True)
     captions = CaptionTexts([CaptionSourceSettings(source=source) for source in sources])
     data = open_source(specs, where)
     count = min(data.samples, max_samples or data.samples)
@@ -100,8 +100,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int, default=8192, help="entries, 259 at least")
     parser.add_argument("--min-frequency", type=int, default=2, help="rarer pairs stay apart")
     parser.add_argument("--lowercase", action="store_true", help="fold case")
-    options = parse_in_any_order(parser, arguments)
+    return run(parse_in_any_order(parser, arguments))
 
+
+def run(options: argparse.Namespace) -> int:
+    """Train as the command line says; returns the exit status."""
+    from rich.console import Console
+
+    from data_pipeline.reader import TransientReadError
+    from data_pipeline.tokenizer import train_byte_level_bpe
+
+    console = Console(stderr=True)
     if options.text:
         texts = lines_of_files(options.text)
     else:
@@ -126,6 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _source(text: str) -> str:
+    from data_pipeline.members import check_source
+
     try:
         return check_source("source", text)
     except ValueError as error:
