@@ -43,9 +43,12 @@ def cell_name(stage: int, micro_batch: int, dropout: float) -> str:
 
 def watch_replay(engine, seen: list) -> None:
     """Note every feature that the engine's forward pass gives, in order."""
-    engine.module.objectives["contrast"].register_forward_hook(
-        lambda _, __, out: seen.append({k: v.detach().clone() for k, v in out.items()})
-    )
+
+    def note(_, arguments, out) -> None:
+        if arguments[1] == "features":
+            seen.append({k: v.detach().clone() for k, v in out.items()})
+
+    engine.module.objectives["contrast"].register_forward_hook(note)
 
 
 def replayed_exactly(seen: list[dict], micro_steps: int) -> bool:

@@ -50,12 +50,13 @@ def plain_steps(dropout: float, micro_batch: int):
         totals = {"pairs": GLOBAL_BATCH}
         torch.manual_seed(100 * step)
         parts = [
-            model("contrast", rows_of(batch, range(s, min(s + micro_batch, GLOBAL_BATCH))), totals,
-                  part="features")
+            model("contrast", "features",
+                  rows_of(batch, range(s, min(s + micro_batch, GLOBAL_BATCH))))
             for s in range(0, GLOBAL_BATCH, micro_batch)
         ]
         features = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        metrics = objective.coupled_loss(features | {"scale": parts[0]["scale"]}, totals)
+        targets, shared = model("contrast", "targets", batch), model("contrast", "shared")
+        metrics = objective.loss(features, targets, shared, totals)
         optimizer.zero_grad()
         metrics["loss"].backward()
         found.append(({k: v.item() for k, v in metrics.items()}, gradients(model)))
