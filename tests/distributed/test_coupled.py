@@ -136,10 +136,13 @@ def test_shared_features_get_their_whole_gradient(launched, shared_reference, ce
         names = [name for name in found if name.startswith(f"gradient{step}.")]
         wanted = torch.cat([shared_reference[name] for name in names])
         error = torch.cat([found[name] for name in names]) - wanted
-        assert error.norm() <= 1e-6 * wanted.norm()
+        # Behind the first step there is also the rounding of the weights.
+        tolerance = 3e-6 if step else 1e-6
+        assert error.norm() <= tolerance * wanted.norm()
         for name in names:
             own = shared_reference[name].norm()
-            assert (found[name] - shared_reference[name]).norm() <= 2e-6 * own + 1e-6, name
+            error = (found[name] - shared_reference[name]).norm()
+            assert error <= 2 * tolerance * own + 1e-6, name
     for name in (name for name in found if name.startswith(("end.", "loss"))):
         torch.testing.assert_close(found[name], shared_reference[name], rtol=1e-5, atol=1e-6)
 
