@@ -29,7 +29,7 @@ from pretrain.engine.engine_state import fill_masters
 from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.free_space import checkpoint_bytes, space_warning
 from pretrain.engine.hardware import require_hardware
-from pretrain.engine.loop import Loop, StepReport, TrainerState, TrainingFailed
+from pretrain.engine.loop import Loop, TrainerState, TrainingFailed
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.metrics_log import MetricsLog, shown
 from pretrain.engine.momentum import TargetNetworks
@@ -41,6 +41,7 @@ from pretrain.engine.run_record import RunDirError
 from pretrain.engine.spikes import SpikeWatch
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.start_notes import StartNotes
+from pretrain.engine.step_report import StepReport
 from pretrain.engine.throughput import Throughput
 from pretrain.engine.watchdog import Watchdog
 from pretrain.engine.zero import start_engine
