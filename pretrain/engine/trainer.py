@@ -29,11 +29,12 @@ from pretrain.engine.engine_state import fill_masters
 from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.free_space import checkpoint_bytes, space_warning
 from pretrain.engine.hardware import require_hardware
-from pretrain.engine.loop import Loop, StepReport, TrainerState, TrainingFailed
+from pretrain.engine.loop import Loop, TrainerState, TrainingFailed
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.metrics_log import MetricsLog, shown
 from pretrain.engine.momentum import TargetNetworks
 from pretrain.engine.momentum_pairs import declared_targets, require_weights_in_memory
+from pretrain.engine.own_time import OwnTime
 from pretrain.engine.ownership import Ownership
 from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.run_dir import open_fault_file, record_start
@@ -41,6 +42,7 @@ from pretrain.engine.run_record import RunDirError
 from pretrain.engine.spikes import SpikeWatch
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.start_notes import StartNotes
+from pretrain.engine.step_report import StepReport
 from pretrain.engine.throughput import Throughput
 from pretrain.engine.watchdog import Watchdog
 from pretrain.engine.zero import start_engine
@@ -190,6 +192,7 @@ class Trainer:
             after_update=self._after_update,
             way_back=lambda step: way_back(recipe, step),
             meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
+            own_time=OwnTime(self.engine.module, self.ranks.device),
         )
         stopped, self.loader = None, None
         if not self.evaluator.catch_up(state.step):
@@ -259,6 +262,8 @@ class Trainer:
         metrics |= self.quarantine.metrics(report.task)
         metrics |= self.data_metrics.describe(report.task)
         self.log.log(state.step, report.task, metrics)
+        if self.ranks.leads:
+            self.control.name_slow(self.throughput.slow.named())
         self._look_for_a_spike(report.task, metrics["loss"])
         self.status_line = f"{report.task} loss {shown(metrics['loss'], '.4f')}"
 
