@@ -6,6 +6,7 @@ the schedule mixes them). Whatever ranks must agree on (the counts that scale th
 to stop or save, now and then what it is that they run) travels in one all-reduce a step.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -20,6 +21,7 @@ from pretrain.engine.agreement import LENGTH, Agreement
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.counted import TargetWatch, has_targets, with_absences
 from pretrain.engine.distributed import Ranks
+from pretrain.engine.own_time import OwnTime
 from pretrain.engine.ownership import OwnershipLost
 from pretrain.engine.update_size import mean_square_share
 from pretrain.engine.zero import TaskWindow, accumulate_parts, set_learning_rate, to_device
@@ -87,6 +89,7 @@ class Loop:
         way_back: first of the steps that were skipped in a row -> what to do, as the end of a
             sentence.
         meant_empty: tasks of whose missing targets nothing is said.
+        own_time: clocks a forward pass of the steps that are reported; None = nothing is clocked.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Loop:
         after_update: Callable[[int], None] = lambda update: None,
         way_back: Callable[[int], str] = lambda step: "lower optimizer.lr",
         meant_empty: Collection[str] = (),
+        own_time: OwnTime | None = None,
     ) -> None:
         self.engine = engine
         self.ranks = ranks
@@ -120,6 +124,7 @@ class Loop:
         self.after_update = after_update
         self.way_back = way_back
         self.targets = TargetWatch(ranks.leads, meant_empty)
+        self.own_time = own_time
         self._begin_mark = time.perf_counter()
 
     def run(
@@ -178,13 +183,15 @@ class Loop:
         if len(window.parts) == 1:
             self.before_step(window.step, window.parts[0].task)
         weights = self._weights(window)
-        shares = accumulate_parts(self.engine, [
-            TaskWindow(
-                part.task, [to_device(batch, self.ranks.device) for batch in part.micro_batches],
-                totals[part.task], weights[part.task],
-            )
-            for part in window.parts
-        ])  # fmt: skip
+        clocked = self.own_time if wants_report(window.step, False) else None
+        with clocked or contextlib.nullcontext():
+            shares = accumulate_parts(self.engine, [
+                TaskWindow(
+                    part.task, [to_device(b, self.ranks.device) for b in part.micro_batches],
+                    totals[part.task], weights[part.task],
+                )
+                for part in window.parts
+            ])  # fmt: skip
         applied = self.engine.was_step_applied()
         if applied:
             self.after_update(state.step - state.skipped_steps)
@@ -208,6 +215,8 @@ class Loop:
         now = time.perf_counter()
         seconds = {**window.seconds, "wait": waited - self._begin_mark, "step": now - waited}
         seconds["total"] = now - self._begin_mark
+        data_s = window.seconds.get("wait", 0.0)  # without what rank 0 writes between steps
+        seconds["own"] = data_s + (clocked.seconds() if clocked else 0.0)
         self._begin_mark = now
         if not wants_report(window.step, stop > 0):
             return [], requests

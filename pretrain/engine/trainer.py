@@ -34,6 +34,7 @@ from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.metrics_log import MetricsLog, shown
 from pretrain.engine.momentum import TargetNetworks
 from pretrain.engine.momentum_pairs import declared_targets, require_weights_in_memory
+from pretrain.engine.own_time import OwnTime
 from pretrain.engine.ownership import Ownership
 from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.run_dir import open_fault_file, record_start
@@ -190,6 +191,7 @@ class Trainer:
             after_update=self._after_update,
             way_back=lambda step: way_back(recipe, step),
             meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
+            own_time=OwnTime(self.engine.module, self.ranks.device),
         )
         stopped, self.loader = None, None
         if not self.evaluator.catch_up(state.step):
@@ -259,6 +261,8 @@ class Trainer:
         metrics |= self.quarantine.metrics(report.task)
         metrics |= self.data_metrics.describe(report.task)
         self.log.log(state.step, report.task, metrics)
+        if self.ranks.leads:
+            self.control.name_slow(self.throughput.slow.named())
         self._look_for_a_spike(report.task, metrics["loss"])
         self.status_line = f"{report.task} loss {shown(metrics['loss'], '.4f')}"
 

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from data_pipeline.boxes import BoxDataSettings, BoxFields
+from data_pipeline.order_plan import plan_order
 from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
-from data_pipeline.sources import open_source, plan_order
+from data_pipeline.sources import open_source
 from data_pipeline.stream import TaskStream
 from data_pipeline.targets import SPREAD, look
 from data_pipeline.transforms import ImageSettings

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
+from data_pipeline.errors import ShardError
 from data_pipeline.presence import changed_shards
 from data_pipeline.shards import Shard, ShardSet
-from data_pipeline.tar_headers import ShardError
 from pretrain.build import build_streams, build_tokenizer
 from pretrain.check import report
 from pretrain.engine.data_start import DataFault, look_at_data
