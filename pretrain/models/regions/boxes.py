@@ -130,12 +130,22 @@ def anchors(sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Ten
 def places_in_image(
     image_sizes: Tensor, canvas: tuple[int, int], sizes: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """(B, S) bool: whether the centre of a map's pixel lies in the image, not in its padding.
+    """(B, S) bool: whether a map's pixel begins in the image, not in its padding.
+
+    At least one of each map does, however small the image.
 
     image_sizes: (B, 2) height and width in pixels; canvas: height and width with padding.
     """
-    part = image_sizes.float() / on_device(canvas, image_sizes.device)
-    return (map_centres(sizes, image_sizes.device) < part.flip(-1)[:, None]).all(-1)
+    device = image_sizes.device
+    found = []
+    for size in sizes:
+        rows, columns = (
+            # Whole numbers: a pixel that begins where the padding does is never in the image.
+            torch.arange(side, device=device) * length < image_sizes[:, axis : axis + 1] * side
+            for axis, (side, length) in enumerate(zip(size, canvas, strict=True))
+        )
+        found.append((rows[:, :, None] & columns[:, None]).flatten(1))
+    return torch.cat(found, dim=1)
 
 
 def sine_code(values: Tensor, channels: int) -> Tensor:

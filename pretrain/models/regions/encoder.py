@@ -197,7 +197,10 @@ class ChannelNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, H, W, C). Returns the same shape."""
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x.permute(0, 3, 1, 2)
+        # Not `F.group_norm`, which refuses the map of one pixel of a single image.
+        x = torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        return x.permute(0, 2, 3, 1)
 
 
 class NormedConv(Conv):

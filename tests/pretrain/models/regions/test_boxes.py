@@ -66,9 +66,11 @@ def test_anchors_and_padding():
     assert not anchors([(60, 3)], CPU)[1][[0, -1]].any()  # centres within 0.01 of the border
     inside = places_in_image(torch.tensor([[32, 48], [17, 23]]), (32, 48), sizes)
     assert inside[0].all()
-    grid = inside[1, :24].view(4, 6)  # centres at 4, 12, 20, 28 pixels
-    assert grid.sum() == 2 * 3 and grid[:2, :3].all()
-    assert inside[1, 24:].view(2, 3).tolist() == [[True, False, False], [False] * 3]
+    grid = inside[1, :24].view(4, 6)  # pixels that begin at 0, 8, 16 and 24
+    assert grid.sum() == 3 * 3 and grid[:3, :3].all()
+    assert inside[1, 24:].view(2, 3).tolist() == [[True, True, False]] * 2
+    assert places_in_image(torch.tensor([[1, 1]]), (32, 48), sizes).sum() == len(sizes)
+    assert places_in_image(torch.tensor([[16, 48]]), (32, 48), sizes).sum() == 12 + 3
 
 
 def test_codes():
