@@ -137,7 +137,10 @@ def _compare_class(image: int, label: int, truth: Truth, found: Found) -> Compar
         boxes, there = found.boxes[mine][order].astype(np.float64), truth.boxes[own].astype(float)
         ious, sizes, areas = box_ious(boxes, there, crowd), _areas(boxes), _areas(there)
     else:
-        masks, there = (m.reshape(len(m), -1) for m in (found.masks[mine][order], truth.masks[own]))
+        masks, there = (
+            m.reshape(len(m), m.shape[1] * m.shape[2])
+            for m in (found.masks[mine][order], truth.masks[own])
+        )
         ious, sizes, areas = mask_ious(masks, there, crowd), masks.sum(1), there.sum(1)
     if truth.areas is not None:
         areas = truth.areas[own]

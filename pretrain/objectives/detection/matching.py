@@ -102,7 +102,7 @@ def pair_costs(
 def _mask_costs(logits: Tensor, labels: Tensor, counts: Sequence[int]) -> dict[str, Tensor]:
     """Cross-entropy and dice cost, (T, Q) each, of mask logits (B, Q, P) and masks (T, P)."""
     entropy, dice = [], []
-    for own, label in zip(logits, labels.split(list(counts)), strict=True):
+    for own, label in zip(logits, labels.to(logits.dtype).split(list(counts)), strict=True):
         # Of logit x and label y the cross-entropy is softplus(x) - x * y.
         entropy.append((F.softplus(own).sum(-1) - label @ own.T) / own.shape[-1])
         share = own.sigmoid()

@@ -44,9 +44,11 @@ def draw_points(
 def features_at(features: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples of maps: (B, P, C); zeros outside.
 
-    features: (B, h, w, C); points: (B, P, 2) float32, float64 if the features are.
+    features: (B, h, w, C); points: (B, P, 2) float32 or float64.
     """
     locations = points[:, :, None, None, None]
+    if features.dtype == torch.float64:
+        locations = locations.double()
     weights = torch.ones_like(locations[..., 0])
     sizes = [(features.shape[1], features.shape[2])]
     return ms_deform_attn(features.flatten(1, 2)[:, :, None], sizes, locations, weights)
