@@ -23,6 +23,7 @@ from pretrain.engine.counted import TargetWatch, has_targets, with_absences
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.own_time import OwnTime
 from pretrain.engine.ownership import OwnershipLost
+from pretrain.engine.step_report import StepReport
 from pretrain.engine.update_size import mean_square_share
 from pretrain.engine.zero import TaskWindow, accumulate_parts, set_learning_rate, to_device
 
@@ -55,17 +56,6 @@ class TrainerState:
     """Task -> ranges of rows that were bad and that no entry of the ledger names yet."""
     quarantine_edits: int = 0
     """Lines of `quarantine_edits.jsonl` that the ledger has taken in."""
-
-
-@dataclass
-class StepReport:
-    """One task's part of a step as it is logged: `metrics` are global values of the task (its loss
-    without its weight; None where nothing was counted) and of the step, `seconds` this rank's times
-    for the whole step."""
-
-    task: str
-    metrics: dict[str, float | None]
-    seconds: dict[str, float]
 
 
 class Loop:

@@ -29,7 +29,7 @@ from pretrain.engine.ema import Ema
 from pretrain.engine.engine_state import fill_masters
 from pretrain.engine.evaluation import Evaluator
 from pretrain.engine.hardware import require_hardware
-from pretrain.engine.loop import Loop, StepReport, TrainerState, TrainingFailed
+from pretrain.engine.loop import Loop, TrainerState, TrainingFailed
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.memory_pictures import watch_for_out_of_memory
 from pretrain.engine.metrics_log import MetricsLog, shown
@@ -44,6 +44,7 @@ from pretrain.engine.run_record import RunDirError
 from pretrain.engine.spikes import SpikeWatch
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.start_notes import StartNotes
+from pretrain.engine.step_report import StepReport
 from pretrain.engine.throughput import Throughput
 from pretrain.engine.watchdog import Watchdog
 from pretrain.engine.zero import start_engine
