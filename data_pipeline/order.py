@@ -19,6 +19,7 @@ A data set of fewer rows than lanes is all tail: a plain keyed permutation.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +30,31 @@ SUBSTITUTE_STRIDES = 16
 
 TARGET_LANES = 4096
 DEFAULT_PHASES = 8
+
+
+class RowOrder(Protocol):
+    """Which row stands at which position of a task. Pure: no state, no ranks, no workers."""
+
+    n_rows: int
+    """Rows that take part."""
+    stored_rows: int
+    """Rows that there are, which `rows` points into."""
+
+    def rows(self, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
+        """Rows at (n,) int64 positions, or of their substitutes: see `Order.rows`."""
+
+    def can_avoid(self, batch: np.ndarray, position: int) -> bool:
+        """Whether substitutes of a position can be kept out of its batch: see `Order.can_avoid`."""
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Passes over named parts of the data that the first `samples` samples are."""
+
+    def passes(self, samples: int) -> float:
+        """Passes over all of the data that they are."""
+
+    @property
+    def taking_part(self) -> str:
+        """Tells which rows take part: equal exactly if they are the same."""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,10 @@ long as B / R is even. Draws are keyed by position, so that every copy has its o
 """
 
 import copy
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from data_pipeline.revisions import PlainOrder
-    from data_pipeline.sources import MixedOrder
+from data_pipeline.order import RowOrder
 
 
 class RepeatedOrder:
@@ -28,9 +25,7 @@ class RepeatedOrder:
         n_rows, stored_rows: as of `images`.
     """
 
-    def __init__(
-        self, images: "PlainOrder | MixedOrder", global_batch: int, repeats: int
-    ) -> None:
+    def __init__(self, images: RowOrder, global_batch: int, repeats: int) -> None:
         if problem := repeats_problem(global_batch, repeats):
             raise ValueError(problem)
         self.images, self.global_batch, self.repeats = images, global_batch, repeats
@@ -74,7 +69,7 @@ class RepeatedOrder:
         step would then stand for other images."""
         return f"{self.images.taking_part}, {self.repeats} times"
 
-    def with_images(self, images: "PlainOrder | MixedOrder") -> "RepeatedOrder":
+    def with_images(self, images: RowOrder) -> "RepeatedOrder":
         """The same views of images whose order became another."""
         changed = copy.copy(self)
         changed.images = images

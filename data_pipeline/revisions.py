@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.kept_order import KeptOrder
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.order import Order
 from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.rng import keyed_u64
-from data_pipeline.selection import KeptOrder, Selection
-from data_pipeline.sources import MixedOrder
+from data_pipeline.selection import Selection
 
 Ranges = list[list[int]]
 """Rows as [first, behind the last] each, in order."""

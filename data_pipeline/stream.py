@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from data_pipeline import activity
+from data_pipeline.kept_order import KeptOrder
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.order import Order
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
 from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.rng import sample_rng
-from data_pipeline.selection import KeptOrder, Selection
-from data_pipeline.sources import MixedOrder
+from data_pipeline.selection import Selection
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.timing import StageClock
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from data_pipeline.locations import is_url
 from data_pipeline.members import AbsentValue, about_dots
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.reader import BadSample, Sample, SampleReader
 from data_pipeline.revisions import images_of, plain_orders
-from data_pipeline.sources import MixedOrder
 from data_pipeline.stream import TaskStream
 from data_pipeline.target import Target
 from data_pipeline.weak_stream import WeakStream

@@ -16,9 +16,10 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from data_pipeline import activity
-from data_pipeline.reader import MAX_MEMBER_BYTES, BadSample, Sample
+from data_pipeline.reader import BadSample, Sample
 from data_pipeline.retry import Interrupted, Patience, RetryPolicy
 from data_pipeline.rng import sample_rng
+from data_pipeline.shards import MAX_MEMBER_BYTES
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.stream import (
     MAX_ATTEMPTS,

@@ -12,25 +12,19 @@ from data_pipeline.captions import CaptionFields
 from data_pipeline.clips import ClipFields
 from data_pipeline.faults import FaultFile
 from data_pipeline.images import ImageDataSettings
+from data_pipeline.kept_order import KeptOrder
 from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.m3i import M3IDataSettings, M3IFields
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.order import Order
+from data_pipeline.order_plan import plan_order
 from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import SampleReader
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.repeats import RepeatedOrder
-from data_pipeline.selection import KeptOrder
 from data_pipeline.shards import ShardSet
-from data_pipeline.sources import (
-    MixedOrder,
-    ShardedData,
-    Source,
-    concatenated,
-    open_source,
-    open_sources,
-    plan_order,
-)
+from data_pipeline.sources import ShardedData, Source, concatenated, open_source, open_sources
 from data_pipeline.text import TextDataSettings, TextFields
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings

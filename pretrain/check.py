@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.revisions import images_of
-from data_pipeline.sources import MixedOrder, Source, concatenated, open_source, open_sources
+from data_pipeline.sources import Source, concatenated, open_source, open_sources
 from data_pipeline.step_sampler import MicroBatch, deal
 from data_pipeline.weak_stream import PROMISES_NOT
 from pretrain.build import (

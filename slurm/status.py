@@ -98,6 +98,7 @@ def describe(run: Path, now: float | None = None) -> dict:
         "checkpoint": checkpoint,
         "checkpoint_age_s": age(run / "checkpoints" / f"step_{checkpoint:09d}" / "manifest.json"),
         "goodput": goodput(attempts, step, step_s, now), "reason": said.get("reason", ""),
+        "slow_rank": said.get("slow_rank") if state == "running" else None,
     }
     if lines and lines[-1].get("loss") is not None:
         found["loss"] = lines[-1]["loss"]
@@ -129,6 +130,9 @@ def line_of(found: dict) -> str:
         parts.append(f"{found['tries']} tries")
     if found["goodput"] is not None:
         parts.append(f"goodput {found['goodput']:.0%}")
+    if slow := found["slow_rank"]:
+        parts.append(f"waits for rank {slow['rank']} on {slow['host']} "
+                     f"({slow['factor']:.1f} times as slow as the others)")
     if found["reason"]:
         parts.append(found["reason"].splitlines()[0][:160])
     return f"{found['run']}\n    " + "; ".join(parts)

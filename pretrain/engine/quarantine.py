@@ -24,6 +24,7 @@ import numpy as np
 import torch.distributed as dist
 
 from data_pipeline.loader import Fault, TaskStream
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.revisions import (
     PlainOrder,
@@ -36,7 +37,6 @@ from data_pipeline.revisions import (
     revise,
     to_ranges,
 )
-from data_pipeline.sources import MixedOrder
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.loop import TrainerState
 from pretrain.engine.quarantine_files import Edit, Listed, read_edits, read_list, write_list

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from data_pipeline.captions import CaptionDataSettings, CaptionFields
 from data_pipeline.expressions import Expression
+from data_pipeline.order_plan import plan_order
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards import CACHE_VARIABLE, ShardSet
-from data_pipeline.sources import concatenated, open_sources, plan_order
+from data_pipeline.sources import concatenated, open_sources
 from data_pipeline.step_sampler import MicroBatch, StepSampler
 from data_pipeline.stream import TaskStream
 from data_pipeline.transforms import ImageSettings

@@ -11,13 +11,16 @@ from pydantic import ValidationError
 from data_pipeline.blocks import Blocks
 from data_pipeline.captions import CaptionDataSettings
 from data_pipeline.future import NodeReads
+from data_pipeline.kept_order import KeptOrder
 from data_pipeline.loader import LoaderSettings, StepLoader
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.order import Order
+from data_pipeline.order_plan import plan_order
 from data_pipeline.repeats import RepeatedOrder, repeats_problem
 from data_pipeline.revisions import RevisedOrder, Revision, images_of, plain_orders, revise
-from data_pipeline.selection import KeptOrder, Selection
+from data_pipeline.selection import Selection
 from data_pipeline.shards import ShardSet
-from data_pipeline.sources import MixedOrder, Source, plan_order
+from data_pipeline.sources import Source
 from data_pipeline.step_sampler import StepSampler
 from data_pipeline.stream import TaskStream
 from tests.data_pipeline.photos import damage, pack, stream

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.kept_order import KeptOrder
 from data_pipeline.loader import LoaderSettings, StepLoader
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.order import Order
 from data_pipeline.revisions import (
     RevisedOrder,
@@ -19,8 +21,7 @@ from data_pipeline.revisions import (
     revise,
     to_ranges,
 )
-from data_pipeline.selection import KeptOrder, Selection
-from data_pipeline.sources import MixedOrder
+from data_pipeline.selection import Selection
 from tests.data_pipeline.photos import pack, stream
 
 

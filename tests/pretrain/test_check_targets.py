@@ -5,16 +5,17 @@ import json
 import pytest
 
 from data_pipeline.boxes import BoxDataSettings, BoxFields
+from data_pipeline.order_plan import plan_order
 from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
-from data_pipeline.sources import open_source, plan_order
+from data_pipeline.sources import open_source
 from data_pipeline.stream import TaskStream
 from data_pipeline.targets import SPREAD, look
 from data_pipeline.transforms import ImageSettings
 from pretrain.build import build_evaluation_loader, build_stream, build_tokenizer
 from pretrain.check_targets import look_for_targets
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 from tests.data_pipeline.photos import jpeg, picture
 from tests.distributed.test_m3i import tiny_m3i
 from tests.tiny_run import pack_scenes, three_tasks, write_recipe

@@ -6,6 +6,9 @@ import time
 
 import pytest
 
+from pretrain.engine.control import ControlFolder
+from pretrain.engine.ownership import Ownership
+from pretrain.engine.slow_rank import SlowRank
 from slurm import status as module
 from slurm.status import describe, goodput, line_of, main, runs_of, seconds_a_step
 
@@ -48,6 +51,19 @@ def test_a_run_without_a_heartbeat_is_silent(run):
     assert describe(run)["state"] == "silent"
     (run / "control/status.json").write_text(json.dumps({"state": "failed", "reason": "rank 3: x"}))
     assert describe(run)["state"] == "failed" and "rank 3: x" in line_of(describe(run))
+
+
+def test_a_slow_rank_is_told(run):
+    """As the trainer writes it; of a run that is over it means nothing."""
+    control = ControlFolder(run, Ownership(run, "t"))
+    control.ownership.holds = lambda: True
+    control.status("running", 40)
+    assert describe(run)["slow_rank"] is None
+    control.name_slow(SlowRank(3, "node07", 0.9, 1.5))
+    assert "waits for rank 3 on node07 (1.5 times as slow" in line_of(describe(run))
+    control.failed("rank 0: killed")
+    assert "node07" not in line_of(describe(run))
+    assert json.loads((run / "control/status.json").read_text())["slow_rank"]["rank"] == 3
 
 
 def test_runs_are_found_and_told(run, capsys):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.order import Order
 from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.revisions import plain_orders
-from data_pipeline.sources import MixedOrder
 from data_pipeline.stream import Fault
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.loop import TrainerState

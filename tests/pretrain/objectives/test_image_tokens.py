@@ -6,6 +6,7 @@ import torch
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.models.text import TextEncoderSettings
+from pretrain.models.vit_settings import VitSettings
 from pretrain.objectives.captioning import CaptioningSettings
 from pretrain.objectives.classification import ClassificationSettings
 from pretrain.objectives.contrastive import ContrastiveSettings
@@ -63,12 +64,12 @@ def test_vectors():
     assert head.shape == (2, 48) and vector_width(encoder, "head") == 48
     assert vector_width(encoder, "mean") == encoder.width == 128
     more = vector_flops(encoder, "head")(64, 96) - vector_flops(encoder, "mean")(64, 96)
-    assert more == encoder.flops(64, 96, pooled=True) - encoder.flops(64, 96) > 0
+    assert more == encoder.flops(64, 96, want="pooled") - encoder.flops(64, 96) > 0
 
 
 def test_an_encoder_without_head():
     with pytest.raises(ValueError, match="has no head"):
         vector_width(small_encoder(), "head")
-    text = TextEncoderSettings(width=12, layers=1, heads=2, max_positions=16).build(WORDS, EOS)
-    with pytest.raises(ValueError, match="TextEncoder has not: use pool=mean"):
-        vector_width(text, "head")
+    vit = VitSettings(image_size=16, patch_size=8, width=12, layers=1, heads=2).build()
+    with pytest.raises(ValueError, match="VisionTransformer has not: use pool=mean"):
+        vector_width(vit, "head")
