@@ -20,7 +20,7 @@ from data_pipeline.sources import open_source
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
 from pretrain.engine.checkpoint_files import MANIFEST, newest_whole
-from pretrain.recipe import load_resolved
+from pretrain.recipe_load import load_resolved
 from tools.training_images import TrainingShards
 
 RECORD = "omnipretrain.json"

@@ -32,7 +32,7 @@ from pretrain.build import (
 from pretrain.check import state_bytes
 from pretrain.models.init import initialise
 from pretrain.overlay import parse_yaml
-from pretrain.recipe import SHIPPED, load_recipe, validate
+from pretrain.recipe_load import SHIPPED, load_recipe, validate
 from pretrain.sampler import ledger_entries
 from tests.tiny_run import pack_scenes, three_tasks, tiny_recipe, write_recipe
 

@@ -15,7 +15,7 @@ from data_pipeline.targets import SPREAD, look
 from data_pipeline.transforms import ImageSettings
 from pretrain.build import build_evaluation_loader, build_stream, build_tokenizer
 from pretrain.check_targets import look_for_targets
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 from tests.data_pipeline.photos import jpeg, picture
 from tests.distributed.test_m3i import tiny_m3i
 from tests.tiny_run import pack_scenes, three_tasks, write_recipe

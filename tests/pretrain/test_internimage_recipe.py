@@ -11,7 +11,8 @@ from pretrain.models.init import classes_hint, load_weights
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.classification import ClassificationSettings
 from pretrain.optim.groups import parameter_groups
-from pretrain.recipe import RecipeError, load_recipe, load_resolved
+from pretrain.overlay import RecipeError
+from pretrain.recipe_load import load_recipe, load_resolved
 from tests.pretrain.models.internimage_models import PUBLISHED, small_encoder
 
 SMALL = "channels: 16, depths: [1, 1, 2, 1], groups: [1, 2, 4, 8]"

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from pretrain import recipe_checks
-from pretrain.recipe import SHIPPED, RecipeError, load_recipe, load_resolved
+from pretrain.overlay import RecipeError
+from pretrain.recipe_load import SHIPPED, load_recipe, load_resolved
 from tests.tiny_run import tiny_recipe, write_recipe
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
