@@ -1,7 +1,7 @@
 """Held-out evaluation of M3I: its losses, and what whole images are good for."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,36 @@ from pretrain.objectives.m3i_loss import COUNTED_BY, count_targets, m3i_losses
 from pretrain.objectives.objective import Batch, Modules
 from pretrain.objectives.retrieval import gathered_recalls
 
-if TYPE_CHECKING:
-    from pretrain.objectives.m3i_module import M3I
+
+class Evaluated(Protocol):
+    """What is asked of an M3I: see `m3i_module.M3I`."""
+
+    encoder: str
+    text_encoder: str | None
+    head: nn.Module | None
+    settings: Any
+
+    def encode(self, modules: Modules, batch: Batch, draws: Any):
+        """Features of mixed images, and the encoder's output."""
+
+    def targets_of(self, batch: Batch, draws: Any) -> dict[str, Tensor]:
+        """What they are held against."""
+
+    def shared(self, modules: Modules, draws: Any) -> dict[str, Tensor]:
+        """What belongs to no image."""
+
+    def image_vectors(self, modules: Modules, images: Tensor) -> Tensor:
+        """One vector for each whole image."""
+
+    def class_logits(self, modules: Modules, vectors: Tensor) -> Tensor:
+        """Logits of the classes, from such vectors."""
+
+    def text_features(self, modules: Modules, tokens: Tensor) -> Tensor:
+        """One vector for each text."""
 
 
 def evaluate_m3i(
-    objective: "M3I",
+    objective: Evaluated,
     modules: Modules,
     loader: Iterable[Batch],
     device: torch.device,
@@ -65,7 +89,7 @@ def evaluate_m3i(
 
 
 def _losses(
-    objective: "M3I",
+    objective: Evaluated,
     modules: Modules,
     batch: Batch,
     totals: Mapping[str, int],
@@ -86,7 +110,7 @@ def _losses(
 
 
 def _texts_and_images(
-    objective: "M3I", modules: Modules, batch: Batch, vectors: Tensor
+    objective: Evaluated, modules: Modules, batch: Batch, vectors: Tensor
 ) -> dict[str, Tensor]:
     """What `gathered_recalls` reads, of the valid images that have texts, on the CPU."""
     tokens, mask = batch["tokens"], batch["loss_mask"]
@@ -125,7 +149,7 @@ class _Tally:
         before = [0.0, 0.0] if self.moments is None else self.moments
         self.moments = Moments(*(old + new for old, new in zip(before, weighed, strict=True)))
 
-    def metrics(self, reduce: Gather, objective: "M3I") -> dict[str, float | None]:
+    def metrics(self, reduce: Gather, objective: Evaluated) -> dict[str, float | None]:
         """Means over all ranks."""
         parts = reduce({"losses": self.losses, "hits": self.hits})
         found = {
