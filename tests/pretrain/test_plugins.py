@@ -1,5 +1,6 @@
-"""An encoder, a module that reads it and a kind of data from files of their own, a line each in the
-list of kinds: they are checked, trained, evaluated, resumed and exported like those of the project.
+"""An encoder, a module that reads it, a kind of data and a format from files of their own, a line
+in the list of kinds at most: they are checked, trained, evaluated, resumed and exported like those
+of the project.
 
 Also: nobody outside of its own file asks what type an encoder, an objective or data are of.
 """
@@ -18,9 +19,11 @@ import yaml
 from safetensors.torch import load_file
 
 from pretrain.engine.checkpoint_files import newest_whole, read_full_state
+from pretrain.models.build_context import BuildContext
 from pretrain.recipe_checks import _check_encoders
 from tests.distributed.launch import ROOT, free_port, rank_environment
 from tests.pretrain.plugins.toy_encoder import ToyEncoderSettings, ToyRefinerSettings
+from tests.pretrain.plugins.toy_format import TOY_FORMAT, TheirModel
 from tests.tiny_run import pack_scenes
 
 PRETRAIN = ROOT / "pretrain"
@@ -84,12 +87,33 @@ def test_toys_train_resume_evaluate_and_go_out(tmp_path):
     for name, tensor in found.items():
         assert torch.equal(tensor, state[name])
 
+    check_format(found)
+
     again = tmp_path / "again"
     shutil.copytree(straight, again)
     run("pretrain.train", "--resume", again, "--from-step", 3)
     resumed = read_full_state(newest_whole(again / "checkpoints"), "master")
     assert state.keys() == resumed.keys()
     assert all(torch.equal(state[name], resumed[name]) for name in state)
+
+
+def check_format(ours: dict[str, torch.Tensor]) -> None:
+    """The model whose names the toy format has computes the same, and its weights come back."""
+    theirs = TOY_FORMAT.to_theirs(ours)
+    model = TheirModel()
+    model.load_state_dict(theirs)
+    context = BuildContext({"image": IMAGE.build(BuildContext())})
+    encoders = {**context.encoders, "refiner": REFINER.build(context)}
+    for name, encoder in encoders.items():
+        start = f"encoders.{name}."
+        encoder.load_state_dict(
+            {n.removeprefix(start): t for n, t in ours.items() if n.startswith(start)})
+    images = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(images), encoders["refiner"](encoders["image"](images)), rtol=1e-5, atol=1e-6)
+    back = TOY_FORMAT.to_ours(theirs)
+    assert back.keys() == ours.keys() and all(torch.equal(back[n], ours[n]) for n in ours)
 
 
 REFINER, IMAGE = ToyRefinerSettings(), ToyEncoderSettings()
