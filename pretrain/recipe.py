@@ -18,32 +18,20 @@ Every fault is a line `file:line: key.path: what is wrong`, found before any pro
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, Union
 
 from pydantic import Field, model_validator
 
-from data_pipeline.boxes import BoxDataSettings
-from data_pipeline.captions import CaptionDataSettings
 from data_pipeline.filters import Condition
-from data_pipeline.labels import LabelDataSettings
 from data_pipeline.loader_settings import LoaderSettings
-from data_pipeline.m3i import M3IDataSettings
-from data_pipeline.pictures import PictureDataSettings
 from data_pipeline.repeats import repeats_problem
 from data_pipeline.settings import Settings
-from data_pipeline.text import TextDataSettings
 from data_pipeline.tokenizer import TokenizerSettings
 from data_pipeline.transforms import ImageSettings
 from pretrain.engine.checkpoint_settings import CheckpointSettings
 from pretrain.engine.metrics_log import LoggingSettings
 from pretrain.engine.spikes import SpikeSettings
-from pretrain.models.internimage_settings import InternImageSettings
-from pretrain.models.text_settings import TextEncoderSettings
-from pretrain.models.vit_settings import VitSettings
-from pretrain.objectives.captioning_settings import CaptioningSettings
-from pretrain.objectives.classification_settings import ClassificationSettings
-from pretrain.objectives.contrastive_settings import ContrastiveSettings
-from pretrain.objectives.m3i import M3ISettings
+from pretrain.kinds import DATA, ENCODERS, OBJECTIVES
 from pretrain.optim.ema import EmaSettings
 from pretrain.optim.groups import OptimizerSettings
 from pretrain.optim.schedule import ScheduleSettings
@@ -52,33 +40,20 @@ from pretrain.overlay import (
 )
 from pretrain.sampler import SamplingSettings
 
-Encoder = Annotated[
-    VitSettings | InternImageSettings | TextEncoderSettings, Field(discriminator="type")
-]
-Objective = Annotated[
-    CaptioningSettings | ClassificationSettings | ContrastiveSettings | M3ISettings,
-    Field(discriminator="type"),
-]
-Data = Annotated[
-    CaptionDataSettings
-    | LabelDataSettings
-    | PictureDataSettings
-    | BoxDataSettings
-    | TextDataSettings
-    | M3IDataSettings,
-    Field(discriminator="type"),
-]
+Encoder = Annotated[Union[ENCODERS], Field(discriminator="type")]  # noqa: UP007
+Objective = Annotated[Union[OBJECTIVES], Field(discriminator="type")]  # noqa: UP007
+Data = Annotated[Union[DATA], Field(discriminator="type")]  # noqa: UP007
 
 DATA_TYPES = {
-    settings.model_fields["type"].default: settings.data_type
-    for settings in (CaptioningSettings, ClassificationSettings, ContrastiveSettings, M3ISettings)
+    settings.model_fields["type"].default: settings.data_type for settings in OBJECTIVES
 }
 """Type of objective -> the type of data that it reads."""
 
 
 class ModelSettings(Settings):
     encoders: dict[str, Encoder] = Field(min_length=1)
-    """Name -> encoder. Objectives name the encoder that they use; several may share one."""
+    """Name -> encoder, or module that reads what others make and stands below them. Objectives name
+    those that they use; several may share one."""
 
 
 class EvaluationSettings(Settings):
@@ -142,21 +117,23 @@ class TaskSettings(Settings):
                 f"micro_batch={self.micro_batch} is larger than global_batch={self.global_batch}: "
                 "lower micro_batch"
             )
-        if problem := repeats_problem(self.global_batch, getattr(self.data, "repeats", 1)):
+        if problem := repeats_problem(self.global_batch, self.data.copies):
             problems.append(problem)
-        image = getattr(self.data, "image", None)
-        if image is not None and image.mode == "keep_aspect" and self.micro_batch > 1:
+        problems += self.data.batch_problems(self.micro_batch)
+        if self.objective.pairs and self.micro_batch == 1:
             problems.append(
-                "data.image.mode=keep_aspect gives images of different sizes, so micro_batch must "
-                f"be 1, not {self.micro_batch}"
+                f"objective {self.objective.type} mixes neighbours: micro_batch must be even, not 1"
             )
-        if self.objective.type == "m3i" and self.micro_batch == 1:
-            problems.append("objective m3i mixes neighbours: micro_batch must be even, not 1")
-        if getattr(self.data, "mixing", None) is not None and self.micro_batch == 1:
-            problems.append("data.mixing mixes neighbours: micro_batch must be even, not 1")
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def images(self, where: str) -> dict[str, ImageSettings]:
+        """Settings of all images of the task that an encoder sees, by key path; where: its own."""
+        images = {f"{where}.data.{n}": image for n, image in self.data.image_settings().items()}
+        if self.evaluation is not None and self.evaluation.image is not None:
+            images[f"{where}.evaluation.image"] = self.evaluation.image
+        return images
 
 
 class FailureSettings(Settings):

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from data_pipeline.caption_texts import CaptionSources, CleaningSettings
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.files import write_atomically
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.reader import SampleReader
@@ -177,7 +177,7 @@ def heldout_loader(
         ExpressionError: no sample meets the condition `where`.
     """
     source = open_source(data.shards, data.where)
-    fields = CaptionFields(data, tokenizer, train=False)
+    fields = CaptionProcessor(data, tokenizer, train=False)
     stream = TaskStream(
         "heldout", SampleReader(source.shards), None, fields, 0, batch, batch, source.selection
     )

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_pipeline.boxes import BoxDataSettings, BoxFields
+from data_pipeline.boxes import BoxDataSettings, BoxProcessor
 from data_pipeline.loader import Part, StepWindow
 from data_pipeline.transforms import ImageSettings
 from pretrain.engine import loop as loop_module
@@ -31,7 +31,7 @@ class Boxes:
 def box_batch() -> dict:
     """What the data pipeline makes of three images without boxes, and how many it would hold."""
     settings = BoxDataSettings(image=ImageSettings(size=16), shards=["x"], classes=3)
-    batch = BoxFields(settings, train=True).collate([None] * 3, [True] * 3)
+    batch = BoxProcessor(settings, train=True).collate([None] * 3, [True] * 3)
     return batch | {"counts": torch.tensor([2, 0, 3])}
 
 
