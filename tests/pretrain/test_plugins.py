@@ -22,6 +22,7 @@ from pretrain.engine.checkpoint_files import newest_whole, read_full_state
 from pretrain.models.build_context import BuildContext
 from pretrain.recipe_checks import _check_encoders
 from tests.distributed.launch import ROOT, free_port, rank_environment
+from tests.pretrain.plugins.toy_data import ToyDataSettings
 from tests.pretrain.plugins.toy_encoder import ToyEncoderSettings, ToyRefinerSettings
 from tests.pretrain.plugins.toy_format import TOY_FORMAT, TheirModel
 from tests.tiny_run import pack_scenes
@@ -136,11 +137,25 @@ REFINER, IMAGE = ToyRefinerSettings(), ToyEncoderSettings()
       "it in a task's objective.encoder"]),
 ])  # fmt: skip
 def test_a_module_names_what_it_reads_and_uses_it(encoders, messages):
+    assert _check_encoders(recipe_like(encoders, size=32)) == messages
+
+
+def test_images_fit_the_encoders_that_modules_read():
+    (fault,) = _check_encoders(recipe_like({"image": IMAGE, "refiner": REFINER}, size=36))
+    assert fault == (
+        "tasks.t.data.image.size=36 is not a multiple of 8, as model.encoders.image (toy_encoder) "
+        "needs: use 32 or 40"
+    )
+
+
+def recipe_like(encoders: dict, size: int) -> SimpleNamespace:
+    """What a check of encoders looks at: a task that names the refiner alone."""
     objective = SimpleNamespace(encoder_fields={"refiner": "tokens"}, refiner="refiner",
-                                uses_head=False)
-    recipe = SimpleNamespace(model=SimpleNamespace(encoders=encoders),
-                             tasks={"t": SimpleNamespace(objective=objective)})
-    assert _check_encoders(recipe) == messages
+                                uses_head=False, further_sizes=())
+    data = ToyDataSettings(shards=["x"], image={"size": size})
+    task = SimpleNamespace(objective=objective, data=data,
+                           images=lambda where: {f"{where}.data.image": data.image})
+    return SimpleNamespace(model=SimpleNamespace(encoders=encoders), tasks={"t": task})
 
 
 def test_types_are_asked_for_by_their_owners_alone():
