@@ -18,30 +18,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_pipeline.files import (
-    give_usual_access,
-    naming,
-    sync_file,
-    sync_folder,
-    write_atomically,
-)
+from data_pipeline.files import naming, sync_file, sync_folder, write_atomically
+from pretrain.engine.background_save import BackgroundSave
+from pretrain.engine.checkpoint_contents import Contents, rank_contents, write_contents
 from pretrain.engine.checkpoint_files import (
     EMA,
     FORMAT,
     MANIFEST,
     MASTER,
-    MODULE,
     CheckpointError,
     FragmentReader,
     checkpoint_name,
-    file_entry,
     list_checkpoints,
-    rank_files,
     read_full_state,
     read_manifest,
     seal_manifest,
     verify_file,
-    write_tensors,
 )
 from pretrain.engine.checkpoint_retention import (
     Aside,
@@ -52,9 +44,7 @@ from pretrain.engine.checkpoint_retention import (
     steps_there,
     went_back_from,
 )
-from pretrain.engine.checkpoint_settings import (
-    CheckpointSettings,
-)
+from pretrain.engine.checkpoint_settings import CheckpointSettings
 from pretrain.engine.engine_state import (
     check_parameters,
     describe_parameters,
@@ -63,7 +53,6 @@ from pretrain.engine.engine_state import (
     set_scalar,
     sources_of,
     state_to_fill,
-    states_of,
 )
 from pretrain.engine.failures import reason_of
 from pretrain.engine.momentum import TargetNetworks
@@ -86,6 +75,16 @@ class Restored:
     trainer: dict
 
 
+@dataclass(frozen=True)
+class _Saving:
+    """A checkpoint that is being written: where, its name when it is whole, and its manifest but
+    for the files."""
+
+    temporary: Path
+    final: Path
+    manifest: dict
+
+
 class Checkpoints:
     """The checkpoints of one run, written and read by all ranks together.
 
@@ -95,6 +94,7 @@ class Checkpoints:
         may_commit: called on rank 0 before a checkpoint becomes visible; raises if this job no
             longer owns the run.
         attachments: files kept inside every checkpoint: name -> source, or content.
+        background: writes what is begun with `begin`; None = one for tensors in the host's memory.
     """
 
     def __init__(
@@ -103,11 +103,14 @@ class Checkpoints:
         settings: CheckpointSettings,
         may_commit: Callable[[], None] = lambda: None,
         attachments: dict[str, Path | bytes] | None = None,
+        background: BackgroundSave | None = None,
     ) -> None:
         self.root = root
         self.settings = settings
         self._may_commit = may_commit
         self._attachments = attachments or {}
+        self._background = background or BackgroundSave(torch.device("cpu"))
+        self._unfinished: _Saving | None = None
         self._rank = dist.get_rank()
         self._world = dist.get_world_size()
         self.passed_over: list[str] = []
@@ -134,79 +137,98 @@ class Checkpoints:
         Raises:
             CheckpointError: on every rank, if any rank could not write; nothing is left behind.
         """
-        final = self.root / checkpoint_name(step)
-        temporary = self._agree_on(lambda: self._open_temporary(final))
+        saving = self._open(engine, step, trainer, targets)
         module = module_tensors(engine, sources_of(targets))  # a collective under ZeRO-3
         entries = self._agree(
-            lambda: self._write_rank_files(engine, temporary, module, averages, targets),
-            temporary,
+            lambda: write_contents(
+                self._contents(engine, module, averages, targets), saving.temporary
+            ),
+            saving.temporary,
         )
-        files = {name: entry for rank in entries for name, entry in rank.items()}
-        about = describe_parameters(engine, sources_of(targets))
-        self._agree_on(lambda: self._commit(engine, step, trainer, files, about, temporary, final),
-                       temporary)
-        return final
+        return self._commit(saving, entries)
 
-    def _open_temporary(self, final: Path) -> Path:
+    def begin(
+        self,
+        engine,
+        step: int,
+        trainer: dict,
+        averages: list[torch.Tensor] | None = None,
+        targets: TargetNetworks | None = None,
+    ) -> None:
+        """Copy what `save` would write, and let it be written in the background. A collective.
+
+        There is no checkpoint before `settle`, which must come before the next one of these.
+
+        Raises:
+            CheckpointError: on every rank, if there is no memory for the copy on one of them.
+        """
+        saving = self._open(engine, step, trainer, targets)
+        module = module_tensors(engine, sources_of(targets))  # a collective under ZeRO-3
+        self._agree(
+            lambda: self._background.start(
+                self._contents(engine, module, averages, targets), saving.temporary
+            ),
+            saving.temporary,
+        )
+        self._unfinished = saving
+
+    @property
+    def unfinished(self) -> int | None:
+        """The step whose checkpoint is written in the background; the same on all ranks."""
+        return self._unfinished.manifest["step"] if self._unfinished else None
+
+    def busy(self) -> bool:
+        """Whether this rank has still something to write in the background."""
+        return self._background.busy()
+
+    def settle(self) -> Path:
+        """Commit what was begun, once all ranks have written it. A collective.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        saving, self._unfinished = self._unfinished, None
+        return self._commit(saving, self._agree(self._background.result, saving.temporary))
+
+    def close(self) -> None:
+        """End what writes in the background, and give its memory back."""
+        self._background.close()
+
+    def clear_unfinished(self) -> None:
+        """Take away what saves and removals that were cut off have left; for rank 0."""
         self._may_commit()  # or it would clear away what the new owner is writing
-        self.root.mkdir(parents=True, exist_ok=True)
         for stale in [*self.root.glob(".writing-*"), *self.root.glob(".removing-*")]:
             shutil.rmtree(stale, ignore_errors=True)
+
+    def _open(self, engine, step: int, trainer: dict, targets: TargetNetworks | None) -> _Saving:
+        final = self.root / checkpoint_name(step)
+        manifest = {
+            "format": FORMAT, "step": step, "world": self._world,
+            "zero_stage": engine.zero_optimization_stage(),
+            "trainer": json.loads(json.dumps(trainer)),  # a copy: training goes on
+            **describe_parameters(engine, sources_of(targets)),
+        }
+        return _Saving(self._agree_on(lambda: self._open_temporary(final)), final, manifest)
+
+    def _open_temporary(self, final: Path) -> Path:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.clear_unfinished()
         temporary = self.root / f".writing-{final.name}-{secrets.token_hex(4)}"
         temporary.mkdir()
         return temporary
 
-    def _write_rank_files(
-        self,
-        engine,
-        folder: Path,
-        module: dict,
-        averages: list[torch.Tensor] | None,
-        targets: TargetNetworks | None,
-    ) -> dict[str, dict]:
-        tensors, maps = {}, []
-        own = list_partitions(engine)
-        for index, partition in enumerate([*own, *([targets.partition] if targets else [])]):
-            states, scalars = states_of(engine, partition)
-            if averages is not None and index < len(own):
-                states[EMA] = averages[index]
-            for name, tensor in states.items():
-                tensors[f"{index}.{name}"] = tensor.detach()
-            maps.append({
-                "group": partition.group, "numel": partition.master.numel(),
-                "tensors": list(states), "scalars": scalars,
-                "fragments": [[f.parameter, f.start, f.offset, f.numel]
-                              for f in partition.fragments],
-            })
-        tensor_file, map_file = (folder / name for name in rank_files(self._rank))
-        write_tensors(tensors, tensor_file)
-        with naming(map_file):
-            map_file.write_text(json.dumps({"partitions": maps}), encoding="utf-8")
-        written = [tensor_file, map_file]
-        if self._rank == 0:
-            write_tensors(module, folder / MODULE)
-            written.append(folder / MODULE)
-            for name, source in self._attachments.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                content = source if isinstance(source, bytes) else source.read_bytes()
-                with naming(folder / name):
-                    (folder / name).write_bytes(content)
-                written.append(folder / name)
-        for path in written:
-            give_usual_access(path)
-            sync_file(path)
-        return {str(path.relative_to(folder)): file_entry(path) for path in written}
+    def _contents(self, engine, module, averages, targets) -> Contents:
+        return rank_contents(engine, self._rank, module, averages, targets, self._attachments)
 
-    def _commit(
-        self, engine, step, trainer, files, about: dict, temporary: Path, final: Path
-    ) -> None:
-        manifest = {
-            "format": FORMAT, "step": step, "world": self._world,
-            "zero_stage": engine.zero_optimization_stage(), "files": files, "trainer": trainer,
-            **about,
-        }
+    def _commit(self, saving: _Saving, entries: list[dict[str, dict]]) -> Path:
+        files = {name: entry for rank in entries for name, entry in rank.items()}
+        self._agree_on(lambda: self._rename(saving, files), saving.temporary)
+        return saving.final
+
+    def _rename(self, saving: _Saving, files: dict[str, dict]) -> None:
+        temporary, final, manifest = saving.temporary, saving.final, saving.manifest
         with naming(temporary / MANIFEST):
-            (temporary / MANIFEST).write_bytes(seal_manifest(manifest))
+            (temporary / MANIFEST).write_bytes(seal_manifest({**manifest, "files": files}))
         sync_file(temporary / MANIFEST)
         sync_folder(temporary)
         self._may_commit()
@@ -215,7 +237,7 @@ class Checkpoints:
         os.rename(temporary, final)
         sync_folder(self.root)
         write_atomically(self.root / "latest", [f"{final.name}\n".encode()])
-        sound = step - trainer.get("skipped_in_a_row", 0)
+        sound = manifest["step"] - manifest["trainer"].get("skipped_in_a_row", 0)
         retire(self.root, self.settings.keep_last, self.settings.keep_every_steps, sound)
 
     # ---- reading -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ log = logging.getLogger("omnipretrain.loop")
 # The agreed vector has the same length for (almost) any tasks: ranks that disagree on what to run
 # must at least meet in the all-reduce that tells them so.
 _COUNT_SLOTS = 64
-_FLAGS = 3  # stop, save, run directory lost
+_FLAGS = 4  # stop, save, run directory lost, a checkpoint is being written
 
 
 class TrainingFailed(RuntimeError):
@@ -87,6 +87,8 @@ class Loop:
         way_back: first of the steps that were skipped in a row -> what to do, as the end of a
             sentence.
         meant_empty: tasks of whose missing targets nothing is said.
+        is_writing: whether this rank is still writing a checkpoint; asked at each step.
+        when_written: called after each step at which no rank was, on every rank.
     """
 
     def __init__(
@@ -105,6 +107,8 @@ class Loop:
         after_update: Callable[[int], None] = lambda update: None,
         way_back: Callable[[int], str] = lambda step: "lower optimizer.lr",
         meant_empty: Collection[str] = (),
+        is_writing: Callable[[], bool] = lambda: False,
+        when_written: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine = engine
         self.ranks = ranks
@@ -120,6 +124,7 @@ class Loop:
         self.after_update = after_update
         self.way_back = way_back
         self.targets = TargetWatch(ranks.leads, meant_empty)
+        self.is_writing, self.when_written = is_writing, when_written
         self._begin_mark = time.perf_counter()
 
     def run(
@@ -158,7 +163,9 @@ class Loop:
             for report in reports:
                 on_report(state, report)
             self._check_skips(state)
-            stop, save = requests
+            stop, save, writing = requests
+            if not writing:
+                self.when_written()
             stop = after_step(state, save) or stop
             if stop:
                 return self.agreed_reason()
@@ -196,10 +203,10 @@ class Loop:
             state.samples[part.task] = samples
         # Here the host waits until the device has stepped: `seconds` are those of the whole step,
         # and ZeRO-3, whose gathering stream waits for no other, finds weights that are written.
-        stop, save, lost, *sums = agreed.tolist()
+        stop, save, lost, writing, *sums = agreed.tolist()
         if lost > 0:
             self._leave_lost_run()
-        requests = stop > 0, save > 0
+        requests = stop > 0, save > 0, writing > 0
         counts, taught = _by_task(totals, sums), False
         for part in window.parts:
             objective = self.engine.module.objectives[part.task]
@@ -247,7 +254,7 @@ class Loop:
         return sizes if weight == 1.0 else sizes | {"loss_weight": weight}
 
     def _agree(self, window) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
-        """Sum over all ranks: the counts of each part, flags (stop, save, lost), the check.
+        """Sum over all ranks: the counts of each part, flags (see _FLAGS), the check.
 
         Returns:
             task -> count -> its sum, 0-dim float32 on the device; and the flags and the same sums
@@ -272,7 +279,7 @@ class Loop:
         check = self.agreement.numbers(window) if checked else [0] * LENGTH
         spare = [0] * (-len(names) % _COUNT_SLOTS)
         values = torch.tensor(
-            [*check, stop, save, lost, *(counts[name] for name in names), *spare],
+            [*check, stop, save, lost, self.is_writing(), *(counts[n] for n in names), *spare],
             dtype=torch.float64, device=self.ranks.device,
         )
         dist.all_reduce(values)

@@ -15,6 +15,7 @@ from data_pipeline.tokenizer import Tokenizer
 from pretrain import build, recipe_checks
 from pretrain.check_targets import targets_may_miss
 from pretrain.engine.agreement import Agreement
+from pretrain.engine.background_save import BackgroundSave
 from pretrain.engine.balance import TaskBalance
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.control import ControlFolder, StopSignals
@@ -38,6 +39,7 @@ from pretrain.engine.ownership import Ownership
 from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.run_dir import open_fault_file, record_start
 from pretrain.engine.run_record import RunDirError
+from pretrain.engine.saves import Saves
 from pretrain.engine.spikes import SpikeWatch
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.start_notes import StartNotes
@@ -78,7 +80,6 @@ class Trainer:
         require_hardware(recipe.precision, self.config, ranks.device)
         self.state = TrainerState()
         self.spikes = SpikeWatch(recipe.failure.spike) if recipe.failure.spike else None
-        self.saved_step = 0
         self.checkpoints = Checkpoints(
             self.run_dir / "checkpoints",
             recipe.checkpoint,
@@ -87,6 +88,11 @@ class Trainer:
                 f"tokenizer/{path.name}": path
                 for path in sorted((self.run_dir / "tokenizer").glob("*"))
             } | {RECIPE: recipe.to_yaml().encode()},  # not the file, which may be edited
+            background=BackgroundSave(ranks.device, 60 * recipe.failure.save_minutes),
+        )
+        self.saves = Saves(
+            self.checkpoints, self.control if ranks.leads else None,
+            partial(self._during, "save"), self._to_save,
         )
 
     def run(self) -> None:
@@ -140,6 +146,7 @@ class Trainer:
         if not self.ranks.leads:
             return
         self.ownership.require()
+        self.checkpoints.clear_unfinished()
         since = self.ownership.claimed_at  # a rank of this start may have failed already
         for old in self.run_dir.glob("control/failure_rank_*.json"):
             if old.stat().st_mtime < since:
@@ -190,6 +197,7 @@ class Trainer:
             after_update=self._after_update,
             way_back=lambda step: way_back(recipe, step),
             meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
+            is_writing=self.saves.observe, when_written=self.saves.written,
         )
         stopped, self.loader = None, None
         if not self.evaluator.catch_up(state.step):
@@ -203,13 +211,18 @@ class Trainer:
             )
             self.data_metrics = DataMetrics(self.ranks, self.loader)
             self._enter_step()
-            stopped = loop.run(
-                self.loader, state, wants_report=self._wants_report,
-                on_report=self._on_report, after_step=self._after_step,
-            )
-        if self.loader is not None and self.saved_step != state.step:
+            try:
+                stopped = loop.run(
+                    self.loader, state, wants_report=self._wants_report,
+                    on_report=self._on_report, after_step=self._after_step,
+                )
+            except TrainingFailed:  # of all ranks alike; what was begun before is good
+                self.saves.wait()
+                raise
+        if self.loader is not None and self.saves.step != state.step:
             self._look_after_bad_samples()
-        self._save()
+        self.saves.finish()
+        self.checkpoints.close()
         self.ownership.require()
         if self.ranks.leads:
             self.control.status("stopped" if stopped else "finished", state.step, stopped or "")
@@ -280,15 +293,12 @@ class Trainer:
             self.targets.update(update)
 
     def _after_step(self, state: TrainerState, save_asked: bool) -> bool:
-        recipe = self.recipe
         self.notes.close()
         self.log.progress(state.step, getattr(self, "status_line", ""))
         whole = self.evaluator.evaluate_if_due(state.step)
-        if save_asked or state.step % recipe.checkpoint.every_steps == 0:
+        if self.saves.due(state.step, save_asked):
             self._look_after_bad_samples()
-            self._save()
-            if save_asked and self.ranks.leads:
-                self.control.save_done()
+            self.saves.save(save_asked)
         self.watchdog.enter("step", state.step)
         return not whole
 
@@ -330,20 +340,14 @@ class Trainer:
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        if self.saved_step == self.state.step:
-            return
+    def _to_save(self) -> dict:
+        """Arguments of `Checkpoints.save`."""
         trainer = {
             **vars(self.state), "tokenizer": self._tokenizer_digest(), "seed": self.recipe.seed,
             "loss_scale": loss_scale_state(self.engine),
         }
-        with self._during("save"):
-            self.checkpoints.save(
-                self.engine, self.state.step, trainer, self._averages(), self.targets
-            )
-        self.saved_step = self.state.step
-        if self.ranks.leads:
-            self.control.status("running", self.state.step)
+        return {"engine": self.engine, "step": self.state.step, "trainer": trainer,
+                "averages": self._averages(), "targets": self.targets}
 
     def _restore(self, folder: Path) -> None:
         restored = self.checkpoints.restore(
@@ -363,7 +367,7 @@ class Trainer:
                 f"{self.recipe.seed}: the data order would change"
             )
         self.state = TrainerState(**trainer)
-        self.saved_step = self.state.step
+        self.saves.step = self.state.step
 
     def _tokenizer_digest(self) -> str | None:
         return self.tokenizer.digest if self.tokenizer else None
