@@ -1,18 +1,115 @@
-"""This rank's part of a checkpoint, written by a process of its own while training goes on."""
+"""Checkpoints that are written while training goes on: copied between two steps, committed later.
+
+Each rank has a process that writes its part (`checkpoint_writer`); when all have, rank 0 commits in
+a thread, whose work is waiting for the disk.
+"""
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from pretrain.engine.checkpoint import Checkpoints, Saving
 from pretrain.engine.checkpoint_contents import Contents
 from pretrain.engine.checkpoint_files import CheckpointError
 from pretrain.engine.child_process import ChildProcess
+from pretrain.engine.engine_state import module_tensors, sources_of
+from pretrain.engine.momentum import TargetNetworks
 from pretrain.engine.snapshot import Snapshot
 
 
-class BackgroundSave:
-    """One snapshot at a time, and its writer; both are made with the first.
+class BackgroundCheckpoints(Checkpoints):
+    """Checkpoints which also write in the background, one at a time.
+
+    Args:
+        device: on which the tensors lie.
+        limit_s: a writer that takes longer is ended, and the save has failed.
+        more: as of `Checkpoints`.
+    """
+
+    def __init__(self, *more, device: torch.device, limit_s: float = float("inf"), **named) -> None:
+        super().__init__(*more, **named)
+        self._part = BackgroundPart(device, limit_s)
+        self._saving: Saving | None = None
+        self._committer = ThreadPoolExecutor(1, "checkpoint")
+        self._committed: Future | None = None
+
+    def begin(
+        self,
+        engine,
+        step: int,
+        trainer: dict,
+        averages: list[torch.Tensor] | None = None,
+        targets: TargetNetworks | None = None,
+    ) -> None:
+        """Copy what `save` would write, and let it be written. A collective.
+
+        The one before must be committed; until this one is, there is no checkpoint of it.
+
+        Raises:
+            CheckpointError: on every rank, if there is no memory for the copy on one of them.
+        """
+        saving = self._open(engine, step, trainer, targets)
+        module = module_tensors(engine, sources_of(targets))  # a collective under ZeRO-3
+        self._agree(
+            lambda: self._part.start(
+                self._contents(engine, module, averages, targets), saving.temporary
+            ),
+            saving.temporary,
+        )
+        self._saving = saving
+
+    @property
+    def unfinished(self) -> int | None:
+        """The step whose checkpoint is not committed yet; the same on all ranks."""
+        return self._saving.manifest["step"] if self._saving else None
+
+    def busy(self) -> bool:
+        """Whether this rank is writing or committing."""
+        if self._committed is not None:
+            return not self._committed.done()
+        return self._part.busy()
+
+    def advance(self) -> bool:
+        """Go on with the unfinished one: from written to being committed, or to the end. A
+        collective, which waits for ranks that are busy.
+
+        Returns:
+            Whether it is committed now.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        saving, committed = self._saving, self._committed
+        self._saving = self._committed = None  # of one that fails nothing is left
+        if committed is None:
+            entries = self._agree(self._part.result, saving.temporary)
+            self._saving, self._committed = saving, Future()
+            if self._rank == 0:
+                self._committed = self._committer.submit(self._commit, saving, entries)
+            else:
+                self._committed.set_result(None)
+            return False
+        self._agree_on(committed.result, saving.temporary)
+        return True
+
+    def settle(self) -> None:
+        """Commit the unfinished one, as soon as all ranks have written it. A collective.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        while not self.advance():
+            pass
+
+    def close(self) -> None:
+        """End what writes in the background, and give its memory back."""
+        self._part.close()
+
+
+class BackgroundPart:
+    """This rank's part: one snapshot at a time, and its writer; both are made with the first.
 
     Args:
         device: on which the tensors lie.

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.files import naming, sync_file, sync_folder, write_atomically
-from pretrain.engine.background_save import BackgroundSave
 from pretrain.engine.checkpoint_contents import Contents, rank_contents, write_contents
 from pretrain.engine.checkpoint_files import (
     EMA,
@@ -76,7 +75,7 @@ class Restored:
 
 
 @dataclass(frozen=True)
-class _Saving:
+class Saving:
     """A checkpoint that is being written: where, its name when it is whole, and its manifest but
     for the files."""
 
@@ -94,7 +93,6 @@ class Checkpoints:
         may_commit: called on rank 0 before a checkpoint becomes visible; raises if this job no
             longer owns the run.
         attachments: files kept inside every checkpoint: name -> source, or content.
-        background: writes what is begun with `begin`; None = one for tensors in the host's memory.
     """
 
     def __init__(
@@ -103,14 +101,11 @@ class Checkpoints:
         settings: CheckpointSettings,
         may_commit: Callable[[], None] = lambda: None,
         attachments: dict[str, Path | bytes] | None = None,
-        background: BackgroundSave | None = None,
     ) -> None:
         self.root = root
         self.settings = settings
         self._may_commit = may_commit
         self._attachments = attachments or {}
-        self._background = background or BackgroundSave(torch.device("cpu"))
-        self._unfinished: _Saving | None = None
         self._rank = dist.get_rank()
         self._world = dist.get_world_size()
         self.passed_over: list[str] = []
@@ -145,54 +140,8 @@ class Checkpoints:
             ),
             saving.temporary,
         )
-        return self._commit(saving, entries)
-
-    def begin(
-        self,
-        engine,
-        step: int,
-        trainer: dict,
-        averages: list[torch.Tensor] | None = None,
-        targets: TargetNetworks | None = None,
-    ) -> None:
-        """Copy what `save` would write, and let it be written in the background. A collective.
-
-        There is no checkpoint before `settle`, which must come before the next one of these.
-
-        Raises:
-            CheckpointError: on every rank, if there is no memory for the copy on one of them.
-        """
-        saving = self._open(engine, step, trainer, targets)
-        module = module_tensors(engine, sources_of(targets))  # a collective under ZeRO-3
-        self._agree(
-            lambda: self._background.start(
-                self._contents(engine, module, averages, targets), saving.temporary
-            ),
-            saving.temporary,
-        )
-        self._unfinished = saving
-
-    @property
-    def unfinished(self) -> int | None:
-        """The step whose checkpoint is written in the background; the same on all ranks."""
-        return self._unfinished.manifest["step"] if self._unfinished else None
-
-    def busy(self) -> bool:
-        """Whether this rank has still something to write in the background."""
-        return self._background.busy()
-
-    def settle(self) -> Path:
-        """Commit what was begun, once all ranks have written it. A collective.
-
-        Raises:
-            CheckpointError: as `save`.
-        """
-        saving, self._unfinished = self._unfinished, None
-        return self._commit(saving, self._agree(self._background.result, saving.temporary))
-
-    def close(self) -> None:
-        """End what writes in the background, and give its memory back."""
-        self._background.close()
+        self._agree_on(lambda: self._commit(saving, entries), saving.temporary)
+        return saving.final
 
     def clear_unfinished(self) -> None:
         """Take away what saves and removals that were cut off have left; for rank 0."""
@@ -200,7 +149,7 @@ class Checkpoints:
         for stale in [*self.root.glob(".writing-*"), *self.root.glob(".removing-*")]:
             shutil.rmtree(stale, ignore_errors=True)
 
-    def _open(self, engine, step: int, trainer: dict, targets: TargetNetworks | None) -> _Saving:
+    def _open(self, engine, step: int, trainer: dict, targets: TargetNetworks | None) -> Saving:
         final = self.root / checkpoint_name(step)
         manifest = {
             "format": FORMAT, "step": step, "world": self._world,
@@ -208,7 +157,7 @@ class Checkpoints:
             "trainer": json.loads(json.dumps(trainer)),  # a copy: training goes on
             **describe_parameters(engine, sources_of(targets)),
         }
-        return _Saving(self._agree_on(lambda: self._open_temporary(final)), final, manifest)
+        return Saving(self._agree_on(lambda: self._open_temporary(final)), final, manifest)
 
     def _open_temporary(self, final: Path) -> Path:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -220,13 +169,9 @@ class Checkpoints:
     def _contents(self, engine, module, averages, targets) -> Contents:
         return rank_contents(engine, self._rank, module, averages, targets, self._attachments)
 
-    def _commit(self, saving: _Saving, entries: list[dict[str, dict]]) -> Path:
-        files = {name: entry for rank in entries for name, entry in rank.items()}
-        self._agree_on(lambda: self._rename(saving, files), saving.temporary)
-        return saving.final
-
-    def _rename(self, saving: _Saving, files: dict[str, dict]) -> None:
+    def _commit(self, saving: Saving, entries: list[dict[str, dict]]) -> None:
         temporary, final, manifest = saving.temporary, saving.final, saving.manifest
+        files = {name: entry for rank in entries for name, entry in rank.items()}
         with naming(temporary / MANIFEST):
             (temporary / MANIFEST).write_bytes(seal_manifest({**manifest, "files": files}))
         sync_file(temporary / MANIFEST)

@@ -1,8 +1,8 @@
 """When the checkpoints of a run are written, and what is said of them.
 
-Asynchronous ones are copied between two steps and written while the next steps run. That all ranks
-have written theirs is agreed in the all-reduce of each step (`loop.Loop`); they commit it behind
-that step.
+Asynchronous ones are copied between two steps and written while the next steps run. That no rank is
+busy with it any more is agreed in the all-reduce of each step (`loop.Loop`): once for what the
+ranks write, and once for the commit of rank 0.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from pretrain.engine.checkpoint import Checkpoints
+from pretrain.engine.background_save import BackgroundCheckpoints
 from pretrain.engine.control import ControlFolder
 
 log = logging.getLogger("omnipretrain.checkpoint")
@@ -28,7 +28,7 @@ class Saves:
 
     def __init__(
         self,
-        checkpoints: Checkpoints,
+        checkpoints: BackgroundCheckpoints,
         control: ControlFolder | None,
         saving: Callable[[], contextlib.AbstractContextManager],
         state: Callable[[], dict],
@@ -37,14 +37,17 @@ class Saves:
         self._saving, self._state = saving, state
         self.step = 0
         """Of the newest checkpoint, be it still written."""
-        self._answers = False
+        self._answers = self._awaited = False
         self._observed: int | None = None
 
     def due(self, step: int, asked: bool) -> bool:
-        """Whether a checkpoint is to be written after this step. One that somebody has asked for,
-        and that is being written, is not asked for again."""
+        """Whether a checkpoint is to be written after this step.
+
+        asked: somebody asked for one when this step began; who was waiting for one then, which
+            was being written, had asked for that one.
+        """
         planned = step % self._checkpoints.settings.every_steps == 0
-        return planned or (asked and not self._answers)
+        return planned or (asked and not self._awaited)
 
     def save(self, asked: bool) -> None:
         """Write the checkpoint of this step, or begin to.
@@ -67,15 +70,15 @@ class Saves:
                 self._answer(asked)
 
     def observe(self) -> bool:
-        """Whether this rank is still writing; before the ranks agree on it."""
-        self._observed = self._checkpoints.unfinished
+        """Whether this rank is busy with a checkpoint; before the ranks agree on it."""
+        self._observed, self._awaited = self._checkpoints.unfinished, self._answers
         return self._checkpoints.busy()
 
     def written(self) -> None:
-        """All ranks had written when they observed it: commit, if it is still that one."""
-        if self._observed is not None and self._observed == self._checkpoints.unfinished:
-            with self._saving():
-                self._settle()
+        """No rank was busy when they observed it: go on, if it is still that one."""
+        step = self._checkpoints.unfinished
+        if step is not None and self._observed == step and self._checkpoints.advance():
+            self._note(step)
 
     def wait(self) -> None:
         """Commit what is being written, as soon as it is."""
@@ -102,13 +105,13 @@ class Saves:
         begun = time.monotonic()
         if self._control is not None and self._checkpoints.busy():
             log.info("waiting for the checkpoint of step %d, which is still being written", step)
-        self._settle()
+        self._checkpoints.settle()
+        self._note(step)
         if self._control is not None and (waited := time.monotonic() - begun) > 1:
             log.info("waited %.1f s for the checkpoint of step %d", waited, step)
 
-    def _settle(self) -> None:
-        step = self._checkpoints.unfinished
-        self._checkpoints.settle()
+    def _note(self, step: int) -> None:
+        """An asynchronous one is committed."""
         self._tell(step)
         self._answer(self._answers)
 

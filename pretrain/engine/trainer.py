@@ -15,9 +15,8 @@ from data_pipeline.tokenizer import Tokenizer
 from pretrain import build, recipe_checks
 from pretrain.check_targets import targets_may_miss
 from pretrain.engine.agreement import Agreement
-from pretrain.engine.background_save import BackgroundSave
+from pretrain.engine.background_save import BackgroundCheckpoints
 from pretrain.engine.balance import TaskBalance
-from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.data_metrics import DataMetrics
 from pretrain.engine.data_record import data_entries
@@ -80,7 +79,7 @@ class Trainer:
         require_hardware(recipe.precision, self.config, ranks.device)
         self.state = TrainerState()
         self.spikes = SpikeWatch(recipe.failure.spike) if recipe.failure.spike else None
-        self.checkpoints = Checkpoints(
+        self.checkpoints = BackgroundCheckpoints(
             self.run_dir / "checkpoints",
             recipe.checkpoint,
             may_commit=ownership.require,
@@ -88,7 +87,7 @@ class Trainer:
                 f"tokenizer/{path.name}": path
                 for path in sorted((self.run_dir / "tokenizer").glob("*"))
             } | {RECIPE: recipe.to_yaml().encode()},  # not the file, which may be edited
-            background=BackgroundSave(ranks.device, 60 * recipe.failure.save_minutes),
+            device=ranks.device, limit_s=60 * recipe.failure.save_minutes,
         )
         self.saves = Saves(
             self.checkpoints, self.control if ranks.leads else None,

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.engine import checkpoint
+from pretrain.engine.background_save import BackgroundCheckpoints
 from pretrain.engine.checkpoint import CheckpointError, Checkpoints, CheckpointSettings
 from pretrain.engine.checkpoint_contents import write_contents
 from pretrain.engine.distributed import init_distributed, leave, shutdown
@@ -69,11 +70,14 @@ def write_cell(ranks, folder: Path, stage: int, precision: str) -> dict:
     before = train(engine, ranks, 0, HALF)
     trainer = {"ledger": [{"note": "kept"}]}
     store.save(engine, HALF, trainer)
-    background = Checkpoints(folder / f"background_zero{stage}_{precision}", store.settings)
+    background = BackgroundCheckpoints(
+        folder / f"background_zero{stage}_{precision}", store.settings, device=ranks.device
+    )
     background.begin(engine, HALF, trainer)
     trainer["ledger"].clear()
     straight = train(engine, ranks, HALF, ALL)
-    same_files = files_of(background.settle()) == files_of(store.root / "step_000000003")
+    background.settle()
+    same_files = files_of(background.newest()) == files_of(store.newest())
     background.close()
     ended, module = weights(engine), module_weights(engine)
     engine.destroy()
@@ -130,7 +134,9 @@ def fault_cell(ranks, folder: Path) -> dict:
         checkpoint.write_contents = broken_write
     result["full_disk"] = error_of(lambda: store.save(engine, 8, {}))
     checkpoint.write_contents = write_contents
-    result |= background_faults(ranks, store, engine)
+    result |= background_faults(
+        ranks, BackgroundCheckpoints(root, settings, device=ranks.device), engine
+    )
     owner_gone = Checkpoints(root, settings, may_commit=disowned)
     result["disowned"] = error_of(lambda: owner_gone.save(engine, 9, {}))
     result["left_behind"] = sorted(p.name for p in root.iterdir())
@@ -162,27 +168,27 @@ def fault_cell(ranks, folder: Path) -> dict:
     return result
 
 
-def background_faults(ranks, store: Checkpoints, engine) -> dict[str, str]:
+def background_faults(ranks, store: BackgroundCheckpoints, engine) -> dict[str, str]:
     """The same, and worse, in the process that writes while training goes on."""
 
     def trouble(step: int, action) -> str:
         store.begin(engine, step, {})
         if ranks.rank == 1:
-            action(store._background._writer.pid)
+            action(store._part._writer.pid)
         return error_of(store.settle)
 
     def no_room(pid: int) -> None:
         """As if it had been so before the writer was told to write."""
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-        store._background.result()
+        store._part.result()
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (100, most))
         contents = store._contents(engine, {}, None, None)
-        store._background.start(contents, store._unfinished.temporary)
+        store._part.start(contents, store._saving.temporary)
 
     faults = {"full_disk_behind": trouble(8, no_room)}
     store.close()
     faults["killed_behind"] = trouble(8, lambda pid: os.kill(pid, signal.SIGKILL))
-    store._background._limit_s = -1.0
+    store._part._limit_s = -1.0
     faults["late_behind"] = trouble(8, lambda pid: os.kill(pid, signal.SIGSTOP))
     store.close()
     return faults
