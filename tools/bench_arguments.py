@@ -22,7 +22,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to write to (default: TMPDIR)")
     parser.add_argument("--width", type=int, default=768, help="channels of encoder and decoder")
     parser.add_argument("--zero", type=int, choices=(1, 2, 3), default=2, help="ZeRO stage")
-    parser.set_defaults(batch=4, micro_steps=1, tasks=1, steps=1)
+    parser.set_defaults(batch=1, micro_steps=1, tasks=1, steps=1)
 
 
 def _dcnv3(parser: argparse.ArgumentParser) -> None:

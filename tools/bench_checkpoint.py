@@ -72,7 +72,9 @@ def _measure(args: argparse.Namespace, ranks, folder: Path) -> dict[str, Any]:
             for name, done in turns.items()
         ],
         "bars": [{"what": "stall of an asynchronous save, share of one between steps",
-                  "measured": share, "bar": 0.1, "at_least": False}],
+                  "measured": share, "bar": 0.1, "at_least": False},
+                 {"what": "the same, times as long as a copy in memory takes", "at_least": False,
+                  "measured": stalls[BEHIND] / stalls[COPY], "bar": 1.5}],
         "notes": [
             f"the first asynchronous save, which allocates its memory: {first.stall:.2f} s",
             f"a step without a save takes {quiet:.2f} s; the writer runs at a lower priority, and "
