@@ -6,6 +6,7 @@ Every function returns lines that name both fields and the way out; `problems` c
 import re
 from typing import TYPE_CHECKING, Any
 
+from pretrain.engine.trackers import missing_packages
 from pretrain.models.encoder_settings import multiple_problem
 from pretrain.optim.schedule import problems as schedule_problems
 from pretrain.pattern_checks import check_patterns
@@ -248,9 +249,10 @@ def warnings(recipe: "Recipe") -> list[str]:
         "optimizer.frozen keeps parameters at their random first values, since there are no "
         "initial_weights: name a file of them"
     ] if recipe.optimizer.frozen and recipe.initial_weights is None else []
+    found = random + missing_packages(recipe.logging.trackers)
     if recipe.optimizer.kind != "mt_adamw":
-        return random
-    return random + [
+        return found
+    return found + [
         f"tasks.{name}.loss_weight={task.loss_weight:g} cancels with optimizer.kind=mt_adamw, "
         f"which divides each gradient by its norm: use optimizer.omega to weight task {name}"
         for name, task in recipe.tasks.items()
