@@ -1,5 +1,6 @@
-"""An encoder, a module that reads it and a kind of data from files of their own, a line each in the
-list of kinds: they are checked, trained, evaluated, resumed and exported like those of the project.
+"""An encoder, a module that reads it, a kind of data and a format from files of their own, a line
+in the list of kinds at most: they are checked, trained, evaluated, resumed and exported like those
+of the project.
 
 Also: nobody outside of its own file asks what type an encoder, an objective or data are of.
 """
@@ -18,9 +19,12 @@ import yaml
 from safetensors.torch import load_file
 
 from pretrain.engine.checkpoint_files import newest_whole, read_full_state
+from pretrain.models.build_context import BuildContext
 from pretrain.recipe_checks import _check_encoders
 from tests.distributed.launch import ROOT, free_port, rank_environment
+from tests.pretrain.plugins.toy_data import ToyDataSettings
 from tests.pretrain.plugins.toy_encoder import ToyEncoderSettings, ToyRefinerSettings
+from tests.pretrain.plugins.toy_format import TOY_FORMAT, TheirModel
 from tests.tiny_run import pack_scenes
 
 PRETRAIN = ROOT / "pretrain"
@@ -84,12 +88,33 @@ def test_toys_train_resume_evaluate_and_go_out(tmp_path):
     for name, tensor in found.items():
         assert torch.equal(tensor, state[name])
 
+    check_format(found)
+
     again = tmp_path / "again"
     shutil.copytree(straight, again)
     run("pretrain.train", "--resume", again, "--from-step", 3)
     resumed = read_full_state(newest_whole(again / "checkpoints"), "master")
     assert state.keys() == resumed.keys()
     assert all(torch.equal(state[name], resumed[name]) for name in state)
+
+
+def check_format(ours: dict[str, torch.Tensor]) -> None:
+    """The model whose names the toy format has computes the same, and its weights come back."""
+    theirs = TOY_FORMAT.to_theirs(ours)
+    model = TheirModel()
+    model.load_state_dict(theirs)
+    context = BuildContext({"image": IMAGE.build(BuildContext())})
+    encoders = {**context.encoders, "refiner": REFINER.build(context)}
+    for name, encoder in encoders.items():
+        start = f"encoders.{name}."
+        encoder.load_state_dict(
+            {n.removeprefix(start): t for n, t in ours.items() if n.startswith(start)})
+    images = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(images), encoders["refiner"](encoders["image"](images)), rtol=1e-5, atol=1e-6)
+    back = TOY_FORMAT.to_ours(theirs)
+    assert back.keys() == ours.keys() and all(torch.equal(back[n], ours[n]) for n in ours)
 
 
 REFINER, IMAGE = ToyRefinerSettings(), ToyEncoderSettings()
@@ -112,11 +137,25 @@ REFINER, IMAGE = ToyRefinerSettings(), ToyEncoderSettings()
       "it in a task's objective.encoder"]),
 ])  # fmt: skip
 def test_a_module_names_what_it_reads_and_uses_it(encoders, messages):
+    assert _check_encoders(recipe_like(encoders, size=32)) == messages
+
+
+def test_images_fit_the_encoders_that_modules_read():
+    (fault,) = _check_encoders(recipe_like({"image": IMAGE, "refiner": REFINER}, size=36))
+    assert fault == (
+        "tasks.t.data.image.size=36 is not a multiple of 8, as model.encoders.image (toy_encoder) "
+        "needs: use 32 or 40"
+    )
+
+
+def recipe_like(encoders: dict, size: int) -> SimpleNamespace:
+    """What a check of encoders looks at: a task that names the refiner alone."""
     objective = SimpleNamespace(encoder_fields={"refiner": "tokens"}, refiner="refiner",
-                                uses_head=False)
-    recipe = SimpleNamespace(model=SimpleNamespace(encoders=encoders),
-                             tasks={"t": SimpleNamespace(objective=objective)})
-    assert _check_encoders(recipe) == messages
+                                uses_head=False, further_sizes=())
+    data = ToyDataSettings(shards=["x"], image={"size": size})
+    task = SimpleNamespace(objective=objective, data=data,
+                           images=lambda where: {f"{where}.data.image": data.image})
+    return SimpleNamespace(model=SimpleNamespace(encoders=encoders), tasks={"t": task})
 
 
 def test_types_are_asked_for_by_their_owners_alone():
