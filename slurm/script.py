@@ -47,10 +47,11 @@ def gpu_options(site: Site, version: tuple[int, int]) -> list[str]:
     """How this SLURM is asked for the GPUs of each node: never per task.
 
     24.11 and newer refuse --gres beside options per task, and steps take over what the job has.
+    Before 19.05 there was --gres alone.
     """
     if not site.gpus_per_node:
         return []
-    if site.gres == "gpus-per-node":
+    if site.gres == "gpus-per-node" and not (0, 0) < version < (19, 5):
         return [f"--gpus-per-node={site.gpus_per_node}"]
     kind = site.gres.partition(":")[2]
     return [f"--gres=gpu:{kind + ':' if kind else ''}{site.gpus_per_node}"]

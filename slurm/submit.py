@@ -78,7 +78,8 @@ def accept(options: argparse.Namespace, site: Site, overrides: Sequence[str]) ->
     require_free(run, site)
     if status(run).get("state") == "finished":
         raise SubmitError(f"{run} is finished; nothing is left to do")
-    return recipe, require_fit(options.recipe, overrides, world_of(options, site))
+    worlds = [int(nodes) * site.ranks for nodes in options.nodes.split("-")]  # the ends of a span
+    return recipe, [require_fit(options.recipe, overrides, world) for world in worlds][-1]
 
 
 def submit_runs(options: argparse.Namespace, site: Site) -> int:

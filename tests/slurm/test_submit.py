@@ -50,10 +50,12 @@ def test_wrong_site_files(tmp_path, text, said):
 
 @pytest.mark.parametrize(("text", "version"), [
     ("slurm 22.05.8", (22, 5)), ("slurm 24.11.0-0rc1", (24, 11)), ("", (0, 0)),
+    ("slurm 18.08.9", (18, 8)),
 ])  # fmt: skip
 def test_gpus_are_asked_for_per_node(text, version):
     assert version_of(text) == version
-    assert gpu_options(Site(), version) == ["--gpus-per-node=8"]
+    word = "gres=gpu:8" if version == (18, 8) else "gpus-per-node=8"
+    assert gpu_options(Site(), version) == [f"--{word}"]
     assert gpu_options(Site(gres="gres:h100", gpus_per_node=4), version) == ["--gres=gpu:h100:4"]
     assert gpu_options(Site(gpus_per_node=0), version) == []
     options = header(job(Path("/r")), Site(), version)
@@ -113,6 +115,14 @@ def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, no_cluster, caps
     assert "#SBATCH --nodes=2" in out.out and "#SBATCH --time=2-00:00:00" in out.out
     assert f"{run}/submit/001.yaml --start-or-resume --expect-world 4" in out.out
     assert "4 ranks; nothing was written" in out.err and not run.exists()
+
+
+def test_a_span_of_nodes_has_to_fit_at_both_ends(tmp_path, no_cluster, monkeypatch, recipe):
+    asked, site = [], tmp_path / "site.yaml"
+    site.write_text("ranks_per_node: 2\nlocal_folders: []\n")
+    monkeypatch.setattr(submit, "require_fit", lambda *words: asked.append(words[-1]) or "")
+    assert run_submit(recipe, "--nodes", "1-4", "--site", str(site), "--dry-run") == 0
+    assert asked == [2, 8]
 
 
 def test_what_is_refused(tmp_path, no_cluster, monkeypatch, capsys, recipe):
