@@ -17,7 +17,8 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from data_pipeline.tar_headers import BLOCK, ShardError, check_name
+from data_pipeline.errors import ShardError
+from data_pipeline.tar_headers import BLOCK, check_name
 
 EXTENSION = "bundle"
 FORMAT = "omnipretrain.bundle"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import braceexpand
 
 from data_pipeline import manifest as manifests
+from data_pipeline.errors import ShardError
 from data_pipeline.index import SUFFIX
 from data_pipeline.locations import (
     base_name,
@@ -18,7 +19,6 @@ from data_pipeline.locations import (
     without_secrets,
 )
 from data_pipeline.remote import UrlStorage
-from data_pipeline.tar_headers import ShardError
 
 Specs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 

@@ -22,7 +22,6 @@ from array import array
 
 import numpy as np
 
-from data_pipeline.expression_values import MISSING_TEXT
 from data_pipeline.index import (
     MAX_COLUMNS,
     MAX_TEXTS,
@@ -31,6 +30,9 @@ from data_pipeline.index import (
     TextColumn,
 )
 from data_pipeline.plain_text import decoded
+
+MISSING_TEXT = "\uffff"
+"""Stands for the text that a sample lacks; no character, by the rules of Unicode."""
 
 BYTES_PREFIX = "bytes:"
 SOURCES = ("json", "cls", "txt")

@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from data_pipeline.columns import MISSING_TEXT
+
 Columns = Callable[[str], np.ndarray]
 """Name of a column -> (n,) numbers, NaN where missing, or texts, MISSING_TEXT where missing."""
-
-MISSING_TEXT = "\uffff"
-"""Stands for the text that a sample lacks; no character, by the rules of Unicode."""
 
 _ARITHMETIC = {ast.Add: np.add, ast.Sub: np.subtract, ast.Mult: np.multiply}
 _COMPARISONS = {

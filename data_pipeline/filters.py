@@ -18,14 +18,13 @@ from pydantic import AfterValidator
 from rich.console import Console
 from rich.progress import track
 
-from data_pipeline.columns import column_names, column_of, text_names, texts_of
-from data_pipeline.expression_values import MISSING_TEXT
+from data_pipeline.columns import MISSING_TEXT, column_names, column_of, text_names, texts_of
+from data_pipeline.errors import ShardError
 from data_pipeline.expressions import TEXT_COLUMNS, Expression, ExpressionError, UnknownColumn
 from data_pipeline.files import cache_folder, exclusive, using_cache
 from data_pipeline.index import ShardIndex
 from data_pipeline.selection import Selection
 from data_pipeline.shards import Shard, ShardSet
-from data_pipeline.tar_headers import ShardError
 
 RULES = "1"
 """Part of the names of cached answers; to be raised when conditions come to mean something else."""

@@ -10,11 +10,11 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.exceptions import FSTimeoutError
 
+from data_pipeline.errors import ShardError
 from data_pipeline.limits import HostLimits
 from data_pipeline.locations import without_secrets
 from data_pipeline.retry import Interrupted, Patience, RetryPolicy, repeated, resumed
 from data_pipeline.storage import FileState
-from data_pipeline.tar_headers import ShardError
 
 _PIECE = 1 << 20
 # Bytes of one request of `chunks`: drivers return a range as a whole.

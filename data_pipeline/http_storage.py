@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing
 from email.utils import parsedate_to_datetime
 from urllib.parse import urljoin, urlsplit
 
+from data_pipeline.errors import ShardError
 from data_pipeline.http_connections import (
     Connection,
     authorization,
@@ -22,7 +23,6 @@ from data_pipeline.limits import HostLimits
 from data_pipeline.locations import without_secrets
 from data_pipeline.retry import Interrupted, Patience, RetryPolicy, repeated, resumed
 from data_pipeline.storage import FileState
-from data_pipeline.tar_headers import ShardError
 
 _PIECE = 1 << 18
 _MOST_REDIRECTS = 5

@@ -10,8 +10,10 @@ import numpy as np
 
 from data_pipeline import bundles
 from data_pipeline.columns import SOURCES, ColumnBuilder
-from data_pipeline.index import ARRAYS, ShardIndex, split_name, with_digest
-from data_pipeline.tar_headers import Member, ShardError, iter_members
+from data_pipeline.errors import ShardError
+from data_pipeline.index import ARRAYS, ShardIndex, split_name
+from data_pipeline.index_file import with_digest
+from data_pipeline.tar_headers import Member, iter_members
 
 # Larger members give no columns: captions and numbers are small; others would fill the memory.
 _LARGEST_RECORD = 16 << 20

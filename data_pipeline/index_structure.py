@@ -5,18 +5,15 @@ nothing that reads by it has to expect rows that are not there, or bytes behind 
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_pipeline.bundles import LONGEST_LINE
+from data_pipeline.index import ShardIndex, TextColumn
 from data_pipeline.tar_headers import BLOCK
 
-if TYPE_CHECKING:
-    from data_pipeline.index import ShardIndex, TextColumn
 
-
-def check_structure(index: "ShardIndex", types: Mapping[str, type]) -> None:
+def check_structure(index: ShardIndex, types: Mapping[str, type]) -> None:
     """Raise ValueError if arrays of `index` contradict each other.
 
     types: array -> its numpy type.
@@ -57,7 +54,7 @@ def check_structure(index: "ShardIndex", types: Mapping[str, type]) -> None:
             raise ValueError("members of a bundle are not in order")
 
 
-def _check_texts(name: str, column: "TextColumn", samples: int) -> None:
+def _check_texts(name: str, column: TextColumn, samples: int) -> None:
     _check_length(f"text {name}", column.codes, samples)
     if column.codes.dtype != np.uint8 or not all(isinstance(text, str) for text in column.texts):
         raise ValueError(f"the column of texts {name!r} holds something else")

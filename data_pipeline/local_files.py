@@ -3,8 +3,8 @@
 import os
 from collections import OrderedDict
 
+from data_pipeline.errors import ShardError
 from data_pipeline.shards import ShardSet
-from data_pipeline.tar_headers import ShardError
 
 
 class LocalFiles:

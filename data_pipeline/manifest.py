@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.errors import ShardError
 from data_pipeline.files import write_atomically
-from data_pipeline.tar_headers import ShardError
 
 FILE_NAME = "manifest.json"
 PLAN_NAME = "packing.json"

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
+from data_pipeline.errors import ShardError
 from data_pipeline.locations import is_url
 from data_pipeline.shards import ShardSet
 from data_pipeline.storage import FileState, TransientReadError
-from data_pipeline.tar_headers import ShardError
 
 _PIECE = 1 << 20
 

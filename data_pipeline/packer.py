@@ -20,6 +20,7 @@ from data_pipeline import bundles
 from data_pipeline.files import sync_folder, temporary_name
 from data_pipeline.index import ShardIndex, index_path, split_name
 from data_pipeline.index_builder import IndexBuilder, wants_payload
+from data_pipeline.index_file import save_index
 from data_pipeline.manifest import FILE_NAME, Manifest, ShardRecord
 from data_pipeline.tar_headers import BLOCK, Member, padded
 
@@ -105,7 +106,7 @@ class ShardFile:
         self._file.close()
         index = self._builder.finish(self.bytes)
         # The index comes first, so that a shard that exists always has one.
-        index.save(index_path(self.path))
+        save_index(index, index_path(self.path))
         os.replace(self._temporary, self.path)
         sync_folder(self.path.parent)
         record = ShardRecord(

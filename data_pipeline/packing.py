@@ -17,8 +17,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import ShardError
 from data_pipeline.files import TEMPORARY_SUFFIX, exclusive, write_atomically
-from data_pipeline.index import ShardIndex, index_path
+from data_pipeline.index import index_path
+from data_pipeline.index_file import load_index
 from data_pipeline.manifest import FILE_NAME, PLAN_NAME, Manifest, ShardRecord
 from data_pipeline.packer import (
     END_OF_ARCHIVE,
@@ -28,7 +30,6 @@ from data_pipeline.packer import (
     make_manifest,
     shard_name,
 )
-from data_pipeline.tar_headers import ShardError
 from data_pipeline.verify import verify_shard
 
 Build = Callable[[Any], Mapping[str, bytes]]
@@ -316,7 +317,7 @@ def _existing_shard(task: _Task) -> WrittenShard | None:
     """Return the shard of an earlier run if every byte and key of it is what it must be."""
     path = os.fspath(task.path)
     try:
-        index = ShardIndex.load(index_path(path))
+        index = load_index(index_path(path))
         report = verify_shard(path, index)
     except FileNotFoundError:
         return None

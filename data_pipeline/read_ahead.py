@@ -13,6 +13,7 @@ import numpy as np
 from data_pipeline.blocks import Blocks, Extent
 from data_pipeline.cache import CacheSettings
 from data_pipeline.cache_folder import CacheError, CacheFolder, Reservation
+from data_pipeline.errors import ShardError
 from data_pipeline.eviction import KNOWN_USES, CachePlan
 from data_pipeline.fetch_pool import FetchPool
 from data_pipeline.future import BlockFuture, NodeReads, RowsOf
@@ -21,7 +22,6 @@ from data_pipeline.remote import UrlStorage
 from data_pipeline.shards import ShardSet
 from data_pipeline.step_sampler import StepSampler
 from data_pipeline.storage import TransientReadError
-from data_pipeline.tar_headers import ShardError
 
 # Part of the cap that is left to readers who miss a block, and to evaluation.
 SLACK_PART = 64

@@ -9,17 +9,15 @@ from zlib_ng.zlib_ng import crc32  # about eight times the speed of zlib's
 
 from data_pipeline import activity
 from data_pipeline.byte_sources import KeepsCopies, ReadsAhead, byte_source_of
+from data_pipeline.errors import ShardError
 from data_pipeline.index import ShardIndex
 from data_pipeline.locations import is_url
-from data_pipeline.shards import ShardSet, stored_index
+from data_pipeline.shards import MAX_MEMBER_BYTES, ShardSet, stored_index
 from data_pipeline.storage import ByteSource, TransientReadError
-from data_pipeline.tar_headers import ShardError, parse_header
+from data_pipeline.tar_headers import parse_header
 
 # Unwanted bytes up to this many are read along rather than skipped by a second system call.
 _LARGEST_GAP_BYTES = 64 * 1024
-
-MAX_MEMBER_BYTES = 1 << 28
-"""Larger members are refused before they are read, unless a reader is told otherwise."""
 
 # A shard that is not there, or that this user may not read, will hardly come back by itself. So
 # many looks at it, then its samples are bad: storage that fails says something else, or lacks the

@@ -14,14 +14,15 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+from data_pipeline.errors import ShardError
 from data_pipeline.files import cache_folder, exclusive, leftovers, temporary_name, using_cache
-from data_pipeline.index import SUFFIX, ShardIndex, is_foreign
+from data_pipeline.index import SUFFIX, ShardIndex
 from data_pipeline.index_builder import index_file
+from data_pipeline.index_file import is_foreign, load_index, save_index
 from data_pipeline.locations import base_name, beside, folder_of, identity, without_secrets
 from data_pipeline.remote import UrlStorage
 from data_pipeline.remote_file import RemoteFile
 from data_pipeline.storage import FileState
-from data_pipeline.tar_headers import ShardError
 
 _log = logging.getLogger("omnipretrain.data")
 
@@ -117,7 +118,7 @@ def remote_index(
             file, without_secrets(url), state.size, progress, headers_only=weak is not None
         )
         if digest in ("", index.digest):
-            index.save(place if index.payloads_hashed else weak)
+            save_index(index, place if index.payloads_hashed else weak)
         return index
 
 
@@ -145,7 +146,7 @@ def _place(url: str, state: FileState, kind: str) -> Path:
 
 def _stored(place: Path) -> ShardIndex | None:
     try:
-        return ShardIndex.load(place)
+        return load_index(place)
     except FileNotFoundError:
         return None
     except ShardError as error:
@@ -182,7 +183,7 @@ def _fetched(
         if is_foreign(temporary):
             return None
         try:
-            index = ShardIndex.load(temporary)
+            index = load_index(temporary)
             index.check_shard_size(without_secrets(url), state.size)
         except ShardError as error:
             fault = str(error).replace(str(temporary), without_secrets(source))

@@ -15,9 +15,8 @@ from typing import Any, Self
 import numpy as np
 
 from data_pipeline import array_file
+from data_pipeline.errors import ShardError
 from data_pipeline.files import write_atomically
-from data_pipeline.order import Order
-from data_pipeline.tar_headers import ShardError
 
 FORMAT = "omnipretrain.selection"
 VERSION = "1"
@@ -183,46 +182,6 @@ class Selection:
         blocks, inside = np.divmod(rows, _BLOCK_ROWS)
         word, bit = np.divmod(inside, _WORD_BITS)
         return blocks, word, bit.astype(np.uint64)
-
-
-class KeptOrder:
-    """Position -> row over kept rows only; answers what an `Order` answers.
-
-    Args:
-        order: of `selection.n_kept` rows; its rows are numbers among the kept ones.
-        selection: which rows of the data set those are.
-    """
-
-    def __init__(self, order: Order, selection: Selection) -> None:
-        if order.n_rows != selection.n_kept:
-            raise ValueError(f"an order of {order.n_rows} rows for {selection.n_kept} kept ones")
-        self.order, self.selection = order, selection
-        self.n_rows, self.stored_rows = selection.n_kept, selection.n_rows
-
-    def rows(self, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
-        """As `Order.rows`: (n,) int64 rows of the data set, all of them kept ones."""
-        return self.selection.select(self.order.rows(positions, attempt))
-
-    def can_avoid(self, batch: np.ndarray, position: int) -> bool:
-        """As `Order.can_avoid`."""
-        return self.order.can_avoid(batch, position)
-
-    def epochs(self, samples: int) -> dict[str, float]:
-        """As `Order.epochs`."""
-        return self.order.epochs(samples)
-
-    def passes(self, samples: int) -> float:
-        """As `Order.passes`."""
-        return self.order.passes(samples)
-
-    @property
-    def taking_part(self) -> str:
-        """As `Order.taking_part`."""
-        return self.selection.digest
-
-    def describe(self) -> dict[str, int]:
-        """As `Order.describe`; `rows` are the kept ones."""
-        return self.order.describe() | {"stored_rows": self.stored_rows}
 
 
 def _descend(counts: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -25,15 +25,18 @@ import numpy as np
 
 from data_pipeline.catalogue import Catalogue, Specs
 from data_pipeline.columns import column_names, column_of
+from data_pipeline.errors import ShardError
 from data_pipeline.files import CACHE_VARIABLE, cache_folder, exclusive, leftovers, temporary_name
-from data_pipeline.index import SUFFIX, ShardIndex, index_path, is_foreign
+from data_pipeline.index import SUFFIX, ShardIndex, index_path
 from data_pipeline.index_builder import build_index
+from data_pipeline.index_file import headers_digest, is_foreign, load_index, save_index
 from data_pipeline.locations import base_name, is_url, without_secrets
 from data_pipeline.remote import RemoteSettings, UrlStorage
 from data_pipeline.remote_index import foreign_index, remote_index
 from data_pipeline.storage import FileState
-from data_pipeline.tar_headers import ShardError
 
+MAX_MEMBER_BYTES = 1 << 28
+"""Larger members are refused before they are read, unless a reader is told otherwise."""
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _REPORT_EVERY_S = 10.0
 _NAMED = 10
@@ -146,7 +149,7 @@ class ShardSet:
             numbers = {n for n, shard in enumerate(self.shards) if shard.version is not None}
         lines = (
             f"{s.name}\0{s.samples}\0"
-            f"{self.read_index(n).headers_digest if n in numbers else s.index_digest}\n"
+            f"{headers_digest(self.read_index(n)) if n in numbers else s.index_digest}\n"
             for n, s in enumerate(self.shards)
         )
         return sha256("".join(lines).encode()).hexdigest()
@@ -245,7 +248,7 @@ class ShardSet:
         same = index.digest == shard.index_digest
         if not same and shard.version is not None:
             # Opened with an index of headers; another run has found a full one since.
-            same = index.headers_digest == shard.index_digest
+            same = headers_digest(index) == shard.index_digest
         if not same or len(index) != shard.samples:
             raise ShardError(
                 f"{shard.label}: its index does not belong to the shard that was opened (another "
@@ -285,7 +288,7 @@ def load_or_build_index(
                 leftover.unlink(missing_ok=True)
         _log.debug("indexing %s", shard_path)
         index = build_index(shard_path, progress)
-        index.save(place)
+        save_index(index, place)
         return index
 
 
@@ -298,7 +301,7 @@ def stored_index(shard_path: str) -> ShardIndex | None:
         if is_foreign(place):
             continue  # left alone; ours lies in the cache folder
         try:
-            return ShardIndex.load(place)
+            return load_index(place)
         except FileNotFoundError:
             continue
     return None

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
+from data_pipeline.errors import ShardError
+
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _REGULAR = b"0\x007"
@@ -37,14 +39,6 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 _LARGEST_EXTENDED_HEADER = 1 << 20
 # Digits of the largest size that a 64-bit offset can reach.
 _SIZE_DIGITS = 19
-
-class ShardError(ValueError):
-    """A shard, its index or its manifest cannot be trusted. The message names file and byte."""
-
-    at: int | None = None
-    """Byte of the tar where damage was met, if it is that."""
-    marker: int | None = None
-    """First byte of the end-of-archive marker that it lies behind, if it does."""
 
 
 class Member(NamedTuple):

@@ -8,8 +8,9 @@ from hashlib import sha256
 from typing import BinaryIO
 
 from data_pipeline import bundles
+from data_pipeline.errors import ShardError
 from data_pipeline.index import ShardIndex
-from data_pipeline.tar_headers import ShardError, iter_members
+from data_pipeline.tar_headers import iter_members
 
 _CHUNK = 1 << 20
 

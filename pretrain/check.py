@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from data_pipeline.revisions import images_of
-from data_pipeline.sources import MixedOrder, Source, concatenated, open_source, open_sources
+from data_pipeline.mixed_order import MixedOrder
+from data_pipeline.sources import Source, concatenated, open_source, open_sources
 from data_pipeline.step_sampler import MicroBatch, deal
 from data_pipeline.weak_stream import PROMISES_NOT
 from pretrain.build import (
@@ -19,7 +19,6 @@ from pretrain.build import (
     build_stream,
     build_tokenizer,
     plan_task_order,
-    repeats_of,
 )
 from pretrain.check_cache import cache_lines
 from pretrain.engine.data_start import changed_data, look_at_samples
@@ -167,7 +166,7 @@ def _training_data(
     sources = open_sources(task.data, recipe.loader.remote)
     shards = concatenated(sources)
     samples = sum(source.samples for source in sources)
-    repeats = repeats_of(task.data)
+    repeats = task.data.copies
     per_epoch = samples * repeats / task.global_batch
     yield (
         f"tasks.{name}: {_kept(samples, len(shards))} in {len(shards.shards)} shard(s); "
@@ -175,8 +174,8 @@ def _training_data(
         + (f"; every image {repeats} times in a step" if repeats > 1 else "")
     )
     order = plan_task_order(task, sources, recipe.seed, name)
-    if isinstance(images_of(order), MixedOrder):
-        yield f"tasks.{name}: sources in a {images_of(order).describe()}"
+    if isinstance(order.images, MixedOrder):
+        yield f"tasks.{name}: sources in a {order.images.describe()}"
         epochs = order.epochs(visits * task.global_batch)
         for source in sources:
             yield (

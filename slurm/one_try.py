@@ -75,8 +75,10 @@ class OneTry:
         limit_s, beat = self.options.silent_minutes * 60, control(self.run, "heartbeat")
         while child.poll() is None:
             time.sleep(0.2)
-            silent_s = min(age(beat) or 0.0, time.time() - self.started)
-            if beat.exists() and silent_s > limit_s:
+            seen = age(beat)  # None: not even one rank came up
+            silent_s = time.time() - self.started
+            silent_s = silent_s if seen is None else min(seen, silent_s)
+            if silent_s > limit_s:
                 self.reason = f"no sign of life for {silent_s:.0f} s"
                 self.say(f"{self.reason}: the launcher is ended")
                 launch.end_steps(self.job)  # srun waits for ever for a node that is gone

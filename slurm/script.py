@@ -59,9 +59,11 @@ def gpu_options(site: Site, version: tuple[int, int]) -> list[str]:
 def header(job: Job, site: Site, version: tuple[int, int]) -> list[str]:
     """The options of the batch script, without #SBATCH."""
     tasks = site.ranks if job.launcher == "srun" else 1
+    # Of a span that begins with one node SLURM gives only that if it is told of one task for it.
+    of_span = "-" in job.nodes and tasks == 1
     options = [
-        f"--job-name={job.name}", f"--nodes={job.nodes}", f"--ntasks-per-node={tasks}",
-        *gpu_options(site, version),
+        f"--job-name={job.name}", f"--nodes={job.nodes}",
+        *([] if of_span else [f"--ntasks-per-node={tasks}"]), *gpu_options(site, version),
         f"--output={job.run / ('%3a/logs/job-%A_%a.log' if job.elements else 'logs/job-%j.log')}",
         "--open-mode=append", "--wait-all-nodes=1", f"--signal=B:USR1@{site.signal_lead_s}",
         "--requeue" if job.requeue else "--no-requeue",

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pretrain.models.build_context import BuildContext
 from tools.bench_measure import interleaved, say
 
 VOCABULARY = 1000
@@ -118,9 +119,8 @@ def _model(args: argparse.Namespace):
     )}
     if args.tasks == 2:
         settings = ClassificationSettings(type="classification")
-        objectives["classify"] = settings.build(
-            {"image": encoder}, None, **pixels, classes=CLASSES
-        )
+        objectives["classify"] = settings.build(BuildContext(
+            {"image": encoder}, None, **pixels, classes=CLASSES))
     return MultiTaskModel({"image": encoder}, objectives)
 
 

@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from data_pipeline.console import parse_in_any_order, write_utf8
+from data_pipeline.errors import ShardError
 from data_pipeline.files import give_usual_access, sync_file, temporary_name
-from data_pipeline.tar_headers import ShardError
 from pretrain.engine.checkpoint_files import CheckpointError
 from pretrain.overlay import to_yaml
 from tools.arguments import add_run, add_weights

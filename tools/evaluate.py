@@ -131,9 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_in_any_order(_parser(), arguments)
     import torch
 
+    from data_pipeline.errors import ShardError
     from data_pipeline.reader import TransientReadError
     from data_pipeline.stream import DataError
-    from data_pipeline.tar_headers import ShardError
     from pretrain.engine.checkpoint_files import CheckpointError
     from tools.captioner import evaluate
     from tools.export_record import RECORD, ExportRecord, way_to_export

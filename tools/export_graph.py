@@ -59,7 +59,8 @@ class Maps(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """images: (B, 3, H, W), normalised."""
-        return tuple(x.permute(0, 3, 1, 2).contiguous() for x in self.encoder.maps(images))
+        maps = self.encoder.encode(images, ("maps",)).maps
+        return tuple(x.permute(0, 3, 1, 2).contiguous() for x in maps)
 
 
 def write_graph(

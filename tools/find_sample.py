@@ -1,7 +1,7 @@
 """Find a sample by what people call it."""
 
+from data_pipeline.errors import ShardError
 from data_pipeline.shards import ShardSet
-from data_pipeline.tar_headers import ShardError
 
 
 def row_of(shards: ShardSet, wanted: str) -> int:

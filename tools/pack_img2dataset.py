@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.errors import ShardError
 from data_pipeline.image_formats import SUFFIXES
 from data_pipeline.index import split_name
 from data_pipeline.packing import PackJob
 from data_pipeline.plain_text import decoded, parsed_json
-from data_pipeline.tar_headers import ShardError, iter_members
+from data_pipeline.tar_headers import iter_members
 from tools.pack_images import ImageItem, beside_ours
 from tools.pack_options import add_image_source, image_job
 from tools.pack_sources import Source

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from data_pipeline.errors import ShardError
 from data_pipeline.files import write_atomically
 from data_pipeline.packing import PackJob, PackResult, SampleFault, pack
 from data_pipeline.reader import TransientReadError
-from data_pipeline.tar_headers import ShardError
 
 if TYPE_CHECKING:
     from rich.console import Console

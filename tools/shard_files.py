@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.catalogue import Catalogue
+from data_pipeline.errors import ShardError
 from data_pipeline.index import SUFFIX, ShardIndex
 from data_pipeline.index_builder import build_index
+from data_pipeline.index_file import save_index
 from data_pipeline.locations import base_name, is_url, without_secrets
 from data_pipeline.manifest import ShardRecord
 from data_pipeline.remote import UrlStorage
@@ -14,7 +16,6 @@ from data_pipeline.remote_file import RemoteFile
 from data_pipeline.remote_index import foreign_index, remote_index
 from data_pipeline.shards import Progress, load_or_build_index, stored_index
 from data_pipeline.storage import FileState, TransientReadError
-from data_pipeline.tar_headers import ShardError
 from data_pipeline.verify import Report, verify_file, verify_shard
 
 
@@ -61,7 +62,7 @@ def index_one(path: str, job: IndexJob, progress: Progress | None) -> int | str:
         else:
             index = load_or_build_index(path, force=job.force, progress=progress)
         if job.out is not None:
-            index.save(Path(job.out) / (base_name(path) + SUFFIX))
+            save_index(index, Path(job.out) / (base_name(path) + SUFFIX))
     except (ShardError, OSError, TransientReadError) as error:
         return _with_path(path, error)
     return len(index)

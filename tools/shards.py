@@ -39,13 +39,13 @@ from data_pipeline import manifest as manifests
 from data_pipeline.catalogue import Catalogue, expand_specs
 from data_pipeline.columns import column_names
 from data_pipeline.console import parse_in_any_order, write_utf8
+from data_pipeline.errors import ShardError
 from data_pipeline.expressions import TEXT_COLUMNS
 from data_pipeline.index import ShardIndex
 from data_pipeline.locations import base_name, folder_of, is_url, without_secrets
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
 from data_pipeline.remote import UrlStorage
 from data_pipeline.shards import ShardSet
-from data_pipeline.tar_headers import ShardError
 from tools.arguments import positive
 from tools.find_sample import row_of
 from tools.shard_files import (

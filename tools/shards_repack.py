@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.catalogue import Catalogue
+from data_pipeline.errors import ShardError
 from data_pipeline.filters import select_rows
 from data_pipeline.locations import folder_of, is_url
 from data_pipeline.manifest import Manifest
@@ -26,7 +27,6 @@ from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.remote import UrlStorage
 from data_pipeline.rng import keyed_u64
 from data_pipeline.shards import ShardSet, load_or_build_index
-from data_pipeline.tar_headers import ShardError
 from tools.pack_options import (
     add_packing_options,
     byte_count,

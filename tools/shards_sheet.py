@@ -11,6 +11,7 @@ import numpy as np
 from data_pipeline.caption_texts import CaptionSource
 from data_pipeline.catalogue import Catalogue
 from data_pipeline.decode import DecodeError, decode, read_header
+from data_pipeline.errors import ShardError
 from data_pipeline.labels import LabelSource
 from data_pipeline.locations import folder_of
 from data_pipeline.members import AbsentValue, bad, check_source
@@ -19,7 +20,6 @@ from data_pipeline.pictures import PictureDataSettings
 from data_pipeline.reader import BadSample, Sample, SampleReader
 from data_pipeline.remote import UrlStorage
 from data_pipeline.shards import ShardSet
-from data_pipeline.tar_headers import ShardError
 from tools.arguments import positive
 from tools.contact_sheet import Box, Cell, contact_sheet
 

@@ -13,16 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from data_pipeline.errors import ShardError
 from data_pipeline.index import ShardIndex, index_path, split_name
 from data_pipeline.index_builder import IndexBuilder, read_payload
-from data_pipeline.tar_headers import (
-    BLOCK,
-    Header,
-    Member,
-    ShardError,
-    iter_members,
-    parse_header,
-)
+from data_pipeline.index_file import save_index
+from data_pipeline.tar_headers import BLOCK, Header, Member, iter_members, parse_header
 
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _EXTENDED = (b"L", b"K", b"x", b"g")
@@ -81,7 +76,7 @@ def salvage(path: str, folder: Path) -> Salvage:
                 continue
             link = folder / f"{stem}.part{number}.tar"
             link.symlink_to(os.path.realpath(path))
-            index.save(index_path(link))
+            save_index(index, index_path(link))
             links.append(os.fspath(link))
             samples += len(index)
     return Salvage(links, samples, lost)

@@ -8,12 +8,12 @@ from typing import Literal
 import braceexpand
 
 from data_pipeline.catalogue import Catalogue
+from data_pipeline.errors import ShardError
 from data_pipeline.locations import folder_of, identity, is_url
 from data_pipeline.remote import UrlStorage
 from data_pipeline.settings import Settings
 from data_pipeline.shards import Shard, ShardSet
 from data_pipeline.sources import ShardedData
-from data_pipeline.tar_headers import ShardError
 
 Seen = Literal["held-out", "training", "partly training", "unknown"]
 """What images are; "partly training" also where a condition makes part of the shards training

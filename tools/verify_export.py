@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, GitForCausalLM
 
+from data_pipeline.errors import ShardError
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
 from data_pipeline.stream import DataError
-from data_pipeline.tar_headers import ShardError
 from pretrain.models.pixels import normalise_pixels
 from tools.export_record import ExportRecord, Verification, heldout_loader
 from tools.trained import TrainedCaptioner

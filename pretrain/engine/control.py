@@ -3,10 +3,12 @@
     <run>/control/
         stop, stop.auto    asked: save, then stop (a person; a job script that will requeue)
         save               asked: save and go on; deleted when done
+        profile            asked: trace the next steps (`profiler`); deleted when done
         heartbeat          its time of change says when rank 0 was last at work: each step, each
                            batch of an evaluation, and within start-up and saves
         status.json        state (starting, running, stopped, finished, failed), phase (start,
-                           restore, step, evaluate, save), step of the last checkpoint, reason
+                           restore, step, evaluate, save), step of the last checkpoint, reason;
+                           slow_rank, if the others wait for one
         owner.json         which job may write: the last one that started (`ownership`)
 
 A signal only sets a flag. Nothing here acts by itself: rank 0 reads the requests, the loop makes
@@ -15,6 +17,7 @@ all ranks agree on them at a step boundary, the evaluation between its batches.
 
 import contextlib
 import json
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -23,11 +26,13 @@ from pathlib import Path
 from data_pipeline.files import write_atomically
 from pretrain.engine.launchers import age_of_start
 from pretrain.engine.ownership import HEARTBEAT_FILE, OWNER_FILE, Ownership
+from pretrain.engine.slow_rank import SlowRank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-REQUESTS = ("stop", "stop.auto", "save")
+PROFILE_FILE = "profile"
+REQUESTS = ("stop", "stop.auto", "save", PROFILE_FILE)
 STATUS_FILE = "status.json"
-
+log = logging.getLogger("omnipretrain.control")
 
 
 class StopSignals:
@@ -54,6 +59,7 @@ class ControlFolder:
         self.path = Path(run_dir) / "control"
         self.ownership = ownership
         self.phase = "start"
+        self.slow_rank: dict | None = None
         self._last_beat = 0.0
 
     def begin(self) -> None:
@@ -85,6 +91,15 @@ class ControlFolder:
         if self.ownership.holds():
             (self.path / "save").unlink(missing_ok=True)
 
+    def profile_requested(self) -> bool:
+        """True if somebody asks for a trace of the next steps."""
+        return (self.path / PROFILE_FILE).exists()
+
+    def profile_done(self) -> None:
+        """Answer a request to profile by deleting it."""
+        if self.ownership.holds():
+            (self.path / PROFILE_FILE).unlink(missing_ok=True)
+
     def beat(self) -> None:
         """Show that the run is alive, if it is still this job's; at most once a second."""
         now = time.monotonic()
@@ -103,6 +118,14 @@ class ControlFolder:
         finally:
             self.enter(before)
 
+    def name_slow(self, found: SlowRank | None) -> None:
+        """Say which rank the others wait for, if that is another one than before."""
+        before = self.slow_rank and self.slow_rank["rank"]
+        self.slow_rank = None if found is None else found._asdict()
+        if before != (found and found.rank):
+            log.warning("%s", found or f"rank {before} is not slower than the others any more")
+            self.enter(self.phase)
+
     def enter(self, phase: str) -> None:
         """Say in which phase the run is now."""
         self.phase = phase
@@ -115,6 +138,8 @@ class ControlFolder:
             return
         status = {"state": state, "phase": self.phase, "step": step, "reason": reason,
                   "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        if self.slow_rank is not None:
+            status["slow_rank"] = self.slow_rank
         write_atomically(self.path / STATUS_FILE, [json.dumps(status).encode()])
 
     def failed(self, reason: str) -> None:
@@ -124,7 +149,7 @@ class ControlFolder:
         """
         status = {"state": "starting", "phase": "start", "step": 0} | read_status(self.path.parent)
         if status["state"] != "failed":
-            self.phase = status["phase"]
+            self.phase, self.slow_rank = status["phase"], status.get("slow_rank")
             self.status("failed", status["step"], reason)
 
 

@@ -6,6 +6,7 @@ the schedule mixes them). Whatever ranks must agree on (the counts that scale th
 to stop or save, now and then what it is that they run) travels in one all-reduce a step.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -20,7 +21,9 @@ from pretrain.engine.agreement import LENGTH, Agreement
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.counted import TargetWatch, has_targets, with_absences
 from pretrain.engine.distributed import Ranks
+from pretrain.engine.own_time import OwnTime
 from pretrain.engine.ownership import OwnershipLost
+from pretrain.engine.step_report import StepReport
 from pretrain.engine.update_size import mean_square_share
 from pretrain.engine.zero import TaskWindow, accumulate_parts, set_learning_rate, to_device
 
@@ -29,7 +32,7 @@ log = logging.getLogger("omnipretrain.loop")
 # The agreed vector has the same length for (almost) any tasks: ranks that disagree on what to run
 # must at least meet in the all-reduce that tells them so.
 _COUNT_SLOTS = 64
-_FLAGS = 3  # stop, save, run directory lost
+_FLAGS = 4  # stop, save, profile, run directory lost
 
 
 class TrainingFailed(RuntimeError):
@@ -55,17 +58,6 @@ class TrainerState:
     """Lines of `quarantine_edits.jsonl` that the ledger has taken in."""
 
 
-@dataclass
-class StepReport:
-    """One task's part of a step as it is logged: `metrics` are global values of the task (its loss
-    without its weight; None where nothing was counted) and of the step, `seconds` this rank's times
-    for the whole step."""
-
-    task: str
-    metrics: dict[str, float | None]
-    seconds: dict[str, float]
-
-
 class Loop:
     """Runs the steps of a run and calls back for everything that is not a step.
 
@@ -87,6 +79,9 @@ class Loop:
         way_back: first of the steps that were skipped in a row -> what to do, as the end of a
             sentence.
         meant_empty: tasks of whose missing targets nothing is said.
+        own_time: clocks a forward pass of the steps that are reported; None = nothing is clocked.
+        on_profile: called on every rank with the steps taken, after each step in which a trace of
+            the next ones is asked for.
     """
 
     def __init__(
@@ -105,6 +100,8 @@ class Loop:
         after_update: Callable[[int], None] = lambda update: None,
         way_back: Callable[[int], str] = lambda step: "lower optimizer.lr",
         meant_empty: Collection[str] = (),
+        own_time: OwnTime | None = None,
+        on_profile: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.engine = engine
         self.ranks = ranks
@@ -120,6 +117,7 @@ class Loop:
         self.after_update = after_update
         self.way_back = way_back
         self.targets = TargetWatch(ranks.leads, meant_empty)
+        self.own_time, self.on_profile = own_time, on_profile
         self._begin_mark = time.perf_counter()
 
     def run(
@@ -158,8 +156,10 @@ class Loop:
             for report in reports:
                 on_report(state, report)
             self._check_skips(state)
-            stop, save = requests
+            stop, save, profile = requests
             stop = after_step(state, save) or stop
+            if profile and not stop:
+                self.on_profile(state.step)
             if stop:
                 return self.agreed_reason()
         return None
@@ -178,13 +178,15 @@ class Loop:
         if len(window.parts) == 1:
             self.before_step(window.step, window.parts[0].task)
         weights = self._weights(window)
-        shares = accumulate_parts(self.engine, [
-            TaskWindow(
-                part.task, [to_device(batch, self.ranks.device) for batch in part.micro_batches],
-                totals[part.task], weights[part.task],
-            )
-            for part in window.parts
-        ])  # fmt: skip
+        clocked = self.own_time if wants_report(window.step, False) else None
+        with clocked or contextlib.nullcontext():
+            shares = accumulate_parts(self.engine, [
+                TaskWindow(
+                    part.task, [to_device(b, self.ranks.device) for b in part.micro_batches],
+                    totals[part.task], weights[part.task],
+                )
+                for part in window.parts
+            ])  # fmt: skip
         applied = self.engine.was_step_applied()
         if applied:
             self.after_update(state.step - state.skipped_steps)
@@ -196,10 +198,10 @@ class Loop:
             state.samples[part.task] = samples
         # Here the host waits until the device has stepped: `seconds` are those of the whole step,
         # and ZeRO-3, whose gathering stream waits for no other, finds weights that are written.
-        stop, save, lost, *sums = agreed.tolist()
+        stop, save, profile, lost, *sums = agreed.tolist()
         if lost > 0:
             self._leave_lost_run()
-        requests = stop > 0, save > 0
+        requests = stop > 0, save > 0, profile > 0
         counts, taught = _by_task(totals, sums), False
         for part in window.parts:
             objective = self.engine.module.objectives[part.task]
@@ -208,6 +210,8 @@ class Loop:
         now = time.perf_counter()
         seconds = {**window.seconds, "wait": waited - self._begin_mark, "step": now - waited}
         seconds["total"] = now - self._begin_mark
+        data_s = window.seconds.get("wait", 0.0)  # without what rank 0 writes between steps
+        seconds["own"] = data_s + (clocked.seconds() if clocked else 0.0)
         self._begin_mark = now
         if not wants_report(window.step, stop > 0):
             return [], requests
@@ -247,7 +251,7 @@ class Loop:
         return sizes if weight == 1.0 else sizes | {"loss_weight": weight}
 
     def _agree(self, window) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
-        """Sum over all ranks: the counts of each part, flags (stop, save, lost), the check.
+        """Sum over all ranks: the counts of each part, flags (`_FLAGS`), the check.
 
         Returns:
             task -> count -> its sum, 0-dim float32 on the device; and the flags and the same sums
@@ -262,17 +266,18 @@ class Loop:
                 for name, count in batch["counted"].items():
                     counts[part.task, name] = counts.get((part.task, name), 0) + count
         stop = self.signals.received is not None
-        save = lost = False
+        save = profile = lost = False
         if self.ranks.leads:
             stop = stop or self.control.stop_requested() is not None
             save = self.control.save_requested()
+            profile = self.control.profile_requested()
             lost = self.control.ownership.lost
         names = sorted(counts)
         checked = self.agreement.due()
         check = self.agreement.numbers(window) if checked else [0] * LENGTH
         spare = [0] * (-len(names) % _COUNT_SLOTS)
         values = torch.tensor(
-            [*check, stop, save, lost, *(counts[name] for name in names), *spare],
+            [*check, stop, save, profile, lost, *(counts[name] for name in names), *spare],
             dtype=torch.float64, device=self.ranks.device,
         )
         dist.all_reduce(values)

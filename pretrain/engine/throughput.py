@@ -8,10 +8,11 @@ import torch.distributed as dist
 
 from data_pipeline.timing import STAGES
 from pretrain.engine.distributed import Ranks
-from pretrain.engine.loop import StepReport
+from pretrain.engine.slow_rank import SlowRanks
+from pretrain.engine.step_report import StepReport
 
 # The same on every rank, whatever its share of the batch was: times travel by their place.
-_TIMES = (*STAGES, "wait", "step", "total")
+_TIMES = (*STAGES, "wait", "own", "step", "total")
 
 
 class Throughput:
@@ -25,22 +26,20 @@ class Throughput:
     def __init__(self, ranks: Ranks, peak_tflops_per_device: float | None) -> None:
         self.ranks = ranks
         self.peak = peak_tflops_per_device
+        self.slow = SlowRanks(ranks.places)
 
     def describe(self, report: StepReport) -> dict[str, float | None]:
         """The report as flat metrics. A collective; every rank gets the same values.
 
         Times are the slowest rank's seconds per step; memory is the largest rank's peak in GiB.
+        With several ranks, `slowest_rank` is the one that the others waited for (`slow_rank`).
         """
         metrics = dict(report.metrics)
-        flops = metrics.pop("flops")
-        worst = torch.tensor(
-            [*(report.seconds.get(name, 0.0) for name in _TIMES), self._peak_memory_gib()],
-            dtype=torch.float64, device=self.ranks.device,
-        )
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        work = torch.tensor(float(flops), dtype=torch.float64, device=self.ranks.device)
-        dist.all_reduce(work)
-        *times, memory = worst.tolist()
+        mine = [*(report.seconds.get(name, 0.0) for name in _TIMES), self._peak_memory_gib(),
+                float(metrics.pop("flops"))]
+        everyone = self._of_all_ranks(mine)
+        *times, memory, _ = everyone.amax(0).tolist()
+        work = everyone[:, -1].sum()
         metrics |= {f"seconds_{name}": value for name, value in zip(_TIMES, times, strict=True)}
         total = metrics["seconds_total"]
         metrics["samples_per_second"] = metrics["samples"] / total
@@ -49,7 +48,16 @@ class Throughput:
         if self.peak:
             metrics["mfu"] = rate / 1e12 / self.peak
         metrics["peak_memory_gib"] = memory
+        if self.ranks.world > 1:
+            metrics["slowest_rank"] = self.slow.observe(everyone[:, _TIMES.index("own")].tolist())
         return metrics
+
+    def _of_all_ranks(self, mine: list[float]) -> torch.Tensor:
+        """The numbers of every rank, (world, n) float64 on the CPU."""
+        own = torch.tensor(mine, dtype=torch.float64, device=self.ranks.device)
+        everyone = own.new_empty(self.ranks.world * len(own))
+        dist.all_gather_into_tensor(everyone, own)
+        return everyone.view(self.ranks.world, -1).cpu()
 
     def _peak_memory_gib(self) -> float:
         if self.ranks.device.type == "cuda":

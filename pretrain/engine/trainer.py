@@ -12,9 +12,10 @@ import torch
 from data_pipeline.loader import StepLoader, TaskStream
 from data_pipeline.rng import keyed_u64
 from data_pipeline.tokenizer import Tokenizer
-from pretrain import build, recipe_checks
+from pretrain import build
 from pretrain.check_targets import targets_may_miss
 from pretrain.engine.agreement import Agreement
+from pretrain.engine.announcement import announce
 from pretrain.engine.balance import TaskBalance
 from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.control import ControlFolder, StopSignals
@@ -27,24 +28,26 @@ from pretrain.engine.ds_config import engine_config, offloads_optimizer
 from pretrain.engine.ema import Ema
 from pretrain.engine.engine_state import fill_masters
 from pretrain.engine.evaluation import Evaluator
-from pretrain.engine.free_space import checkpoint_bytes, space_warning
 from pretrain.engine.hardware import require_hardware
-from pretrain.engine.loop import Loop, StepReport, TrainerState, TrainingFailed
+from pretrain.engine.loop import Loop, TrainerState, TrainingFailed
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
+from pretrain.engine.memory_pictures import watch_for_out_of_memory
 from pretrain.engine.metrics_log import MetricsLog, shown
 from pretrain.engine.momentum import TargetNetworks
 from pretrain.engine.momentum_pairs import declared_targets, require_weights_in_memory
+from pretrain.engine.own_time import OwnTime
 from pretrain.engine.ownership import Ownership
+from pretrain.engine.profiler import FOLDER, Profiler
 from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.run_dir import open_fault_file, record_start
 from pretrain.engine.run_record import RunDirError
 from pretrain.engine.spikes import SpikeWatch
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.start_notes import StartNotes
+from pretrain.engine.step_report import StepReport
 from pretrain.engine.throughput import Throughput
 from pretrain.engine.watchdog import Watchdog
 from pretrain.engine.zero import start_engine
-from pretrain.idle_ranks import idle_ranks
 from pretrain.optim.schedule import lr_factor
 from pretrain.recipe import Recipe
 from pretrain.resume_rules import RECIPE, Turn, way_back
@@ -76,6 +79,7 @@ class Trainer:
         stage = self.config["zero_optimization"]["stage"]
         require_verified(len(recipe.tasks), stage, offloads_optimizer(self.config))
         require_hardware(recipe.precision, self.config, ranks.device)
+        watch_for_out_of_memory(self.run_dir / FOLDER, ranks.rank, ranks.device)
         self.state = TrainerState()
         self.spikes = SpikeWatch(recipe.failure.spike) if recipe.failure.spike else None
         self.saved_step = 0
@@ -127,7 +131,7 @@ class Trainer:
         ):
             if ranks.leads:
                 self.control.status("running", step)
-            self._announce(newest)
+            announce(recipe, ranks, self.engine, self.checkpoints.passed_over, self.turn, newest)
             self.evaluator = Evaluator(
                 recipe, ranks, self.engine, self.tokenizer, self.log, self.faults, self.ema,
                 self._evaluation_is_to_stop, partial(self._during, "evaluate"),
@@ -179,6 +183,9 @@ class Trainer:
             log.info("%s", said)
         self.notes.enter("waiting for the first step")
         self.throughput = Throughput(self.ranks, peak)
+        self.profiler = Profiler(
+            self.run_dir, self.ranks, self.control, lambda: self.loader.spans()
+        )
         loop = Loop(
             self.engine, self.ranks, recipe.seed,
             (recipe.optimizer.lr, lambda step: lr_factor(step, recipe.schedule, recipe.steps)),
@@ -190,6 +197,8 @@ class Trainer:
             after_update=self._after_update,
             way_back=lambda step: way_back(recipe, step),
             meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
+            own_time=OwnTime(self.engine.module, self.ranks.device),
+            on_profile=self.profiler.begin,
         )
         stopped, self.loader = None, None
         if not self.evaluator.catch_up(state.step):
@@ -207,6 +216,7 @@ class Trainer:
                 self.loader, state, wants_report=self._wants_report,
                 on_report=self._on_report, after_step=self._after_step,
             )
+            self.profiler.close()
         if self.loader is not None and self.saved_step != state.step:
             self._look_after_bad_samples()
         self._save()
@@ -259,6 +269,8 @@ class Trainer:
         metrics |= self.quarantine.metrics(report.task)
         metrics |= self.data_metrics.describe(report.task)
         self.log.log(state.step, report.task, metrics)
+        if self.ranks.leads:
+            self.control.name_slow(self.throughput.slow.named())
         self._look_for_a_spike(report.task, metrics["loss"])
         self.status_line = f"{report.task} loss {shown(metrics['loss'], '.4f')}"
 
@@ -282,6 +294,7 @@ class Trainer:
     def _after_step(self, state: TrainerState, save_asked: bool) -> bool:
         recipe = self.recipe
         self.notes.close()
+        self.profiler.after_step(state.step)
         self.log.progress(state.step, getattr(self, "status_line", ""))
         whole = self.evaluator.evaluate_if_due(state.step)
         if save_asked or state.step % recipe.checkpoint.every_steps == 0:
@@ -370,27 +383,3 @@ class Trainer:
 
     def _averages(self) -> list[torch.Tensor] | None:
         return self.ema.tensors if self.ema else None
-
-    def _announce(self, restored: Path | None) -> None:
-        for problem in self.checkpoints.passed_over:
-            log.warning("checkpoint %s", problem)
-        size = checkpoint_bytes(
-            self.engine.module, self.recipe.optimizer.kind, self.recipe.ema is not None
-        )
-        if self.ranks.leads and (short := space_warning(self.run_dir, size)):
-            log.warning("%s", short)
-        self.turn.tell()
-        idle = idle_ranks(self.recipe, self.ranks.world)
-        for warning in [*recipe_checks.warnings(self.recipe), *idle]:
-            log.warning("%s", warning)
-        parameters = list(self.engine.module.parameters())
-        count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
-        log.info(
-            "%s: %.1f M parameters%s, ZeRO-%d, %s, %d process(es) on %s%s; %s", self.recipe.name,
-            count / 1e6, f" ({trained / 1e6:.1f} M trained)" if trained < count else "",
-            self.engine.zero_optimization_stage(), self.recipe.precision,
-            self.ranks.world, self.ranks.device.type,
-            ", deterministic" if self.recipe.deterministic else "",
-            f"resumed from {restored.name}" if restored else "from the start",
-        )

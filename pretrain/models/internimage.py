@@ -1,17 +1,18 @@
 """InternImage (arXiv 2211.05778): a hierarchy of stages whose layers mix positions with DCNv3.
 
-Offers what any image encoder of the project does (see `vit.py`), its last map as tokens; besides
-`maps()` of all stages for dense tasks, and a head that makes one vector of an image. Parameter
-names are those of the official code.
+Its last map are its tokens; there are maps of all stages for dense tasks, and there may be a head
+that makes one vector of an image. Parameter names are those of the official code.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.models.channels_last import Conv, layer_norm
 from pretrain.models.dcnv3 import DCNv3
+from pretrain.models.encoder import Encoded, Encoder, Grid, Output
 from pretrain.models.host_numbers import on_device
 from pretrain.models.internimage_heads import AttentionPool, ConvHead, PixelUp
 from pretrain.models.internimage_layers import Layer, Stage, Stem
@@ -31,14 +32,12 @@ def _dcnv3(channels: int, groups: int, stage: int, layer: int) -> nn.Module:
     return DCNv3(channels, groups)
 
 
-class InternImage(nn.Module):
+class InternImage(Encoder):
     """Stem, four stages, and perhaps a head.
 
     Arguments are the fields of `InternImageSettings`, but for `mixer`: (channels, groups, stage,
     layer of the stage) -> module that maps (B, H, W, channels) to the same shape.
     """
-
-    takes_draws = True
 
     def __init__(
         self,
@@ -102,11 +101,6 @@ class InternImage(nn.Module):
                             "or None")
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type that `forward` expects of its images."""
-        return self.patch_embed.conv1.weight.dtype
-
-    @property
     def pooled_width(self) -> int:
         """Width of the head's vector. Raises ValueError: there is no head."""
         if self.head is None:
@@ -115,119 +109,122 @@ class InternImage(nn.Module):
             return self.conv_head.width
         return self.head.output
 
-    def forward(
-        self, images: Tensor, draws: SampleDraws | None = None, pooled: bool = False
-    ) -> Tensor:
-        """Encode normalised images.
+    def forward(self, images: Tensor, draws: SampleDraws | None = None) -> Tensor:
+        """The last map as tokens (B, N, width), row by row.
 
         images: (B, 3, H, W) in `dtype`, of any size.
         draws: decide in training who skips which branch; none: torch's generator does.
-        pooled: whether the head's vector is wanted.
+        """
+        (last,) = self._maps(images, draws, (STAGES - 1,), None)
+        return last.flatten(1, 2)
 
-        Returns the last map as tokens (B, N, width), row by row, or with `pooled` (B,
-        pooled_width).
+    def encode(
+        self,
+        images: Tensor,
+        want: Collection[Output],
+        draws: SampleDraws | None = None,
+        *,
+        joined: Tensor | None = None,
+        groups: Tensor | None = None,
+    ) -> Encoded:
+        """As `Encoder.encode`: the cells are the joined maps that a projector pools, and the maps
+        those of all stages, (B, H_i, W_i, channels * 2**i).
+
+        images: of any size for tokens and maps; for a projector multiples of 32.
 
         Raises:
-            ValueError: a head that is not there, or an image whose sides it cannot take.
+            ValueError: groups, a head that is not there, or an image whose sides it cannot take.
         """
-        if not pooled:
-            (last,) = self.maps(images, draws, out_indices=(STAGES - 1,))
-            return last.flatten(1, 2)
-        width = self.pooled_width
-        third, last = self.maps(images, draws, out_indices=(STAGES - 2, STAGES - 1))
-        if isinstance(self.head, ConvHeadSettings):
-            return self.conv_head(last, None if draws is None else draws.valid)
-        if third.shape[1:3] != (2 * last.shape[1], 2 * last.shape[2]):
-            raise ValueError(
-                f"images of {images.shape[-2]} x {images.shape[-1]} pixels do not fit the "
-                f"projector that makes {width} values of them: use multiples of 32"
-            )
-        return self.fc_norm(self.clip_projector(self._joined(third, last)))
+        if groups is not None:
+            raise ValueError("convolutions cannot keep groups of tokens apart: set groups to None")
+        self._require_heads(images, want)
+        wanted = range(STAGES) if "maps" in want else (STAGES - 2, STAGES - 1)
+        *finer, third, last = self._maps(images, draws, wanted, joined)
+        cells = pooled = None
+        if self.pools_cells and {"cells", "pooled"} & set(want):
+            cells = (self.dcnv3_head_x4(last) + self.dcnv3_head_x3(third)).flatten(1, 2)
+        if "pooled" in want:
+            if self.pools_cells:
+                pooled = self.normed(self.pool_cells(cells))
+            else:
+                pooled = self.conv_head(last, None if draws is None else draws.valid)
+        return Encoded(
+            tokens=last.flatten(1, 2) if "tokens" in want else None,
+            cells=cells if "cells" in want else None,
+            pooled=pooled,
+            maps=[*finer, third, last] if "maps" in want else None,
+        )
 
-    def _joined(self, third: Tensor, last: Tensor) -> Tensor:
-        """The last two maps as one, on the grid of the third: (B, N, head.width)."""
-        return (self.dcnv3_head_x4(last) + self.dcnv3_head_x3(third)).flatten(1, 2)
+    def _require_heads(self, images: Tensor, want: Collection[Output]) -> None:
+        """The heads that make what is wanted are there, and fit the images."""
+        self.unwanted(want, ("tokens", "cells", "pooled", "maps"))
+        if "pooled" in want:
+            self.pooled_width  # noqa: B018 (raises where there is no head)
+        if "cells" in want:
+            self.grid("cells")
+        height, width = images.shape[-2:]
+        if self.pools_cells and {"cells", "pooled"} & set(want):
+            third, last = (grid.sides(height, width) for grid in self.map_grids()[-2:])
+            if third != (2 * last[0], 2 * last[1]):
+                raise ValueError(
+                    f"images of {height} x {width} pixels do not fit the projector that makes "
+                    f"{self.pooled_width} values of them: use multiples of 32"
+                )
 
     @property
-    def dense_width(self) -> int:
-        """Channels of `dense`. Raises ValueError: the head is no projector."""
-        if not isinstance(self.head, ProjectorSettings):
+    def pools_cells(self) -> bool:
+        """Whether the head is a projector."""
+        return isinstance(self.head, ProjectorSettings)
+
+    def pool_cells(self, cells: Tensor, own: Tensor | None = None) -> Tensor:
+        """As `Encoder.pool_cells`: the projector's attention pooling."""
+        return self.clip_projector(cells, own)
+
+    def normed(self, pooled: Tensor) -> Tensor:
+        """As `Encoder.normed`."""
+        return self.fc_norm(pooled)
+
+    def pool_flops(self, cells: int) -> int:
+        """As `Encoder.pool_flops`."""
+        return self.clip_projector.flops(cells)
+
+    def grid(self, of: Literal["stem", "cells"]) -> Grid:
+        """The map behind the stem, or the joined maps. Raises ValueError: there is no projector."""
+        if of == "stem":
+            return Grid(self.width // 2 ** (STAGES - 1), 4, partial=True)
+        if not self.pools_cells:
             raise ValueError(
                 "dense features of an InternImage are the joined maps of its projector: give it "
                 "one (`head: {type: projector}`)"
             )
-        return self.head.width
+        return Grid(self.head.width, 4 * 2 ** (STAGES - 2), partial=True)
 
-    @property
-    def stem_width(self) -> int:
-        """Channels of what `dense` lets join."""
-        return self.width // 2 ** (STAGES - 1)
+    def map_grids(self) -> tuple[Grid, ...]:
+        """One for each stage."""
+        first = self.grid("stem").width
+        return tuple(Grid(first * 2**i, 4 * 2**i, partial=True) for i in range(STAGES))
 
-    def stem_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of what `dense` lets join."""
-        return _sizes(height, width)[1]
-
-    def dense_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of `dense`."""
-        return _sizes(height, width)[STAGES - 1]
-
-    def dense(
+    def _maps(
         self,
         images: Tensor,
-        draws: SampleDraws | None = None,
-        added: Tensor | None = None,
-        groups: Tensor | None = None,
-    ) -> Tensor:
-        """The joined maps of the projector, for dense tasks: (B, N, dense_width), row by row.
-
-        images: (B, 3, H, W) in `dtype`, sides multiples of 32; draws, added: as in `maps`.
-        groups: for encoders with attention; must be None.
-
-        Raises:
-            ValueError: groups, or a head that is no projector.
-        """
-        if groups is not None or self.dense_width < 1:
-            raise ValueError("convolutions cannot keep groups of tokens apart: set groups to None")
-        third, last = self.maps(images, draws, (STAGES - 2, STAGES - 1), added)
-        return self._joined(third, last)
-
-    def dense_flops(self, height: int, width: int) -> int:
-        """Floating-point operations of `dense` for one image."""
-        tokens = self.tokens(height, width)
-        joined = self.dcnv3_head_x4[0].flops(tokens) + self.dcnv3_head_x3.flops(4 * tokens)
-        return self.flops(height, width) + joined
-
-    def maps(
-        self,
-        images: Tensor,
-        draws: SampleDraws | None = None,
-        out_indices: Sequence[int] = tuple(range(STAGES)),
-        added: Tensor | None = None,
+        draws: SampleDraws | None,
+        stages: Sequence[int],
+        joined: Tensor | None,
     ) -> list[Tensor]:
-        """The maps of some stages, for dense tasks: (B, H_i, W_i, channels * 2**i), channels-last.
-
-        images, draws: as in `forward`. Sides are those of the image over 4 * 2**i, rounded up.
-        out_indices: stages from 0; maps come in the order of stages.
-        added: (B, H_0, W_0, channels), joins what the stem makes.
-
-        Raises ValueError: a stage that there is not, or none.
-        """
-        if not out_indices or not set(out_indices) <= set(range(STAGES)):
-            raise ValueError(f"out_indices {tuple(out_indices)} must be among the stages 0 to "
-                             f"{STAGES - 1}")
+        """The maps of some stages, in their order; nothing behind the last of them is computed."""
         kept = self._kept(images, draws)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         x = self.patch_embed(images.permute(0, 2, 3, 1))
-        if added is not None:
-            x = x + added
+        if joined is not None:
+            x = x + joined
         found: list[Tensor] = []
         first = 0
         for index, (stage, depth) in enumerate(zip(self.levels, self.depths, strict=True)):
             x = stage(x, None if kept is None else kept[first : first + depth], recompute)
             first += depth
-            if index in out_indices:
+            if index in stages:
                 found.append(x)
-            if index == max(out_indices):
+            if index == max(stages):
                 break
             x = stage.downsample(x)
         return found
@@ -267,12 +264,9 @@ class InternImage(nn.Module):
         rows, columns = _sizes(height, width)[-1]
         return rows * columns
 
-    def flops(self, height: int, width: int, pooled: bool = False) -> int:
-        """Floating-point operations of one forward pass over one image: matrix products,
-        convolutions, and the four multiply-adds of each sampled point and channel.
-
-        pooled: with the head.
-        """
+    def flops(self, height: int, width: int, want: Output = "tokens") -> int:
+        """As `Encoder.flops`: matrix products, convolutions, and the four multiply-adds of each
+        sampled point and channel."""
         half, *sizes = _sizes(height, width)
         areas = [rows * columns for rows, columns in sizes]
         total = self.patch_embed.flops(half[0] * half[1], areas[0])
@@ -280,11 +274,13 @@ class InternImage(nn.Module):
             total += stage.flops(*size)
             if stage.downsample is not None:
                 total += stage.downsample.conv.flops(after)
-        if pooled and isinstance(self.head, ConvHeadSettings):
-            total += self.conv_head.flops(areas[-1])
-        elif pooled:
-            return self.dense_flops(height, width) + self.clip_projector.flops(areas[-2])
-        return total
+        if want == "pooled" and not self.pools_cells:
+            return total + self.conv_head.flops(areas[-1])
+        if want in ("cells", "pooled"):
+            # The last map is brought to the grid of the third, which is twice as fine.
+            total += self.dcnv3_head_x4[0].flops(areas[-1])
+            total += self.dcnv3_head_x3.flops(4 * areas[-1])
+        return total + (self.pool_flops(areas[-2]) if want == "pooled" else 0)
 
 
 def _sizes(height: int, width: int) -> list[tuple[int, int]]:

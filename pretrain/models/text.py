@@ -1,23 +1,25 @@
-"""CLIP-style text transformer: token ids in, one feature vector per text out.
+"""CLIP-style text transformer: token ids in, one feature vector per text out, or one per token.
 
-Any text encoder of the project offers what this one does: `forward(tokens) -> (B, D)`, `.width`
-(D), `.dtype`, `.max_positions`, and, for accounting, `.flops(length)`.
+Any text encoder of the project also has `.max_positions`.
 """
 
+from collections.abc import Collection
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.models.encoder import Encoded, Encoder, Output
 from pretrain.models.pooling import masked_mean
+from pretrain.models.sample_draws import SampleDraws
 from pretrain.models.text_settings import (  # noqa: F401
     TextEncoderSettings,
 )
 from pretrain.models.vit import Activation, Block
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Encoder):
     """Pre-norm transformer over a text; the feature is the normalised output at the text's EOS, or
     the mean over its tokens up to there.
 
@@ -55,16 +57,42 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of the feature."""
-        return self.norm.weight.dtype
+    def pooled_width(self) -> int:
+        """Channels of the feature of a text."""
+        return self.width
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, draws: SampleDraws | None = None) -> Tensor:
         """Encode texts.
 
         tokens: (B, T) int64, rows BOS w.. EOS and anything behind it; T at most max_positions.
         Returns (B, width): a function of the tokens up to EOS alone.
         """
+        return self._pooled(*self._hidden(tokens))
+
+    def encode(
+        self,
+        tokens: Tensor,
+        want: Collection[Output],
+        draws: SampleDraws | None = None,
+        *,
+        joined: Tensor | None = None,
+        groups: Tensor | None = None,
+    ) -> Encoded:
+        """As `Encoder.encode`: a normalised vector for each token, with a mask that is True up to
+        EOS, or the feature of the text."""
+        self.unwanted(want, ("tokens", "pooled"))
+        if joined is not None or groups is not None:
+            raise ValueError("nothing joins the tokens of a text, and they are not in groups")
+        hidden, end = self._hidden(tokens)
+        mask = torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
+        return Encoded(
+            tokens=self.norm(hidden) if "tokens" in want else None,
+            pooled=self._pooled(hidden, end) if "pooled" in want else None,
+            mask=mask if "tokens" in want else None,
+        )
+
+    def _hidden(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What the blocks make (B, T, width), and the place of EOS (B,)."""
         end = end_of_text(tokens, self.eos_id)
         mask = self._mask(end, tokens.shape[1])
         hidden = self.embedding(tokens)
@@ -74,14 +102,22 @@ class TextEncoder(nn.Module):
                 hidden = checkpoint(block, hidden, mask, use_reentrant=False)
             else:
                 hidden = block(hidden, mask)
+        return hidden, end
+
+    def _pooled(self, hidden: Tensor, end: Tensor) -> Tensor:
         if self.pool == "mean":
-            places = torch.arange(tokens.shape[1], device=tokens.device)
+            places = torch.arange(hidden.shape[1], device=hidden.device)
             return masked_mean(self.norm(hidden), places <= end[:, None])
         at_end = hidden.gather(1, end[:, None, None].expand(-1, 1, self.width))
         return self.norm(at_end[:, 0])
 
-    def flops(self, length: int) -> int:
-        """Floating-point operations of one forward pass over one text (matrix products only)."""
+    def layer_names(self) -> list[tuple[str, ...]]:
+        """As `Encoder.layer_names`."""
+        blocks = [(f"blocks.{index}",) for index in range(len(self.blocks))]
+        return [("embedding",), *blocks, ("norm",)]
+
+    def flops(self, length: int, want: Output = "pooled") -> int:
+        """As `Encoder.flops`, matrix products only; length: tokens of the text."""
         channels, hidden = self.width, self.blocks[0].mlp.hidden
         linear = 2 * length * (4 * channels * channels + 2 * channels * hidden)
         return len(self.blocks) * (linear + 4 * length * length * channels)

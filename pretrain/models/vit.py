@@ -1,16 +1,14 @@
-"""CLIP-style vision transformer that hands on all of its tokens.
+"""CLIP-style vision transformer that hands on all of its tokens."""
 
-Any image encoder of the project offers what this one does: `forward(images) -> (B, N, D)`, `.width`
-(D), `.dtype` (what images are cast to), and, for accounting, `.tokens(height, width)` (N) and
-`.flops(height, width)`. With `layer_names()` it can have a learning rate that falls with the depth.
-"""
-
+from collections.abc import Collection
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.models.encoder import Encoded, Encoder, Grid, Output
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.models.vit_settings import (  # noqa: F401
     Activation,
@@ -21,7 +19,7 @@ from pretrain.models.vit_settings import (  # noqa: F401
 _QUICK_GELU_SLOPE = 1.702
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Encoder):
     """Pre-norm transformer over patches and a class token, normalised before and after the blocks.
 
     Arguments are the fields of `VitSettings`.
@@ -53,23 +51,41 @@ class VisionTransformer(nn.Module):
         )
         self.norm_after = nn.LayerNorm(width)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type that `forward` expects of its images."""
-        return self.norm_after.weight.dtype
-
-    def forward(
-        self, images: Tensor, added: Tensor | None = None, groups: Tensor | None = None
-    ) -> Tensor:
-        """Encode normalised images.
+    def forward(self, images: Tensor, draws: SampleDraws | None = None) -> Tensor:
+        """Encode normalised images; nothing is drawn.
 
         images: (B, 3, H, W) in `dtype`. Rows and columns beyond the last whole patch are ignored.
-        added: (B, H//p, W//p, width), joins the embedded patches.
-        groups: (B, H//p, W//p) bool or integer: patches look at those of their own group alone, and
-            at the class token, which then looks at itself and so belongs to none.
         Returns (B, 1 + H//p * W//p, width); the class token comes first.
         """
-        tokens = self.norm_before(self.embedding(images, added))
+        return self._tokens(images, None, None)
+
+    def encode(
+        self,
+        images: Tensor,
+        want: Collection[Output],
+        draws: SampleDraws | None = None,
+        *,
+        joined: Tensor | None = None,
+        groups: Tensor | None = None,
+    ) -> Encoded:
+        """As `Encoder.encode`: the cells are the patches, which make one map.
+
+        groups: the class token looks at itself alone, and so belongs to none; all look at it.
+        """
+        self.unwanted(want, ("tokens", "cells", "maps"))
+        tokens = self._tokens(images, joined, groups)
+        maps = None
+        if "maps" in want:
+            sides = self.grid("cells").sides(*images.shape[-2:])
+            maps = [tokens[:, 1:].unflatten(1, sides)]
+        return Encoded(
+            tokens=tokens if "tokens" in want else None,
+            cells=tokens[:, 1:] if "cells" in want else None,
+            maps=maps,
+        )
+
+    def _tokens(self, images: Tensor, joined: Tensor | None, groups: Tensor | None) -> Tensor:
+        tokens = self.norm_before(self.embedding(images, joined))
         mask = None if groups is None else _group_mask(groups.flatten(1))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
@@ -81,40 +97,13 @@ class VisionTransformer(nn.Module):
                 tokens = block(tokens, mask)
         return self.norm_after(tokens)
 
-    @property
-    def dense_width(self) -> int:
-        """Channels of `dense`."""
-        return self.width
+    def grid(self, of: Literal["stem", "cells"]) -> Grid:
+        """The whole patches, from the stem on."""
+        return Grid(self.width, self.patch_size, partial=False)
 
-    @property
-    def stem_width(self) -> int:
-        """Channels of what `dense` lets join."""
-        return self.width
-
-    def stem_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of what `dense` lets join."""
-        return height // self.patch_size, width // self.patch_size
-
-    def dense_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of `dense`."""
-        return height // self.patch_size, width // self.patch_size
-
-    def dense(
-        self,
-        images: Tensor,
-        draws: SampleDraws | None = None,
-        added: Tensor | None = None,
-        groups: Tensor | None = None,
-    ) -> Tensor:
-        """Patch tokens for dense tasks, (B, rows * columns of `dense_grid`, width).
-
-        Arguments as in `forward`; nothing is drawn.
-        """
-        return self(images, added, groups)[:, 1:]
-
-    def dense_flops(self, height: int, width: int) -> int:
-        """Floating-point operations of `dense` for one image."""
-        return self.flops(height, width)
+    def map_grids(self) -> tuple[Grid, ...]:
+        """The patches."""
+        return (self.grid("cells"),)
 
     def layer_names(self) -> list[tuple[str, ...]]:
         """Names of the submodules of each layer, from the input on (as in BEiT)."""
@@ -125,8 +114,8 @@ class VisionTransformer(nn.Module):
         """Number of tokens for an image of `height` x `width` pixels."""
         return 1 + (height // self.patch_size) * (width // self.patch_size)
 
-    def flops(self, height: int, width: int) -> int:
-        """Floating-point operations of one forward pass over one image (matrix products only)."""
+    def flops(self, height: int, width: int, want: Output = "tokens") -> int:
+        """As `Encoder.flops`, matrix products only: every output costs the same."""
         tokens, channels = self.tokens(height, width), self.width
         patches = 2 * (tokens - 1) * 3 * self.patch_size**2 * channels
         hidden = self.blocks[0].mlp.hidden
@@ -149,8 +138,8 @@ class PatchEmbedding(nn.Module):
         self.positions = nn.Parameter(torch.zeros(1 + self.grid**2, width))
         self.initial_std = {"class_token": width**-0.5, "positions": position_std}
 
-    def forward(self, images: Tensor, added: Tensor | None = None) -> Tensor:
-        """images: (B, 3, H, W); added: (B, H//p, W//p, width), or nothing.
+    def forward(self, images: Tensor, joined: Tensor | None = None) -> Tensor:
+        """images: (B, 3, H, W); joined: (B, H//p, W//p, width), or nothing.
 
         Returns (B, 1 + H//p * W//p, width).
         """
@@ -163,8 +152,8 @@ class PatchEmbedding(nn.Module):
         patches = self.patches(images)
         positions = self._positions_for(patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)
-        if added is not None:
-            patches = patches + added.flatten(1, 2)
+        if joined is not None:
+            patches = patches + joined.flatten(1, 2)
         # Not len(images), which is a constant in an exported graph.
         class_token = self.class_token.expand(images.shape[0], 1, -1)
         return torch.cat([class_token, patches], dim=1) + positions

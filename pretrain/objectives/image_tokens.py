@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from pretrain.models.encoder import Encoder
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.pool import (
@@ -12,7 +13,7 @@ from pretrain.objectives.pool import (
 )
 
 
-def find_encoder(encoders: Mapping[str, nn.Module], name: str) -> nn.Module:
+def find_encoder(encoders: Mapping[str, Encoder], name: str) -> Encoder:
     """The encoder of that name; ValueError names those that there are."""
     if name not in encoders:
         raise ValueError(f"encoder {name!r} is not in model.encoders ({', '.join(encoders)})")
@@ -20,7 +21,7 @@ def find_encoder(encoders: Mapping[str, nn.Module], name: str) -> nn.Module:
 
 
 def encode_images(
-    encoder: nn.Module,
+    encoder: Encoder,
     images: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
@@ -28,47 +29,30 @@ def encode_images(
 ) -> Tensor:
     """Tokens (B, N, width) of images (B, 3, H, W) uint8; mean and std in units of the full range.
 
-    draws: as in `encode_pixels`.
+    draws: random numbers of these images (`batch.get("draws")`).
     """
-    return encode_pixels(encoder, normalise_pixels(images, mean, std, encoder.dtype), draws)
-
-
-def encode_pixels(encoder: nn.Module, pixels: Tensor, draws: SampleDraws | None) -> Tensor:
-    """Tokens (B, N, width) of normalised pixels (B, 3, H, W).
-
-    draws: random numbers of these images (`batch.get("draws")`), for an encoder that takes some in
-        training; none: it draws from torch's generator, which knows no samples.
-    """
-    return encoder(pixels, **_options(encoder, draws))
+    return encoder(normalise_pixels(images, mean, std, encoder.dtype), draws)
 
 
 def image_vectors(
-    encoder: nn.Module, pixels: Tensor, pool: Pool, draws: SampleDraws | None
+    encoder: Encoder, pixels: Tensor, pool: Pool, draws: SampleDraws | None
 ) -> Tensor:
     """One vector per image (B, vector_width): the mean of its tokens, the first one, or what the
-    encoder's own head makes of them. Arguments as in `encode_pixels`."""
+    encoder's own head makes of them.
+
+    pixels: (B, 3, H, W), normalised; draws: as in `Encoder.encode`.
+    """
     if pool == "head":
-        return encoder(pixels, pooled=True, **_options(encoder, draws))
-    tokens = encode_pixels(encoder, pixels, draws)
+        return encoder.encode(pixels, ("pooled",), draws).pooled
+    tokens = encoder(pixels, draws)
     return tokens[:, 0] if pool == "class_token" else tokens.mean(dim=1)
 
 
-def _options(encoder: nn.Module, draws: SampleDraws | None) -> dict[str, SampleDraws | None]:
-    return {"draws": draws} if getattr(encoder, "takes_draws", False) else {}
-
-
-def vector_width(encoder: nn.Module, pool: Pool) -> int:
+def vector_width(encoder: Encoder, pool: Pool) -> int:
     """Channels of `image_vectors`. Raises ValueError: an encoder without the head asked for."""
-    if pool != "head":
-        return encoder.width
-    if not hasattr(encoder, "pooled_width"):
-        raise ValueError(
-            f"pool=head needs an encoder with a head of its own, which {type(encoder).__name__} "
-            "has not: use pool=mean"
-        )
-    return encoder.pooled_width
+    return encoder.pooled_width if pool == "head" else encoder.width
 
 
-def vector_flops(encoder: nn.Module, pool: Pool) -> Callable[[int, int], int]:
+def vector_flops(encoder: Encoder, pool: Pool) -> Callable[[int, int], int]:
     """(height, width) -> FLOPs of `image_vectors` for one image."""
-    return partial(encoder.flops, pooled=True) if pool == "head" else encoder.flops
+    return partial(encoder.flops, want="pooled" if pool == "head" else "tokens")

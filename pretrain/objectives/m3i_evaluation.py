@@ -1,7 +1,7 @@
 """Held-out evaluation of M3I: its losses, and what whole images are good for."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,30 @@ from pretrain.objectives.evaluation_mode import Gather, evaluating, mean
 from pretrain.objectives.m3i_loss import COUNTED_BY, count_targets, m3i_losses
 from pretrain.objectives.retrieval import gathered_recalls
 
-if TYPE_CHECKING:
-    from pretrain.objectives.m3i_module import M3I
+
+class Evaluated(Protocol):
+    """What is asked of an M3I: see `m3i_module.M3I`."""
+
+    encoder: str
+    text_encoder: str | None
+    head: nn.Module | None
+    settings: Any
+
+    def features(self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any], draws: Any):
+        """Features of mixed images, as the losses read them."""
+
+    def image_vectors(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+        """One vector for each whole image."""
+
+    def class_logits(self, encoders: Mapping[str, nn.Module], vectors: Tensor) -> Tensor:
+        """Logits of the classes, from such vectors."""
+
+    def text_features(self, encoders: Mapping[str, nn.Module], tokens: Tensor) -> Tensor:
+        """One vector for each text."""
 
 
 def evaluate_m3i(
-    objective: "M3I",
+    objective: Evaluated,
     encoders: Mapping[str, nn.Module],
     loader: Iterable[Mapping[str, Any]],
     device: torch.device,
@@ -63,7 +81,7 @@ def evaluate_m3i(
 
 
 def _losses(
-    objective: "M3I",
+    objective: Evaluated,
     encoders: Mapping[str, nn.Module],
     batch: Mapping[str, Any],
     totals: Mapping[str, int],
@@ -83,7 +101,10 @@ def _losses(
 
 
 def _texts_and_images(
-    objective: "M3I", encoders: Mapping[str, nn.Module], batch: Mapping[str, Any], vectors: Tensor
+    objective: Evaluated,
+    encoders: Mapping[str, nn.Module],
+    batch: Mapping[str, Any],
+    vectors: Tensor,
 ) -> dict[str, Tensor]:
     """What `gathered_recalls` reads, of the valid images that have texts, on the CPU."""
     tokens, mask = batch["tokens"], batch["loss_mask"]
@@ -122,7 +143,7 @@ class _Tally:
         before = [0.0, 0.0] if self.moments is None else self.moments
         self.moments = Moments(*(old + new for old, new in zip(before, weighed, strict=True)))
 
-    def metrics(self, reduce: Gather, objective: "M3I") -> dict[str, float | None]:
+    def metrics(self, reduce: Gather, objective: Evaluated) -> dict[str, float | None]:
         """Means over all ranks."""
         parts = reduce({"losses": self.losses, "hits": self.hits})
         found = {

@@ -46,7 +46,7 @@ class TargetBranch(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: (B, 3, H, W), whole images. Returns (B, N, C) float32."""
-        return self.projector(self.encoder.dense(pixels)).float()
+        return self.projector(self.encoder.encode(pixels, ("cells",)).cells).float()
 
 
 class MeanPool(nn.Module):
@@ -82,12 +82,12 @@ class ProjectorPool(nn.Module):
 
     def vectors(self, encoder: nn.Module, tokens: Tensor, own: Tensor | None) -> Tensor:
         """(B, head.output)."""
-        return encoder.clip_projector(tokens, own)
+        return encoder.pool_cells(tokens, own)
 
     def normed(self, encoder: nn.Module, vectors: Tensor) -> Tensor:
         """What the layer of classes reads."""
-        return encoder.fc_norm(vectors)
+        return encoder.normed(vectors)
 
     def flops(self, encoder: nn.Module, tokens: int) -> int:
         """Multiplications and additions for an image."""
-        return encoder.clip_projector.flops(tokens)
+        return encoder.pool_flops(tokens)

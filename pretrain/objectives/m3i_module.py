@@ -80,12 +80,12 @@ class M3I(nn.Module):
         self.settings, self.encoder, self.text_encoder = (
             settings, settings.encoder, settings.text_encoder
         )
-        width = encoder.dense_width
-        self.mark = SourceMark(encoder.stem_width)
+        width = encoder.grid("cells").width
+        self.mark = SourceMark(encoder.grid("stem").width)
         self.projector = Projector(width, settings.decoder)
         self.predictor = Predictor(settings.decoder)
         self.target = TargetBranch(target_encoder, Projector(width, settings.decoder))
-        if hasattr(encoder, "clip_projector"):
+        if encoder.pools_cells:
             if settings.pooled_width is not None:
                 raise ValueError(
                     f"pooled_width={settings.pooled_width}: an InternImage has its own, "
@@ -206,14 +206,15 @@ class M3I(nn.Module):
         check_pairs(len(images))
         size = tuple(images.shape[-2:])
         cells = (size[0] // self.settings.cell, size[1] // self.settings.cell)
-        grid = encoder.dense_grid(*size)
+        grid = encoder.grid("cells").sides(*size)
         masks = pair_masks(draws, cells)
-        dense = encoder.dense(
+        dense = encoder.encode(
             mix_pixels(self._pixels(encoder, images), masks),
+            ("cells",),
             SampleDraws(draws.seed, draws.task, draws.positions[::2]),
-            self.mark(on_grid(masks, encoder.stem_grid(*size))),
-            on_grid(masks, grid) if self.settings.group_attention else None,
-        )
+            joined=self.mark(on_grid(masks, encoder.grid("stem").sides(*size))),
+            groups=on_grid(masks, grid) if self.settings.group_attention else None,
+        ).cells
         own = own_tokens(masks, grid)
         count = -(-cells[0] * cells[1] // 2) * (own.shape[1] // (cells[0] * cells[1]))
         tokens, places, present = gather_own(dense, own, count)
@@ -259,8 +260,8 @@ class M3I(nn.Module):
     def image_vectors(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         """Vectors of whole images (B, 3, H, W) uint8: (B, pooled_width)."""
         encoder = encoders[self.encoder]
-        dense = encoder.dense(self._pixels(encoder, images))
-        return self.pool.vectors(encoder, dense, None)
+        cells = encoder.encode(self._pixels(encoder, images), ("cells",)).cells
+        return self.pool.vectors(encoder, cells, None)
 
     def class_logits(self, encoders: Mapping[str, nn.Module], vectors: Tensor) -> Tensor:
         """vectors: (B, pooled_width). Returns (B, classes) float32."""
@@ -293,9 +294,9 @@ class M3I(nn.Module):
         no backward pass. Padding and the second pass over cached features do not count."""
         size = tuple(batch["images"].shape[-2:])
         encoder = self.target.encoder
-        rows, columns = encoder.dense_grid(*size)
+        rows, columns = encoder.grid("cells").sides(*size)
         tokens = rows * columns
-        dense = encoder.dense_flops(*size)
+        dense = encoder.flops(*size, want="cells")
         trained = dense // 2 + self.projector.flops(tokens // 2)
         trained += self.predictor.flops(tokens // 2, tokens)
         trained += self.pool.flops(encoder, tokens // 2)

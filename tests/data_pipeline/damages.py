@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.index import ShardIndex
+from data_pipeline.index_file import load_index
 from data_pipeline.packer import ShardWriter
 from tests.data_pipeline.photos import caption, jpeg, picture
 
@@ -122,7 +123,7 @@ def swapped_with_indices(folder: Path, rng: np.random.Generator) -> None:
 def missing_tar(folder: Path, rng: np.random.Generator) -> set[str]:
     path = _tar(folder, rng)
     path.unlink()
-    return set(ShardIndex.load(_idx(path)).keys())
+    return set(load_index(_idx(path)).keys())
 
 
 def missing_shard(folder: Path, rng: np.random.Generator) -> set[str]:
@@ -160,7 +161,7 @@ def cut_index(folder: Path, rng: np.random.Generator) -> None:
 
 def index_of_another_shard(folder: Path, rng: np.random.Generator) -> set[str]:
     one, other = _two(folder, rng)
-    keys = set(ShardIndex.load(_idx(one)).keys())
+    keys = set(load_index(_idx(one)).keys())
     _idx(one).write_bytes(_idx(other).read_bytes())
     return keys
 
@@ -261,7 +262,7 @@ def _idx(tar: Path) -> Path:
 
 def _member(folder: Path, rng: np.random.Generator) -> tuple[Path, ShardIndex, int, tuple]:
     path = _tar(folder, rng)
-    index = ShardIndex.load(_idx(path))
+    index = load_index(_idx(path))
     row = int(rng.integers(len(index)))
     found = index.members(row)
     return path, index, row, found[int(rng.integers(len(found)))]

@@ -14,14 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline import bundles
-from data_pipeline.index import ShardIndex, index_path
+from data_pipeline.errors import ShardError
+from data_pipeline.index import index_path
 from data_pipeline.index_builder import build_index
+from data_pipeline.index_file import load_index
 from data_pipeline.manifest import Manifest
 from data_pipeline.packer import ShardFile, ShardWriter, sample_bytes
 from data_pipeline.packing import pack
 from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.shards import ShardSet
-from data_pipeline.tar_headers import ShardError
 from data_pipeline.verify import verify_shard
 from data_pipeline.webdataset_reader import ShardFault, streamed_samples
 from tests.data_pipeline.samples import sample, write_shards
@@ -77,7 +78,7 @@ def test_index_columns_and_counts_are_those_of_plain_samples(tmp_path):
     }
     again = build_index(tmp_path / "bundled" / "train-000000.tar")
     assert again.digest == bundled.digest
-    assert ShardIndex.load(index_path(tmp_path / "bundled" / "train-000000.tar")).bundled
+    assert load_index(index_path(tmp_path / "bundled" / "train-000000.tar")).bundled
 
 
 def test_a_bundle_of_tiny_images_takes_a_fraction_of_the_room(tmp_path):
@@ -120,7 +121,7 @@ def test_no_flipped_bit_passes(tmp_path):
     shards = write_bundles(tmp_path)
     path = Path(shards.shards[0].path)
     whole = path.read_bytes()
-    index = ShardIndex.load(index_path(path))
+    index = load_index(index_path(path))
     chosen = random.Random(3)
     for byte in [*range(512, 640), *chosen.sample(range(len(whole) - 1024), 150)]:
         data = bytearray(whole)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.errors import ShardError
 from data_pipeline.loader import DataError, LoaderSettings, StepLoader
 from data_pipeline.shards import ShardSet
-from data_pipeline.tar_headers import ShardError
 from data_pipeline.transforms import ImageSettings
 from tests.data_pipeline import damages
 from tests.data_pipeline.photos import stream

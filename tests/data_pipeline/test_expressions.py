@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.expression_values import MISSING_TEXT
+from data_pipeline.columns import MISSING_TEXT
 from data_pipeline.expressions import Expression, ExpressionError, UnknownColumn
 
 ROWS = 12

@@ -9,14 +9,15 @@ import pytest
 
 from data_pipeline import filters
 from data_pipeline.captions import CaptionDataSettings
+from data_pipeline.errors import ShardError
 from data_pipeline.expressions import ExpressionError
 from data_pipeline.filters import select_rows
 from data_pipeline.index import index_path
+from data_pipeline.kept_order import KeptOrder
+from data_pipeline.order_plan import plan_order
 from data_pipeline.packer import ShardWriter
-from data_pipeline.selection import KeptOrder
 from data_pipeline.shards import CACHE_VARIABLE, ShardSet
-from data_pipeline.sources import concatenated, open_source, open_sources, plan_order
-from data_pipeline.tar_headers import ShardError
+from data_pipeline.sources import concatenated, open_source, open_sources
 from tests.data_pipeline.samples import sample, write_shards
 
 SAMPLES = 95

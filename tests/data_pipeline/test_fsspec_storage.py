@@ -3,6 +3,7 @@ import errno
 import fsspec
 import pytest
 
+from data_pipeline.errors import ShardError
 from data_pipeline.fsspec_storage import FsspecStorage
 from data_pipeline.limits import HostLimits
 from data_pipeline.reader import SampleReader
@@ -10,7 +11,6 @@ from data_pipeline.remote import RemoteSettings
 from data_pipeline.retry import RetryPolicy
 from data_pipeline.shards import ShardSet
 from data_pipeline.storage import FileState, TransientReadError
-from data_pipeline.tar_headers import ShardError
 from tests.data_pipeline.samples import sample, write_shards
 
 CONTENT = bytes(range(256)) * 100_000

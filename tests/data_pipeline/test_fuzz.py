@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from data_pipeline import array_file, index
 from data_pipeline.bundles import head_line, sample_line
-from data_pipeline.index import ShardIndex
+from data_pipeline.errors import ShardError
 from data_pipeline.index_builder import build_index
+from data_pipeline.index_file import load_index, save_index
 from data_pipeline.manifest import FILE_NAME, Manifest
 from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.shards import Shard, ShardSet
-from data_pipeline.tar_headers import BLOCK, ShardError, iter_members
+from data_pipeline.tar_headers import BLOCK, iter_members
 from tests.data_pipeline.samples import write_shards
 from tests.data_pipeline.test_tar_headers import make_tar
 
@@ -191,7 +192,7 @@ def index_and_read(path: Path) -> None:
     except ShardError as error:
         assert "x.tar: " in str(error) or "no samples" in str(error)
         return
-    built.save(f"{path}.idx")
+    save_index(built, f"{path}.idx")
     with SampleReader(shards) as reader:
         for row in range(len(shards)):
             sample = reader.read(row)
@@ -255,7 +256,7 @@ def test_mutated_bytes_of_an_index(whole, tmp_path_factory, data):
     path = folder / "train-000000.tar.idx"
     path.write_bytes(content)
     with pytest.raises(ShardError, match="damaged or foreign index"):
-        limited(lambda: ShardIndex.load(path))
+        limited(lambda: load_index(path))
 
 
 @given(st.data())
@@ -287,7 +288,7 @@ def test_odd_metadata_of_an_index(whole, tmp_path, name, value):
     place = tmp_path / "x.tar.idx"
     write_index(place, mended(metadata | {name: value}, arrays), arrays)
     with pytest.raises(ShardError, match="damaged or foreign index"):
-        ShardIndex.load(place)
+        load_index(place)
 
 
 def test_a_json_key_that_utf8_cannot_hold_is_no_column(tmp_path):

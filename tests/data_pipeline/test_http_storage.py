@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from data_pipeline import http_connections
+from data_pipeline.errors import ShardError
 from data_pipeline.http_storage import HttpStorage
 from data_pipeline.limits import HostLimits
 from data_pipeline.remote import RemoteSettings, UrlStorage
 from data_pipeline.retry import RetryPolicy
 from data_pipeline.storage import FileState, TransientReadError
-from data_pipeline.tar_headers import ShardError
 from tests.data_pipeline.faulty_server import (
     FaultyServer,
     compressed,

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from webdataset.tariterators import base_plus_ext
 
-from data_pipeline.index import MAX_COLUMNS, ShardIndex, index_path, split_name
+from data_pipeline.errors import ShardError
+from data_pipeline.index import MAX_COLUMNS, index_path, split_name
 from data_pipeline.index_builder import build_index
+from data_pipeline.index_file import load_index, save_index
 from data_pipeline.shards import ShardSet, load_or_build_index
-from data_pipeline.tar_headers import ShardError
 from tests.data_pipeline.samples import sample, write_shards
 
 
@@ -40,14 +41,14 @@ def test_index_of_the_writer_equals_the_index_of_a_pass(tmp_path):
     write_shards(tmp_path, 30, 30)
     shard = tmp_path / "train-000000.tar"
     written = index_path(shard).read_bytes()
-    build_index(shard).save(tmp_path / "again.idx")
+    save_index(build_index(shard), tmp_path / "again.idx")
     assert (tmp_path / "again.idx").read_bytes() == written
 
 
 def test_index_says_where_everything_is(tmp_path):
     write_shards(tmp_path, 20, 20)
     shard = tmp_path / "train-000000.tar"
-    index = ShardIndex.load(index_path(shard))
+    index = load_index(index_path(shard))
     data = shard.read_bytes()
     assert index.keys() == [sample(n)[0] for n in range(20)]
     for row in range(20):
@@ -64,7 +65,7 @@ def test_index_says_where_everything_is(tmp_path):
 
 def test_columns(tmp_path):
     write_shards(tmp_path, 9, 9)
-    columns = ShardIndex.load(tmp_path / "train-000000.tar.idx").columns
+    columns = load_index(tmp_path / "train-000000.tar.idx").columns
     assert columns["width"].dtype == np.int64
     np.testing.assert_array_equal(columns["width"], 10 + np.arange(9))
     np.testing.assert_array_equal(columns["captions.count"], np.arange(9) % 4)
@@ -119,19 +120,19 @@ def test_any_flipped_bit_in_an_index_is_found(tmp_path):
     write_shards(tmp_path, 3, 3)
     path = tmp_path / "train-000000.tar.idx"
     whole = path.read_bytes()
-    ShardIndex.load(path)
+    load_index(path)
     rng = np.random.default_rng(0)
     for byte in rng.integers(0, len(whole), 200):
         damaged = bytearray(whole)
         damaged[byte] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         try:
-            index = ShardIndex.load(path)
+            index = load_index(path)
         except ShardError as error:
             assert str(path) in str(error)
         else:  # a bit without meaning: padding of the header, or letter case of an escape
             path.write_bytes(whole)
-            assert index.digest == ShardIndex.load(path).digest
+            assert index.digest == load_index(path).digest
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 100, 1000, -1])
@@ -140,7 +141,7 @@ def test_truncated_index(tmp_path, size):
     path = tmp_path / "train-000000.tar.idx"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ShardError, match=r"000000\.tar\.idx: damaged or foreign index"):
-        ShardIndex.load(path)
+        load_index(path)
 
 
 def test_shards_of_webdatasets_own_writer(tmp_path):
@@ -198,8 +199,8 @@ def test_the_same_member_twice_is_refused(tmp_path):
 
 def test_empty_shard(tmp_path):
     index = build_index(write_tar(tmp_path / "x.tar", []))
-    index.save(tmp_path / "x.tar.idx")
-    assert len(ShardIndex.load(tmp_path / "x.tar.idx")) == 0
+    save_index(index, tmp_path / "x.tar.idx")
+    assert len(load_index(tmp_path / "x.tar.idx")) == 0
 
 
 def test_progress_adds_up_to_the_size(tmp_path):
@@ -221,7 +222,7 @@ def test_the_index_of_another_tool_is_left_alone(tmp_path, monkeypatch, content)
     shard = tmp_path / "shards" / "train-000000.tar"
     (tmp_path / "shards" / "manifest.json").unlink()
     theirs = tmp_path / "shards" / "train-000000.tar.idx"
-    expected = ShardIndex.load(theirs).digest
+    expected = load_index(theirs).digest
     theirs.write_bytes(content)
     for force in (False, False, True):
         assert load_or_build_index(str(shard), force=force).digest == expected

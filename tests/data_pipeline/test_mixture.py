@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.captions import CaptionDataSettings
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.mixture import BlockCycle, arrange
 from data_pipeline.order import Order
-from data_pipeline.sources import MixedOrder
 
 weights = st.lists(st.floats(0.01, 100.0), min_size=1, max_size=5)
 

@@ -14,11 +14,12 @@ import fsspec
 import pytest
 
 from data_pipeline.cache import CachedShards, CacheSettings
+from data_pipeline.errors import ShardError
+from data_pipeline.index_file import headers_digest
 from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.remote import RemoteSettings, UrlStorage
 from data_pipeline.shards import ShardSet
 from data_pipeline.storage import TransientReadError
-from data_pipeline.tar_headers import ShardError
 from tests.data_pipeline.bucket_server import (
     BucketServer,
     GoogleBucketServer,
@@ -127,7 +128,7 @@ def test_shards_of_buckets(store, www, monkeypatch, request):
 def test_a_bucket_that_may_not_be_listed(server, www, caplog):
     """403 for what is not there; asked for again, and said, once."""
     local = ShardSet.open(www / "bucket" / "set")
-    digests = [local.index(number).headers_digest for number in range(3)]
+    digests = [headers_digest(local.index(number)) for number in range(3)]
     for path in (www / "bucket" / "set").iterdir():
         if path.suffix != ".tar":
             path.unlink()

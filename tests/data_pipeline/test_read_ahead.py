@@ -16,13 +16,13 @@ from data_pipeline.cache_folder import CacheFolder
 from data_pipeline.cache_plan import simulate, simulate_lru
 from data_pipeline.future import NodeReads
 from data_pipeline.loader import LoaderSettings, StepLoader
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.order import Order
 from data_pipeline.packer import ShardWriter
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.read_ahead import ReadAhead, plannable_bytes
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
-from data_pipeline.sources import MixedOrder
 from data_pipeline.step_sampler import Schedule, StepSampler
 from tests.data_pipeline.faulty_server import FaultyServer, status
 from tests.data_pipeline.photos import pack, stream

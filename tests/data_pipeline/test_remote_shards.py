@@ -15,12 +15,12 @@ import pytest
 
 from data_pipeline import remote_index
 from data_pipeline.cache import CachedShards, CacheSettings, source_of
-from data_pipeline.index import ShardIndex, with_digest
+from data_pipeline.errors import ShardError
+from data_pipeline.index_file import headers_digest, load_index, save_index, with_digest
 from data_pipeline.reader import BadSample, SampleReader, TransientReadError
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.remote_lanes import RemoteLanes
 from data_pipeline.shards import ShardSet
-from data_pipeline.tar_headers import ShardError
 from tests.data_pipeline.faulty_server import (
     FaultyServer,
     anonymous,
@@ -132,7 +132,7 @@ def test_indices_are_fetched_once_and_checked(server, www, cache):
 def test_an_index_of_other_content_is_refused_until_it_is_put_right(server, www, cache, kept):
     """As between the uploads of a manifest and of an index."""
     place = www / "set" / "train-000001.tar.idx"
-    right, index = place.read_bytes(), ShardIndex.load(place)
+    right, index = place.read_bytes(), load_index(place)
     fields = {field.name: getattr(index, field.name) for field in dataclasses.fields(index)}
     fields["arrays"] = index.arrays | {"member_crc32": index.arrays["member_crc32"] + np.uint32(1)}
     other = with_digest(**{name: value for name, value in fields.items() if name != "digest"})
@@ -180,12 +180,12 @@ def grown_old(cache: Path, at: float = 1.0) -> None:
 
 def test_a_full_index_that_comes_later_takes_the_place_of_one_of_headers(server, www, cache):
     local, taken = ShardSet.open(www / "set"), companions(www / "set")
-    digests = [local.index(number).headers_digest for number in range(3)]
+    digests = [headers_digest(local.index(number)) for number in range(3)]
     without_companions(www / "set")
     specs = server.url + "/set/train-00000{0..2}.tar"
     weak = ShardSet.open(specs, QUICK)
     assert digests == [weak.index(number).digest for number in range(3)]
-    assert digests == [weak.index(number).headers_digest for number in range(3)]
+    assert digests == [headers_digest(weak.index(number)) for number in range(3)]
     # Processes that start together ask once whether there are better ones.
     for much_later in (False, 1.0, False, time.time() + 7200):  # a clock that was set back, too
         if much_later:
@@ -236,7 +236,7 @@ def test_refused_indices_beside_shards_that_can_be_read_are_absent_ones(
 ):
     """What a store answers to those who may not list it; said, and asked again, once."""
     local = ShardSet.open(www / "set")
-    digests = [local.index(number).headers_digest for number in range(3)]
+    digests = [headers_digest(local.index(number)) for number in range(3)]
     without_companions(www / "set")
     server.of, server.always = "", refusing_what_is_absent
     if named_by == "names":  # the folder refused its manifest before
@@ -307,7 +307,7 @@ def test_where_a_full_index_is_wanted_one_of_headers_will_not_do(server, www, ca
     specs = server.url + "/set/train-00000{0..2}.tar"
     for number, shard in enumerate(ShardSet.open(specs, QUICK).shards):
         weak = ShardSet.open(specs, QUICK).index(number)
-        weak.save(www / "set" / f"{shard.name}.idx")
+        save_index(weak, www / "set" / f"{shard.name}.idx")
     settings = QUICK.model_copy(update={"foreign_index": "full"})
     full = ShardSet.open(specs, settings)
     assert full.fingerprint == local.fingerprint
@@ -592,6 +592,6 @@ def test_a_source_forgets_what_it_read_ahead(server):
 def test_an_index_file_says_whether_it_knows_the_payloads(server, www, tmp_path):
     without_companions(www / "set")
     weak = ShardSet.open(server.url + "/set/train-000000.tar", QUICK).index(0)
-    weak.save(tmp_path / "weak.idx")
-    loaded = ShardIndex.load(tmp_path / "weak.idx")
+    save_index(weak, tmp_path / "weak.idx")
+    loaded = load_index(tmp_path / "weak.idx")
     assert not loaded.payloads_hashed and loaded.digest == weak.digest

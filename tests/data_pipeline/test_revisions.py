@@ -8,19 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.kept_order import KeptOrder
 from data_pipeline.loader import LoaderSettings, StepLoader
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.order import Order
 from data_pipeline.revisions import (
     RevisedOrder,
     Revision,
     expand,
     next_border,
-    plain_orders,
     revise,
     to_ranges,
 )
-from data_pipeline.selection import KeptOrder, Selection
-from data_pipeline.sources import MixedOrder
+from data_pipeline.selection import Selection
 from tests.data_pipeline.photos import pack, stream
 
 
@@ -106,7 +106,7 @@ def test_each_source_of_a_mixture_has_borders_of_its_own():
     assert np.array_equal(before[:60], after[:60])
     of_b = before >= 30
     assert np.array_equal(of_b, after >= 30) and np.array_equal(before[~of_b], after[~of_b])
-    border = plain_orders(revised)["b"]._starts[1]
+    border = revised.by_source()["b"]._starts[1]
     own = after[of_b] - 30
     assert np.array_equal(own[:border], before[of_b][:border] - 30)
     assert sorted(own[border : border + 10].tolist()) == [0, 1, *range(4, 12)]

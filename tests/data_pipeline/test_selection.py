@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.errors import ShardError
+from data_pipeline.kept_order import KeptOrder
 from data_pipeline.order import Order
-from data_pipeline.selection import KeptOrder, Selection
-from data_pipeline.tar_headers import ShardError
+from data_pipeline.selection import Selection
 
 
 def selection_of(mask: np.ndarray) -> Selection:

@@ -15,10 +15,10 @@ from fsspec.registry import _registry as loaded_drivers
 
 from data_pipeline import shards as shards_module
 from data_pipeline.catalogue import expand_specs
+from data_pipeline.errors import ShardError
 from data_pipeline.manifest import Manifest, ShardRecord
 from data_pipeline.packer import ShardWriter
 from data_pipeline.shards import Shard, ShardSet, load_or_build_index
-from data_pipeline.tar_headers import ShardError
 from tests.data_pipeline.samples import sample, write_shards
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.tar_headers import BLOCK, ShardError, iter_members
+from data_pipeline.errors import ShardError
+from data_pipeline.tar_headers import BLOCK, iter_members
 
 
 def members_of(data: bytes) -> list[tuple[str, bytes]]:

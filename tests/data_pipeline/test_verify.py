@@ -4,7 +4,8 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipeline.index import ShardIndex, index_path
+from data_pipeline.index import index_path
+from data_pipeline.index_file import load_index
 from data_pipeline.reader import BadSample, SampleReader
 from data_pipeline.shards import ShardSet
 from data_pipeline.verify import verify_shard
@@ -18,18 +19,18 @@ def shard(tmp_path):
 
 
 def verify(shard):
-    return verify_shard(str(shard), ShardIndex.load(index_path(shard)))
+    return verify_shard(str(shard), load_index(index_path(shard)))
 
 
 def test_a_whole_shard(shard):
     passed = []
-    report = verify_shard(str(shard), ShardIndex.load(index_path(shard)), passed.append)
+    report = verify_shard(str(shard), load_index(index_path(shard)), passed.append)
     assert report.intact and report.samples == 12
     assert sum(passed) == report.bytes == shard.stat().st_size
 
 
 def test_all_damaged_samples_are_listed(shard):
-    index = ShardIndex.load(index_path(shard))
+    index = load_index(index_path(shard))
     data = bytearray(shard.read_bytes())
     data[index.members(2)[0][1]] ^= 1  # payload of the jpg
     data[index.members(5)[1][1] - 512 + 3] ^= 1  # name in the header of the json
@@ -43,7 +44,7 @@ def test_all_damaged_samples_are_listed(shard):
 
 
 def test_truncation_lists_every_sample_behind_it(shard):
-    index = ShardIndex.load(index_path(shard))
+    index = load_index(index_path(shard))
     os.truncate(shard, index.span(8)[0] + 700)
     report = verify(shard)
     assert list(report.damaged) == [f"{n:06d}" for n in range(8, 12)]
@@ -61,7 +62,7 @@ def test_no_damage_is_silent(tmp_path):
     """Each of 200 truncations and bit flips is reported; reading never returns wrong bytes."""
     write_shards(tmp_path / "whole", 12, 12)
     whole = (tmp_path / "whole" / "train-000000.tar").read_bytes()
-    index = ShardIndex.load(tmp_path / "whole" / "train-000000.tar.idx")
+    index = load_index(tmp_path / "whole" / "train-000000.tar.idx")
     meaningful = np.zeros(len(whole), bool)
     for row in range(12):
         for _, offset, size, _, _ in index.members(row):
@@ -93,7 +94,7 @@ def test_no_damage_is_silent(tmp_path):
 
 def test_bytes_between_members_change_the_hash_only(shard):
     before = verify(shard)
-    index = ShardIndex.load(index_path(shard))
+    index = load_index(index_path(shard))
     _, offset, size, _, _ = index.members(0)[0]
     assert size % 512
     with open(shard, "r+b") as file:

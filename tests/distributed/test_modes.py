@@ -12,7 +12,7 @@ from pretrain.engine.zero import make_optimizer
 from pretrain.models.init import initialise
 from pretrain.optim.groups import parameter_groups
 from pretrain.optim.schedule import lr_factor
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 from tests.distributed.launch import run_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 

@@ -20,7 +20,7 @@ from pretrain.models.init import initialise
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.m3i_loss import m3i_losses
 from pretrain.objectives.probing import linear_top1
-from pretrain.recipe import SHIPPED, load_recipe
+from pretrain.recipe_load import SHIPPED, load_recipe
 from tests.distributed.launch import run_ranks, tails
 from tools import probe
 from tools.digit_scenes import make_scene, scene_members

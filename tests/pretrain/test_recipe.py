@@ -6,7 +6,8 @@ import re
 import pytest
 
 from pretrain import recipe_checks
-from pretrain.recipe import SHIPPED, RecipeError, load_recipe, load_resolved
+from pretrain.overlay import RecipeError
+from pretrain.recipe_load import SHIPPED, load_recipe, load_resolved
 from tests.tiny_run import tiny_recipe, write_recipe
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -433,7 +434,7 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
     labels = "tasks.classify.data.type=labels"
     assert load_recipe("digits_multitask", [labels]) == load_recipe("digits_multitask")
     assert multi("tasks.contrast.data.type=labls") == (
-        "tasks.contrast.data.type: 'labls' is not one of captions, labels, images, boxes, text, "
+        "tasks.contrast.data.type: 'labls' is not one of boxes, captions, labels, m3i, images, "
         "m3i; did you mean 'labels'?"
     )
     shards = "{type: labels, shards: [x], classes: 3, image: {size: 64}}"

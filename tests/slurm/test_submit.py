@@ -71,6 +71,10 @@ def test_header_and_script(tmp_path):
     chained = header(job(tmp_path, requeue=False, chain=True, launcher="torchrun"), site, (22, 5))
     assert {"--no-requeue", "--dependency=singleton", "--ntasks-per-node=1",
             "--cpus-per-task=96"} <= set(chained)
+    for nodes, launcher in (("1-64", "torchrun"), ("64", "deepspeed"), ("1-64", "srun")):
+        text = " ".join(header(job(tmp_path, nodes=nodes, launcher=launcher), site, (22, 5)))
+        # With one task a node SLURM would give a span as few nodes as it may.
+        assert ("--ntasks-per-node" in text) == ((nodes, launcher) != ("1-64", "torchrun"))
     train = ["pretrain.train", str(tmp_path / "a b.yaml"), "x=$Y"]
     text = render(job(tmp_path, train=train, code=tmp_path / "code 1"), site, (22, 5))
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=True)

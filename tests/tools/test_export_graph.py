@@ -126,7 +126,7 @@ def test_a_run_to_a_program_of_torch(internimage_run, tmp_path, weights):
     (found,) = torch.load(tmp_path / "outputs", weights_only=True)
     head = trained.model.objectives["classify"].head
     with torch.no_grad():
-        wanted = head(trained.model.encoders["image"](images, pooled=True))
+        wanted = head(trained.model.encoders["image"].encode(images, ("pooled",)).pooled)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     facts = json.loads(facts)
     assert facts["outputs"] == ["logits"] and facts["weights"] == weights and facts["step"] == 4

@@ -164,7 +164,8 @@ def test_the_target_as_a_graph(m3i_run, tmp_path):
     images = torch.rand(3, 3, 64, 64)
     found = torch.export.load(out).module()(images)[-1]
     encoders = {w: open_run(m3i_run, w).model.encoders["image"] for w in ("master", "target")}
-    wanted = {w: encoder.maps(images)[-1].permute(0, 3, 1, 2) for w, encoder in encoders.items()}
+    wanted = {w: encoder.encode(images, ("maps",)).maps[-1].permute(0, 3, 1, 2)
+              for w, encoder in encoders.items()}
     torch.testing.assert_close(found, wanted["target"], atol=1e-5, rtol=1e-5)
     assert (found - wanted["master"]).abs().max() > 1e-4
 
@@ -185,7 +186,8 @@ def test_probes(m3i_run, scenes64, tmp_path):
     features = []
     for weights in ("master", "target"):
         run = open_run(m3i_run, weights)
-        features.append(run.model.encoders["image"](torch.zeros(1, 3, 64, 64), pooled=True))
+        encoder = run.model.encoders["image"]
+        features.append(encoder.encode(torch.zeros(1, 3, 64, 64), ("pooled",)).pooled)
     assert not torch.equal(*features)
 
 

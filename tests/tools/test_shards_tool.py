@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.index import ShardIndex
+from data_pipeline.index_file import load_index
 from data_pipeline.packer import ShardWriter
 from tests.data_pipeline.samples import sample, write_shards
 from tools.serve import RangeServer
@@ -39,7 +39,7 @@ def test_verify_whole_shards(folder, capsys):
 
 
 def test_verify_names_all_damage(folder, capsys):
-    index = ShardIndex.load(folder / "train-000001.tar.idx")
+    index = load_index(folder / "train-000001.tar.idx")
     for row in (0, 3):
         flip(folder / "train-000001.tar", index.members(row)[1][1])
     os.truncate(folder / "train-000002.tar", 600)
@@ -56,7 +56,7 @@ def test_verify_finds_missing_swapped_and_touched_shards(folder, capsys):
     for suffix in ("", ".idx"):
         os.rename(folder / f"train-000001.tar{suffix}", folder / f"train-000000.tar{suffix}")
     data = bytearray((folder / "train-000002.tar").read_bytes())
-    index = ShardIndex.load(folder / "train-000002.tar.idx")
+    index = load_index(folder / "train-000002.tar.idx")
     _, offset, size, _, _ = index.members(0)[0]
     assert data[offset + size] == 0  # padding: no sample is damaged
     data[offset + size] = 1
@@ -165,7 +165,7 @@ def test_remote_shards(folder, url, capsys):
     assert f"row 3: 000003 in {url}/train-000000.tar" in capsys.readouterr().out
     assert run("verify", url, "--verbose") == 0
     assert capsys.readouterr().out.count("samples, whole\n") == 3
-    index = ShardIndex.load(folder / "train-000001.tar.idx")
+    index = load_index(folder / "train-000001.tar.idx")
     flip(folder / "train-000001.tar", index.members(2)[0][1])
     assert run("verify", f"{url}/train-00000{{0..2}}.tar?sig=hush") == 1
     out = capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_remote_indices_are_built_and_given_out(folder, url, tmp_path, capsys):
     specs = f"{url}/train-00000{{0..2}}.tar"
     assert run("index", specs, "--out", tmp_path / "weak") == 0
     assert "3 shards indexed, 10 samples; 0 shards damaged" in capsys.readouterr().out
-    weak = ShardIndex.load(tmp_path / "weak" / "train-000001.tar.idx")
+    weak = load_index(tmp_path / "weak" / "train-000001.tar.idx")
     assert not weak.payloads_hashed
     assert run("inspect", specs) == 0
     assert "damage inside of payloads is not seen" in capsys.readouterr().out

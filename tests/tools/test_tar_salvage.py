@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.errors import ShardError
 from data_pipeline.manifest import Manifest
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
-from data_pipeline.tar_headers import BLOCK, ShardError
+from data_pipeline.tar_headers import BLOCK
 from tools.pack_run import LEFT_OUT_NAME
 from tools.shards import main
 from tools.tar_salvage import salvage

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.git import GitDecoderSettings
 from pretrain.models.git_weights import import_git
 from pretrain.models.init import initialise
@@ -149,7 +150,7 @@ def build(
     settings = CaptioningSettings(
         decoder=decoder, label_smoothing=label_smoothing, max_new_tokens=12
     )
-    objective = settings.build(encoders, words, MEAN, STD)
+    objective = settings.build(BuildContext(encoders, words, MEAN, STD))
     return MultiTaskModel(encoders, {"caption": objective})
 
 

@@ -24,6 +24,7 @@ from tests.pretrain.models.internimage_models import (
     PUBLISHED,
     SMALL_PROJECTOR,
     OfficialModel,
+    Pooled,
     small_encoder,
     small_settings,
 )
@@ -46,7 +47,7 @@ def draws(*positions: int, seed: int = 1, task: str = "classify") -> SampleDraws
 def test_any_size(mixer, size):
     encoder = small_encoder(mixer={"type": mixer}, head={"type": "conv"}).eval()
     with torch.no_grad():
-        maps = encoder.maps(images(1, *size))
+        maps = encoder.encode(images(1, *size), ("maps",)).maps
         tokens = encoder(images(1, *size))
         sides = [tuple(m.shape) for m in maps]
         assert sides == [
@@ -54,18 +55,20 @@ def test_any_size(mixer, size):
         ]
         assert tokens.shape == (1, encoder.tokens(*size), encoder.width)
         assert torch.equal(tokens, maps[-1].flatten(1, 2))
-        assert encoder(images(1, *size), pooled=True).shape == (1, encoder.pooled_width)
-        assert len(encoder.maps(images(1, *size), out_indices=(0, 2))) == 2
+        pooled = encoder.encode(images(1, *size), ("pooled",)).pooled
+        assert pooled.shape == (1, encoder.pooled_width)
+        places = [(1, *grid.sides(*size), grid.width) for grid in encoder.map_grids()]
+        assert sides == places
         assert encoder(images(0, *size)).shape == (0, encoder.tokens(*size), encoder.width)
 
 
 def test_the_projector_refuses_what_its_maps_do_not_fit():
     encoder = small_encoder(head=SMALL_PROJECTOR)
-    assert encoder(images(1, 64, 96), pooled=True).shape == (1, 48)
+    assert encoder.encode(images(1, 64, 96), ("pooled",)).pooled.shape == (1, 48)
     with pytest.raises(ValueError, match=r"48 x 80 pixels do not fit.*multiples of 32"):
-        encoder(images(1, 48, 80), pooled=True)
+        encoder.encode(images(1, 48, 80), ("pooled",))
     with pytest.raises(ValueError, match="no head"):
-        small_encoder()(images(), pooled=True)
+        small_encoder().encode(images(), ("pooled",))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -74,9 +77,10 @@ def test_flops_are_those_that_torch_counts(mixer):
         encoder = small_encoder(mixer={"type": mixer}, head=head).eval()
         # The fused attention of CPUs is not counted: matrix products are.
         counter = FlopCounterMode(display=False)
+        want = "tokens" if head is None else "pooled"
         with sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
-            encoder(images(1, 64, 96), pooled=head is not None)
-        wanted = encoder.flops(64, 96, pooled=head is not None)
+            encoder.encode(images(1, 64, 96), (want,))
+        wanted = encoder.flops(64, 96, want=want)
         sampled = sum(
             module.sampling_flops(16 // 2**stage, 24 // 2**stage)
             for stage, level in enumerate(encoder.levels)
@@ -100,7 +104,7 @@ def test_flops_of_the_published_sizes(size, side, giga):
         for stage, level in enumerate(encoder.levels)
         for block in level.blocks
     )
-    official = (encoder.flops(side, side, pooled=True) - sampled) / 2 + sampled / 8 * 5
+    official = (encoder.flops(side, side, want="pooled") - sampled) / 2 + sampled / 8 * 5
     assert official / 1e9 == pytest.approx(giga, rel=2e-3)
 
 
@@ -161,7 +165,7 @@ def test_recomputation_changes_nothing():
             drop_path=0.4, gradient_checkpointing=recompute, head=SMALL_PROJECTOR,
             mixer={"center_feature_scale": True}, post_norm_layers=(1,), res_post_norm=True,
         )  # fmt: skip
-        encoder.train()(images(), draws(3, 4), pooled=True).square().sum().backward()
+        encoder.train().encode(images(), ("pooled",), draws(3, 4)).pooled.square().sum().backward()
         return [p.grad for p in encoder.parameters()]
 
     for one, other in zip(gradients(True), gradients(False), strict=True):
@@ -174,11 +178,11 @@ def test_recomputation_changes_nothing():
 def test_compiled_without_a_graph_break(backend):
     if backend == "inductor" and (missing() or not Path(get_path("include"), "Python.h").exists()):
         pytest.skip("inductor needs a C++ compiler and Python's headers")
-    encoder = small_encoder(head={"type": "conv"}).eval()
+    encoder = Pooled(small_encoder(head={"type": "conv"})).eval()
     compiled = torch.compile(encoder, fullgraph=True, backend=backend)
     found = []
     for model in (encoder, compiled):
-        output = model(images(), pooled=True)
+        output = model(images())
         inputs = list(encoder.parameters())
         found.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
     for plain, other in zip(*found, strict=True):
@@ -190,12 +194,12 @@ def test_compiled_without_a_graph_break(backend):
 def test_torch_exports_it_for_any_batch():
     encoder = small_encoder(head={"type": "conv"}).eval()
     exported = torch.export.export(
-        encoder, (images(2),), {"pooled": True},
-        dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=64)}, "pooled": None},
+        Pooled(encoder), (images(2),),
+        dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=64)}},
     )  # fmt: skip
     with torch.no_grad():
-        found = exported.module()(images(5), pooled=True)
-        torch.testing.assert_close(found, encoder(images(5), pooled=True))
+        found = exported.module()(images(5))
+        torch.testing.assert_close(found, encoder.encode(images(5), ("pooled",)).pooled)
 
 
 # ---- values ------------------------------------------------------------------------------------
@@ -230,8 +234,8 @@ def test_initial_values_are_the_official_distributions():
 
 def test_bfloat16_is_near_float32():
     encoder = small_encoder(head={"type": "conv"}, layer_scale=0.5, post_norm=True).eval()
-    exact = encoder(images(), pooled=True)
-    rounded = encoder.to(torch.bfloat16)(images().bfloat16(), pooled=True)
+    exact = encoder.encode(images(), ("pooled",)).pooled
+    rounded = encoder.to(torch.bfloat16).encode(images().bfloat16(), ("pooled",)).pooled
     assert rounded.dtype == torch.bfloat16
     assert (rounded - exact).norm() < 0.1 * exact.norm()
     assert encoder.conv_head[1][0].running_var.dtype == torch.float32
@@ -380,9 +384,8 @@ def test_modules_check_their_own_arguments():
         InternImage(16, (1, 1, 1), (1, 2, 4))
     with pytest.raises(TypeError, match="head 'conv' must be ConvHeadSettings"):
         InternImage(16, (1, 1, 1, 1), (1, 2, 4, 8), head="conv")
-    for wrong in ((4,), (-1,), ()):
-        with pytest.raises(ValueError, match="among the stages 0 to 3"):
-            small_encoder().maps(images(1), out_indices=wrong)
+    with pytest.raises(ValueError, match=r"InternImage gives tokens, cells, .* but no words"):
+        small_encoder().encode(images(1), ("words",))
     model = OfficialModel(InternImage(16, (1, 1, 1, 1), (1, 2, 4, 8), head=small_settings(
         head={"type": "conv"}).head), 3)
     assert model(images(1)).shape == (1, 3)

@@ -53,7 +53,7 @@ def test_logits_maps_and_gradients(name):
     logits = model(images)
     torch.testing.assert_close(logits, tensors["logits"], atol=2e-5, rtol=1e-4)
     with torch.no_grad():
-        for index, found in enumerate(model.encoder.maps(images)):
+        for index, found in enumerate(model.encoder.encode(images, ("maps",)).maps):
             torch.testing.assert_close(found, tensors[f"stage{index}"], atol=2e-5, rtol=1e-4)
     (logits * tensors["loss_weight"]).sum().backward()
     torch.testing.assert_close(images.grad, tensors["grad_input"], atol=5e-5, rtol=1e-3)

@@ -4,12 +4,14 @@ import math
 
 import torch
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.models.text import TextEncoderSettings
 from pretrain.models.vit import VitSettings
 from pretrain.objectives.m3i import M3ISettings
+from tests.pretrain.contexts import text_context
 from tests.pretrain.models.git_models import MEAN, STD
 from tests.pretrain.models.internimage_models import SMALL_PROJECTOR
 from tests.pretrain.objectives.pair_models import BOS, CLASSES, EOS, WORDS, pair_batch, rows_of
@@ -32,14 +34,15 @@ def build_m3i(kind: str = "vit", texts: bool = True, classes: int | None = CLASS
     text = TextEncoderSettings(
         width=12, layers=1, heads=2, max_positions=16, position_std=0.3, causal=False, pool="mean"
     )
-    encoders = {"image": image.build()} | ({"text": text.build(WORDS, EOS)} if texts else {})
+    encoders = {"image": image.build()}
+    if texts:
+        encoders["text"] = text.build(text_context(WORDS, EOS))
     settings = M3ISettings(**{
         "text_encoder": "text" if texts else None, "decoder": DECODER, "temperature": 0.2,
         **options, **changes,
     })  # fmt: skip
-    objective = settings.build(
-        encoders, None, MEAN, STD, classes=classes, new_encoder=lambda _: image.build()
-    )
+    objective = settings.build(BuildContext(
+        encoders, None, MEAN, STD, classes=classes, new_encoder=lambda _: image.build()))
     return MultiTaskModel(encoders, {"m3i": objective}, seed=3)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.git import GitDecoderSettings
 from pretrain.models.git_weights import export_git
 from pretrain.models.pixels import normalise_pixels
@@ -114,10 +115,10 @@ def test_pixels_are_normalised_in_float32() -> None:
 def test_settings_name_what_does_not_fit() -> None:
     encoders = {"image": VitSettings(image_size=16, patch_size=8, width=32, heads=4).build()}
     with pytest.raises(ValueError, match=r"encoder 'picture' is not in model\.encoders \(image\)"):
-        CaptioningSettings(encoder="picture").build(encoders, Words(), MEAN, STD)
+        CaptioningSettings(encoder="picture").build(BuildContext(encoders, Words(), MEAN, STD))
     short = CaptioningSettings(decoder=GitDecoderSettings(max_positions=30))
     with pytest.raises(ValueError, match=r"max_new_tokens \(40\) exceeds"):
-        short.build(encoders, Words(), MEAN, STD)
+        short.build(BuildContext(encoders, Words(), MEAN, STD))
 
 
 # ------------------------------------------------------------------------------ transformers

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.objectives.classification import ClassificationSettings
 from tests.pretrain.models.git_models import MEAN, STD
@@ -82,7 +83,7 @@ def test_nothing_labelled_gives_zero_through_every_parameter():
 def test_fewer_classes_than_five():
     settings = ClassificationSettings(label_smoothing=0.0)
     model = pair_model()
-    objective = settings.build(dict(model.encoders), None, MEAN, STD, classes=3)
+    objective = settings.build(BuildContext(dict(model.encoders), None, MEAN, STD, classes=3))
     logits, labels = torch.tensor([[3.0, 2, 1], [1, 2, 3]]), torch.tensor([1, -1])
     loss, cross_entropy, top1, top5 = objective.label_sums(logits, labels)
     assert loss == cross_entropy and (top1, top5) == (0, 1)
@@ -141,7 +142,8 @@ def test_the_first_weights_of_the_head_have_the_deviation_that_the_recipe_says()
     for std in (0.0, 2e-5, 0.02):
         model = pair_model()
         encoders = dict(model.encoders)
-        objective = ClassificationSettings(head_std=std).build(encoders, None, MEAN, STD, 1000)
+        context = BuildContext(encoders, None, MEAN, STD, 1000)
+        objective = ClassificationSettings(head_std=std).build(context)
         initialise(objective, 0)
         assert objective.head.weight.std().item() == pytest.approx(std, rel=0.05)
         assert not objective.head.bias.any()
@@ -149,8 +151,8 @@ def test_the_first_weights_of_the_head_have_the_deviation_that_the_recipe_says()
 
 def test_an_encoder_must_be_there():
     with pytest.raises(ValueError, match=r"'eye' is not in model\.encoders \(image, text\)"):
-        ClassificationSettings(encoder="eye").build(
-            dict(pair_model().encoders), None, MEAN, STD, classes=3)
+        ClassificationSettings(encoder="eye").build(BuildContext(
+            dict(pair_model().encoders), None, MEAN, STD, classes=3))
 
 
 def test_flops_leave_padding_out():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
+from pretrain.models.build_context import BuildContext
 from pretrain.objectives.contrastive import ContrastiveSettings, Temperature
 from pretrain.objectives.contrastive_loss import caption_ids, contrastive_sums
 from pretrain.objectives.retrieval import retrieval_recalls
@@ -177,7 +178,7 @@ def test_temperature_is_held_at_its_bound():
 def test_an_encoder_must_be_there():
     encoders = dict(pair_model().encoders)
     with pytest.raises(ValueError, match=r"encoder 'texts' is not in model\.encoders"):
-        ContrastiveSettings(text_encoder="texts").build(encoders, None, MEAN, STD)
+        ContrastiveSettings(text_encoder="texts").build(BuildContext(encoders, None, MEAN, STD))
 
 
 def test_flops_leave_padding_out():

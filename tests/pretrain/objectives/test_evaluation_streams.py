@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data_pipeline.faults import FaultLimits
-from data_pipeline.labels import LabelDataSettings, LabelFields
+from data_pipeline.labels import LabelDataSettings, LabelProcessor
 from data_pipeline.loader import EvaluationLoader
 from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import SampleReader
@@ -38,7 +38,7 @@ def batches(shards, rank: int, world: int, micro_batch: int, **options) -> list[
         shards=["unused"], classes=CLASSES, image=ImageSettings(size=16, mode="center_crop")
     )
     stream = TaskStream(
-        "held_out", SampleReader(shards), None, LabelFields(settings, train=False), 0,
+        "held_out", SampleReader(shards), None, LabelProcessor(settings, train=False), 0,
         micro_batch * world, micro_batch, options.pop("selection", None),
     )  # fmt: skip
     limits = FaultLimits(max_bad_fraction=1.0)

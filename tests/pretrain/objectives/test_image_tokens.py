@@ -3,13 +3,16 @@
 import pytest
 import torch
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.models.text import TextEncoderSettings
+from pretrain.models.vit_settings import VitSettings
 from pretrain.objectives.captioning import CaptioningSettings
 from pretrain.objectives.classification import ClassificationSettings
 from pretrain.objectives.contrastive import ContrastiveSettings
 from pretrain.objectives.image_tokens import image_vectors, vector_flops, vector_width
+from tests.pretrain.contexts import text_context
 from tests.pretrain.models.git_models import MEAN, STD, Words
 from tests.pretrain.models.internimage_models import SMALL_PROJECTOR, small_encoder
 from tests.pretrain.objectives.pair_models import CLASSES, EOS, WORDS, pair_batch
@@ -20,14 +23,15 @@ POSITIONS = torch.arange(20, 24)
 def three_tasks(seed: int = 0) -> MultiTaskModel:
     """All objectives on one InternImage that drops half of the branches of its last layer."""
     text = TextEncoderSettings(width=12, layers=1, heads=2, max_positions=16)
-    encoders = {"image": small_encoder(drop_path=0.5), "text": text.build(WORDS, EOS)}
+    encoders = {"image": small_encoder(drop_path=0.5), "text": text.build(text_context(WORDS, EOS))}
     decoder = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32, "max_positions": 16,
                "dropout": 0.0}  # fmt: skip
     model = MultiTaskModel(encoders, {
-        "caption": CaptioningSettings(decoder=decoder, max_new_tokens=4).build(
-            encoders, Words(WORDS), MEAN, STD),
-        "classify": ClassificationSettings().build(encoders, None, MEAN, STD, classes=CLASSES),
-        "contrast": ContrastiveSettings(width=8).build(encoders, None, MEAN, STD),
+        "caption": CaptioningSettings(decoder=decoder, max_new_tokens=4).build(BuildContext(
+            encoders, Words(WORDS), MEAN, STD)),
+        "classify": ClassificationSettings().build(
+            BuildContext(encoders, None, MEAN, STD, classes=CLASSES)),
+        "contrast": ContrastiveSettings(width=8).build(BuildContext(encoders, None, MEAN, STD)),
     }, seed=seed)  # fmt: skip
     initialise(model, 0)
     return model.train()
@@ -63,12 +67,12 @@ def test_vectors():
     assert head.shape == (2, 48) and vector_width(encoder, "head") == 48
     assert vector_width(encoder, "mean") == encoder.width == 128
     more = vector_flops(encoder, "head")(64, 96) - vector_flops(encoder, "mean")(64, 96)
-    assert more == encoder.flops(64, 96, pooled=True) - encoder.flops(64, 96) > 0
+    assert more == encoder.flops(64, 96, want="pooled") - encoder.flops(64, 96) > 0
 
 
 def test_an_encoder_without_head():
     with pytest.raises(ValueError, match="has no head"):
         vector_width(small_encoder(), "head")
-    text = TextEncoderSettings(width=12, layers=1, heads=2, max_positions=16).build(WORDS, EOS)
-    with pytest.raises(ValueError, match="TextEncoder has not: use pool=mean"):
-        vector_width(text, "head")
+    vit = VitSettings(image_size=16, patch_size=8, width=12, layers=1, heads=2).build()
+    with pytest.raises(ValueError, match="VisionTransformer has not: use pool=mean"):
+        vector_width(vit, "head")

@@ -47,7 +47,7 @@ def plain(model, batch, draws):
     settings, size = objective.settings, batch["images"].shape[-2:]
     cells = [side // settings.cell for side in size]
     masks = pair_masks(draws, tuple(cells))
-    grid, vectors, squares, targets = encoder.dense_grid(*size), [], [[], []], [[], []]
+    grid, vectors, squares, targets = encoder.grid("cells").sides(*size), [], [[], []], [[], []]
 
     def finer(mask, sides):
         return mask.repeat_interleave(sides[0] // cells[0], 0).repeat_interleave(
@@ -58,13 +58,16 @@ def plain(model, batch, draws):
     for row in range(len(pixels)):
         pair, second = row // 2, row % 2
         mixed = torch.where(finer(masks[pair], size), pixels[2 * pair], pixels[2 * pair + 1])
-        sign = torch.where(finer(masks[pair], encoder.stem_grid(*size)), 1.0, -1.0)[..., None]
-        tokens = encoder.dense(mixed[None], None, (sign * objective.mark.mark)[None])[0]
+        own = finer(masks[pair], encoder.grid("stem").sides(*size))
+        sign = torch.where(own, 1.0, -1.0)[..., None]
+        joined = (sign * objective.mark.mark)[None]
+        tokens = encoder.encode(mixed[None], ("cells",), joined=joined).cells[0]
         own = finer(masks[pair], grid).flatten() ^ bool(second)
         seen = tokens[own][None]
         vectors.append(pooled(objective, encoder, seen))
         view = (others if second else pixels)[row]
-        target = objective.target.projector(objective.target.encoder.dense(view[None]))
+        dense = objective.target.encoder.encode(view[None], ("cells",)).cells
+        target = objective.target.projector(dense)
         targets[second].append(target[0].detach())
         crops = batch["crops"][row, [0, second]][None]
         positions, scales = relative_positions(crops, batch["flips"][row, [0, second]][None], grid)
@@ -382,7 +385,7 @@ def test_an_internimage_hands_on_its_projector():
     model, batch = m3i_model("internimage").eval(), m3i_batch(4, size=(64, 64))
     objective, encoder = model.objectives["m3i"], model.encoders["image"]
     vectors = objective.image_vectors(model.encoders, batch["images"])
-    pooled = encoder(pixels_of(batch["images"]), pooled=True)
+    pooled = encoder.encode(pixels_of(batch["images"]), ("pooled",)).pooled
     torch.testing.assert_close(encoder.fc_norm(vectors), pooled)
     torch.testing.assert_close(
         objective.class_logits(model.encoders, vectors), objective.head(pooled)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pretrain.engine.zero import to_device
+from pretrain.models.build_context import BuildContext
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.classification import ClassificationSettings
@@ -44,7 +45,7 @@ def internimage_classifier(mixer: str = "dcnv3") -> MultiTaskModel:
         head={"type": "conv"}, mixer={"type": mixer},
     ).build()}  # fmt: skip
     settings = ClassificationSettings(pool="head", smaller_sizes=[8])
-    objective = settings.build(encoders, None, MEAN, STD, classes=CLASSES)
+    objective = settings.build(BuildContext(encoders, None, MEAN, STD, classes=CLASSES))
     return MultiTaskModel(encoders, {"classify": objective})
 
 

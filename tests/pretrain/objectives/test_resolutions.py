@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.classification import ClassificationSettings
@@ -98,8 +99,8 @@ def passes_model(own_views: bool, consistency: float):
     sizes = (48, 32)
     objective = ClassificationSettings(
         pool="head", smaller_sizes=() if own_views else sizes, scale_consistency=consistency
-    ).build({"image": encoder}, None, MEAN, STD, classes=CLASSES,
-            smaller_views=sizes if own_views else ())  # fmt: skip
+    ).build(BuildContext({"image": encoder}, None, MEAN, STD, classes=CLASSES,
+            smaller_views=sizes if own_views else ()))  # fmt: skip
     model = MultiTaskModel({"image": encoder}, {"classify": objective}, seed=3)
     initialise(objective, 0)
     generator = torch.Generator().manual_seed(0)
@@ -163,7 +164,7 @@ def test_settings():
         with pytest.raises(ValidationError, match="must descend"):
             ClassificationSettings(smaller_sizes=sizes)
     settings, encoders = ClassificationSettings(smaller_sizes=[8]), pair_model().encoders
-    built = settings.build(encoders, None, MEAN, STD, classes=CLASSES)
+    built = settings.build(BuildContext(encoders, None, MEAN, STD, classes=CLASSES))
     assert built.smaller_sizes == (8,)
     with pytest.raises(ValueError, match="two ways to the same"):
-        settings.build(encoders, None, MEAN, STD, classes=CLASSES, smaller_views=(8,))
+        settings.build(BuildContext(encoders, None, MEAN, STD, classes=CLASSES, smaller_views=(8,)))

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 import data_pipeline.workers
 from data_pipeline.loader import LoaderSettings, StepLoader
+from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.order import Order
+from data_pipeline.order_plan import plan_order
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
-from data_pipeline.sources import MixedOrder, Source, concatenated, plan_order
+from data_pipeline.sources import Source, concatenated
 from data_pipeline.step_sampler import StepSampler
 from data_pipeline.stream import TaskStream
 from pretrain.sampler import Stage, build_schedule
