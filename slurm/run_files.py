@@ -86,6 +86,18 @@ def other_owner(run: Path, job: str | None) -> dict:
     return owner
 
 
+def supervisor_here(run: Path) -> int:
+    """Process number of the run's supervisor, if it lives on this machine; else 0."""
+    said = read_json(control(run, "supervisor.json"))
+    if said.get("host") != os.uname().nodename:
+        return 0
+    try:  # the number may be another process's by now
+        command = Path(f"/proc/{said['pid']}/cmdline").read_bytes()
+    except (OSError, KeyError):
+        return 0
+    return said["pid"] if b"supervise" in command else 0
+
+
 def sign_off(run: Path, owner: dict) -> None:
     """Say for an owner that is dead that it has left, so that nobody waits for its silence."""
     path = control(run, "owner.json")

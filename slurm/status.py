@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import cluster, goodput, requests
-from slurm.attempts import read_attempts
-from slurm.run_files import age, control, last_checkpoint, status
+from slurm.run_files import age, control, last_checkpoint, read_attempts, status
 
 _TAIL_BYTES = 2**18
 ALIVE_S = 60.0
