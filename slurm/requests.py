@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from slurm import cluster
-from slurm.run_files import age, control, last_checkpoint, read_json, status, supervisor_here
+from slurm.owner import supervisor_here
+from slurm.run_files import age, control, last_checkpoint, read_json, status
 
 
 def stop(run: Path, wait_s: float) -> int:

@@ -53,18 +53,6 @@ def age(path: Path, now: float | None = None) -> float | None:
     return None if changed is None else max((now or time.time()) - changed / 1e9, 0.0)
 
 
-def silence(run: Path) -> float | None:
-    """Seconds since the last heartbeat, by the clock of the file system; None: there was none."""
-    probe = control(run, f".clock-{os.uname().nodename}-{os.getpid()}")
-    try:
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
-    except OSError:
-        now = time.time()
-    return age(control(run, "heartbeat"), now)
-
-
 def last_checkpoint(run: Path) -> int:
     """Step of the newest checkpoint that is in place; 0 if there is none."""
     steps = [0]
@@ -72,37 +60,6 @@ def last_checkpoint(run: Path) -> int:
         with contextlib.suppress(ValueError):
             steps.append(int(manifest.parent.name.removeprefix("step_")))
     return max(steps)
-
-
-def other_owner(run: Path, job: str | None) -> dict:
-    """Who is at work in the run directory, if that is not this job; empty if nobody is.
-
-    job: as the trainer notes it ("SLURM_JOB_ID=123"); None outside a scheduler, where the trainer
-    itself tells processes of this machine apart.
-    """
-    owner = read_json(control(run, "owner.json"))
-    if not owner or "left" in owner or job is None or owner.get("job") == job:
-        return {}
-    return owner
-
-
-def supervisor_here(run: Path) -> int:
-    """Process number of the run's supervisor, if it lives on this machine; else 0."""
-    said = read_json(control(run, "supervisor.json"))
-    if said.get("host") != os.uname().nodename:
-        return 0
-    try:  # the number may be another process's by now
-        command = Path(f"/proc/{said['pid']}/cmdline").read_bytes()
-    except (OSError, KeyError):
-        return 0
-    return said["pid"] if b"supervise" in command else 0
-
-
-def sign_off(run: Path, owner: dict) -> None:
-    """Say for an owner that is dead that it has left, so that nobody waits for its silence."""
-    path = control(run, "owner.json")
-    if read_json(path) == owner:  # whoever has claimed the run meanwhile keeps it
-        write_json(path, owner | {"left": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
 
 def read_attempts(run: Path) -> list[dict]:

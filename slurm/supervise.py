@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from slurm import cluster, follow, launch
+from slurm import cluster, follow, launch, owner
 from slurm.decide import AGAIN, LOST, REFUSED, Decision, Outcome, decide
 from slurm.guard import adopt_orphans
 from slurm.one_try import OneTry
@@ -29,20 +29,12 @@ from slurm.run_files import (
     control,
     fruitless,
     last_checkpoint,
-    other_owner,
     read_json,
-    sign_off,
-    silence,
     stamp,
     status,
-    supervisor_here,
     suspects,
     write_json,
 )
-
-OWNER_SILENT_S = 62.0
-"""After so long the trainer takes a run directory over from a silent owner."""
-_ASK_S, _GRACE_S = 5.0, 15.0
 
 
 class Supervisor:
@@ -85,39 +77,13 @@ class Supervisor:
         if control(self.run, "stop").exists():
             return Decision("stop", 0, "control/stop is there: it is not started (submit the run "
                             "again, or delete the file, to go on)")
-        if refused := self._wait_for_owner():
+        if refused := owner.wait(self.run, self.trainer_job, lambda: self.leaving, self._say):
             return Decision("leave", REFUSED, refused)
         if self.leaving:
             return Decision("requeue", AGAIN, self.leaving)
         self._quietly(control(self.run, "stop.auto").unlink, missing_ok=True)
         self._note_broken_try()
         return None
-
-    def _wait_for_owner(self) -> str:
-        """Why not to start, since another job is at work in the run directory; or "".
-
-        A job that was killed without a word has not left. Where SLURM says that it is over, it is
-        succeeded at once; else, as the trainer does, when it has been silent for a minute.
-        """
-        if (other := supervisor_here(self.run)) not in (0, os.getpid()):
-            return f"process {other} supervises it: `python -m slurm stop {self.run}` ends that"
-        until, asked = time.monotonic() + OWNER_SILENT_S + _GRACE_S, 0.0
-        while (owner := other_owner(self.run, self.trainer_job)) and not self.leaving:
-            name, _, number = str(owner.get("job")).partition("=")
-            if time.monotonic() - asked > _ASK_S and name == "SLURM_JOB_ID":
-                asked = time.monotonic()
-                if cluster.is_over(number):
-                    self._say(f"job {number}, which had the run, is over: it is taken over")
-                    self._quietly(sign_off, self.run, owner)
-                    return ""
-            silent = silence(self.run)
-            if silent is None or silent > OWNER_SILENT_S:
-                return ""
-            if time.monotonic() > until:
-                return (f"the run is at work in {owner.get('job') or 'another job'} on "
-                        f"{owner.get('host')}")
-            time.sleep(1)
-        return ""
 
     def _note_broken_try(self) -> None:
         """Enter a try whose supervisor was killed before it could: its node was lost, say."""
@@ -146,7 +112,7 @@ class Supervisor:
             "module": self.options.command[0],
         })
         this.go()
-        if other_owner(self.run, self.trainer_job):
+        if owner.other(self.run, self.trainer_job):
             this.code = LOST  # srun says 143 for it
         said = status(self.run)
         if stamp(control(self.run, "status.json")) == said_before:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from slurm import cluster, follow, logs
+from slurm import cluster, follow, logs, owner
 from slurm import supervise as module
 from slurm.one_try import OneTry
-from slurm.run_files import Ledger, control, read_attempts, silence
+from slurm.run_files import Ledger, control, read_attempts
 from slurm.supervise import Supervisor
 from slurm.supervise_options import parse
 
@@ -62,14 +62,14 @@ OWNER = {"job": "SLURM_JOB_ID=7", "host": "n9", "token": "x"}
 def test_a_dead_owners_job_is_succeeded_at_once(run, commands, monkeypatch, squeue, over):
     """And one that may live is waited for: a controller that is away says nothing."""
     commands(squeue=squeue)
-    monkeypatch.setattr(module, "_GRACE_S", 1 - module.OWNER_SILENT_S)
+    monkeypatch.setattr(owner, "_GRACE_S", 1 - owner.SILENT_S)
     control(run, "owner.json").write_text(json.dumps(OWNER))
     control(run, "heartbeat").touch()
     started = time.monotonic()
-    refused = supervisor(run)._wait_for_owner()
+    refused = owner.wait(run, "SLURM_JOB_ID=8", str, print)
     assert time.monotonic() - started < 10
-    owner = json.loads(control(run, "owner.json").read_text())
-    assert (refused == "", "left" in owner) == (over, over)
+    left = json.loads(control(run, "owner.json").read_text())
+    assert (refused == "", "left" in left) == (over, over)
     assert over or "at work in SLURM_JOB_ID=7 on n9" in refused
 
 
@@ -148,7 +148,7 @@ def test_the_wish_to_stop_is_repeated_until_the_run_has_ended(run):
 def test_silence_is_told_by_the_file_systems_clock(run, monkeypatch):
     control(run, "heartbeat").touch()
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    assert silence(run) < 5.0 and not list((run / "control").glob(".clock*"))
+    assert owner.silence(run) < 5.0 and not list((run / "control").glob(".clock*"))
 
 
 def test_a_command_that_hangs_is_given_up(commands, monkeypatch):
