@@ -12,6 +12,7 @@ from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.sources import Source, concatenated, open_source, open_sources
 from data_pipeline.step_sampler import MicroBatch, deal
 from data_pipeline.weak_stream import PROMISES_NOT
+from pretrain import recipe_checks
 from pretrain.build import (
     build_evaluation_loader,
     build_model,
@@ -77,7 +78,8 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
     attempt("engine", lambda: _engine(recipe, world, zero))
     if recipe.tokenizer:
         attempt("tokenizer", lambda: _tokenizer(recipe, tokenizers))
-    findings += [Finding(True, line, warns=True) for line in idle_ranks(recipe, world)]
+    warnings = [*recipe_checks.warnings(recipe), *idle_ranks(recipe, world)]
+    findings += [Finding(True, line, warns=True) for line in warnings]
     if len(recipe.tasks) > 1:
         attempt("schedule", lambda: _schedule(recipe))
     for name, task in recipe.tasks.items():

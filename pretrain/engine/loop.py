@@ -32,7 +32,7 @@ log = logging.getLogger("omnipretrain.loop")
 # The agreed vector has the same length for (almost) any tasks: ranks that disagree on what to run
 # must at least meet in the all-reduce that tells them so.
 _COUNT_SLOTS = 64
-_FLAGS = 4  # stop, save, profile, run directory lost
+_FLAGS = 5  # stop, save, profile, run directory lost, a checkpoint is being written
 
 
 class TrainingFailed(RuntimeError):
@@ -79,6 +79,8 @@ class Loop:
         way_back: first of the steps that were skipped in a row -> what to do, as the end of a
             sentence.
         meant_empty: tasks of whose missing targets nothing is said.
+        is_writing: whether this rank is still writing a checkpoint; asked at each step.
+        when_written: called after each step at which no rank was, on every rank.
         own_time: clocks a forward pass of the steps that are reported; None = nothing is clocked.
         on_profile: called on every rank with the steps taken, after each step in which a trace of
             the next ones is asked for.
@@ -100,6 +102,8 @@ class Loop:
         after_update: Callable[[int], None] = lambda update: None,
         way_back: Callable[[int], str] = lambda step: "lower optimizer.lr",
         meant_empty: Collection[str] = (),
+        is_writing: Callable[[], bool] = lambda: False,
+        when_written: Callable[[], None] = lambda: None,
         own_time: OwnTime | None = None,
         on_profile: Callable[[int], None] = lambda step: None,
     ) -> None:
@@ -117,6 +121,7 @@ class Loop:
         self.after_update = after_update
         self.way_back = way_back
         self.targets = TargetWatch(ranks.leads, meant_empty)
+        self.is_writing, self.when_written = is_writing, when_written
         self.own_time, self.on_profile = own_time, on_profile
         self._begin_mark = time.perf_counter()
 
@@ -156,7 +161,9 @@ class Loop:
             for report in reports:
                 on_report(state, report)
             self._check_skips(state)
-            stop, save, profile = requests
+            stop, save, profile, writing = requests
+            if not writing:
+                self.when_written()
             stop = after_step(state, save) or stop
             if profile and not stop:
                 self.on_profile(state.step)
@@ -198,10 +205,10 @@ class Loop:
             state.samples[part.task] = samples
         # Here the host waits until the device has stepped: `seconds` are those of the whole step,
         # and ZeRO-3, whose gathering stream waits for no other, finds weights that are written.
-        stop, save, profile, lost, *sums = agreed.tolist()
+        stop, save, profile, lost, writing, *sums = agreed.tolist()
         if lost > 0:
             self._leave_lost_run()
-        requests = stop > 0, save > 0, profile > 0
+        requests = stop > 0, save > 0, profile > 0, writing > 0
         counts, taught = _by_task(totals, sums), False
         for part in window.parts:
             objective = self.engine.module.objectives[part.task]
@@ -277,7 +284,8 @@ class Loop:
         check = self.agreement.numbers(window) if checked else [0] * LENGTH
         spare = [0] * (-len(names) % _COUNT_SLOTS)
         values = torch.tensor(
-            [*check, stop, save, profile, lost, *(counts[name] for name in names), *spare],
+            [*check, stop, save, profile, lost, self.is_writing(), *(counts[n] for n in names),
+             *spare],
             dtype=torch.float64, device=self.ranks.device,
         )
         dist.all_reduce(values)

@@ -16,8 +16,8 @@ from pretrain import build
 from pretrain.check_targets import targets_may_miss
 from pretrain.engine.agreement import Agreement
 from pretrain.engine.announcement import announce
+from pretrain.engine.background_save import BackgroundCheckpoints
 from pretrain.engine.balance import TaskBalance
-from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.data_metrics import DataMetrics
 from pretrain.engine.data_record import data_entries
@@ -41,6 +41,7 @@ from pretrain.engine.profiler import FOLDER, Profiler
 from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.run_dir import open_fault_file, record_start
 from pretrain.engine.run_record import RunDirError
+from pretrain.engine.saves import Saves
 from pretrain.engine.spikes import SpikeWatch
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.start_notes import StartNotes
@@ -82,8 +83,7 @@ class Trainer:
         watch_for_out_of_memory(self.run_dir / FOLDER, ranks.rank, ranks.device)
         self.state = TrainerState()
         self.spikes = SpikeWatch(recipe.failure.spike) if recipe.failure.spike else None
-        self.saved_step = 0
-        self.checkpoints = Checkpoints(
+        self.checkpoints = BackgroundCheckpoints(
             self.run_dir / "checkpoints",
             recipe.checkpoint,
             may_commit=ownership.require,
@@ -91,6 +91,11 @@ class Trainer:
                 f"tokenizer/{path.name}": path
                 for path in sorted((self.run_dir / "tokenizer").glob("*"))
             } | {RECIPE: recipe.to_yaml().encode()},  # not the file, which may be edited
+            device=ranks.device, limit_s=60 * recipe.failure.save_minutes,
+        )
+        self.saves = Saves(
+            self.checkpoints, self.control if ranks.leads else None,
+            partial(self._during, "save"), self._to_save,
         )
 
     def run(self) -> None:
@@ -144,6 +149,7 @@ class Trainer:
         if not self.ranks.leads:
             return
         self.ownership.require()
+        self.checkpoints.clear_unfinished()
         since = self.ownership.claimed_at  # a rank of this start may have failed already
         for old in self.run_dir.glob("control/failure_rank_*.json"):
             if old.stat().st_mtime < since:
@@ -197,6 +203,7 @@ class Trainer:
             after_update=self._after_update,
             way_back=lambda step: way_back(recipe, step),
             meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
+            is_writing=self.saves.observe, when_written=self.saves.written,
             own_time=OwnTime(self.engine.module, self.ranks.device),
             on_profile=self.profiler.begin,
         )
@@ -212,14 +219,19 @@ class Trainer:
             )
             self.data_metrics = DataMetrics(self.ranks, self.loader)
             self._enter_step()
-            stopped = loop.run(
-                self.loader, state, wants_report=self._wants_report,
-                on_report=self._on_report, after_step=self._after_step,
-            )
+            try:
+                stopped = loop.run(
+                    self.loader, state, wants_report=self._wants_report,
+                    on_report=self._on_report, after_step=self._after_step,
+                )
+            except TrainingFailed:  # of all ranks alike; what was begun before is good
+                self.saves.wait()
+                raise
             self.profiler.close()
-        if self.loader is not None and self.saved_step != state.step:
+        if self.loader is not None and self.saves.step != state.step:
             self._look_after_bad_samples()
-        self._save()
+        self.saves.finish()
+        self.checkpoints.close()
         self.ownership.require()
         if self.ranks.leads:
             self.control.status("stopped" if stopped else "finished", state.step, stopped or "")
@@ -292,16 +304,13 @@ class Trainer:
             self.targets.update(update)
 
     def _after_step(self, state: TrainerState, save_asked: bool) -> bool:
-        recipe = self.recipe
         self.notes.close()
         self.profiler.after_step(state.step)
         self.log.progress(state.step, getattr(self, "status_line", ""))
         whole = self.evaluator.evaluate_if_due(state.step)
-        if save_asked or state.step % recipe.checkpoint.every_steps == 0:
+        if self.saves.due(state.step, save_asked):
             self._look_after_bad_samples()
-            self._save()
-            if save_asked and self.ranks.leads:
-                self.control.save_done()
+            self.saves.save(save_asked)
         self.watchdog.enter("step", state.step)
         return not whole
 
@@ -343,20 +352,14 @@ class Trainer:
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        if self.saved_step == self.state.step:
-            return
+    def _to_save(self) -> dict:
+        """Arguments of `Checkpoints.save`."""
         trainer = {
             **vars(self.state), "tokenizer": self._tokenizer_digest(), "seed": self.recipe.seed,
             "loss_scale": loss_scale_state(self.engine),
         }
-        with self._during("save"):
-            self.checkpoints.save(
-                self.engine, self.state.step, trainer, self._averages(), self.targets
-            )
-        self.saved_step = self.state.step
-        if self.ranks.leads:
-            self.control.status("running", self.state.step)
+        return {"engine": self.engine, "step": self.state.step, "trainer": trainer,
+                "averages": self._averages(), "targets": self.targets}
 
     def _restore(self, folder: Path) -> None:
         restored = self.checkpoints.restore(
@@ -376,7 +379,7 @@ class Trainer:
                 f"{self.recipe.seed}: the data order would change"
             )
         self.state = TrainerState(**trainer)
-        self.saved_step = self.state.step
+        self.saves.step = self.state.step
 
     def _tokenizer_digest(self) -> str | None:
         return self.tokenizer.digest if self.tokenizer else None
