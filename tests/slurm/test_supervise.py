@@ -84,7 +84,7 @@ def test_signals_become_files(tmp_path, number, code, decision):
 @pytest.mark.parametrize("step", ["0", "12"])
 def test_a_run_without_a_sign_of_life_is_ended(tmp_path, step):
     """Also one that never gave any, since a node went in its start."""
-    options = ("--silent-minutes", "0.05")
+    options = ("--silent-minutes", "0.05", "--leave-s", "2")
     with start(tmp_path, "--steps", "20", "--hang-at", step, options=options) as process:
         assert process.wait(timeout=90) == 0
     assert "no sign of life" in attempts(tmp_path)[0]["reason"]
