@@ -48,7 +48,7 @@ def version_of(text: str) -> tuple[int, int]:
 def gpu_options(site: Site, version: tuple[int, int]) -> list[str]:
     """How this SLURM is asked for the GPUs of each node: never per task.
 
-    Steps take over what the job has.
+    Steps take over what the job has. Before 19.05 there was --gres alone.
 
     Raises:
         SiteError: 24.11 and newer refuse GPUs per node beside options per task.
@@ -60,7 +60,7 @@ def gpu_options(site: Site, version: tuple[int, int]) -> list[str]:
                         "refuses GPUs per task beside those per node: take it out")
     if not site.gpus_per_node:
         return []
-    if site.gres == "gpus-per-node":
+    if site.gres == "gpus-per-node" and not (0, 0) < version < (19, 5):
         return [f"--gpus-per-node={site.gpus_per_node}"]
     kind = site.gres.partition(":")[2]
     return [f"--gres=gpu:{kind + ':' if kind else ''}{site.gpus_per_node}"]

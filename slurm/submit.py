@@ -75,7 +75,8 @@ def accept(options: argparse.Namespace, site: Site, overrides: Sequence[str]) ->
     recipe = resolved(options.recipe, overrides)
     run = Path(recipe["run_dir"]).resolve()
     require_free(run, site)
-    return recipe, require_fit(options.recipe, overrides, world_of(options, site))
+    worlds = [int(nodes) * site.ranks for nodes in options.nodes.split("-")]  # the ends of a span
+    return recipe, [require_fit(options.recipe, overrides, world) for world in worlds][-1]
 
 
 def submit_runs(options: argparse.Namespace, site: Site) -> int:

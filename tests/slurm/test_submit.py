@@ -53,10 +53,12 @@ def test_wrong_site_files(tmp_path, text, said):
 
 @pytest.mark.parametrize(("text", "version"), [
     ("slurm 22.05.8", (22, 5)), ("slurm 24.11.0-0rc1", (24, 11)), ("", (0, 0)),
+    ("slurm 18.08.9", (18, 8)),
 ])  # fmt: skip
 def test_gpus_are_asked_for_per_node(text, version):
     assert version_of(text) == version
-    assert gpu_options(Site(), version) == ["--gpus-per-node=8"]
+    word = "gres=gpu:8" if version == (18, 8) else "gpus-per-node=8"
+    assert gpu_options(Site(), version) == [f"--{word}"]
     assert gpu_options(Site(gres="gres:h100", gpus_per_node=4), version) == ["--gres=gpu:h100:4"]
     assert gpu_options(Site(gpus_per_node=0), version) == []
     per_task = Site(header=["--gpus-per-task=1"])
@@ -222,6 +224,16 @@ def test_a_sweep_is_handed_over_as_runs(tmp_path, on_cluster, capsys, recipe, ch
     (run / "001/control/status.json").write_text(json.dumps({"state": "finished"}))
     assert run_submit(recipe, f"run_dir={run}", *options) == 2
     assert "is finished" in capsys.readouterr().err
+
+
+def test_a_span_of_nodes_has_to_fit_at_both_ends(
+    tmp_path, on_cluster, monkeypatch, recipe, in_process
+):
+    asked: list[int] = []
+    monkeypatch.setattr(submit, "require_fit", lambda *words: asked.append(words[-1]) or "")
+    options = ["--nodes", "1-4", "--site", site_file(tmp_path), "--dry-run"]
+    assert run_submit(recipe, *options) == 0
+    assert asked == [2, 8]
 
 
 def test_what_is_refused(tmp_path, on_cluster, monkeypatch, capsys, recipe, in_process):
