@@ -66,7 +66,7 @@ def test_gpus_are_asked_for_per_node(text, version):
         with pytest.raises(SiteError, match=r"24\.11 refuses GPUs per task"):
             gpu_options(per_task, version)
     else:
-        assert gpu_options(per_task, version) == ["--gpus-per-node=8"]
+        assert gpu_options(per_task, version) == [f"--{word}"]
     options = header(job(Path("/r")), Site(), version)
     assert not [option for option in options if "per-task" in option and "gpu" in option]
 
