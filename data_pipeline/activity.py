@@ -6,6 +6,8 @@ do, in memory that it shares with the trainer: half a microsecond a note. Code f
 
 A note may be read while it is written. It then tells of two moments at once, which a person who
 looks for a stall can live with.
+
+The last spans of time that have ended stand in a ring behind the note, for who draws a trace.
 """
 
 import multiprocessing
@@ -27,7 +29,11 @@ _RANGE_AT = _SAMPLE_AT + _SAMPLE.size
 _RETRY_AT = _RANGE_AT + _RANGE.size
 # The three together: one call writes a sample and clears what belonged to the one before.
 _SAMPLE_ALONE = struct.Struct("<dqqqqqqqqH")
-_SLOT_BYTES = _RETRY_AT + _RETRY.size + _REASON_BYTES
+_RING_AT = -(-(_RETRY_AT + _RETRY.size + _REASON_BYTES) // 8) * 8
+_ENDED = struct.Struct("<q")  # spans that have ended so far
+_SPAN = struct.Struct("<ddqqq")  # begin, end, stage, step, position
+_SPANS = 4096
+_SLOT_BYTES = _RING_AT + _ENDED.size + _SPANS * _SPAN.size
 
 
 class Activity(NamedTuple):
@@ -57,6 +63,20 @@ class Activity(NamedTuple):
     """Why the last of them failed."""
 
 
+class Span(NamedTuple):
+    """What a process has done."""
+
+    process: int
+    begin: float
+    end: float
+    """`time.monotonic()`."""
+    stage: str
+    """One of STAGES, but idle."""
+    step: int
+    position: int
+    """-1 where it was no single sample's."""
+
+
 class ActivityBoard:
     """One slot for each loader process, shared with the trainer."""
 
@@ -69,9 +89,10 @@ class ActivityBoard:
 
     def use(self, worker: int) -> None:
         """From now on this process notes what it does in the slot of `worker`."""
-        global _slot
+        global _slot, _ended, _open
         begin = worker * _SLOT_BYTES
         _slot = memoryview(self._memory).cast("B")[begin : begin + _SLOT_BYTES]
+        _open, (_ended,) = None, _ENDED.unpack_from(_slot, _RING_AT)
 
     def read(self) -> list[Activity]:
         """What the processes do, by worker."""
@@ -85,13 +106,30 @@ class ActivityBoard:
             found.append(Activity(*request, since, STAGES[stage], *sample, *span, failures, reason))
         return found
 
+    def spans(self) -> list[Span]:
+        """The last stages that have ended, of all processes; at most 4,096 of each."""
+        found = []
+        for worker in range(self._slots):
+            slot = bytes(memoryview(self._memory).cast("B")[worker * _SLOT_BYTES :][:_SLOT_BYTES])
+            process, *_ = _REQUEST.unpack_from(slot, 0)
+            (ended,) = _ENDED.unpack_from(slot, _RING_AT)
+            for number in range(max(ended - _SPANS, 0), ended):
+                begin, end, stage, step, position = _SPAN.unpack_from(slot, _span_at(number))
+                found.append(Span(process, begin, end, STAGES[stage], step, position))
+        return found
+
 
 _slot: memoryview | None = None
+_ended = _step = 0
+_open: tuple[float, int, int] | None = None
+"""Since when, stage and position of what this process does; None = idle."""
 
 
 def working_on(step: int, micro: int) -> None:
     """A request has arrived; its order is being computed."""
+    global _step
     if _slot is not None:
+        _step = step
         _REQUEST.pack_into(_slot, 0, os.getpid(), step, micro)
         _note("order", -1, -1, 0)
 
@@ -136,7 +174,18 @@ def retrying(failures: int, reason: str) -> None:
 
 
 def _note(stage: str, position: int, row: int, substitute: int) -> None:
+    global _ended, _open
     now, number = time.monotonic(), _NUMBERS[stage]
+    if _open is not None:
+        begin, ended_stage, of = _open
+        _SPAN.pack_into(_slot, _span_at(_ended), begin, now, ended_stage, _step, of)
+        _ended += 1
+        _ENDED.pack_into(_slot, _RING_AT, _ended)
+    _open = (now, number, position) if number else None
     _SAMPLE_ALONE.pack_into(
         _slot, _SAMPLE_AT, now, number, position, row, substitute, -1, 0, 0, 0, 0
     )
+
+
+def _span_at(number: int) -> int:
+    return _RING_AT + _ENDED.size + number % _SPANS * _SPAN.size

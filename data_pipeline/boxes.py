@@ -6,18 +6,20 @@ moved by the geometry of the pixels, and cut at the border.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from data_pipeline.images import ImageDataSettings, ImageFields
+from data_pipeline.class_names import ClassNames, check_class_names
+from data_pipeline.images import ImageDataSettings, ImageProcessor
 from data_pipeline.labels import NO_LABEL
 from data_pipeline.masks import mask_boxes, segmentation_mask, shown_mask
 from data_pipeline.members import AbsentValue, bad, check_source
 from data_pipeline.objects import Objects, ObjectSource, cut_boxes
 from data_pipeline.reader import Sample
+from data_pipeline.sample_processor import Item, RngFor
 from data_pipeline.target import Target
 from data_pipeline.timing import StageClock
 from data_pipeline.transforms import View
@@ -26,10 +28,13 @@ from data_pipeline.warps import joined
 if TYPE_CHECKING:
     import torch
 
+    from data_pipeline.tokenizer import Tokenizer
+
 
 class BoxDataSettings(ImageDataSettings):
     """Images with boxes in WebDataset shards."""
 
+    missing_targets: ClassVar[str] = "unannotated"
     type: Literal["boxes"] = "boxes"
     """Kind of data; follows from the task's objective where it is not given."""
     annotation_source: str = "json"
@@ -40,6 +45,9 @@ class BoxDataSettings(ImageDataSettings):
     a bad sample, which is named, counted and replaced."""
     classes: int = Field(ge=1)
     """Number of classes; labels run from 0. A label outside of that is a bad sample."""
+    class_names: ClassNames = Field(default=[])
+    """Names of the classes in the order of their numbers, for objectives that read them; [] = they
+    have none."""
     masks: bool = False
     """Whether batches have a mask for each box. Objects without a segmentation are then faults."""
     boxes_from_masks: bool = False
@@ -52,6 +60,16 @@ class BoxDataSettings(ImageDataSettings):
     """Samples without `boxes`, which nobody has looked at (an empty list says that there is
     nothing): `without_loss` keeps them in the batch, marked; `fault` treats them as bad samples;
     `expected` is `without_loss` where it is meant that few samples, or none, have them."""
+
+    _named = model_validator(mode="after")(check_class_names)
+
+    def processor(self, tokenizer: Tokenizer | None, train: bool) -> BoxProcessor:
+        """As of `DataSettings`."""
+        return BoxProcessor(self, train)
+
+    def facts(self) -> dict[str, Any]:
+        """As of `DataSettings`."""
+        return {**super().facts(), "classes": self.classes, "class_names": self.class_names}
 
     @field_validator("annotation_source")
     @classmethod
@@ -67,8 +85,8 @@ class BoxDataSettings(ImageDataSettings):
         return self
 
 
-class BoxFields(ImageFields):
-    """Turns samples into arrays and arrays into a batch; the box side of a `TaskStream`."""
+class BoxProcessor(ImageProcessor):
+    """An image with its boxes, and perhaps masks."""
 
     def __init__(self, settings: BoxDataSettings, train: bool) -> None:
         super().__init__(settings, train)
@@ -76,8 +94,8 @@ class BoxFields(ImageFields):
 
     @property
     def extensions(self) -> frozenset[str]:
-        """Members that are needed; a reader may leave out the others."""
-        return frozenset([*self.settings.image_extensions, self.source.extension])
+        """Of the image and the annotations."""
+        return super().extensions | {self.source.extension}
 
     def targets(self) -> list[Target]:
         """The annotations: an empty list of boxes is one."""
@@ -85,25 +103,34 @@ class BoxFields(ImageFields):
         where = ("boxes", "annotation_source", self.source.source, self.source.extension)
         return [Target(*where, self.source.read, required)]
 
-    def sample(
-        self,
-        sample: Sample,
-        rng_for: Callable[[str], np.random.Generator],
-        out: dict[str, np.ndarray] | None = None,
-        clock: StageClock | None = None,
-    ) -> dict[str, Any]:
-        """Arrays of one sample; arguments as in `ImageFields.load_image`.
-
-        Returns:
-            images (H, W, 3) uint8; boxes (N, 4) float32, labels (N,) int64, crowd (N,) bool, masks
-            (N, H, W) bool or none; annotated: bool; view: View.
+    def read(self, sample: Sample, rng_for: RngFor) -> Item:
+        """objects: Objects; None where nobody has looked.
 
         Raises:
-            BadSample: no usable image, or objects that are not what they should be.
+            BadSample: objects that are not what they should be.
         """
-        objects = self._objects(sample)  # first: a sample with bad ones is not decoded
+        return {"objects": self._objects(sample)}
+
+    def load_image(
+        self,
+        sample: Sample,
+        rng_for: RngFor,
+        out: dict[str, np.ndarray] | None,
+        clock: StageClock | None,
+    ) -> Item:
+        """images (H, W, 3) uint8; view: View."""
         (view,) = self.load_views(sample, rng_for, out, clock)
-        item = {"images": view.image, "view": view, "annotated": objects is not None}
+        return {"images": view.image, "view": view}
+
+    def finish(self, sample: Sample, item: Item) -> Item:
+        """The item with boxes (N, 4) float32, labels (N,) int64, crowd (N,) bool, masks (N, H, W)
+        bool or none, and annotated: bool, in place of objects.
+
+        Raises:
+            BadSample: boxes of another image, or outside of theirs.
+        """
+        objects, view = item["objects"], item["view"]
+        item = {"images": item["images"], "view": view, "annotated": objects is not None}
         if objects is None:
             objects = Objects.none()
         elif any(side is not None for side in objects.size) and objects.size != view.source:
@@ -117,35 +144,17 @@ class BoxFields(ImageFields):
         except ValueError as error:
             # Cut away, it would leave an image that counts as looked at and found empty.
             raise bad(sample, f"{self.source.source}: {error}") from None
-        item |= self._seen(sample, objects, view)
-        if clock is not None:
-            clock.lap("transform")
-        return item
+        return item | self._seen(sample, objects, view)
 
-    def collate(
-        self,
-        items: Sequence[dict[str, Any] | None],
-        valid: Sequence[bool],
-        buffers: dict[str, torch.Tensor] | None = None,
-    ) -> dict[str, Any]:
-        """Batch of the results of `sample`; None stands for a padding row.
-
-        Returns:
-            images (B, 3, H, W) uint8, channels_last in memory; counts (B,) int64, boxes of each
-            image; with N the most of them: boxes (B, N, 4) float32, x0, y0, x1, y1 in pixels of the
-            output, labels (B, N) int64, NO_LABEL beyond the counts, crowd (B, N) bool; masks
-            (sum of counts, H, W) bool, image after image (setting `masks`); annotated (B,) bool;
-            sizes (B, 2) int64, height and width without padding; crops (B, 4) float64, what that
-            part showed of the upright image before flips (B,) bool mirrored it, and warps (B, 2, 3)
-            float64 moved its points (the identity where RandAugment moved nothing), image_sizes
-            (B, 2) int64, height and width of the upright image; valid (B,) bool.
-
-        Raises:
-            ValueError: images of different size (mode keep_aspect) in one batch.
+    def stack(self, items: Sequence[Item | None], images: dict[str, torch.Tensor]) -> Item:
+        """counts (B,) int64, boxes of each image; with N the most of them: boxes (B, N, 4) float32,
+        x0, y0, x1, y1 in pixels of the output, labels (B, N) int64, NO_LABEL beyond the counts,
+        crowd (B, N) bool; masks (sum of counts, H, W) bool, image after image (setting `masks`);
+        annotated (B,) bool; sizes (B, 2) int64, height and width without padding; crops (B, 4)
+        float64, what that part showed of the upright image before flips (B,) bool mirrored it, and
+        warps (B, 2, 3) float64 moved its points (the identity where RandAugment moved nothing),
+        image_sizes (B, 2) int64, height and width of the upright image.
         """
-        import torch
-
-        batch = self.stack_images(items, buffers)
         present = [(row, item) for row, item in enumerate(items) if item is not None]
         counts = np.zeros(len(items), dtype=np.int64)
         for row, item in present:
@@ -172,13 +181,9 @@ class BoxFields(ImageFields):
             arrays["warps"][row] = joined(geometry.warps)
             arrays["image_sizes"][row] = item["view"].source
         if self.settings.masks:
-            none = np.zeros((0, *batch["images"].shape[2:]), dtype=bool)
+            none = np.zeros((0, *images["images"].shape[2:]), dtype=bool)
             arrays["masks"] = np.concatenate([none, *(item["masks"] for _, item in present)])
-        batch |= {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return batch | {
-            "counts": torch.from_numpy(counts),
-            "valid": torch.tensor(list(valid), dtype=torch.bool),
-        }
+        return arrays | {"counts": counts}
 
     def _objects(self, sample: Sample) -> Objects | None:
         try:

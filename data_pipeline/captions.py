@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -15,11 +15,11 @@ from data_pipeline.caption_texts import (
     CleaningSettings,
     SampleTexts,
 )
-from data_pipeline.images import ImageDataSettings, ImageFields
+from data_pipeline.images import ImageDataSettings, ImageProcessor
 from data_pipeline.labels import NO_LABEL
 from data_pipeline.reader import Sample
+from data_pipeline.sample_processor import Item, RngFor, column
 from data_pipeline.target import Target
-from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -53,6 +53,14 @@ class CaptionDataSettings(ImageDataSettings):
     of the image, one of each of as many equal parts of the clip: drawn by seed, in evaluation its
     middle. All have the same crop, flip and colours. null: images."""
 
+    def processor(self, tokenizer: Tokenizer | None, train: bool) -> CaptionProcessor:
+        """As of `DataSettings`; of clips their own."""
+        if self.frames is None:
+            return CaptionProcessor(self, tokenizer, train)
+        from data_pipeline.clips import ClipProcessor
+
+        return ClipProcessor(self, tokenizer, train)
+
     @field_validator("caption_source")
     @classmethod
     def _different(cls, value: list[CaptionSourceSettings]) -> list[CaptionSourceSettings]:
@@ -74,8 +82,8 @@ class CaptionDataSettings(ImageDataSettings):
         return self
 
 
-class CaptionFields(ImageFields):
-    """Turns samples into arrays and arrays into a batch; the caption side of a `TaskStream`."""
+class CaptionProcessor(ImageProcessor):
+    """An image and its captions."""
 
     def __init__(self, settings: CaptionDataSettings, tokenizer: Tokenizer, train: bool) -> None:
         super().__init__(settings, train)
@@ -84,8 +92,8 @@ class CaptionFields(ImageFields):
 
     @property
     def extensions(self) -> frozenset[str]:
-        """Members that are needed; a reader may leave out the others."""
-        return frozenset(self.settings.image_extensions) | self.texts.extensions
+        """Of the image and the texts."""
+        return super().extensions | self.texts.extensions
 
     def targets(self) -> list[Target]:
         """A text of each source; a sample needs one of them."""
@@ -94,36 +102,13 @@ class CaptionFields(ImageFields):
             for name, source in self.texts.sources.items()
         ]
 
-    def sample(
-        self,
-        sample: Sample,
-        rng_for: Callable[[str], np.random.Generator],
-        out: dict[str, np.ndarray] | None = None,
-        clock: StageClock | None = None,
-    ) -> dict[str, Any]:
-        """Arrays of one sample.
+    def read(self, sample: Sample, rng_for: RngFor) -> Item:
+        """captions: list of str, at most K, in evaluation all of them; prompt_class: int, see
+        `SampleTexts`."""
+        texts, prompt_class = self.captions(sample, rng_for)
+        return {"captions": texts, "prompt_class": prompt_class}
 
-        Args:
-            sample: with the members of `extensions`.
-            rng_for: purpose -> generator of this sample; not used in evaluation.
-            out: this sample's rows of the arrays that `buffers` names.
-            clock: books "decode" and "transform".
-
-        Returns:
-            what `load_image` does; captions: list of str, at most K, in evaluation all of them;
-            prompt_class: int, see `SampleTexts`.
-
-        Raises:
-            BadSample: no usable image or caption.
-        """
-        found = self.captions(sample, rng_for)  # first: a sample without one is not decoded
-        item = self.load_image(sample, rng_for, out, clock)
-        item["captions"], item["prompt_class"] = found
-        return item
-
-    def captions(
-        self, sample: Sample, rng_for: Callable[[str], np.random.Generator]
-    ) -> SampleTexts:
+    def captions(self, sample: Sample, rng_for: RngFor) -> SampleTexts:
         """The texts of a sample: in training those drawn, in evaluation all of its first source.
 
         Raises BadSample: there is none, or it is not text.
@@ -132,41 +117,24 @@ class CaptionFields(ImageFields):
             return self.texts.draw(sample, self.settings.captions_per_image, rng_for)
         return self.texts.references(sample)
 
-    def collate(
-        self,
-        items: Sequence[dict[str, Any] | None],
-        valid: Sequence[bool],
-        buffers: dict[str, torch.Tensor] | None = None,
-    ) -> dict[str, Any]:
-        """Batch of the results of `sample`; None stands for a padding row.
-
-        Returns:
-            what `stack_images` does; tokens (B, K, T) int64, rows BOS w.. EOS pad.., T the longest
-            text rounded up to 8, at most text_length; loss_mask (B, K, T) bool, True at tokens that
-            are predicted (words and EOS); prompt_class (B,) int64, equal where texts were made from
-            the name of the same class, NO_LABEL where they are no such prompts; valid (B,) bool;
-            captions: list of B lists of str (evaluation only).
-
-        Raises:
-            ValueError: images of different size (mode keep_aspect) in one batch.
+    def stack(self, items: Sequence[Item | None], images: dict[str, torch.Tensor]) -> Item:
+        """tokens (B, K, T) int64, rows BOS w.. EOS pad.., T the longest text rounded up to 8, at
+        most text_length; loss_mask (B, K, T) bool, True at tokens that are predicted (words and
+        EOS); prompt_class (B,) int64, equal where texts were made from the name of the same class,
+        NO_LABEL where they are no such prompts; captions: list of B lists of str (evaluation only).
         """
-        import torch
-
         tokens, lengths = self._encode(items)
         places = np.arange(tokens.shape[2])
-        prompts = [NO_LABEL if item is None else item["prompt_class"] for item in items]
-        batch: dict[str, Any] = {
-            **self.stack_images(items, buffers),
-            "tokens": torch.from_numpy(tokens),
-            "loss_mask": torch.from_numpy((places > 0) & (places < lengths[:, :, None])),
-            "prompt_class": torch.tensor(prompts, dtype=torch.int64),
-            "valid": torch.tensor(list(valid), dtype=torch.bool),
+        batch: Item = {
+            "tokens": tokens,
+            "loss_mask": (places > 0) & (places < lengths[:, :, None]),
+            "prompt_class": column(items, "prompt_class", NO_LABEL),
         }
         if not self.train:
             batch["captions"] = [[] if item is None else item["captions"] for item in items]
         return batch
 
-    def _encode(self, items: Sequence[dict[str, Any] | None]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, items: Sequence[Item | None]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (B, K, T) int64 and lengths (B, K) int64, 0 where there is no caption.
 
         All texts of a batch in one go: between two images the tokenizer's tables would leave the

@@ -4,16 +4,16 @@ The frames of a sample are its members f000.jpg, f001.jpg, ..., as `make_shards 
 """
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.decode import DecodeError
 from data_pipeline.members import bad
 from data_pipeline.reader import BadSample, Sample
+from data_pipeline.sample_processor import Item, RngFor
 from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import make_views
@@ -24,8 +24,8 @@ MOST_FRAMES = 1000
 _FRAME = re.compile(r"f\d{3}\.\w+")
 
 
-class ClipFields(CaptionFields):
-    """As `CaptionFields`, with `frames` frames of each sample where it has an image."""
+class ClipProcessor(CaptionProcessor):
+    """As `CaptionProcessor`, with `frames` frames of each sample where it has an image."""
 
     def __init__(self, settings: CaptionDataSettings, tokenizer: Tokenizer, train: bool) -> None:
         super().__init__(settings, tokenizer, train)
@@ -42,20 +42,20 @@ class ClipFields(CaptionFields):
         return self._extensions
 
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
-        """As `ImageFields.buffers`; all frames of a batch."""
+        """As `ImageProcessor.buffers`; all frames of a batch."""
         (shape,) = super().buffers(count).values()
         return {"images": (shape[0], self.frames, *shape[1:])}
 
     def load_image(
         self,
         sample: Sample,
-        rng_for: Callable[[str], np.random.Generator],
+        rng_for: RngFor,
         out: dict[str, np.ndarray] | None,
         clock: StageClock | None,
-    ) -> dict[str, Any]:
+    ) -> Item:
         """Decode and augment frames of the sample: one crop, one flip, the same colours for all.
 
-        Arguments as `ImageFields.load_image`.
+        Arguments as `ImageProcessor.load_image`.
 
         Returns:
             images (F, H, W, 3) uint8, in the order of time; a frame of a clip that has fewer stands
@@ -86,7 +86,7 @@ class ClipFields(CaptionFields):
 
     def stack_images(
         self,
-        items: Sequence[dict[str, Any] | None],
+        items: Sequence[Item | None],
         buffers: dict[str, torch.Tensor] | None,
     ) -> dict[str, torch.Tensor]:
         """The clips of a batch: images (B, F, 3, H, W) uint8, zeros in padding rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -14,8 +14,7 @@ from data_pipeline.image_formats import MEMBERS
 from data_pipeline.members import no_member
 from data_pipeline.reader import BadSample, Sample
 from data_pipeline.rng import sample_rng
-from data_pipeline.sources import ShardedData
-from data_pipeline.target import Target
+from data_pipeline.sample_processor import DataSettings, Item, RngFor, SampleProcessor
 from data_pipeline.timing import StageClock
 from data_pipeline.transforms import ImageSettings, ImageTransform, View, make_views
 from data_pipeline.views import VIEWS, check_views, collate_views, describe_views
@@ -24,11 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 
-class ImageDataSettings(ShardedData):
+class ImageDataSettings(DataSettings):
     """Images in WebDataset shards; kinds of data add what belongs to the image."""
 
-    type: str
-    """Kind of data; subclasses name theirs."""
     image_extensions: list[str] = Field(default=MEMBERS, min_length=1)
     """Members that may hold the image, in order of preference."""
     image: ImageSettings = ImageSettings()
@@ -48,6 +45,59 @@ class ImageDataSettings(ShardedData):
             views["second_images"] = ("second view", self.second_view)
         return views
 
+    @property
+    def copies(self) -> int:
+        """As of `DataSettings`."""
+        return self.repeats
+
+    def facts(self) -> dict[str, Any]:
+        """The statistics of pixels."""
+        return {"image_mean": self.image.mean, "image_std": self.image.std}
+
+    def image_settings(self) -> dict[str, ImageSettings]:
+        """As of `DataSettings`."""
+        second = {} if self.second_view is None else {"second_view": self.second_view}
+        return {"image": self.image, **second}
+
+    def batch_problems(self, micro_batch: int) -> list[str]:
+        """As of `DataSettings`."""
+        if self.image.mode != "keep_aspect" or micro_batch == 1:
+            return []
+        return [
+            "data.image.mode=keep_aspect gives images of different sizes, so micro_batch must "
+            f"be 1, not {micro_batch}"
+        ]
+
+    def evaluation_problems(
+        self, where: str, image: ImageSettings | None, micro_batch: int
+    ) -> list[str]:
+        """As of `DataSettings`: sizes that go together, and the pixels of training."""
+        found, image = [], image or self.image
+        if image.mode == "keep_aspect" and micro_batch > 1:
+            found.append(
+                f"{where}.evaluation.micro_batch={micro_batch} must be 1 with image mode "
+                "keep_aspect"
+            )
+        if (image.mean, image.std) != (self.image.mean, self.image.std):
+            found.append(
+                f"{where}.evaluation.image.mean and .std differ from those of {where}.data.image, "
+                "which the model is trained with: remove them"
+            )
+        return found
+
+    def held_out(
+        self, shards: Sequence[str], image: ImageSettings | None, changes: Mapping[str, Any]
+    ) -> Self:
+        """As of `DataSettings`."""
+        changes = {"image": self.held_out_image(image), **changes}
+        return super().held_out(shards, image, changes)
+
+    def held_out_image(self, image: ImageSettings | None) -> ImageSettings:
+        """Preprocessing of held-out images: what is said, else a centre crop of the same size."""
+        if image is not None or self.image.mode != "random_resized_crop":
+            return image or self.image
+        return self.image.model_copy(update={"mode": "center_crop"})
+
     @model_validator(mode="after")
     def _views_fit(self) -> Self:
         if self.second_view is not None:
@@ -60,8 +110,8 @@ class ImageDataSettings(ShardedData):
         return self
 
 
-class ImageFields:
-    """The image side of a `TaskStream`; subclasses add `sample` and `collate`.
+class ImageProcessor(SampleProcessor):
+    """The image side of a `TaskStream`; kinds of data add what they `read` and `stack`.
 
     Args:
         settings: which members hold images, and their transforms.
@@ -74,13 +124,18 @@ class ImageFields:
     """How many of the `views` are made, the first ones; None: all."""
 
     def __init__(self, settings: ImageDataSettings, train: bool) -> None:
-        self.settings, self.train = settings, train
+        super().__init__(settings, train)
         self._views = settings.views(train)
         self._of_sizes: dict[tuple[int, ...], Self] = {}
         self._set_sizes([s.largest_size if train else s.size for _, s in self._views.values()])
 
+    @property
+    def extensions(self) -> frozenset[str]:
+        """Those that may hold the image."""
+        return frozenset(self.settings.image_extensions)
+
     def of_step(self, seed: int, task: str, step: int) -> Self:
-        """These fields at the image sizes of a step: the same on all ranks, after any restart."""
+        """This processor at the image sizes of a step: the same on all ranks, after any restart."""
         if not self.train or not any(settings.sizes for _, settings in self._views.values()):
             return self
         draw = sample_rng(seed, task, step, "image size of the step").random()
@@ -94,14 +149,6 @@ class ImageFields:
             self._of_sizes[sizes]._set_sizes(sizes)
         return self._of_sizes[sizes]
 
-    def targets(self) -> list[Target]:
-        """What samples hold beside their image that an objective may learn from."""
-        return []
-
-    def of_place(self, place: int) -> Self:
-        """These fields for the row with number `place` of a micro-batch: the same for all rows."""
-        return self
-
     def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the uint8 batch arrays that `load_image` can write rows of in place; those of
         the largest images if no step was chosen."""
@@ -113,10 +160,10 @@ class ImageFields:
     def load_image(
         self,
         sample: Sample,
-        rng_for: Callable[[str], np.random.Generator],
+        rng_for: RngFor,
         out: dict[str, np.ndarray] | None,
         clock: StageClock | None,
-    ) -> dict[str, Any]:
+    ) -> Item:
         """Decode and augment the sample's image.
 
         Args:
@@ -139,7 +186,7 @@ class ImageFields:
     def load_views(
         self,
         sample: Sample,
-        rng_for: Callable[[str], np.random.Generator],
+        rng_for: RngFor,
         out: dict[str, np.ndarray] | None,
         clock: StageClock | None,
     ) -> list[View]:
@@ -159,7 +206,7 @@ class ImageFields:
 
     def stack_images(
         self,
-        items: Sequence[dict[str, Any] | None],
+        items: Sequence[Item | None],
         buffers: dict[str, torch.Tensor] | None,
     ) -> dict[str, torch.Tensor]:
         """The images of a batch, from what `load_image` returned; None stands for a padding row.
@@ -186,7 +233,7 @@ class ImageFields:
     def _rows(
         self,
         name: str,
-        items: Sequence[dict[str, Any] | None],
+        items: Sequence[Item | None],
         buffers: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
         import torch

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from data_pipeline.order import Order
+from data_pipeline.order import Order, RowOrder
 from data_pipeline.selection import Selection
 
 
-class KeptOrder:
-    """Position -> row over kept rows only; answers what an `Order` answers.
+class KeptOrder(RowOrder):
+    """Position -> row over kept rows only; a `RowOrder`.
 
     Args:
         order: of `selection.n_kept` rows; its rows are numbers among the kept ones.
@@ -21,24 +21,20 @@ class KeptOrder:
         self.n_rows, self.stored_rows = selection.n_kept, selection.n_rows
 
     def rows(self, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
-        """As `Order.rows`: (n,) int64 rows of the data set, all of them kept ones."""
+        """As `RowOrder.rows`: (n,) int64 rows of the data set, all of them kept ones."""
         return self.selection.select(self.order.rows(positions, attempt))
 
     def can_avoid(self, batch: np.ndarray, position: int) -> bool:
-        """As `Order.can_avoid`."""
+        """As `RowOrder.can_avoid`."""
         return self.order.can_avoid(batch, position)
 
-    def epochs(self, samples: int) -> dict[str, float]:
-        """As `Order.epochs`."""
-        return self.order.epochs(samples)
-
     def passes(self, samples: int) -> float:
-        """As `Order.passes`."""
+        """As `RowOrder.passes`."""
         return self.order.passes(samples)
 
     @property
     def taking_part(self) -> str:
-        """As `Order.taking_part`."""
+        """As `RowOrder.taking_part`."""
         return self.selection.digest
 
     def describe(self) -> dict[str, int]:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from data_pipeline.images import ImageDataSettings, ImageFields
+from data_pipeline.class_names import ClassNames, check_class_names
+from data_pipeline.images import ImageDataSettings, ImageProcessor
 from data_pipeline.members import AbsentValue, MemberSource, bad, check_source
 from data_pipeline.mixing import MixingSettings, collate_mixes, draw_mix
 from data_pipeline.reader import Sample
+from data_pipeline.sample_processor import Item, RngFor, column
 from data_pipeline.target import Target
-from data_pipeline.timing import StageClock
 from data_pipeline.transforms import ImageSettings
 
 if TYPE_CHECKING:
     import torch
+
+    from data_pipeline.tokenizer import Tokenizer
 
 NO_LABEL = -1
 """Stands where a sample, or a padding row, has no label."""
@@ -30,6 +33,7 @@ _SUM_TOLERANCE = 0.01
 class LabelDataSettings(ImageDataSettings):
     """Images with a class each, in WebDataset shards."""
 
+    missing_targets: ClassVar[str] = "unlabelled"
     type: Literal["labels"] = "labels"
     """Kind of data; follows from the task's objective where it is not given."""
     label_source: str = "cls"
@@ -41,6 +45,9 @@ class LabelDataSettings(ImageDataSettings):
     class that is certain. Needs a label_source of json."""
     classes: int = Field(ge=2)
     """Number of classes; labels run from 0. A label outside of that is a bad sample."""
+    class_names: ClassNames = Field(default=[])
+    """Names of the classes in the order of their numbers, for objectives that read them; [] = they
+    have none."""
     mixing: MixingSettings | None = None
     """Mixup and CutMix of neighbours, images and labels; null: none. Needs an even micro-batch."""
     unlabelled: Literal["without_loss", "fault", "expected"] = "without_loss"
@@ -60,6 +67,29 @@ class LabelDataSettings(ImageDataSettings):
             settings = self.image.model_copy(update={"size": size, "sizes": None})
             views[smaller_view_name(size)] = (f"view of {size} pixels", settings)
         return views
+
+    def processor(self, tokenizer: Tokenizer | None, train: bool) -> LabelProcessor:
+        """As of `DataSettings`."""
+        return LabelProcessor(self, train)
+
+    def facts(self) -> dict[str, Any]:
+        """As of `DataSettings`."""
+        return {**super().facts(), "classes": self.classes, "class_names": self.class_names,
+                "smaller_views": self.smaller_views}
+
+    @property
+    def further_views(self) -> tuple[int, ...]:
+        """As of `DataSettings`."""
+        return self.smaller_views
+
+    def batch_problems(self, micro_batch: int) -> list[str]:
+        """As of `DataSettings`."""
+        mixes = self.mixing is not None and micro_batch == 1
+        return super().batch_problems(micro_batch) + (
+            ["data.mixing mixes neighbours: micro_batch must be even, not 1"] if mixes else []
+        )
+
+    _named = model_validator(mode="after")(check_class_names)
 
     @field_validator("label_source")
     @classmethod
@@ -165,8 +195,8 @@ class LabelSource(MemberSource):
         return found
 
 
-class LabelFields(ImageFields):
-    """Turns samples into arrays and arrays into a batch; the label side of a `TaskStream`."""
+class LabelProcessor(ImageProcessor):
+    """An image and its label."""
 
     def __init__(self, settings: LabelDataSettings, train: bool) -> None:
         super().__init__(settings, train)
@@ -176,8 +206,8 @@ class LabelFields(ImageFields):
 
     @property
     def extensions(self) -> frozenset[str]:
-        """Members that are needed; a reader may leave out the others."""
-        return frozenset([*self.settings.image_extensions, self.source.extension])
+        """Of the image and the label."""
+        return super().extensions | {self.source.extension}
 
     def targets(self) -> list[Target]:
         """The label."""
@@ -186,60 +216,30 @@ class LabelFields(ImageFields):
         source = self.source
         return [Target("label", "label_source", source.source, source.extension, read, required)]
 
-    def sample(
-        self,
-        sample: Sample,
-        rng_for: Callable[[str], np.random.Generator],
-        out: dict[str, np.ndarray] | None = None,
-        clock: StageClock | None = None,
-    ) -> dict[str, Any]:
-        """Arrays of one sample; arguments as in `ImageFields.load_image`.
-
-        Returns:
-            what `load_image` does; label: int, NO_LABEL where there is none; of probabilities the
-            class with the largest, and target: (classes,) float32, if there is one; in training
-            with `mixing` also mix: Mix.
+    def read(self, sample: Sample, rng_for: RngFor) -> Item:
+        """label: int, NO_LABEL where there is none; of probabilities the class with the largest,
+        and target: (classes,) float32, if there is one; in training with `mixing` also mix: Mix.
 
         Raises:
-            BadSample: no usable image, or a label that is none of the classes.
+            BadSample: a label that is none of the classes.
         """
-        label = self._label(sample)  # first: a sample with a bad one is not decoded
-        item = {**self.load_image(sample, rng_for, out, clock), **label}
+        item = self._label(sample)
         if self._mixes:
             item["mix"] = draw_mix(self.settings.mixing, rng_for("mix"))
         return item
 
-    def collate(
-        self,
-        items: Sequence[dict[str, Any] | None],
-        valid: Sequence[bool],
-        buffers: dict[str, torch.Tensor] | None = None,
-    ) -> dict[str, Any]:
-        """Batch of the results of `sample`; None stands for a padding row.
-
-        Returns:
-            what `stack_images` does; labels (B,) int64, NO_LABEL where there is none and in padding
-            rows; of probabilities also targets (B, classes) float32, zeros in those rows; valid
-            (B,) bool; in training with `mixing` also what `collate_mixes` returns.
-
-        Raises:
-            ValueError: images of different size (mode keep_aspect) in one batch.
-        """
-        import torch
-
-        labels = [NO_LABEL if item is None else item["label"] for item in items]
-        batch = {
-            **self.stack_images(items, buffers),
-            "labels": torch.tensor(labels, dtype=torch.int64),
-            "valid": torch.tensor(list(valid), dtype=torch.bool),
-        }
+    def stack(self, items: Sequence[Item | None], images: dict[str, torch.Tensor]) -> Item:
+        """labels (B,) int64, NO_LABEL where there is none and in padding rows; of probabilities
+        also targets (B, classes) float32, zeros in those rows; in training with `mixing` also what
+        `collate_mixes` returns."""
+        batch: Item = {"labels": column(items, "label", NO_LABEL)}
         if self._soft:
             none = np.zeros(self.settings.classes, dtype=np.float32)
             rows = [none if item is None else item.get("target", none) for item in items]
-            batch["targets"] = torch.from_numpy(np.stack(rows))
+            batch["targets"] = np.stack(rows)
         return batch | collate_mixes(items) if self._mixes else batch
 
-    def _label(self, sample: Sample) -> dict[str, Any]:
+    def _label(self, sample: Sample) -> Item:
         """The part of an item that is the label."""
         try:
             if not self._soft:

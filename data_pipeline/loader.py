@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from data_pipeline.activity import ActivityBoard
+from data_pipeline.activity import ActivityBoard, Span
 from data_pipeline.evaluation import EvaluationLoader
 from data_pipeline.faults import FaultCount, FaultFile, FaultPolicy
 from data_pipeline.loader_settings import (
@@ -115,6 +115,7 @@ class StepLoader:
         self._policy = FaultPolicy(settings.fault_limits(), rank, fault_file)
         self._pin_memory = pin_memory
         self._node_ranks = range(rank, rank + 1) if node_ranks is None else node_ranks
+        self._board: ActivityBoard | None = None
         self._counters: dict[str, Counter[str]] = {task: Counter() for task in self.streams}
 
     def counters(self, task: str) -> Mapping[str, int]:
@@ -122,6 +123,10 @@ class StepLoader:
         bytes_read and retries (both with the read-ahead of the node's cache), cache_hits,
         cache_misses."""
         return self._counters[task]
+
+    def spans(self) -> list[Span]:
+        """What the loader processes of this rank have done of late, as they noted it."""
+        return self._board.spans() if self._board is not None else []
 
     def faults(self) -> dict[str, FaultCount]:
         """Bad samples met by this rank so far, by task."""
@@ -152,7 +157,7 @@ class StepLoader:
             if isinstance(stream, WeakStream):
                 stream.start(self.rank, self._world, sampler.start_step)
         requests = Requests(sampler)
-        board = ActivityBoard(settings.workers, settings.start_method)
+        board = self._board = ActivityBoard(settings.workers, settings.start_method)
         batches = load_batches(
             self.streams,
             requests,

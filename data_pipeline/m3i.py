@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.caption_texts import SampleTexts
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
+from data_pipeline.class_names import ClassNames, check_class_names
 from data_pipeline.labels import NO_LABEL, LabelSource
 from data_pipeline.members import AbsentValue, check_source
 from data_pipeline.reader import Sample
+from data_pipeline.sample_processor import Item, RngFor, column
 from data_pipeline.target import Target
-from data_pipeline.timing import StageClock
 from data_pipeline.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class M3IDataSettings(CaptionDataSettings):
     """Two views of each image with a text and a class, as far as there are any."""
 
+    missing_targets: ClassVar[str] = "unlabelled"
     type: Literal["m3i"] = "m3i"
     """Kind of data; follows from the task's objective where it is not given."""
     label_source: str | None = None
@@ -33,9 +34,22 @@ class M3IDataSettings(CaptionDataSettings):
     classes: int | None = Field(default=None, ge=2)
     """Number of classes, with `label_source`; a label outside of 0 .. classes - 1 is a bad
     sample."""
+    class_names: ClassNames = Field(default=[])
+    """Names of the classes in the order of their numbers, for objectives that read them; [] = they
+    have none."""
     unlabelled: Literal["without_loss", "expected"] = "without_loss"
     """Samples without a text or a class stay, and count for nothing there; `expected`: it is meant
     that few samples, or none, have them."""
+
+    _named = model_validator(mode="after")(check_class_names)
+
+    def processor(self, tokenizer: Tokenizer | None, train: bool) -> M3IProcessor:
+        """As of `DataSettings`."""
+        return M3IProcessor(self, tokenizer, train)
+
+    def facts(self) -> dict[str, Any]:
+        """As of `DataSettings`."""
+        return {**super().facts(), "classes": self.classes, "class_names": self.class_names}
 
     @field_validator("label_source")
     @classmethod
@@ -60,9 +74,9 @@ class M3IDataSettings(CaptionDataSettings):
         return self
 
 
-class M3IFields(CaptionFields):
-    """Turns samples into arrays and arrays into a batch; as `CaptionFields`, but that texts may be
-    missing, and with labels. In evaluation the second view is drawn like in training.
+class M3IProcessor(CaptionProcessor):
+    """As `CaptionProcessor`, but that texts may be missing, and with labels. In evaluation the
+    second view is drawn like in training.
 
     Of partners, rows 2i and 2i + 1 of a micro-batch, only the second one is asked for its other
     view, so that this is all that is made: `second_images` of rows 2i are zeros.
@@ -79,7 +93,7 @@ class M3IFields(CaptionFields):
         )
 
     def of_place(self, place: int) -> Self:
-        """As `ImageFields.of_place`: even rows without their second view."""
+        """As `ImageProcessor.of_place`: even rows without their second view."""
         if place % 2:
             return self
         first = copy.copy(self)
@@ -100,43 +114,25 @@ class M3IFields(CaptionFields):
             found.append(Target(*where, labels.read, required=False))
         return found
 
-    def captions(
-        self, sample: Sample, rng_for: Callable[[str], np.random.Generator]
-    ) -> SampleTexts:
-        """As `CaptionFields.captions`; no texts if the sample has none."""
+    def captions(self, sample: Sample, rng_for: RngFor) -> SampleTexts:
+        """As `CaptionProcessor.captions`; no texts if the sample has none."""
         try:
             return super().captions(sample, rng_for)
         except AbsentValue:
             return SampleTexts([])
 
-    def sample(
-        self,
-        sample: Sample,
-        rng_for: Callable[[str], np.random.Generator],
-        out: dict[str, np.ndarray] | None = None,
-        clock: StageClock | None = None,
-    ) -> dict[str, Any]:
-        """As `CaptionFields.sample`, with label: int, NO_LABEL where there is none.
+    def read(self, sample: Sample, rng_for: RngFor) -> Item:
+        """As `CaptionProcessor.read`, with label: int, NO_LABEL where there is none.
 
         Raises:
-            BadSample: no usable image, a text that is none, or a label that is none of the classes.
+            BadSample: a text that is none, or a label that is none of the classes.
         """
-        label = self._label(sample)  # first: a sample with a bad one is not decoded
-        return {**super().sample(sample, rng_for, out, clock), "label": label}
+        return {"label": self._label(sample), **super().read(sample, rng_for)}
 
-    def collate(
-        self,
-        items: Sequence[dict[str, Any] | None],
-        valid: Sequence[bool],
-        buffers: dict[str, torch.Tensor] | None = None,
-    ) -> dict[str, Any]:
-        """As `CaptionFields.collate`, with labels (B,) int64, NO_LABEL where there is none and in
+    def stack(self, items: Sequence[Item | None], images: dict[str, torch.Tensor]) -> Item:
+        """As `CaptionProcessor.stack`, with labels (B,) int64, NO_LABEL where there is none and in
         padding rows; loss_mask is empty where there is no text."""
-        import torch
-
-        labels = [NO_LABEL if item is None else item["label"] for item in items]
-        batch = super().collate(items, valid, buffers)
-        return batch | {"labels": torch.tensor(labels, dtype=torch.int64)}
+        return super().stack(items, images) | {"labels": column(items, "label", NO_LABEL)}
 
     def _label(self, sample: Sample) -> int:
         try:

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_pipeline.kept_order import KeptOrder
 from data_pipeline.mixture import BlockCycle
-from data_pipeline.order import Order
+from data_pipeline.order import RowOrder
 
 
-class MixedOrder:
-    """Position -> row over several sources; answers what an `Order` answers.
+class MixedOrder(RowOrder):
+    """Position -> row over several sources; a `RowOrder`.
 
     Args:
         orders: name -> order of one source.
@@ -31,7 +30,7 @@ class MixedOrder:
     """
 
     def __init__(
-        self, orders: dict[str, Order | KeptOrder], weights: Sequence[float], seed: int
+        self, orders: Mapping[str, RowOrder], weights: Sequence[float], seed: int
     ) -> None:
         self.orders = orders
         self.cycle = BlockCycle(weights, seed, "sources")
@@ -41,7 +40,7 @@ class MixedOrder:
         self._first_row = np.cumsum([0, *sizes[:-1]])
 
     def rows(self, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
-        """Rows of the concatenated sources, as `Order.rows`; a substitute is of the same source.
+        """Rows of the concatenated sources, as `RowOrder.rows`; a substitute is of the same source.
 
         A call costs about 0.2 to 0.5 ms per source, whatever the number of positions.
         """
@@ -62,7 +61,7 @@ class MixedOrder:
         return choices, 2 * pairs + (positions & 1)
 
     def can_avoid(self, batch: np.ndarray, position: int) -> bool:
-        """As `Order.can_avoid`, judged by the source of `position` alone."""
+        """As `RowOrder.can_avoid`, judged by the source of `position` alone."""
         choices, places = self.locate(np.append(batch, position))
         own = places[:-1][choices[:-1] == choices[-1]]
         return list(self.orders.values())[choices[-1]].can_avoid(own, int(places[-1]))
@@ -79,7 +78,7 @@ class MixedOrder:
 
     @property
     def taking_part(self) -> str:
-        """As `Order.taking_part`."""
+        """As `RowOrder.taking_part`."""
         return " ".join(f"{name}: {order.taking_part}" for name, order in self.orders.items())
 
     def describe(self) -> str:
@@ -107,7 +106,11 @@ class MixedOrder:
         """Row of all sources that is the first of one of them."""
         return int(self._first_row[list(self.orders).index(source)])
 
-    def with_orders(self, orders: "Mapping[str, Order | KeptOrder]") -> "MixedOrder":
+    def by_source(self) -> Mapping[str, RowOrder]:
+        """As `RowOrder.by_source`."""
+        return self.orders
+
+    def with_sources(self, orders: Mapping[str, RowOrder]) -> "MixedOrder":
         """The same deal among the same sources, whose orders became others."""
         changed = copy.copy(self)
         changed.orders = {name: orders[name] for name in self.orders}

@@ -18,8 +18,9 @@ An epoch has three parts:
 A data set of fewer rows than lanes is all tail: a plain keyed permutation.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -32,33 +33,77 @@ TARGET_LANES = 4096
 DEFAULT_PHASES = 8
 
 
-class RowOrder(Protocol):
-    """Which row stands at which position of a task. Pure: no state, no ranks, no workers."""
+class RowOrder(ABC):
+    """Which row stands at which position, for one task or one data set: a pure function."""
 
     n_rows: int
     """Rows that take part."""
     stored_rows: int
-    """Rows that there are, which `rows` points into."""
+    """Rows of the data set that `rows` points into."""
 
+    @abstractmethod
     def rows(self, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
-        """Rows at (n,) int64 positions, or of their substitutes: see `Order.rows`."""
+        """Rows at `positions`; evaluate many at once (a call has a fixed cost).
 
+        Args:
+            positions: (n,) int64, samples consumed since the start of the run; any order.
+            attempt: 0 for the order itself; 1, 2, ... for substitutes of a sample that cannot be
+                used: other rows, equally well shuffled, and different for every position and
+                attempt of one batch (up to 15 attempts, in batches of up to n_rows / 16).
+
+        Returns:
+            (n,) int64 rows in [0, stored_rows).
+
+        Raises:
+            ValueError: a negative position or attempt.
+        """
+
+    @abstractmethod
     def can_avoid(self, batch: np.ndarray, position: int) -> bool:
-        """Whether substitutes of a position can be kept out of its batch: see `Order.can_avoid`."""
+        """Whether substitutes of `position` can be kept out of its batch, an (n,) array of
+        positions: one that holds more than half of a data set cannot avoid repeating its rows."""
 
-    def epochs(self, samples: int) -> dict[str, float]:
-        """Passes over named parts of the data that the first `samples` samples are."""
-
+    @abstractmethod
     def passes(self, samples: int) -> float:
-        """Passes over all of the data that they are."""
+        """Epochs that `samples` samples from the start are."""
 
     @property
+    @abstractmethod
     def taking_part(self) -> str:
-        """Tells which rows take part: equal exactly if they are the same."""
+        """Tells which rows of the data set take part: equal exactly if they are the same."""
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Passes over named parts of the data, after so many samples; there may be none."""
+        return {}
+
+    @property
+    def images(self) -> "RowOrder":
+        """The order of images, each once in a step, behind one of views."""
+        return self
+
+    def by_source(self) -> "Mapping[str, RowOrder]":
+        """Source -> its own order; "" for a task without named sources."""
+        return {"": self}
+
+    def with_sources(self, orders: "Mapping[str, RowOrder]") -> "RowOrder":
+        """The same order of the same sources, whose own orders became others."""
+        return orders[""]
+
+    def taken(self, samples: int) -> dict[str, int]:
+        """Source -> positions of its own order that the first `samples` of the task are."""
+        return {"": samples}
+
+    def split(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Source -> its own numbers of those of (n,) rows that are its rows."""
+        return {"": rows}
+
+    def first_row(self, source: str) -> int:
+        """Row of all sources that is the first of one of them."""
+        return 0
 
 
 @dataclass(frozen=True)
-class Order:
+class Order(RowOrder):
     """Order of `n_rows` rows, epoch after epoch, each row once per epoch.
 
     The plan constants are part of the data state of a run: choose them when the run starts (see
@@ -123,21 +168,16 @@ class Order:
         return position // self.n_rows
 
     def can_avoid(self, batch: np.ndarray, position: int) -> bool:
-        """Whether substitutes of `position` can be kept out of its batch, an (n,) array of
-        positions: one that holds more than half of a data set cannot avoid repeating its rows."""
+        """As `RowOrder.can_avoid`."""
         return self.n_rows >= 2 * len(batch)
 
-    def epochs(self, samples: int) -> dict[str, float]:
-        """Passes over named parts of the data: there are none, as there is one data set."""
-        return {}
-
     def passes(self, samples: int) -> float:
-        """Epochs that `samples` samples from the start are."""
+        """As `RowOrder.passes`."""
         return samples / self.n_rows
 
     @property
     def taking_part(self) -> str:
-        """Tells which rows of the data set take part: equal exactly if they are the same."""
+        """As `RowOrder.taking_part`."""
         return f"all {self.n_rows}"
 
     def describe(self) -> dict[str, int]:
@@ -155,20 +195,7 @@ class Order:
         }
 
     def rows(self, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
-        """Rows at `positions`; evaluate many at once (a call has a fixed cost).
-
-        Args:
-            positions: (n,) int64, samples consumed since the start of the run; any order.
-            attempt: 0 for the order itself; 1, 2, ... for substitutes of a sample that cannot be
-                used: other rows, equally well shuffled, and different for every position and
-                attempt of one batch (up to 15 attempts, in batches of up to n_rows / 16).
-
-        Returns:
-            (n,) int64 rows in [0, n_rows).
-
-        Raises:
-            ValueError: a negative position or attempt.
-        """
+        """As `RowOrder.rows`."""
         positions = np.asarray(positions, dtype=np.int64)
         if positions.size == 0:
             return positions.copy()

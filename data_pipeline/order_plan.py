@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from data_pipeline.kept_order import KeptOrder
 from data_pipeline.mixed_order import MixedOrder
-from data_pipeline.order import Order
+from data_pipeline.order import RowOrder
 from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.rng import keyed_u64
 from data_pipeline.sources import Source
@@ -12,7 +11,7 @@ from data_pipeline.sources import Source
 
 def plan_order(
     sources: Sequence[Source], global_batch: int, seed: int, name: str, repeats: int = 1
-) -> Order | KeptOrder | MixedOrder | RepeatedOrder:
+) -> RowOrder:
     """The order of a task's samples; rows count through the sources one behind the other.
 
     Args:

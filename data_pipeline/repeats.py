@@ -7,14 +7,15 @@ long as B / R is even. Draws are keyed by position, so that every copy has its o
 """
 
 import copy
+from collections.abc import Mapping
 
 import numpy as np
 
 from data_pipeline.order import RowOrder
 
 
-class RepeatedOrder:
-    """Position of a view -> row; answers what an `Order` answers.
+class RepeatedOrder(RowOrder):
+    """Position of a view -> row; a `RowOrder`.
 
     Args:
         images: order of the images, each once; quarantine and ledger speak of its positions.
@@ -28,11 +29,11 @@ class RepeatedOrder:
     def __init__(self, images: RowOrder, global_batch: int, repeats: int) -> None:
         if problem := repeats_problem(global_batch, repeats):
             raise ValueError(problem)
-        self.images, self.global_batch, self.repeats = images, global_batch, repeats
+        self._images, self.global_batch, self.repeats = images, global_batch, repeats
         self.n_rows, self.stored_rows = images.n_rows, images.stored_rows
 
     def rows(self, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
-        """As `Order.rows`; copies of an image also have the same substitutes."""
+        """As `RowOrder.rows`; copies of an image also have the same substitutes."""
         return self.images.rows(self.places(positions), attempt)
 
     def places(self, positions: np.ndarray) -> np.ndarray:
@@ -44,36 +45,57 @@ class RepeatedOrder:
         batches, offsets = np.divmod(positions, self.global_batch)
         return batches * own + offsets % own
 
-    def taken(self, samples: int) -> int:
+    def images_of(self, samples: int) -> int:
         """Images of which the first `samples` views are."""
         own = self.global_batch // self.repeats
         batches, begun = divmod(samples, self.global_batch)
         return batches * own + min(begun, own)
 
     def can_avoid(self, batch: np.ndarray, position: int) -> bool:
-        """As `Order.can_avoid`."""
+        """As `RowOrder.can_avoid`."""
         (place,) = self.places(np.array([position])).tolist()
         return self.images.can_avoid(np.unique(self.places(batch)), place)
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """As `Order.epochs`, over images."""
-        return self.images.epochs(self.taken(samples))
+        """As `RowOrder.epochs`, over images."""
+        return self.images.epochs(self.images_of(samples))
 
     def passes(self, samples: int) -> float:
         """Epochs over images that `samples` views are."""
-        return self.images.passes(self.taken(samples))
+        return self.images.passes(self.images_of(samples))
 
     @property
     def taking_part(self) -> str:
-        """As `Order.taking_part`, and how often: a run cannot go on with another number, since a
+        """As `RowOrder.taking_part`, and how often: a run cannot go on with another number, since a
         step would then stand for other images."""
         return f"{self.images.taking_part}, {self.repeats} times"
 
-    def with_images(self, images: RowOrder) -> "RepeatedOrder":
+    @property
+    def images(self) -> RowOrder:
+        """As `RowOrder.images`."""
+        return self._images
+
+    def by_source(self) -> Mapping[str, RowOrder]:
+        """As `RowOrder.by_source`, of the images."""
+        return self._images.by_source()
+
+    def with_sources(self, orders: Mapping[str, RowOrder]) -> "RepeatedOrder":
         """The same views of images whose order became another."""
         changed = copy.copy(self)
-        changed.images = images
+        changed._images = self._images.with_sources(orders)
         return changed
+
+    def taken(self, samples: int) -> dict[str, int]:
+        """As `RowOrder.taken`: images, of which the first `samples` views are."""
+        return self._images.taken(self.images_of(samples))
+
+    def split(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """As `RowOrder.split`."""
+        return self._images.split(rows)
+
+    def first_row(self, source: str) -> int:
+        """As `RowOrder.first_row`."""
+        return self._images.first_row(source)
 
 
 def repeats_problem(global_batch: int, repeats: int) -> str | None:

@@ -15,9 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.kept_order import KeptOrder
-from data_pipeline.mixed_order import MixedOrder
-from data_pipeline.order import Order
-from data_pipeline.repeats import RepeatedOrder
+from data_pipeline.order import Order, RowOrder
 from data_pipeline.rng import keyed_u64
 from data_pipeline.selection import Selection
 
@@ -61,8 +59,8 @@ class _Segment:
         return KeptOrder(replace(plan, n_rows=self.n_rows, seed=key), selection)
 
 
-class RevisedOrder:
-    """Position -> row through all revisions; answers what an `Order` answers.
+class RevisedOrder(RowOrder):
+    """Position -> row through all revisions; a `RowOrder`.
 
     Attributes:
         base: the order before any revision.
@@ -84,7 +82,7 @@ class RevisedOrder:
         self._starts = [segment.start for segment in self._segments]
 
     def rows(self, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
-        """As `Order.rows`; substitutes are rows that take part at their position, too."""
+        """As `RowOrder.rows`; substitutes are rows that take part at their position, too."""
         positions = np.asarray(positions, dtype=np.int64)
         numbers = np.searchsorted(self._starts, positions, side="right") - 1
         rows = np.empty_like(positions)
@@ -94,12 +92,8 @@ class RevisedOrder:
         return rows
 
     def can_avoid(self, batch: np.ndarray, position: int) -> bool:
-        """As `Order.can_avoid`."""
+        """As `RowOrder.can_avoid`."""
         return self._at(position).order.can_avoid(batch, position)
-
-    def epochs(self, samples: int) -> dict[str, float]:
-        """As `Order.epochs`."""
-        return {}
 
     def passes(self, samples: int) -> float:
         """Epochs that `samples` samples are, each over the rows that took part in it."""
@@ -111,7 +105,7 @@ class RevisedOrder:
 
     @property
     def taking_part(self) -> str:
-        """As `Order.taking_part`, before any revision: those belong to the run, not to its data."""
+        """As `RowOrder.taking_part`, before any revision: those are of the run, not of its data."""
         return self.base.taking_part
 
     def next_border(self, position: int) -> int:
@@ -145,23 +139,7 @@ class RevisedOrder:
         self._segments.append(_Segment(start, self.base, rows))
 
 
-PlainOrder = Order | KeptOrder | RevisedOrder
-
-
-def images_of(order: PlainOrder | MixedOrder | RepeatedOrder) -> PlainOrder | MixedOrder:
-    """The order of images behind one of views; any other order itself."""
-    return order.images if isinstance(order, RepeatedOrder) else order
-
-
-def plain_orders(order: PlainOrder | MixedOrder | RepeatedOrder) -> Mapping[str, PlainOrder]:
-    """Source -> its own order; "" for a task without named sources."""
-    order = images_of(order)
-    return order.orders if isinstance(order, MixedOrder) else {"": order}
-
-
-def revise(
-    order: PlainOrder | MixedOrder | RepeatedOrder, revisions: Mapping[str, Sequence[Revision]]
-) -> PlainOrder | MixedOrder | RepeatedOrder:
+def revise(order: RowOrder, revisions: Mapping[str, Sequence[Revision]]) -> RowOrder:
     """The order with all revisions of a run, whatever revisions it had before.
 
     Args:
@@ -171,9 +149,7 @@ def revise(
     Raises:
         ValueError: a revision of a source that the task does not have, or an impossible one.
     """
-    if isinstance(order, RepeatedOrder):
-        return order.with_images(revise(order.images, revisions))
-    orders = dict(plain_orders(order))
+    orders = dict(order.by_source())
     if unknown := sorted(revisions.keys() - orders.keys()):
         raise ValueError(f"revisions of the sources {unknown}, but there are {sorted(orders)} only")
     for source, own in revisions.items():
@@ -181,17 +157,17 @@ def revise(
         orders[source] = RevisedOrder(
             before.base if isinstance(before, RevisedOrder) else before, own
         )
-    return order.with_orders(orders) if isinstance(order, MixedOrder) else orders[""]
+    return order.with_sources(orders)
 
 
-def next_border(order: PlainOrder, position: int) -> int:
+def next_border(order: RowOrder, position: int) -> int:
     """First border of an epoch at or behind `position` of a data set's own order, above 0."""
     if not isinstance(order, RevisedOrder):
         order = RevisedOrder(order, [])
     return order.next_border(position)
 
 
-def excluded_rows(order: PlainOrder) -> np.ndarray:
+def excluded_rows(order: RowOrder) -> np.ndarray:
     """(n,) int64: rows that revisions leave out in the end."""
     return order.excluded if isinstance(order, RevisedOrder) else np.empty(0, np.int64)
 

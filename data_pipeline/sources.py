@@ -13,7 +13,7 @@ from data_pipeline.expressions import ExpressionError
 from data_pipeline.filters import Condition, select_rows
 from data_pipeline.kept_order import KeptOrder
 from data_pipeline.locations import is_url
-from data_pipeline.order import Order
+from data_pipeline.order import Order, RowOrder
 from data_pipeline.remote import RemoteSettings
 from data_pipeline.selection import Selection
 from data_pipeline.settings import Settings
@@ -110,7 +110,7 @@ class Source(NamedTuple):
         """Number of rows that take part."""
         return len(self.shards) if self.selection is None else self.selection.n_kept
 
-    def plan(self, key: int, global_batch: int) -> Order | KeptOrder:
+    def plan(self, key: int, global_batch: int) -> RowOrder:
         """Order of its own rows for steps of `global_batch` samples; `key` seeds it."""
         order = Order.plan(self.samples, key, global_batch)
         return order if self.selection is None else KeptOrder(order, self.selection)

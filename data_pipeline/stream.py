@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from data_pipeline import activity
-from data_pipeline.kept_order import KeptOrder
-from data_pipeline.mixed_order import MixedOrder
-from data_pipeline.order import Order
+from data_pipeline.order import RowOrder
 from data_pipeline.reader import BadSample, Sample, SampleReader, TransientReadError
-from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.rng import sample_rng
+from data_pipeline.sample_processor import RngFor, SampleProcessor
 from data_pipeline.selection import Selection
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.timing import StageClock
@@ -24,10 +22,6 @@ if TYPE_CHECKING:
 
 # A position is given up after this many substitutes: by then no data set is worth reading on.
 MAX_ATTEMPTS = 100
-
-
-RngFor = Callable[[str], np.random.Generator]
-"""purpose -> generator of one sample."""
 
 
 Allocate = Callable[[Mapping[str, tuple[int, ...]]], dict[str, "torch.Tensor"]]
@@ -55,40 +49,6 @@ class Fault(NamedTuple):
 Found = tuple[dict[str, Any], int, str]
 """Arrays, row and key of a sample."""
 
-class Fields(Protocol):
-    """What a kind of data does with a sample; see `captions.CaptionFields`."""
-
-    @property
-    def extensions(self) -> frozenset[str]:
-        """Members of a sample that are needed."""
-
-    def of_step(self, seed: int, task: str, step: int) -> Fields:
-        """These fields, with what is chosen once for all samples of a step, on all ranks."""
-
-    def of_place(self, place: int) -> Fields:
-        """These fields, for the row with number `place` of a micro-batch."""
-
-    def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the uint8 arrays of a batch that `sample` writes in place, a row each; the
-        largest of any step, if steps differ."""
-
-    def sample(
-        self,
-        sample: Sample,
-        rng_for: RngFor,
-        out: dict[str, np.ndarray] | None,
-        clock: StageClock | None,
-    ) -> dict[str, Any]:
-        """Arrays of one sample, or BadSample."""
-
-    def collate(
-        self,
-        items: Sequence[dict[str, Any] | None],
-        valid: Sequence[bool],
-        buffers: dict[str, torch.Tensor],
-    ) -> dict[str, Any]:
-        """The batch; None stands for a padding row."""
-
 
 class TaskStream:
     """Loads micro-batches of one task. Holds no position: each request carries its own."""
@@ -97,8 +57,8 @@ class TaskStream:
         self,
         name: str,
         reader: SampleReader,
-        order: Order | KeptOrder | MixedOrder | RepeatedOrder | None,
-        fields: Fields,
+        order: RowOrder | None,
+        fields: SampleProcessor,
         seed: int,
         global_batch: int,
         micro_batch: int,
@@ -167,7 +127,7 @@ class TaskStream:
             allocate: gives memory for the arrays that are written in place.
 
         Returns:
-            the batch of the fields' `collate`, with B = len(request.positions), and
+            the batch of the processor's `collate`, with B = len(request.positions), and
             position (B,) int64 and row (B,) int64, -1 in padding rows; key: list of B str;
             seconds: dict stage -> float; counters: what storage did since the last batch (see
             `storage.ByteSource`); faults: list of Fault in the order they were met.
@@ -204,7 +164,7 @@ class TaskStream:
 
     def _usable(
         self,
-        fields: Fields,
+        fields: SampleProcessor,
         position: int,
         row: int,
         out: dict[str, np.ndarray] | None,
@@ -263,7 +223,7 @@ class TaskStream:
 
 
 Usable = Callable[
-    [Fields, int, int, dict[str, np.ndarray] | None, StageClock, list[Fault]], Found | None
+    [SampleProcessor, int, int, dict[str, np.ndarray] | None, StageClock, list[Fault]], Found | None
 ]
 """(fields, position, row, arrays to write to, clock, list that takes the faults) -> what is usable
 there; None leaves the place empty."""
@@ -271,7 +231,7 @@ there; None leaves the place empty."""
 
 def load_batch(
     request: MicroBatch,
-    fields: Fields,
+    fields: SampleProcessor,
     rows_of: Callable[[np.ndarray], np.ndarray],
     usable: Usable,
     allocate: Allocate | None,
@@ -322,7 +282,7 @@ def load_batch(
 
 
 def fields_of(
-    fields: Fields,
+    fields: SampleProcessor,
     task: str,
     sample: Sample,
     position: int,

@@ -15,9 +15,7 @@ import numpy as np
 
 from data_pipeline.locations import is_url
 from data_pipeline.members import AbsentValue, about_dots
-from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.reader import BadSample, Sample, SampleReader
-from data_pipeline.revisions import images_of, plain_orders
 from data_pipeline.stream import TaskStream
 from data_pipeline.target import Target
 from data_pipeline.weak_stream import WeakStream
@@ -129,12 +127,12 @@ def _spread(stream: TaskStream) -> dict[str, list[int]]:
         chosen = places if stream.selection is None else stream.selection.select(places)
         return {"": chosen.tolist()}
     remote = any(is_url(shard.path) for shard in stream.reader.shards.shards)
-    order, found = images_of(stream.order), {}
-    for name, own in plain_orders(stream.order).items():
+    order, found = stream.order, {}
+    for name, own in order.by_source().items():
         # Of remote shards those that the run begins with, whose indices it needs anyway.
         count = min(own.n_rows, SPREAD)
         rows = own.rows(np.arange(count) if remote else _places(own.n_rows))
-        first = order.first_row(name) if isinstance(order, MixedOrder) else 0
+        first = order.first_row(name)
         found[name] = sorted({first + int(row) for row in rows})
     return found
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -12,16 +12,14 @@ from pydantic import Field
 from data_pipeline.members import bad
 from data_pipeline.plain_text import decoded
 from data_pipeline.reader import Sample
-from data_pipeline.sources import ShardedData
-from data_pipeline.target import Target
-from data_pipeline.timing import StageClock
+from data_pipeline.sample_processor import DataSettings, Item, RngFor, SampleProcessor
 from data_pipeline.tokenizer import ID_TYPES, Tokenizer
 
 if TYPE_CHECKING:
     import torch
 
 
-class TextDataSettings(ShardedData):
+class TextDataSettings(DataSettings):
     """Rows of token ids in shards, as `make_shards text` packs them."""
 
     reads_text: ClassVar[bool] = True
@@ -30,9 +28,13 @@ class TextDataSettings(ShardedData):
     text_length: int = Field(default=512, ge=1)
     """Tokens per row: those that the shards were packed with (`--tokens`), or more."""
 
+    def processor(self, tokenizer: Tokenizer | None, train: bool) -> TextProcessor:
+        """As of `DataSettings`."""
+        return TextProcessor(self, tokenizer)
 
-class TextFields:
-    """Turns samples into arrays and arrays into a batch; the text side of a `TaskStream`.
+
+class TextProcessor(SampleProcessor):
+    """A row of token ids; nothing is drawn at random.
 
     Args:
         settings: how long rows are.
@@ -42,36 +44,12 @@ class TextFields:
     extensions = frozenset([*ID_TYPES, "json"])
 
     def __init__(self, settings: TextDataSettings, tokenizer: Tokenizer) -> None:
-        self.settings, self.tokenizer = settings, tokenizer
+        super().__init__(settings, train=False)
+        self.tokenizer = tokenizer
         self._mark, self._vocab_size = tokenizer.mark, tokenizer.vocab_size
 
-    def of_step(self, seed: int, task: str, step: int) -> TextFields:
-        """Nothing is chosen by the step."""
-        return self
-
-    def targets(self) -> list[Target]:
-        """A row that is none is a bad sample, always: nothing may be missing."""
-        return []
-
-    def of_place(self, place: int) -> TextFields:
-        """All rows of a micro-batch are alike."""
-        return self
-
-    def buffers(self, count: int) -> dict[str, tuple[int, ...]]:
-        """No arrays are written in place."""
-        return {}
-
-    def sample(
-        self,
-        sample: Sample,
-        rng_for: Callable[[str], np.random.Generator],
-        out: dict[str, np.ndarray] | None = None,
-        clock: StageClock | None = None,
-    ) -> dict[str, Any]:
-        """Arrays of one row; nothing is drawn at random.
-
-        Returns:
-            tokens (n,) int64; documents (n,) int64: number of the document within the row.
+    def read(self, sample: Sample, rng_for: RngFor) -> Item:
+        """tokens (n,) int64; documents (n,) int64: number of the document within the row.
 
         Raises:
             BadSample: the row is damaged.
@@ -101,25 +79,12 @@ class TextFields:
         begins = np.zeros(len(tokens), dtype=np.int64)
         begins[starts] = 1
         begins[0] = 0  # the first document of the row is number 0, wherever it began
-        if clock is not None:
-            clock.lap("transform")
         return {"tokens": tokens, "documents": np.cumsum(begins)}
 
-    def collate(
-        self,
-        items: Sequence[dict[str, Any] | None],
-        valid: Sequence[bool],
-        buffers: dict[str, torch.Tensor] | None = None,
-    ) -> dict[str, Any]:
-        """Batch of the results of `sample`; None stands for a padding row.
-
-        Returns:
-            tokens (B, T) int64 with T = text_length, filled with the padding token; mask (B, T)
-            bool, True where there is a token; documents (B, T) int64, -1 where there is none: what
-            must not see each other has different numbers; valid (B,) bool.
-        """
-        import torch
-
+    def stack(self, items: Sequence[Item | None], images: dict[str, torch.Tensor]) -> Item:
+        """tokens (B, T) int64 with T = text_length, filled with the padding token; mask (B, T)
+        bool, True where there is a token; documents (B, T) int64, -1 where there is none: what
+        must not see each other has different numbers."""
         shape = (len(items), self.settings.text_length)
         tokens = np.full(shape, self.tokenizer.pad_id, dtype=np.int64)
         documents = np.full(shape, -1, dtype=np.int64)
@@ -127,12 +92,7 @@ class TextFields:
             if item is not None:
                 tokens[row, : len(item["tokens"])] = item["tokens"]
                 documents[row, : len(item["tokens"])] = item["documents"]
-        return {
-            "tokens": torch.from_numpy(tokens),
-            "mask": torch.from_numpy(documents >= 0),
-            "documents": torch.from_numpy(documents),
-            "valid": torch.tensor(list(valid), dtype=torch.bool),
-        }
+        return {"tokens": tokens, "mask": documents >= 0, "documents": documents}
 
     def _ids(self, sample: Sample) -> np.ndarray:
         for extension, kind in ID_TYPES.items():

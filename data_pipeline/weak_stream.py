@@ -19,6 +19,7 @@ from data_pipeline import activity
 from data_pipeline.reader import BadSample, Sample
 from data_pipeline.retry import Interrupted, Patience, RetryPolicy
 from data_pipeline.rng import sample_rng
+from data_pipeline.sample_processor import SampleProcessor
 from data_pipeline.shards import MAX_MEMBER_BYTES
 from data_pipeline.step_sampler import MicroBatch
 from data_pipeline.stream import (
@@ -26,7 +27,6 @@ from data_pipeline.stream import (
     Allocate,
     DataError,
     Fault,
-    Fields,
     Found,
     fields_of,
     load_batch,
@@ -57,7 +57,7 @@ class WeakStream:
         self,
         name: str,
         urls: Sequence[str],
-        fields: Fields,
+        fields: SampleProcessor,
         seed: int,
         global_batch: int,
         micro_batch: int,
@@ -137,7 +137,7 @@ class WeakStream:
 
     def _usable(
         self,
-        fields: Fields,
+        fields: SampleProcessor,
         position: int,
         row: int,
         out: dict[str, np.ndarray] | None,

@@ -80,7 +80,7 @@ def _show(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.recipe is None:
         arguments.parser.error("give a recipe, or --fields")
-    from pretrain.recipe import load_layers, validate
+    from pretrain.recipe_load import load_layers, validate
 
     layer = load_layers(arguments.recipe, arguments.overrides)
     print(annotated_yaml(validate(layer), layer))
@@ -92,7 +92,7 @@ def _check(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             option = f"--{name.replace('_', '-')}"
             arguments.parser.error(f"{option} must be at least 1, not {getattr(arguments, name)}")
-    from pretrain.recipe import load_layers, validate
+    from pretrain.recipe_load import load_layers, validate
 
     recipe = validate(load_layers(arguments.recipe, arguments.overrides))
     from pretrain.check import report  # imports DeepSpeed, which takes seconds

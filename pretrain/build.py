@@ -1,37 +1,25 @@
 """From a recipe to objects. The only place that knows both: components take plain arguments."""
 
-from collections.abc import Callable, Mapping, Sequence
-from inspect import signature
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
-from data_pipeline.boxes import BoxDataSettings, BoxFields
 from data_pipeline.cache import source_of
-from data_pipeline.captions import CaptionFields
-from data_pipeline.clips import ClipFields
 from data_pipeline.faults import FaultFile
-from data_pipeline.images import ImageDataSettings
-from data_pipeline.kept_order import KeptOrder
-from data_pipeline.labels import LabelDataSettings, LabelFields
 from data_pipeline.loader import EvaluationLoader, TaskStream
-from data_pipeline.m3i import M3IDataSettings, M3IFields
-from data_pipeline.mixed_order import MixedOrder
-from data_pipeline.order import Order
+from data_pipeline.order import RowOrder
 from data_pipeline.order_plan import plan_order
-from data_pipeline.pictures import PictureDataSettings, PictureFields
 from data_pipeline.reader import SampleReader
 from data_pipeline.remote import RemoteSettings
-from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.shards import ShardSet
 from data_pipeline.sources import ShardedData, Source, concatenated, open_source, open_sources
-from data_pipeline.text import TextDataSettings, TextFields
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
 from data_pipeline.weak_stream import WeakStream
 from pretrain import sampler
+from pretrain.models.build_context import BuildContext
+from pretrain.models.encoder import Encoder
 from pretrain.models.multitask import MultiTaskModel
-from pretrain.recipe import Data, Recipe, TaskSettings
+from pretrain.recipe import Recipe, TaskSettings
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer | None:
@@ -75,13 +63,8 @@ def build_schedule(
         sizes: as `plan_sampling`.
     """
     stages = sampler.stages_of(ledger) or plan_sampling(recipe, sizes)
-    return sampler.build_schedule(stages, recipe.tasks, recipe.seed)
-
-
-def loss_weights(recipe: Recipe, schedule: sampler.Schedule, step: int) -> dict[str, float]:
-    """Factor of each task's loss in the loss of a step: the schedule's times the recipe's own."""
-    factors = schedule.loss_weights(step)
-    return {task: factor * recipe.tasks[task].loss_weight for task, factor in factors.items()}
+    weights = {name: task.loss_weight for name, task in recipe.tasks.items()}
+    return sampler.build_schedule(stages, recipe.tasks, recipe.seed, weights)
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer | None) -> MultiTaskModel:
@@ -90,67 +73,22 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer | None) -> MultiTaskModel:
     Where nothing reads text, no tokenizer is needed. Weights are not drawn yet:
     `pretrain.models.init.initialise` does that by seed and name.
     """
-    encoders = {
-        name: settings.build(tokenizer.vocab_size, tokenizer.eos_id)
-        if settings.type == "text"
-        else settings.build()
-        for name, settings in recipe.model.encoders.items()
-    }
+    encoders: dict[str, Encoder] = {}
+    for name, settings in recipe.model.encoders.items():
+        encoders[name] = settings.build(BuildContext(dict(encoders), tokenizer))
 
-    def new_encoder(name: str) -> nn.Module:
+    def new_encoder(name: str) -> Encoder:
         """One more encoder like that of images called `name`, for a target that is not trained."""
-        settings = recipe.model.encoders[name]
-        plain = {"drop_path": 0.0, "gradient_checkpointing": False}
-        fields = {field: value for field, value in plain.items() if hasattr(settings, field)}
-        return settings.model_copy(update=fields).build()
+        settings = recipe.model.encoders[name].as_target()
+        return settings.build(BuildContext(encoders, tokenizer))
 
     objectives = {
-        name: build_objective(task, encoders, tokenizer, new_encoder)
+        name: task.objective.build(
+            BuildContext(encoders, tokenizer, **task.data.facts(), new_encoder=new_encoder)
+        )
         for name, task in recipe.tasks.items()
     }
     return MultiTaskModel(encoders, objectives, recipe.seed)
-
-
-def build_objective(
-    task: TaskSettings,
-    encoders: dict[str, nn.Module],
-    tokenizer: Tokenizer | None,
-    new_encoder: Callable[[str], nn.Module],
-) -> nn.Module:
-    """The objective of a task, told what its data knows.
-
-    new_encoder: makes another encoder of a name, for objectives whose `build` asks for it: those
-        with a target of their own.
-    """
-    known: dict[str, Any] = {}
-    if isinstance(task.data, ImageDataSettings):
-        known = {"image_mean": task.data.image.mean, "image_std": task.data.image.std}
-    if "new_encoder" in signature(task.objective.build).parameters:
-        known["new_encoder"] = new_encoder
-    if isinstance(task.data, LabelDataSettings | BoxDataSettings | M3IDataSettings):
-        known["classes"] = task.data.classes
-    if isinstance(task.data, LabelDataSettings):
-        known["smaller_views"] = task.data.smaller_views
-    return task.objective.build(encoders, tokenizer, **known)
-
-
-def build_fields(
-    data: Data, tokenizer: Tokenizer | None, train: bool
-) -> CaptionFields | LabelFields | PictureFields | BoxFields | TextFields | M3IFields:
-    """What turns samples into batches of this kind of data."""
-    if isinstance(data, LabelDataSettings):
-        return LabelFields(data, train)
-    if isinstance(data, BoxDataSettings):
-        return BoxFields(data, train)
-    if isinstance(data, PictureDataSettings):
-        return PictureFields(data, train)
-    if isinstance(data, TextDataSettings):
-        return TextFields(data, tokenizer)
-    if isinstance(data, M3IDataSettings):
-        return M3IFields(data, tokenizer, train)
-    if data.frames is not None:
-        return ClipFields(data, tokenizer, train)
-    return CaptionFields(data, tokenizer, train)
 
 
 def build_streams(
@@ -170,7 +108,7 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer | None) -> Task
         return WeakStream(
             name,
             task.data.stream.urls(),
-            build_fields(task.data, tokenizer, train=True),
+            task.data.processor(tokenizer, train=True),
             recipe.seed,
             task.global_batch,
             task.micro_batch,
@@ -184,7 +122,7 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer | None) -> Task
         name,
         _reader(recipe, concatenated(sources), task.data.max_member_bytes),
         plan_task_order(task, sources, recipe.seed, name),
-        build_fields(task.data, tokenizer, train=True),
+        task.data.processor(tokenizer, train=True),
         recipe.seed,
         task.global_batch,
         task.micro_batch,
@@ -193,14 +131,9 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer | None) -> Task
 
 def plan_task_order(
     task: TaskSettings, sources: Sequence[Source], seed: int, name: str
-) -> Order | KeptOrder | MixedOrder | RepeatedOrder:
+) -> RowOrder:
     """The order of a task's training data; arguments as `data_pipeline.sources.plan_order`."""
-    return plan_order(sources, task.global_batch, seed, name, repeats_of(task.data))
-
-
-def repeats_of(data: Data) -> int:
-    """How often each sample stands in a step."""
-    return data.repeats if isinstance(data, ImageDataSettings) else 1
+    return plan_order(sources, task.global_batch, seed, name, task.data.copies)
 
 
 def _reader(recipe: Recipe, shards: ShardSet, max_member_bytes: int) -> SampleReader:
@@ -228,20 +161,15 @@ def build_evaluation_loader(
     held_out = open_source(
         task.evaluation.shards, task.evaluation.where, remote=recipe.loader.remote
     )
-    changes: dict[str, Any] = {
-        "shards": task.evaluation.shards, "sources": None, "stream": None
-    }
-    if isinstance(task.data, ImageDataSettings):
-        changes["image"] = evaluation_image(task)
-    if task.objective.type in ("contrastive", "m3i"):
-        changes["captions_per_image"] = task.objective.evaluation_references
-    data = task.data.model_copy(update=changes)
+    data = task.data.held_out(
+        task.evaluation.shards, task.evaluation.image, task.objective.held_out_changes()
+    )
     micro_batch = task.evaluation.micro_batch or task.micro_batch
     stream = TaskStream(
         name,
         _reader(recipe, held_out.shards, task.data.max_member_bytes),
         None,
-        build_fields(data, tokenizer, train=False),
+        data.processor(tokenizer, train=False),
         recipe.seed,
         micro_batch * world,
         micro_batch,
@@ -264,9 +192,4 @@ def build_evaluation_loader(
 
 def evaluation_image(task: TaskSettings) -> ImageSettings:
     """Preprocessing of held-out images: as the recipe says, else a centre crop of that size."""
-    if task.evaluation is not None and task.evaluation.image is not None:
-        return task.evaluation.image
-    image = task.data.image
-    if image.mode != "random_resized_crop":
-        return image
-    return image.model_copy(update={"mode": "center_crop"})
+    return task.data.held_out_image(task.evaluation and task.evaluation.image)

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 
 from data_pipeline.mixed_order import MixedOrder
-from data_pipeline.revisions import images_of
 from data_pipeline.sources import Source, concatenated, open_source, open_sources
 from data_pipeline.step_sampler import MicroBatch, deal
 from data_pipeline.weak_stream import PROMISES_NOT
+from pretrain import recipe_checks
 from pretrain.build import (
     build_evaluation_loader,
     build_model,
@@ -20,7 +20,6 @@ from pretrain.build import (
     build_stream,
     build_tokenizer,
     plan_task_order,
-    repeats_of,
 )
 from pretrain.check_cache import cache_lines
 from pretrain.engine.data_start import changed_data, look_at_samples
@@ -79,7 +78,8 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
     attempt("engine", lambda: _engine(recipe, world, zero))
     if recipe.tokenizer:
         attempt("tokenizer", lambda: _tokenizer(recipe, tokenizers))
-    findings += [Finding(True, line, warns=True) for line in idle_ranks(recipe, world)]
+    warnings = [*recipe_checks.warnings(recipe), *idle_ranks(recipe, world)]
+    findings += [Finding(True, line, warns=True) for line in warnings]
     if len(recipe.tasks) > 1:
         attempt("schedule", lambda: _schedule(recipe))
     for name, task in recipe.tasks.items():
@@ -168,7 +168,7 @@ def _training_data(
     sources = open_sources(task.data, recipe.loader.remote)
     shards = concatenated(sources)
     samples = sum(source.samples for source in sources)
-    repeats = repeats_of(task.data)
+    repeats = task.data.copies
     per_epoch = samples * repeats / task.global_batch
     yield (
         f"tasks.{name}: {_kept(samples, len(shards))} in {len(shards.shards)} shard(s); "
@@ -176,8 +176,8 @@ def _training_data(
         + (f"; every image {repeats} times in a step" if repeats > 1 else "")
     )
     order = plan_task_order(task, sources, recipe.seed, name)
-    if isinstance(images_of(order), MixedOrder):
-        yield f"tasks.{name}: sources in a {images_of(order).describe()}"
+    if isinstance(order.images, MixedOrder):
+        yield f"tasks.{name}: sources in a {order.images.describe()}"
         epochs = order.epochs(visits * task.global_batch)
         for source in sources:
             yield (

@@ -53,15 +53,13 @@ def look_for_targets(
 
 def wanted_targets(task: TaskSettings, stream: TaskStream | WeakStream) -> list[Target]:
     """What samples may teach, as far as the objective reads it."""
-    unread = {"text"} if getattr(task.objective, "text_encoder", "") is None else set()
+    unread = task.objective.unread_targets
     return [target for target in stream.fields.targets() if target.kind not in unread]
 
 
 def targets_may_miss(task: TaskSettings) -> bool:
     """Whether the recipe says that it is meant if few samples, or none, have a target."""
-    return "expected" in (
-        getattr(task.data, key, None) for key in ("unlabelled", "unannotated")
-    )
+    return task.data.targets_may_miss
 
 
 def _joined(looks: Mapping[str, Look]) -> Look:
@@ -99,10 +97,8 @@ def _judge_task(
 def _way_out(where: str, task: TaskSettings) -> str:
     """What to set where targets may be missing; a caption may not."""
     of_task = where.rsplit(".", 1)[0]
-    for key in ("unlabelled", "unannotated"):
-        if hasattr(task.data, key):
-            return f"; if that is meant, set {of_task}.data.{key}=expected"
-    return ""
+    key = task.data.missing_targets
+    return "" if key is None else f"; if that is meant, set {of_task}.data.{key}=expected"
 
 
 def _judge_source(where: str, targets: list[Target], seen: Look, found: Findings) -> None:

@@ -16,109 +16,44 @@ absolute on loading (relative to the current directory), so that a resume works 
 Every fault is a line `file:line: key.path: what is wrong`, found before any process group starts.
 """
 
-import json
 import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self, Union
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from data_pipeline.boxes import BoxDataSettings
-from data_pipeline.captions import CaptionDataSettings
 from data_pipeline.filters import Condition
-from data_pipeline.labels import LabelDataSettings
 from data_pipeline.loader_settings import LoaderSettings
-from data_pipeline.m3i import M3IDataSettings
-from data_pipeline.pictures import PictureDataSettings
 from data_pipeline.repeats import repeats_problem
 from data_pipeline.settings import Settings
-from data_pipeline.text import TextDataSettings
 from data_pipeline.tokenizer import TokenizerSettings
 from data_pipeline.transforms import ImageSettings
-from pretrain import recipe_checks
 from pretrain.engine.checkpoint_settings import CheckpointSettings
 from pretrain.engine.metrics_log import LoggingSettings
 from pretrain.engine.spikes import SpikeSettings
-from pretrain.models.internimage_settings import InternImageSettings
-from pretrain.models.text_settings import TextEncoderSettings
-from pretrain.models.vit_settings import VitSettings
-from pretrain.objectives.captioning_settings import CaptioningSettings
-from pretrain.objectives.classification_settings import ClassificationSettings
-from pretrain.objectives.contrastive_settings import ContrastiveSettings
-from pretrain.objectives.m3i import M3ISettings
+from pretrain.kinds import DATA, ENCODERS, OBJECTIVES
 from pretrain.optim.ema import EmaSettings
 from pretrain.optim.groups import OptimizerSettings
 from pretrain.optim.schedule import ScheduleSettings
 from pretrain.overlay import (
-    Layer,
-    RecipeError,
-    expand_variables,
-    find_recipe,
-    map_strings,
-    merge,
-    parse_override,
-    parse_yaml,
-    read_recipe_layers,
     to_yaml,
 )
 from pretrain.sampler import SamplingSettings
-from pretrain.schema import allows_none, choose_class, entries_of, error_lines
 
-__all__ = [
-    "EvaluationSettings",
-    "FailureSettings",
-    "ModelSettings",
-    "Recipe",
-    "RecipeError",
-    "TaskSettings",
-    "load_layers",
-    "load_recipe",
-    "load_resolved",
-    "validate",
-]
-
-SHIPPED = Path(__file__).parent / "recipes"
-
-_PATHS = (
-    "run_dir",
-    "initial_weights",
-    "tokenizer.path",
-    "tasks.*.data.shards",
-    "tasks.*.data.sources.*.shards",
-    "tasks.*.data.stream.shards",
-    "tasks.*.evaluation.shards",
-)
-
-
-Encoder = Annotated[
-    VitSettings | InternImageSettings | TextEncoderSettings, Field(discriminator="type")
-]
-Objective = Annotated[
-    CaptioningSettings | ClassificationSettings | ContrastiveSettings | M3ISettings,
-    Field(discriminator="type"),
-]
-Data = Annotated[
-    CaptionDataSettings
-    | LabelDataSettings
-    | PictureDataSettings
-    | BoxDataSettings
-    | TextDataSettings
-    | M3IDataSettings,
-    Field(discriminator="type"),
-]
+Encoder = Annotated[Union[ENCODERS], Field(discriminator="type")]  # noqa: UP007
+Objective = Annotated[Union[OBJECTIVES], Field(discriminator="type")]  # noqa: UP007
+Data = Annotated[Union[DATA], Field(discriminator="type")]  # noqa: UP007
 
 DATA_TYPES = {
-    settings.model_fields["type"].default: settings.data_type
-    for settings in (CaptioningSettings, ClassificationSettings, ContrastiveSettings, M3ISettings)
+    settings.model_fields["type"].default: settings.data_type for settings in OBJECTIVES
 }
 """Type of objective -> the type of data that it reads."""
 
 
 class ModelSettings(Settings):
     encoders: dict[str, Encoder] = Field(min_length=1)
-    """Name -> encoder. Objectives name the encoder that they use; several may share one."""
+    """Name -> encoder, or module that reads what others make and stands below them. Objectives name
+    those that they use; several may share one."""
 
 
 class EvaluationSettings(Settings):
@@ -182,21 +117,23 @@ class TaskSettings(Settings):
                 f"micro_batch={self.micro_batch} is larger than global_batch={self.global_batch}: "
                 "lower micro_batch"
             )
-        if problem := repeats_problem(self.global_batch, getattr(self.data, "repeats", 1)):
+        if problem := repeats_problem(self.global_batch, self.data.copies):
             problems.append(problem)
-        image = getattr(self.data, "image", None)
-        if image is not None and image.mode == "keep_aspect" and self.micro_batch > 1:
+        problems += self.data.batch_problems(self.micro_batch)
+        if self.objective.pairs and self.micro_batch == 1:
             problems.append(
-                "data.image.mode=keep_aspect gives images of different sizes, so micro_batch must "
-                f"be 1, not {self.micro_batch}"
+                f"objective {self.objective.type} mixes neighbours: micro_batch must be even, not 1"
             )
-        if self.objective.type == "m3i" and self.micro_batch == 1:
-            problems.append("objective m3i mixes neighbours: micro_batch must be even, not 1")
-        if getattr(self.data, "mixing", None) is not None and self.micro_batch == 1:
-            problems.append("data.mixing mixes neighbours: micro_batch must be even, not 1")
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def images(self, where: str) -> dict[str, ImageSettings]:
+        """Settings of all images of the task that an encoder sees, by key path; where: its own."""
+        images = {f"{where}.data.{n}": image for n, image in self.data.image_settings().items()}
+        if self.evaluation is not None and self.evaluation.image is not None:
+            images[f"{where}.evaluation.image"] = self.evaluation.image
+        return images
 
 
 class FailureSettings(Settings):
@@ -294,13 +231,6 @@ class Recipe(Settings):
     failure: FailureSettings = FailureSettings()
     """When a run gives up."""
 
-    @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
-        found = recipe_checks.problems(self)
-        if found:
-            raise ValueError("\n".join(found))
-        return self
-
     def to_yaml(self) -> str:
         """YAML with every field, which `load_resolved` reads back as an equal recipe."""
         return to_yaml(self.model_dump(mode="json"))
@@ -311,108 +241,3 @@ class Recipe(Settings):
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(self.to_yaml(), encoding="utf-8")
         os.replace(temporary, path)
-
-
-# ---------------------------------------------------------------------------------------- loading
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Load, overlay and validate a recipe.
-
-    Args:
-        path: a YAML file, or the name of a shipped recipe.
-        overrides: `key.path=value` texts, applied in order; values are YAML.
-
-    Raises:
-        RecipeError: with one line per fault.
-    """
-    return validate(load_layers(path, overrides))
-
-
-def load_layers(path: str | Path, overrides: Sequence[str] = ()) -> Layer:
-    """A recipe as plain data: merged, variables expanded, paths absolute; not yet validated."""
-    file = find_recipe(str(path), Path(), SHIPPED)
-    layer = read_recipe_layers(file, SHIPPED)
-    for override in overrides:
-        layer = merge(layer, parse_override(override))
-    layer = expand_variables(layer)
-    data = _without_removed(_with_types(layer.data), Recipe)
-    if "run_dir" not in data and isinstance(data.get("name"), str):
-        data["run_dir"] = os.path.join("runs", data["name"])
-    return Layer(_absolute_paths(data), layer.written)
-
-
-def load_resolved(path: str | Path) -> Recipe:
-    """Load what `Recipe.dump` wrote: complete, nothing below it, nothing to expand."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    return validate(parse_yaml(text, str(path)))
-
-
-def validate(layer: Layer) -> Recipe:
-    """Plain data -> recipe. Types are strict: `true` is no number and `"10"` is text."""
-    try:
-        return Recipe.model_validate_json(json.dumps(_with_types(layer.data)), strict=True)
-    except ValidationError as error:
-        raise RecipeError("\n".join(error_lines(error, Recipe, layer))) from None
-
-
-def _with_types(data: dict[str, Any]) -> dict[str, Any]:
-    """Fill in each `type` that goes without saying: a task's data have that which its objective
-    reads, and an encoder is a vision transformer."""
-    model, tasks = data.get("model"), data.get("tasks")
-    data = dict(data)
-    if isinstance(model, dict) and isinstance(encoders := model.get("encoders"), dict):
-        filled = {name: _with_type(block, "vit") for name, block in encoders.items()}
-        data["model"] = {**model, "encoders": filled}
-    if isinstance(tasks, dict):
-        data["tasks"] = {name: _task_with_type(task) for name, task in tasks.items()}
-    return data
-
-
-def _task_with_type(task: Any) -> Any:
-    if not isinstance(task, dict) or "data" not in task:
-        return task
-    objective = task.get("objective")
-    kind = objective.get("type") if isinstance(objective, dict) else None
-    reads = DATA_TYPES.get(str(kind), "captions")
-    return {**task, "data": _with_type(task["data"], reads)}
-
-
-def _with_type(block: Any, kind: str) -> Any:
-    return {"type": kind, **block} if isinstance(block, dict) else block
-
-
-def _without_removed(data: Any, annotation: Any) -> Any:
-    """Drop entries that an overlay set to null from mappings whose names are free."""
-    if not isinstance(data, dict):
-        return data
-    if (values := entries_of(annotation)) is not None:
-        return {
-            key: _without_removed(value, values)
-            for key, value in data.items()
-            if value is not None or allows_none(values)
-        }
-    model = choose_class(annotation, data)
-    fields = model.model_fields if model is not None else {}
-    return {
-        key: _without_removed(value, fields[key].annotation) if key in fields else value
-        for key, value in data.items()
-    }
-
-
-def _absolute_paths(data: dict[str, Any]) -> dict[str, Any]:
-    data = map_strings(data, _PATHS, _absolute)
-    engine = data.get("deepspeed")
-    if isinstance(engine, str) and (engine.endswith(".json") or os.sep in engine):
-        data["deepspeed"] = _absolute(engine)
-    return data
-
-
-def _absolute(path: str) -> str:
-    """Absolute form of a local path or pattern; addresses such as s3://... stay as they are."""
-    if not path or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path):
-        return path
-    return os.path.abspath(os.path.expanduser(path))

@@ -3,17 +3,17 @@
 Every function returns lines that name both fields and the way out; `problems` collects them all.
 """
 
-import operator
 import re
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.images import ImageDataSettings
+from pretrain.engine.trackers import missing_packages
+from pretrain.models.encoder_settings import multiple_problem
 from pretrain.optim.schedule import problems as schedule_problems
 from pretrain.pattern_checks import check_patterns
 from pretrain.sampler.settings import problems as sampling_problems
 
 if TYPE_CHECKING:
-    from pretrain.recipe import Recipe, TaskSettings
+    from pretrain.recipe import Encoder, Recipe, TaskSettings
 
 _TAKEN = """
 T_destination add_module apply bfloat16 buffers call_super_init children clear compile cpu
@@ -60,14 +60,18 @@ def _check_schedule(recipe: "Recipe") -> list[str]:
 
 
 def _check_data(recipe: "Recipe") -> list[str]:
-    """Objectives and data of the same kind; what else data must be is then up to `_check_texts`."""
-    return [
-        f"tasks.{name}.data.type={task.data.type!r} does not fit "
-        f"tasks.{name}.objective.type={task.objective.type!r}, which reads "
-        f"{task.objective.data_type!r}: change one of them"
-        for name, task in recipe.tasks.items()
-        if task.data.type != task.objective.data_type
-    ]
+    """Objectives and data of the same kind, and then whatever the objective knows of both."""
+    found = []
+    for name, task in recipe.tasks.items():
+        if task.data.type != task.objective.data_type:
+            found.append(
+                f"tasks.{name}.data.type={task.data.type!r} does not fit "
+                f"tasks.{name}.objective.type={task.objective.type!r}, which reads "
+                f"{task.objective.data_type!r}: change one of them"
+            )
+        else:
+            found += task.objective.problems(f"tasks.{name}", task, recipe)
+    return found
 
 
 def _check_encoders(recipe: "Recipe") -> list[str]:
@@ -79,25 +83,63 @@ def _check_encoders(recipe: "Recipe") -> list[str]:
             chosen = getattr(task.objective, field)
             if chosen is None:
                 continue
-            used.add(chosen)
+            used |= (read := _read_by(chosen, encoders))
             where = f"tasks.{name}.objective.{field}={chosen!r}"
-            if chosen not in encoders:
-                found.append(f"{where} is not among model.encoders: {', '.join(encoders)}")
-            elif encoders[chosen].reads != reads:
-                found.append(
-                    f"{where} must read {reads}, but model.encoders.{chosen}.type="
-                    f"{encoders[chosen].type} reads {encoders[chosen].reads}: name another encoder"
-                )
-            elif reads == "images":
-                found += _check_image_sizes(f"tasks.{name}", task, encoders[chosen], chosen)
+            if faults := _named(where, chosen, reads, encoders):
+                found += faults
+                continue
+            if reads == "images":
                 found += _check_pool(where, task, encoders[chosen])
-    found += _check_heads(recipe)
+            for one in (one for one in encoders if one in read and encoders[one].reads == "images"):
+                found += _check_image_sizes(f"tasks.{name}", task, encoders[one], one)
+    found = list(dict.fromkeys(found + _check_modules(encoders) + _check_heads(recipe)))
     for name in encoders:
         if name not in used:
             found.append(
                 f"model.encoders.{name}: no task uses this encoder, so it would only decay: "
                 "remove it, or name it in a task's objective.encoder"
             )
+    return found
+
+
+def _named(where: str, chosen: str, reads: str, encoders: "dict[str, Encoder]") -> list[str]:
+    """The encoder that a field names is there, and reads what it should."""
+    if chosen not in encoders:
+        return [f"{where} is not among model.encoders: {', '.join(encoders)}"]
+    if encoders[chosen].reads != reads:
+        return [
+            f"{where} must read {reads}, but model.encoders.{chosen}.type="
+            f"{encoders[chosen].type} reads {encoders[chosen].reads}: name another encoder"
+        ]
+    return []
+
+
+def _read_by(name: str, encoders: "dict[str, Encoder]") -> set[str]:
+    """The name, and those of all modules that are read on the way to what it makes."""
+    read, left = set(), [name]
+    while left:
+        if (one := left.pop()) in read:
+            continue
+        read.add(one)
+        if one in encoders:
+            fields = encoders[one].encoder_fields
+            left += [named for f in fields if (named := getattr(encoders[one], f)) is not None]
+    return read
+
+
+def _check_modules(encoders: "dict[str, Encoder]") -> list[str]:
+    """Modules that read others stand below them."""
+    found, names = [], list(encoders)
+    for place, (name, module) in enumerate(encoders.items()):
+        for field, reads in module.encoder_fields.items():
+            chosen = getattr(module, field)
+            if chosen is None:
+                continue
+            where = f"model.encoders.{name}.{field}={chosen!r}"
+            if faults := _named(where, chosen, reads, encoders):
+                found += faults
+            elif chosen not in names[:place]:
+                found.append(f"{where} must stand above {name}, which reads it: change their order")
     return found
 
 
@@ -109,173 +151,17 @@ def _check_tokenizer(recipe: "Recipe") -> list[str]:
     readers += [
         f"model.encoders.{name}"
         for name, encoder in recipe.model.encoders.items()
-        if encoder.type == "text"
+        if encoder.reads_text
     ]
     return [f"tokenizer: give tokenizer.path; {readers[0]} reads text"] if readers else []
 
 
-def _check_texts(recipe: "Recipe") -> list[str]:
-    """Captions fit into what reads or writes them."""
-    found = []
-    for name, task in recipe.tasks.items():
-        if task.data.type != task.objective.data_type:
-            continue  # _check_data says so
-        if task.objective.type == "captioning":
-            found += _captioning_texts(f"tasks.{name}", task)
-        elif task.objective.type in ("contrastive", "m3i"):
-            found += _contrastive_texts(f"tasks.{name}", task, recipe)
-    return found
-
-
-def _captioning_texts(where: str, task: "TaskSettings") -> list[str]:
-    found = []
-    objective = task.objective
-    positions = objective.decoder.max_positions
-    if task.data.text_length > positions:
-        found.append(
-            f"{where}.data.text_length={task.data.text_length} exceeds "
-            f"{where}.objective.decoder.max_positions={positions}: raise max_positions or "
-            "lower text_length"
-        )
-    if objective.max_new_tokens > positions:
-        found.append(
-            f"{where}.objective.max_new_tokens={objective.max_new_tokens} exceeds "
-            f"{where}.objective.decoder.max_positions={positions}: lower max_new_tokens"
-        )
-    return found + _clips(where, task)
-
-
-def _clips(where: str, task: "TaskSettings") -> list[str]:
-    """Clips meet a decoder that tells their frames apart, and it meets nothing else."""
-    frames, most = task.data.frames, task.objective.decoder.frames
-    key = f"{where}.objective.decoder.frames"
-    if (frames or 0) > most:
-        return [f"{where}.data.frames={frames} exceeds {key}={most}: set that to {frames} or more"]
-    if most and not frames:
-        return [f"{key}={most} is for clips, but {where}.data.frames is not set: set both, or none"]
-    image = task.evaluation and task.evaluation.image
-    if frames and image and not image.fixed_size:
-        return [f"{where}.evaluation.image.mode={image.mode!r}: clips need one size"]
-    return []
-
-
-def _contrastive_texts(where: str, task: "TaskSettings", recipe: "Recipe") -> list[str]:
-    found = []
-    if task.data.captions_per_image > 1:
-        found.append(
-            f"{where}.data.captions_per_image={task.data.captions_per_image} must be 1 for a "
-            f"{task.objective.type} objective, whose images have one text each in a step"
-        )
-    if task.data.frames is not None:
-        found.append(
-            f"{where}.data.frames={task.data.frames}: a contrastive objective reads images: remove "
-            "frames"
-        )
-    if task.data.repeats > 1:
-        found.append(
-            f"{where}.data.repeats={task.data.repeats} must be 1 for a {task.objective.type} "
-            "objective, which would have to tell an image from its own copies"
-        )
-    encoder = recipe.model.encoders.get(task.objective.text_encoder)
-    positions = getattr(encoder, "max_positions", None)
-    if positions is not None and task.data.text_length > positions:
-        found.append(
-            f"{where}.data.text_length={task.data.text_length} exceeds "
-            f"model.encoders.{task.objective.text_encoder}.max_positions={positions}: raise "
-            "max_positions or lower text_length"
-        )
-    return found
-
-
-def _check_m3i(recipe: "Recipe") -> list[str]:
-    """Images divide into cells, and cells into what the encoder cannot take apart."""
-    found = []
-    for name, task in recipe.tasks.items():
-        encoder = recipe.model.encoders.get(getattr(task.objective, "encoder", None))
-        if task.objective.type != "m3i" or task.data.type != "m3i":
-            continue  # _check_data says so
-        found += _m3i_losses(f"tasks.{name}.objective", task)
-        if encoder is None or encoder.reads != "images":
-            continue  # _check_encoders says so
-        where, cell = f"tasks.{name}.objective", task.objective.cell
-        step = encoder.patch_size if encoder.type == "vit" else 32
-        found += _check_multiple(
-            f"{where}.cell", cell, step, f"model.encoders.{task.objective.encoder} needs"
-        )
-        for key, image in _images_of(f"tasks.{name}", task).items():
-            for size in {image.size, *(image.sizes or ())}:
-                found += _check_multiple(f"{key}.size", size, cell, f"{where}.cell={cell} needs")
-        image = task.data.image  # and the second view: of the same sizes
-        if cell in {image.size, *(image.sizes or ())}:
-            found.append(
-                f"{where}.cell={cell} is all of an image, but two share the cells: lower cell, or "
-                f"take a larger tasks.{name}.data.image.size"
-            )
-        if task.evaluation is not None:
-            found += _m3i_evaluation(f"tasks.{name}", task)
-        if encoder.type == "vit":
-            continue
-        if "head" not in encoder.pools or encoder.head.type != "projector":
-            found.append(
-                f"{where} reads dense features of model.encoders.{task.objective.encoder}, which "
-                "an internimage has with `head: {type: projector}` alone: give it that"
-            )
-        for field, free in (("group_attention", False), ("pooled_width", None)):
-            if getattr(task.objective, field) != free:
-                found.append(
-                    f"{where}.{field} is for a vit, not for an internimage: remove it"
-                )
-    return found
-
-
-def _m3i_losses(where: str, task: "TaskSettings") -> list[str]:
-    """Settings of losses that are not there."""
-    objective, absent = task.objective, []
-    if objective.text_encoder is None:
-        fields = {"weights.text": objective.weights.text, "temperature": objective.temperature,
-                  "max_scale": objective.max_scale}
-        absent.append((f"{where}.text_encoder", fields))
-    if task.data.classes is None:
-        fields = {"weights.category": objective.weights.category,
-                  "label_smoothing": objective.label_smoothing}
-        absent.append((f"{where.removesuffix('objective')}data.classes", fields))
-    plain = type(objective)()
-    return [
-        f"{where}.{field}={value} has no effect with {key}=null: remove it, or set {key}"
-        for key, fields in absent
-        for field, value in fields.items()
-        if value != operator.attrgetter(field)(plain)
-    ]
-
-
-def _m3i_evaluation(where: str, task: "TaskSettings") -> list[str]:
-    found, image = [], task.evaluation.image
-    if (size := task.evaluation.micro_batch or task.micro_batch) % 2:
-        found.append(f"{where}.evaluation.micro_batch={size} must be even: m3i mixes neighbours")
-    if image is not None and (image.size, image.fixed_size) != (task.data.image.size, True):
-        found.append(
-            f"{where}.evaluation.image must give squares of {where}.data.image.size="
-            f"{task.data.image.size}, on whose grid the second view is predicted"
-        )
-    return found
-
-
-def _images_of(where: str, task: "TaskSettings") -> dict[str, Any]:
-    """Settings of all images that an encoder sees, by key path."""
-    images = {f"{where}.data.image": task.data.image}
-    if task.data.second_view is not None:
-        images[f"{where}.data.second_view"] = task.data.second_view
-    if task.evaluation is not None and task.evaluation.image is not None:
-        images[f"{where}.evaluation.image"] = task.evaluation.image
-    return images
-
-
 def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str) -> list[str]:
     step = encoder.size_multiple
-    if not isinstance(task.data, ImageDataSettings):
+    if "image" not in task.data.image_settings():
         return []  # _check_data says that the objective reads other data
     found = []
-    for key, image in _images_of(where, task).items():
+    for key, image in task.images(where).items():
         needs = f"model.encoders.{name} ({encoder.type}) needs"
         if image.mode == "keep_aspect":
             if not encoder.any_sides:
@@ -286,20 +172,20 @@ def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str
             continue
         sizes = [("size", image.size), *(("sizes", size) for size in image.sizes or ())]
         for field, size in sizes:
-            found += _check_multiple(f"{key}.{field}", size, step, needs)
+            found += multiple_problem(f"{key}.{field}", size, step, needs)
     trained, least = "size", task.data.image.size
     if task.data.image.sizes:
         trained, least = "sizes", min(task.data.image.sizes)
     needs = f"model.encoders.{name} ({encoder.type}) needs"
-    smaller = getattr(task.objective, "smaller_sizes", ())
-    views = getattr(task.data, "smaller_views", ())
+    smaller = task.objective.further_sizes
+    views = task.data.further_views
     for size in smaller:
         key = f"{where}.objective.smaller_sizes"
         if size >= least:
             found.append(f"{key}: {size} is not below {where}.data.image.{trained}={least}")
-        found += _check_multiple(key, size, step, needs)
+        found += multiple_problem(key, size, step, needs)
     for size in views:
-        found += _check_multiple(f"{where}.data.smaller_views", size, step, needs)
+        found += multiple_problem(f"{where}.data.smaller_views", size, step, needs)
     if smaller and views:
         found.append(
             f"{where}.objective.smaller_sizes and {where}.data.smaller_views are two ways to show "
@@ -308,39 +194,25 @@ def _check_image_sizes(where: str, task: "TaskSettings", encoder: Any, name: str
     return found
 
 
-def _check_multiple(key: str, size: int, step: int, needs: str) -> list[str]:
-    below = size // step * step
-    if not size % step:
-        return []
-    return [
-        f"{key}={size} is not a multiple of {step}, as {needs}: use {below or step} or "
-        f"{below + step}"
-    ]
-
-
 def _check_pool(where: str, task: "TaskSettings", encoder: Any) -> list[str]:
     """An objective that wants one vector per image asks for one that the encoder has."""
-    pool = getattr(task.objective, "pool", None)
+    pool = task.objective.wanted_pool
     if pool is None or pool in encoder.pools:
         return []
     return [
         f"{where} cannot give pool={pool}: this {encoder.type} has {' and '.join(encoder.pools)}"
-        + (", and with a `head` also that" if pool == "head" and encoder.type != "vit" else "")
+        + (encoder.pool_hint if pool == "head" else "")
     ]
 
 
 def _check_heads(recipe: "Recipe") -> list[str]:
     """An encoder's own head is used by some task."""
-    pooled = {
-        task.objective.encoder
-        for task in recipe.tasks.values()
-        if getattr(task.objective, "pool", None) == "head" or task.objective.type == "m3i"
-    }
+    pooled = {task.objective.encoder for task in recipe.tasks.values() if task.objective.uses_head}
     return [
         f"model.encoders.{name}.head: no task has `pool: head`, so it would only decay: remove it "
         "(head=null), or let an objective use it"
         for name, encoder in recipe.model.encoders.items()
-        if "head" in getattr(encoder, "pools", ()) and name not in pooled
+        if "head" in encoder.pools and name not in pooled
     ]
 
 
@@ -354,22 +226,8 @@ def _check_evaluation(recipe: "Recipe") -> list[str]:
         )
     for name in tested:
         task = recipe.tasks[name]
-        if not isinstance(task.data, ImageDataSettings):
-            if task.evaluation.image is not None:
-                found.append(f"tasks.{name}.evaluation.image: data of type text have no images")
-            continue
-        image = task.evaluation.image or task.data.image
         size = task.evaluation.micro_batch or task.micro_batch
-        if image.mode == "keep_aspect" and size > 1:
-            found.append(
-                f"tasks.{name}.evaluation.micro_batch={size} must be 1 with image mode keep_aspect"
-            )
-        trained = task.data.image
-        if (image.mean, image.std) != (trained.mean, trained.std):
-            found.append(
-                f"tasks.{name}.evaluation.image.mean and .std differ from those of "
-                f"tasks.{name}.data.image, which the model is trained with: remove them"
-            )
+        found += task.data.evaluation_problems(f"tasks.{name}", task.evaluation.image, size)
     return found
 
 
@@ -401,9 +259,10 @@ def warnings(recipe: "Recipe") -> list[str]:
         "optimizer.frozen keeps parameters at their random first values, since there are no "
         "initial_weights: name a file of them"
     ] if recipe.optimizer.frozen and recipe.initial_weights is None else []
+    found = random + missing_packages(recipe.logging.trackers)
     if recipe.optimizer.kind != "mt_adamw":
-        return random
-    return random + [
+        return found
+    return found + [
         f"tasks.{name}.loss_weight={task.loss_weight:g} cancels with optimizer.kind=mt_adamw, "
         f"which divides each gradient by its norm: use optimizer.omega to weight task {name}"
         for name, task in recipe.tasks.items()
@@ -415,11 +274,9 @@ _CHECKS = (
     _check_names,
     _check_sampling,
     _check_schedule,
-    _check_data,
     _check_encoders,
     _check_tokenizer,
-    _check_texts,
-    _check_m3i,
+    _check_data,
     _check_evaluation,
     _check_optimizer,
     check_patterns,

@@ -159,7 +159,7 @@ def recipe_of(checkpoint: Path) -> "Recipe | None":
     Raises:
         RecipeError: the file is there, but this version cannot read it.
     """
-    from pretrain.recipe import load_resolved
+    from pretrain.recipe_load import load_resolved
 
     path = checkpoint / RECIPE
     return load_resolved(path) if path.exists() else None

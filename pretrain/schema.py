@@ -2,7 +2,7 @@
 
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -121,16 +121,22 @@ def error_lines(error: ValidationError, model: type[BaseModel], layer: Layer) ->
         if detail["type"].startswith("union_tag"):
             path = (*path, "type")
         for message in _messages(detail, path, parent, model):
-            source = layer.source((*path, *_key_in(message, detail)))
+            blamed = _key_in(message) if detail["type"] == "value_error" else ()
+            source = layer.source((*path, *blamed))
             key = _written_key(path)
             lines[f"{source}: {key}: {message}" if key else f"{source}: {message}"] = None
     return list(lines)
 
 
-def _key_in(message: str, detail: ErrorDetails) -> KeyPath:
+def located(messages: Iterable[str], layer: Layer) -> list[str]:
+    """Messages that begin with a key, behind the file and line where it was written."""
+    return [f"{layer.source(_key_in(message))}: {message}" for message in messages]
+
+
+def _key_in(message: str) -> KeyPath:
     """Checks across fields begin with the key that they blame; the line number follows it."""
     match = re.match(r"\w+(\.\w+)*(?=[=:])", message)
-    return tuple(match[0].split(".")) if match and detail["type"] == "value_error" else ()
+    return tuple(match[0].split(".")) if match else ()
 
 
 def _written_key(path: KeyPath) -> str:

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
     except (LaunchError, LocaleError, UsageError) as error:
         say(error)
         return WRONG_USAGE
-    from pretrain.recipe import RecipeError  # takes a second, in which signals count
+    from pretrain.overlay import RecipeError  # takes a second, in which signals count
 
     try:
         recipe, resume = read_recipe(arguments)
@@ -187,7 +187,7 @@ def read_recipe(arguments: argparse.Namespace) -> "tuple[Recipe, bool]":
     Raises:
         RecipeError, RunDirError: with all that the user needs to know.
     """
-    from pretrain.recipe import load_recipe, load_resolved
+    from pretrain.recipe_load import load_recipe, load_resolved
 
     if arguments.resume is not None:
         root = arguments.resume / "checkpoints"
@@ -213,7 +213,7 @@ def read_resumed(run_dir: Path, overrides: Sequence[str], from_step: int | None)
     Raises:
         RecipeError, RunDirError: as `read_recipe`.
     """
-    from pretrain.recipe import load_layers, load_resolved, validate
+    from pretrain.recipe_load import load_layers, load_resolved, validate
 
     path = check_resumable(run_dir)
     written = moved(load_resolved(path), run_dir)

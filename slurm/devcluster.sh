@@ -20,7 +20,9 @@
 #   SLURM_DEV_GPUS   pretend GPUs per node (0 = none)   8
 #   SLURM_DEV_NET    lo | netns                         lo
 #   SLURM_DEV_PORT   first TCP port                     17817
+#   SLURM_DEV_JOB    number of the first job            1
 #   SLURM_DEV_LINK   1: link /etc/slurm/slurm.conf      0
+# Clusters with folders, ports and job numbers of their own may run side by side (lo only).
 # lo:    nodes are 127.0.0.1, .2, ...  netns: each node has its own network namespace,
 #        address and ports.  In both, each node has its own hostname, /dev/shm and
 #        $SLURM_DEV_DIR/scratch (a "local disk").  Needs root with CAP_SYS_ADMIN.
@@ -36,12 +38,13 @@ GPUS=${RUN_GPUS:-${SLURM_DEV_GPUS:-8}}
 NET=${RUN_NET:-${SLURM_DEV_NET:-lo}}
 PORT=${RUN_PORT:-${SLURM_DEV_PORT:-17817}}
 LINK=${RUN_LINK:-${SLURM_DEV_LINK:-0}}
+JOB=${RUN_JOB:-${SLURM_DEV_JOB:-1}}
 PREFIX=node
 CONF=$DIR/etc/slurm.conf
 HOST=$(hostname -s)
 BR=sdbr0
 SUB=10.213.77
-TAG="# slurm-devcluster"
+TAG="# slurm-devcluster $DIR"
 export PATH=$PATH:/usr/sbin:/sbin
 export SLURM_CONF=$CONF
 
@@ -136,18 +139,25 @@ net_up() {
   done
 }
 net_down() {
+  [ "$NET" = netns ] || return 0
   local ns
   command -v ip >/dev/null || return 0
   for ns in $(ip netns list 2>/dev/null | awk '{print $1}' | grep "^sd-$PREFIX" || true); do ip netns del "$ns"; done
   ip link del $BR 2>/dev/null || true
 }
-hosts_clean() { # /etc/hosts may be a bind mount: rewrite in place, no rename
-  local keep; keep=$(grep -v "$TAG\$" /etc/hosts || true); printf '%s\n' "$keep" > /etc/hosts
+hosts_set() { # lines: this cluster's, in place of those that it had
+  # /etc/hosts may be a bind mount: it is rewritten in place, by one cluster at a time
+  local keep
+  exec 8< /etc/hosts; flock 8
+  keep=$(awk -v tag="$TAG" 'substr($0, length($0) - length(tag) + 1) != tag' /etc/hosts)
+  printf '%s\n' "$keep" "$@" > /etc/hosts
+  exec 8<&-
 }
 hosts_add() {
-  local i; hosts_clean
-  for ((i = 1; i <= N; i++)); do echo "$(addr "$i") $PREFIX$i $TAG" >> /etc/hosts; done
-  if [ "$NET" = netns ]; then echo "$SUB.1 slurm-dev-ctl $TAG" >> /etc/hosts; fi
+  local i lines=()
+  for ((i = 1; i <= N; i++)); do lines+=("$(addr "$i") $PREFIX$i $TAG"); done
+  if [ "$NET" = netns ]; then lines+=("$SUB.1 slurm-dev-ctl $TAG"); fi
+  hosts_set "${lines[@]}"
 }
 
 # ---------------------------------------------------------------- config
@@ -200,6 +210,7 @@ UnkillableStepTimeout=30
 WaitTime=0
 JobRequeue=1
 MinJobAge=300
+FirstJobId=$JOB
 # short scheduling delays
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sched_delay=0,requeue_delay=1
@@ -297,7 +308,7 @@ cmd_start() {
   if [ -z "$up" ]; then
     cat > "$DIR/run/settings" <<C
 RUN_NODES=$N RUN_CPUS=$CPUS RUN_MEM=$MEM RUN_GPUS=$GPUS
-RUN_NET=$NET RUN_PORT=$PORT RUN_LINK=$LINK
+RUN_NET=$NET RUN_PORT=$PORT RUN_LINK=$LINK RUN_JOB=$JOB
 C
     net_up; hosts_add; write_conf; link_conf
     for n in $(names); do mkdir -p "$DIR/spool/$n"; done
@@ -320,7 +331,7 @@ cmd_stop() {
   end $(ls "$DIR/run" 2>/dev/null | sed -nE 's/^(slurmd\..*|slurmctld)\.mine$/\1/p')
   for n in $(ls "$DIR/run" 2>/dev/null | sed -n 's/^\(.*\)\.uts$/\1/p'); do wipe_node "$n"; done
   end munged
-  net_down; hosts_clean; unlink_conf; rm -f "$DIR/run/settings"
+  net_down; hosts_set; unlink_conf; rm -f "$DIR/run/settings"
   say "stopped"
 }
 cmd_status() {
@@ -359,5 +370,5 @@ case ${1:-} in
   logs) tail -n 20 "$DIR"/log/*.log ;;
   purge) cmd_stop; rm -rf "$DIR" ;;
   install) mkdir -p "$DIR/log"; install ;;
-  *) sed -n '2,29p' "$0"; exit 2 ;;
+  *) sed -n '2,31p' "$0"; exit 2 ;;
 esac

@@ -15,9 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from slurm import cluster, requests
-from slurm.attempts import read_attempts
-from slurm.run_files import age, control, last_checkpoint, status
+from slurm import cluster, goodput, requests
+from slurm.run_files import age, control, last_checkpoint, read_attempts, status
 
 _TAIL_BYTES = 2**18
 ALIVE_S = 60.0
@@ -69,17 +68,6 @@ def seconds_a_step(lines: Sequence[dict]) -> float | None:
     return statistics.median(gaps[-100:]) if gaps else None
 
 
-def goodput(attempts: Sequence[dict], step: int, step_s: float | None, now: float) -> float | None:
-    """Share of the time since the first try that went into steps that count, 0 to 1.
-
-    The rest went into waiting in the queue, starts, restores, saves, and steps done twice.
-    """
-    if not attempts or step_s is None or now <= attempts[0]["started"]:
-        return None
-    first = attempts[0].get("steps", [0, 0])[0]
-    return min((step - first) * step_s / (now - attempts[0]["started"]), 1.0)
-
-
 def describe(run: Path, now: float | None = None) -> dict:
     """All that is known of a run, as numbers and texts."""
     now = now or time.time()
@@ -90,19 +78,27 @@ def describe(run: Path, now: float | None = None) -> dict:
     if state in ("running", "starting") and (beat is None or beat > ALIVE_S):
         state = "silent"
     jobs = cluster.jobs_of(run)
-    checkpoint = last_checkpoint(run)
+    checkpoint, spent = last_checkpoint(run), goodput.shares(run, step_s, now)
     found = {
         "run": str(run), "state": state, "phase": said.get("phase"), "step": step, "steps": total,
         "seconds_a_step": step_s, "jobs": jobs, "tries": len(attempts),
         "left_s": (total - step) * step_s if total and step_s and state == "running" else None,
         "checkpoint": checkpoint,
         "checkpoint_age_s": age(run / "checkpoints" / f"step_{checkpoint:09d}" / "manifest.json"),
-        "goodput": goodput(attempts, step, step_s, now), "reason": said.get("reason", ""),
+        "time": spent, "goodput": spent.get("steps"), "reason": reason_of(said, attempts),
         "slow_rank": said.get("slow_rank") if state == "running" else None,
     }
     if lines and lines[-1].get("loss") is not None:
         found["loss"] = lines[-1]["loss"]
     return found
+
+
+def reason_of(said: dict, attempts: Sequence[dict]) -> str:
+    """Why a run is as it is: what ended its last try for good, or what it says of itself."""
+    last = attempts[-1] if attempts else {}
+    ended = last.get("decision") in ("give up", "leave") and said.get("state") not in (
+        "running", "starting", "finished")
+    return last.get("why", "") if ended else said.get("reason", "")
 
 
 def total_steps(run: Path) -> int | None:
@@ -129,7 +125,7 @@ def line_of(found: dict) -> str:
     if found["tries"] > 1:
         parts.append(f"{found['tries']} tries")
     if found["goodput"] is not None:
-        parts.append(f"goodput {found['goodput']:.0%}")
+        parts.append(goodput.words(found["time"]))
     if slow := found["slow_rank"]:
         parts.append(f"waits for rank {slow['rank']} on {slow['host']} "
                      f"({slow['factor']:.1f} times as slow as the others)")

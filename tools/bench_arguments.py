@@ -18,6 +18,13 @@ def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=224, help="output pixels")
 
 
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=Path, help="on the disk to write to (default: TMPDIR)")
+    parser.add_argument("--width", type=int, default=768, help="channels of encoder and decoder")
+    parser.add_argument("--zero", type=int, choices=(1, 2, 3), default=2, help="ZeRO stage")
+    parser.set_defaults(batch=1, micro_steps=1, tasks=1, steps=1)
+
+
 def _dcnv3(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads")
     parser.add_argument("--types", nargs="+", default=list(_TYPES), choices=_TYPES)
@@ -116,6 +123,7 @@ def _remote(parser: argparse.ArgumentParser) -> None:
 
 
 ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "checkpoint": _checkpoint,
     "data": _data,
     "dcnv3": _dcnv3,
     "decode": _decode,

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from data_pipeline import decode
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.loader import LoaderSettings, StepLoader, TaskStream
 from data_pipeline.order import Order
 from data_pipeline.packer import ShardWriter
@@ -152,7 +152,7 @@ class DataBench:
         self.image = ImageSettings(size=size, flip_probability=0.5, scaled_decode_margin=None)
         self.tokenizer = train_byte_level_bpe([CAPTION.decode()] * 2, 300)
         data = CaptionDataSettings(shards=["unused"], image=self.image)
-        self.fields = CaptionFields(data, self.tokenizer, train=True)
+        self.fields = CaptionProcessor(data, self.tokenizer, train=True)
         self.transform = ImageTransform(self.image)
         self.big_order = Order.plan(10**9, 0, 1024)
         urls = [shard.path for shard in shards.shards]

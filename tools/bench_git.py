@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.git import GitDecoderSettings
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
@@ -136,9 +137,8 @@ def _settings(args: argparse.Namespace) -> tuple[VitSettings, GitDecoderSettings
 def _model(args: argparse.Namespace) -> MultiTaskModel:
     vit, decoder = _settings(args)
     encoders = {"image": vit.build()}
-    objective = CaptioningSettings(decoder=decoder, label_smoothing=0.0).build(
-        encoders, _Vocabulary(args.vocabulary), _MEAN, _STD
-    )
+    objective = CaptioningSettings(decoder=decoder, label_smoothing=0.0).build(BuildContext(
+        encoders, _Vocabulary(args.vocabulary), _MEAN, _STD))
     model = MultiTaskModel(encoders, {"caption": objective})
     initialise(model, seed=0)
     return model
@@ -172,7 +172,7 @@ def _our_step(args: argparse.Namespace, batch: dict[str, torch.Tensor]) -> Calla
 
     def step() -> float:
         model.zero_grad(set_to_none=False)
-        loss = model("caption", batch, totals)["loss"]
+        loss = model("caption", "undivided", batch, totals)["loss"]
         loss.backward()
         return loss.item()
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from data_pipeline.labels import LabelDataSettings, LabelFields
+from data_pipeline.labels import LabelDataSettings, LabelProcessor
 from data_pipeline.loader import LoaderSettings, StepLoader, TaskStream
 from data_pipeline.order import Order
 from data_pipeline.packer import ShardWriter
@@ -144,7 +144,7 @@ def _stream(folder: Path, n_rows: int, batch: int) -> TaskStream:
     )
     return TaskStream(
         "bench", SampleReader(shards), Order.plan(len(shards), 0, batch),
-        LabelFields(settings, train=True), 0, batch, batch,
+        LabelProcessor(settings, train=True), 0, batch, batch,
     )  # fmt: skip
 
 

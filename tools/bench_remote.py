@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from data_pipeline.cache import CachedShards, CacheSettings
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.loader import LoaderSettings, StepLoader, TaskStream
 from data_pipeline.order import Order
 from data_pipeline.reader import SampleReader
@@ -59,7 +59,7 @@ class RemoteBench:
         size = sum(shard.bytes for shard in local.shards)
         self.cache = CacheSettings(folder=str(cache), max_gib=0.7 * size / 2**30)
         data = CaptionDataSettings(shards=["unused"], image=ImageSettings())
-        self.fields = CaptionFields(
+        self.fields = CaptionProcessor(
             data, train_byte_level_bpe([CAPTION.decode()] * 2, 300), train=True
         )
         self.waits: dict[str, list[list[float]]] = {case: [] for case in self.shards}

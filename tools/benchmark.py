@@ -1,5 +1,6 @@
 """Measure this project against what else there is, on your machine.
 
+    python -m tools.benchmark checkpoint
     python -m tools.benchmark data --images photos/
     python -m tools.benchmark decode
     python -m tools.benchmark git --json git.json
@@ -44,6 +45,7 @@ _MINUTES = 5
 # Of this time what is measured in turns may take; the rest is for what comes before and behind.
 _SHARE = 0.7
 BENCHMARKS = {
+    "checkpoint": "saving: how long training stands still, against DeepSpeed and async_save",
     "data": "loading images: against webdataset, and against the limit set by decoding",
     "decode": "large photographs: decoding at a fraction of their size, speed and fidelity",
     "git": "the captioning model: against transformers, with one and five captions an image",

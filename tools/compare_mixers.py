@@ -132,7 +132,7 @@ def plan(options: argparse.Namespace, classes: int) -> Plan:
     Raises:
         RecipeError: `--set` does not fit, or a run directory is that of another comparison.
     """
-    from pretrain.recipe import load_recipe, load_resolved
+    from pretrain.recipe_load import load_recipe, load_resolved
 
     data = options.out / "data"
     side = 32 if options.scenes else 64
@@ -183,7 +183,7 @@ def size_of(run: Run) -> tuple[int, int]:
     """Parameters of the encoder of a run, and its FLOPs for one image."""
     import torch  # --help and wrong arguments do without
 
-    from pretrain.recipe import load_recipe
+    from pretrain.recipe_load import load_recipe
 
     recipe = load_recipe(run.recipe, run.overrides)
     with torch.device("meta"):

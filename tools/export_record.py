@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from data_pipeline.caption_texts import CaptionSources, CleaningSettings
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.files import write_atomically
 from data_pipeline.loader import EvaluationLoader, TaskStream
 from data_pipeline.reader import SampleReader
@@ -20,7 +20,7 @@ from data_pipeline.sources import open_source
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageSettings
 from pretrain.engine.checkpoint_files import MANIFEST, newest_whole
-from pretrain.recipe import load_resolved
+from pretrain.recipe_load import load_resolved
 from tools.training_images import TrainingShards
 
 RECORD = "omnipretrain.json"
@@ -177,7 +177,7 @@ def heldout_loader(
         ExpressionError: no sample meets the condition `where`.
     """
     source = open_source(data.shards, data.where)
-    fields = CaptionFields(data, tokenizer, train=False)
+    fields = CaptionProcessor(data, tokenizer, train=False)
     stream = TaskStream(
         "heldout", SampleReader(source.shards), None, fields, 0, batch, batch, source.selection
     )

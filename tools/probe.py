@@ -117,7 +117,7 @@ def features(
     """
     import torch
 
-    from data_pipeline.labels import NO_LABEL, LabelDataSettings, LabelFields
+    from data_pipeline.labels import NO_LABEL, LabelDataSettings, LabelProcessor
     from data_pipeline.loader import EvaluationLoader, TaskStream
     from data_pipeline.reader import SampleReader
     from data_pipeline.shards import ShardSet
@@ -132,7 +132,7 @@ def features(
     vector_width(encoder, args.pool)  # or an error that says why not
     batch_size = 1 if image.mode == "keep_aspect" else args.batch
     stream = TaskStream(
-        "probe", SampleReader(ShardSet.open(shards)), None, LabelFields(data, train=False), 0,
+        "probe", SampleReader(ShardSet.open(shards)), None, LabelProcessor(data, train=False), 0,
         batch_size, batch_size,
     )  # fmt: skip
     loader = EvaluationLoader(stream, 0, 1, workers=args.workers)

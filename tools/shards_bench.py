@@ -13,9 +13,10 @@ from rich.console import Console
 
 from data_pipeline.decode import DecodeError, decode, read_header
 from data_pipeline.errors import ShardError
+from data_pipeline.images import ImageProcessor
 from data_pipeline.members import AbsentValue, bad
 from data_pipeline.order import Order
-from data_pipeline.pictures import PictureDataSettings, PictureFields
+from data_pipeline.pictures import PictureDataSettings
 from data_pipeline.reader import BadSample, Sample, SampleReader
 from data_pipeline.rng import sample_rng
 from data_pipeline.shards import ShardSet
@@ -78,7 +79,7 @@ class ShardBench:
         self.rows = self.order.rows(np.arange(min(samples, len(shards)))).tolist()
         settings = ImageSettings(size=size, flip_probability=0.5)
         self.settings = PictureDataSettings(shards=["unused"], image=settings)
-        self.fields = PictureFields(self.settings, train=True)
+        self.fields = ImageProcessor(self.settings, train=True)
         self.images = 0
         """Rows whose image can be decoded."""
 

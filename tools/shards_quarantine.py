@@ -17,7 +17,7 @@ from typing import Any
 from data_pipeline.sources import concatenated, open_sources
 from pretrain.engine.quarantine_files import Edit, Listed, append_edits, read_edits, read_list
 from pretrain.engine.run_record import RunDirError, check_resumable
-from pretrain.recipe import load_resolved
+from pretrain.recipe_load import load_resolved
 from tools.find_sample import row_of
 
 

@@ -13,7 +13,8 @@ from pretrain.models.git import GitDecoderSettings
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.models.vit import VisionTransformer, VitSettings
 from pretrain.objectives.captioning import Captioning
-from pretrain.recipe import Recipe, TaskSettings, load_resolved
+from pretrain.recipe import Recipe, TaskSettings
+from pretrain.recipe_load import load_resolved
 
 
 @dataclass(frozen=True)

@@ -18,30 +18,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_pipeline.files import (
-    give_usual_access,
-    naming,
-    sync_file,
-    sync_folder,
-    write_atomically,
-)
+from data_pipeline.files import naming, sync_file, sync_folder, write_atomically
+from pretrain.engine.checkpoint_contents import Contents, rank_contents, write_contents
 from pretrain.engine.checkpoint_files import (
     EMA,
     FORMAT,
     MANIFEST,
     MASTER,
-    MODULE,
     CheckpointError,
     FragmentReader,
     checkpoint_name,
-    file_entry,
     list_checkpoints,
-    rank_files,
     read_full_state,
     read_manifest,
     seal_manifest,
     verify_file,
-    write_tensors,
 )
 from pretrain.engine.checkpoint_retention import (
     Aside,
@@ -52,9 +43,7 @@ from pretrain.engine.checkpoint_retention import (
     steps_there,
     went_back_from,
 )
-from pretrain.engine.checkpoint_settings import (
-    CheckpointSettings,
-)
+from pretrain.engine.checkpoint_settings import CheckpointSettings
 from pretrain.engine.engine_state import (
     check_parameters,
     describe_parameters,
@@ -63,7 +52,6 @@ from pretrain.engine.engine_state import (
     set_scalar,
     sources_of,
     state_to_fill,
-    states_of,
 )
 from pretrain.engine.failures import reason_of
 from pretrain.engine.momentum import TargetNetworks
@@ -84,6 +72,16 @@ class Restored:
     folder: Path
     step: int
     trainer: dict
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint that is being written: where, its name when it is whole, and its manifest but
+    for the files."""
+
+    temporary: Path
+    final: Path
+    manifest: dict
 
 
 class Checkpoints:
@@ -134,79 +132,48 @@ class Checkpoints:
         Raises:
             CheckpointError: on every rank, if any rank could not write; nothing is left behind.
         """
-        final = self.root / checkpoint_name(step)
-        temporary = self._agree_on(lambda: self._open_temporary(final))
+        saving = self._open(engine, step, trainer, targets)
         module = module_tensors(engine, sources_of(targets))  # a collective under ZeRO-3
         entries = self._agree(
-            lambda: self._write_rank_files(engine, temporary, module, averages, targets),
-            temporary,
+            lambda: write_contents(
+                self._contents(engine, module, averages, targets), saving.temporary
+            ),
+            saving.temporary,
         )
-        files = {name: entry for rank in entries for name, entry in rank.items()}
-        about = describe_parameters(engine, sources_of(targets))
-        self._agree_on(lambda: self._commit(engine, step, trainer, files, about, temporary, final),
-                       temporary)
-        return final
+        self._agree_on(lambda: self._commit(saving, entries), saving.temporary)
+        return saving.final
 
-    def _open_temporary(self, final: Path) -> Path:
+    def clear_unfinished(self) -> None:
+        """Take away what saves and removals that were cut off have left; for rank 0."""
         self._may_commit()  # or it would clear away what the new owner is writing
-        self.root.mkdir(parents=True, exist_ok=True)
         for stale in [*self.root.glob(".writing-*"), *self.root.glob(".removing-*")]:
             shutil.rmtree(stale, ignore_errors=True)
+
+    def _open(self, engine, step: int, trainer: dict, targets: TargetNetworks | None) -> Saving:
+        final = self.root / checkpoint_name(step)
+        manifest = {
+            "format": FORMAT, "step": step, "world": self._world,
+            "zero_stage": engine.zero_optimization_stage(),
+            "trainer": json.loads(json.dumps(trainer)),  # a copy: training goes on
+            **describe_parameters(engine, sources_of(targets)),
+        }
+        return Saving(self._agree_on(lambda: self._open_temporary(final)), final, manifest)
+
+    def _open_temporary(self, final: Path) -> Path:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.clear_unfinished()
         temporary = self.root / f".writing-{final.name}-{secrets.token_hex(4)}"
         temporary.mkdir()
         return temporary
 
-    def _write_rank_files(
-        self,
-        engine,
-        folder: Path,
-        module: dict,
-        averages: list[torch.Tensor] | None,
-        targets: TargetNetworks | None,
-    ) -> dict[str, dict]:
-        tensors, maps = {}, []
-        own = list_partitions(engine)
-        for index, partition in enumerate([*own, *([targets.partition] if targets else [])]):
-            states, scalars = states_of(engine, partition)
-            if averages is not None and index < len(own):
-                states[EMA] = averages[index]
-            for name, tensor in states.items():
-                tensors[f"{index}.{name}"] = tensor.detach()
-            maps.append({
-                "group": partition.group, "numel": partition.master.numel(),
-                "tensors": list(states), "scalars": scalars,
-                "fragments": [[f.parameter, f.start, f.offset, f.numel]
-                              for f in partition.fragments],
-            })
-        tensor_file, map_file = (folder / name for name in rank_files(self._rank))
-        write_tensors(tensors, tensor_file)
-        with naming(map_file):
-            map_file.write_text(json.dumps({"partitions": maps}), encoding="utf-8")
-        written = [tensor_file, map_file]
-        if self._rank == 0:
-            write_tensors(module, folder / MODULE)
-            written.append(folder / MODULE)
-            for name, source in self._attachments.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                content = source if isinstance(source, bytes) else source.read_bytes()
-                with naming(folder / name):
-                    (folder / name).write_bytes(content)
-                written.append(folder / name)
-        for path in written:
-            give_usual_access(path)
-            sync_file(path)
-        return {str(path.relative_to(folder)): file_entry(path) for path in written}
+    def _contents(self, engine, module, averages, targets) -> Contents:
+        return rank_contents(engine, self._rank, module, averages, targets, self._attachments)
 
-    def _commit(
-        self, engine, step, trainer, files, about: dict, temporary: Path, final: Path
-    ) -> None:
-        manifest = {
-            "format": FORMAT, "step": step, "world": self._world,
-            "zero_stage": engine.zero_optimization_stage(), "files": files, "trainer": trainer,
-            **about,
-        }
+    def _commit(self, saving: Saving, entries: list[dict[str, dict]]) -> None:
+        temporary, final, manifest = saving.temporary, saving.final, saving.manifest
+        files = {name: entry for rank in entries for name, entry in rank.items()}
         with naming(temporary / MANIFEST):
-            (temporary / MANIFEST).write_bytes(seal_manifest(manifest))
+            (temporary / MANIFEST).write_bytes(seal_manifest({**manifest, "files": files}))
         sync_file(temporary / MANIFEST)
         sync_folder(temporary)
         self._may_commit()
@@ -215,7 +182,7 @@ class Checkpoints:
         os.rename(temporary, final)
         sync_folder(self.root)
         write_atomically(self.root / "latest", [f"{final.name}\n".encode()])
-        sound = step - trainer.get("skipped_in_a_row", 0)
+        sound = manifest["step"] - manifest["trainer"].get("skipped_in_a_row", 0)
         retire(self.root, self.settings.keep_last, self.settings.keep_every_steps, sound)
 
     # ---- reading -----------------------------------------------------------------------------

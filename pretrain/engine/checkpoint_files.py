@@ -77,10 +77,15 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         save_file(dict(tensors), path)
     except SafetensorError as error:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        room = "its folder is gone"  # another owner clears away what it finds unfinished
-        if path.parent.is_dir():
-            room = f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
-        raise CheckpointError(f"cannot write {path}, {size:,} bytes ({room}): {error}") from None
+        raise cannot_write(path, size, str(error)) from None
+
+
+def cannot_write(path: Path, size: int, why: str) -> CheckpointError:
+    """The error of a file of so many bytes, with the room that there is."""
+    room = "its folder is gone"  # another owner clears away what it finds unfinished
+    if path.parent.is_dir():
+        room = f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
+    return CheckpointError(f"cannot write {path}, {size:,} bytes ({room}): {why}")
 
 
 def file_entry(path: Path) -> dict[str, int | str]:

@@ -17,3 +17,7 @@ class CheckpointSettings(Settings):
     not finite), the last one before that, and the last one from which a step could be taken."""
     keep_every_steps: int | None = Field(None, ge=1)
     """Besides, keep for good each checkpoint whose step is a multiple of this."""
+    asynchronous: bool = False
+    """Copy each checkpoint to the host's memory between two steps, and write it from there while
+    training goes on: one process a rank, one checkpoint at a time (a second one waits). Takes as
+    much memory of the host as the checkpoint has bytes, divided among the ranks."""

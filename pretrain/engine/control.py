@@ -3,6 +3,7 @@
     <run>/control/
         stop, stop.auto    asked: save, then stop (a person; a job script that will requeue)
         save               asked: save and go on; deleted when done
+        profile            asked: trace the next steps (`profiler`); deleted when done
         heartbeat          its time of change says when rank 0 was last at work: each step, each
                            batch of an evaluation, and within start-up and saves
         status.json        state (starting, running, stopped, finished, failed), phase (start,
@@ -28,7 +29,8 @@ from pretrain.engine.ownership import HEARTBEAT_FILE, OWNER_FILE, Ownership
 from pretrain.engine.slow_rank import SlowRank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-REQUESTS = ("stop", "stop.auto", "save")
+PROFILE_FILE = "profile"
+REQUESTS = ("stop", "stop.auto", "save", PROFILE_FILE)
 STATUS_FILE = "status.json"
 log = logging.getLogger("omnipretrain.control")
 
@@ -88,6 +90,15 @@ class ControlFolder:
         """Answer a request to save by deleting it."""
         if self.ownership.holds():
             (self.path / "save").unlink(missing_ok=True)
+
+    def profile_requested(self) -> bool:
+        """True if somebody asks for a trace of the next steps."""
+        return (self.path / PROFILE_FILE).exists()
+
+    def profile_done(self) -> None:
+        """Answer a request to profile by deleting it."""
+        if self.ownership.holds():
+            (self.path / PROFILE_FILE).unlink(missing_ok=True)
 
     def beat(self) -> None:
         """Show that the run is alive, if it is still this job's; at most once a second."""

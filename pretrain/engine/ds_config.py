@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ds_configs
 from data_pipeline.step_sampler import deal
+from pretrain.objectives.objective_settings import EnginePlan
 from pretrain.sampler.settings import offload_clashes
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def engine_config(recipe: "Recipe", world: int) -> dict[str, Any]:
     faults = _clashes(settings, path) + _unsupported(settings, path)
     faults += [f"{path}: {line}" for line in offload_clashes(recipe.sampling, settings)]
     faults += _stage_faults(settings, recipe.precision, path) or _ask_deepspeed(settings, path)
-    faults += _offload_faults(settings, path) + _balance_faults(recipe, settings, path, world)
+    faults += _offload_faults(settings, path) + _objective_faults(recipe, settings, path, world)
     if recipe.precision != "fp16" and set(settings.get("fp16", ())) - {"enabled"}:
         faults.append(f"{path}: fp16: these settings have no effect with precision="
                       f"{recipe.precision}; set precision=fp16 or choose another file")
@@ -100,27 +101,16 @@ def engine_config(recipe: "Recipe", world: int) -> dict[str, Any]:
     }
 
 
-def _balance_faults(
+def _objective_faults(
     recipe: "Recipe", settings: dict[str, Any], path: Path, world: int
 ) -> list[str]:
-    """Where the gradient at an encoder's output, which `balance` measures, is not to be had."""
+    """What objectives cannot do with this engine."""
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
     found = []
     for name, task in recipe.tasks.items():
-        if getattr(task.objective, "balance", None) is None:
-            continue
-        where = f"tasks.{name}.objective.balance"
-        if settings.get("zero_optimization", {}).get("stage") == 3:
-            found.append(f"{path}: zero_optimization.stage=3 frees weights that {where} needs for "
-                         f"its own backward pass: take zero1 or zero2, or set {where}=null")
-        if recipe.precision == "fp16":
-            found.append(f"precision=fp16: {where} measures gradients without the loss scale, and "
-                         f"fp16 rounds them to 0: take bf16 or fp32, or set {where}=null")
         steps = accumulation_steps(task.global_batch, task.micro_batch, world)
-        if steps > 1:
-            found.append(f"{where} needs the batch of a rank in one micro-step, but "
-                         f"tasks.{name}.global_batch={task.global_batch} is {steps} of "
-                         f"tasks.{name}.micro_batch={task.micro_batch} on {world} rank(s): raise "
-                         f"micro_batch, or set {where}=null")
+        plan = EnginePlan(str(path), stage, recipe.precision, world, steps)
+        found += task.objective.engine_problems(f"tasks.{name}", task, plan)
     return found
 
 

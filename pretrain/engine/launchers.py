@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from pretrain.engine.ownership import process_age
+from pretrain.engine.processes import process_age
 
 # What starts ranks and was itself started by the person: a request since then is for this run.
 _LAUNCHERS = ("torchrun", "deepspeed", "accelerate", "mpirun", "prterun", "orted", "prted")

@@ -23,6 +23,7 @@ from pretrain.engine.counted import TargetWatch, has_targets, with_absences
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.own_time import OwnTime
 from pretrain.engine.ownership import OwnershipLost
+from pretrain.engine.step_report import StepReport
 from pretrain.engine.update_size import mean_square_share
 from pretrain.engine.zero import TaskWindow, accumulate_parts, set_learning_rate, to_device
 
@@ -31,7 +32,7 @@ log = logging.getLogger("omnipretrain.loop")
 # The agreed vector has the same length for (almost) any tasks: ranks that disagree on what to run
 # must at least meet in the all-reduce that tells them so.
 _COUNT_SLOTS = 64
-_FLAGS = 3  # stop, save, run directory lost
+_FLAGS = 5  # stop, save, profile, run directory lost, a checkpoint is being written
 
 
 class TrainingFailed(RuntimeError):
@@ -57,17 +58,6 @@ class TrainerState:
     """Lines of `quarantine_edits.jsonl` that the ledger has taken in."""
 
 
-@dataclass
-class StepReport:
-    """One task's part of a step as it is logged: `metrics` are global values of the task (its loss
-    without its weight; None where nothing was counted) and of the step, `seconds` this rank's times
-    for the whole step."""
-
-    task: str
-    metrics: dict[str, float | None]
-    seconds: dict[str, float]
-
-
 class Loop:
     """Runs the steps of a run and calls back for everything that is not a step.
 
@@ -89,7 +79,11 @@ class Loop:
         way_back: first of the steps that were skipped in a row -> what to do, as the end of a
             sentence.
         meant_empty: tasks of whose missing targets nothing is said.
+        is_writing: whether this rank is still writing a checkpoint; asked at each step.
+        when_written: called after each step at which no rank was, on every rank.
         own_time: clocks a forward pass of the steps that are reported; None = nothing is clocked.
+        on_profile: called on every rank with the steps taken, after each step in which a trace of
+            the next ones is asked for.
     """
 
     def __init__(
@@ -108,7 +102,10 @@ class Loop:
         after_update: Callable[[int], None] = lambda update: None,
         way_back: Callable[[int], str] = lambda step: "lower optimizer.lr",
         meant_empty: Collection[str] = (),
+        is_writing: Callable[[], bool] = lambda: False,
+        when_written: Callable[[], None] = lambda: None,
         own_time: OwnTime | None = None,
+        on_profile: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.engine = engine
         self.ranks = ranks
@@ -124,7 +121,8 @@ class Loop:
         self.after_update = after_update
         self.way_back = way_back
         self.targets = TargetWatch(ranks.leads, meant_empty)
-        self.own_time = own_time
+        self.is_writing, self.when_written = is_writing, when_written
+        self.own_time, self.on_profile = own_time, on_profile
         self._begin_mark = time.perf_counter()
 
     def run(
@@ -163,8 +161,12 @@ class Loop:
             for report in reports:
                 on_report(state, report)
             self._check_skips(state)
-            stop, save = requests
+            stop, save, profile, writing = requests
+            if not writing:
+                self.when_written()
             stop = after_step(state, save) or stop
+            if profile and not stop:
+                self.on_profile(state.step)
             if stop:
                 return self.agreed_reason()
         return None
@@ -187,8 +189,8 @@ class Loop:
         with clocked or contextlib.nullcontext():
             shares = accumulate_parts(self.engine, [
                 TaskWindow(
-                    part.task, [to_device(b, self.ranks.device) for b in part.micro_batches],
-                    totals[part.task], weights[part.task],
+                    part.task, self._on_device(part), totals[part.task], weights[part.task],
+                    window.step,
                 )
                 for part in window.parts
             ])  # fmt: skip
@@ -203,10 +205,10 @@ class Loop:
             state.samples[part.task] = samples
         # Here the host waits until the device has stepped: `seconds` are those of the whole step,
         # and ZeRO-3, whose gathering stream waits for no other, finds weights that are written.
-        stop, save, lost, *sums = agreed.tolist()
+        stop, save, profile, lost, writing, *sums = agreed.tolist()
         if lost > 0:
             self._leave_lost_run()
-        requests = stop > 0, save > 0
+        requests = stop > 0, save > 0, profile > 0, writing > 0
         counts, taught = _by_task(totals, sums), False
         for part in window.parts:
             objective = self.engine.module.objectives[part.task]
@@ -241,6 +243,14 @@ class Loop:
             for part in window.parts
         ], requests  # fmt: skip
 
+    def _on_device(self, part) -> list[dict]:
+        """The micro-batches, with what their objective adds while they are on the CPU."""
+        prepare = self.engine.module.objectives[part.task].prepare
+        return [
+            to_device({**batch, **prepare(batch)}, self.ranks.device)
+            for batch in part.micro_batches
+        ]
+
     def _weights(self, window) -> Mapping[str, float]:
         if self.loss_weights is None:
             return {part.task: 1.0 for part in window.parts}
@@ -256,7 +266,7 @@ class Loop:
         return sizes if weight == 1.0 else sizes | {"loss_weight": weight}
 
     def _agree(self, window) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
-        """Sum over all ranks: the counts of each part, flags (stop, save, lost), the check.
+        """Sum over all ranks: the counts of each part, flags (`_FLAGS`), the check.
 
         Returns:
             task -> count -> its sum, 0-dim float32 on the device; and the flags and the same sums
@@ -266,22 +276,22 @@ class Loop:
         for part in window.parts:
             objective = self.engine.module.objectives[part.task]
             for batch in part.micro_batches:
-                # The objective gets them back: the host has to ask a device for such numbers.
-                batch["counted"] = objective.count(batch)
-                for name, count in batch["counted"].items():
+                for name, count in objective.counts(batch).items():
                     counts[part.task, name] = counts.get((part.task, name), 0) + count
         stop = self.signals.received is not None
-        save = lost = False
+        save = profile = lost = False
         if self.ranks.leads:
             stop = stop or self.control.stop_requested() is not None
             save = self.control.save_requested()
+            profile = self.control.profile_requested()
             lost = self.control.ownership.lost
         names = sorted(counts)
         checked = self.agreement.due()
         check = self.agreement.numbers(window) if checked else [0] * LENGTH
         spare = [0] * (-len(names) % _COUNT_SLOTS)
         values = torch.tensor(
-            [*check, stop, save, lost, *(counts[name] for name in names), *spare],
+            [*check, stop, save, profile, lost, self.is_writing(), *(counts[n] for n in names),
+             *spare],
             dtype=torch.float64, device=self.ranks.device,
         )
         dist.all_reduce(values)

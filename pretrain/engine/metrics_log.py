@@ -32,12 +32,14 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 import numpy as np
+import yaml
 from pydantic import Field
 from rich.console import Console
 
 from data_pipeline.files import naming
 from data_pipeline.settings import Settings
 from pretrain.engine.progress import ProgressReport
+from pretrain.engine.trackers import FINISH_FAILED_S, FINISH_S, TrackerName, Trackers
 
 METRICS_FILE = "metrics.jsonl"
 _LOGGER = "omnipretrain"
@@ -55,6 +57,11 @@ class LoggingSettings(Settings):
 
     tensorboard: bool = True
     """Also write TensorBoard event files, into the folder `tensorboard` of the run."""
+
+    trackers: list[TrackerName] = Field(default_factory=list)
+    """Trackers that get the numbers too, such as [wandb, mlflow]; `pip install` theirs. Rank 0
+    sends; what fails there is a warning and no more. Files, all of them without a network, are in
+    the folder `trackers` of the run."""
 
     images: int = Field(default=8, ge=0)
     """Images with captions that TensorBoard shows for each evaluation; 0 = none."""
@@ -81,7 +88,7 @@ class MetricsLog:
         console: where rank 0 prints; the standard error stream if None.
         may_write: asked before every write that others read; once it says no, nothing is written
             but the rank's log file.
-        recipe: of the run, as text for TensorBoard; none if empty.
+        recipe: of the run, as YAML for TensorBoard and trackers; none if empty.
     """
 
     def __init__(
@@ -101,6 +108,7 @@ class MetricsLog:
         self._console = console or Console(file=sys.stderr)
         self._file: TextIO | None = None
         self._board: Any = None
+        self._trackers: Trackers | None = None
         self._progress: ProgressReport | None = None
         self._handlers = _open_handlers(self.run_dir, rank, self._console)
         if rank != 0 or not may_write():
@@ -116,6 +124,10 @@ class MetricsLog:
             if recipe:
                 text = f"```yaml\n{recipe}\n```"
                 self._board.add_text("recipe", text, global_step=resume_step)
+        if settings.trackers:
+            self._trackers = Trackers(
+                settings.trackers, self.run_dir, yaml.safe_load(recipe) if recipe else {}
+            )
         self._progress = ProgressReport(
             self._console, resume_step, total_steps, settings.plain_progress_seconds
         )
@@ -143,6 +155,7 @@ class MetricsLog:
             raise ValueError(f"metric names {sorted(clash)} are taken by the line itself")
         line: dict[str, Any] = {"step": step, "task": task, "kind": kind, "time": time.time()}
         non_finite: dict[str, str] = {}
+        tracked: dict[str, int | float] = {}
         top = _TOP_OF_TRAINING if kind == "train" else list(values)[:_TOP_OF_EVALUATION]
         for name, value in values.items():
             if value is None:
@@ -152,6 +165,7 @@ class MetricsLog:
             if not math.isfinite(number):
                 non_finite[name] = str(float(number))
             line[name] = None if name in non_finite else number
+            tracked[f"{kind}/{task}/{name}"] = number
             if self._board is not None:
                 group = _TOP if name in top else _REST
                 self._board.add_scalar(f"{group}/{kind}/{task}/{name}", number, global_step=step)
@@ -160,6 +174,8 @@ class MetricsLog:
         with naming(self.run_dir / METRICS_FILE):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
+        if self._trackers is not None:
+            self._trackers.log(tracked, step)
 
     def images(
         self, step: int, task: str, images: Sequence[np.ndarray], captions: Sequence[str]
@@ -191,13 +207,19 @@ class MetricsLog:
         if self._progress is not None:
             self._progress.update(step, status)
 
-    def close(self) -> None:
-        """Flush and close everything; a second call does nothing."""
+    def close(self, failed: bool = False) -> None:
+        """Flush and close everything; a second call does nothing.
+
+        failed: the run ends with an error, and its peers wait: trackers get little time.
+        """
         if self._progress is not None:
             self._progress.close()
         if self._board is not None and self._may_write():
             self._board.close()  # else what it still holds stays unwritten
             self._board = None
+        if self._trackers is not None:
+            self._trackers.close(FINISH_FAILED_S if failed else FINISH_S)
+            self._trackers = None
         if self._file is not None:
             self._file.close()
         self._progress = self._file = None
@@ -220,7 +242,7 @@ class MetricsLog:
                 log.name, logging.ERROR, __file__, 0, "the run ends here", (), (kind, error, trace)
             )
             self._handlers[0].handle(record)
-        self.close()
+        self.close(failed)
 
 
 def shown(value: float | None, digits: str = ".4g") -> str:

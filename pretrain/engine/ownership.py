@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from data_pipeline.files import exclusive, write_atomically
+from pretrain.engine.processes import start_ticks, this_machine
 
 OWNER_FILE = "owner.json"
 HEARTBEAT_FILE = "heartbeat"
@@ -112,8 +113,8 @@ def claim(
     token = secrets.token_hex(16)
     owner = {
         "token": token, "host": socket.gethostname(), "pid": os.getpid(),
-        "job": job_of(environment), "launch": launch_of(environment), "machine": _machine(),
-        "started": _start_ticks(os.getpid()), "since": _now(),
+        "job": job_of(environment), "launch": launch_of(environment), "machine": this_machine(),
+        "started": start_ticks(os.getpid()), "since": _now(),
     }  # fmt: skip
     with exclusive(folder / OWNER_FILE):  # of two starts at the same moment one is refused
         if not take_over:
@@ -214,7 +215,7 @@ def launch_of(environment: Mapping[str, str]) -> str:
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
     if "MASTER_PORT" in environment:
         return " ".join([job_of(environment) or "", *(environment.get(n, "") for n in names)])
-    return f"{_machine()} {os.getpid()} {_start_ticks(os.getpid())}"
+    return f"{this_machine()} {os.getpid()} {start_ticks(os.getpid())}"
 
 
 def _same_job(owner: Mapping[str, object], environment: Mapping[str, str]) -> bool:
@@ -230,39 +231,11 @@ def _same_job(owner: Mapping[str, object], environment: Mapping[str, str]) -> bo
 # ---- processes and clocks ----------------------------------------------------------------------
 
 
-def process_age(pid: int) -> float | None:
-    """Seconds since a process of this machine started; None where /proc does not say."""
-    ticks = _start_ticks(pid)
-    if ticks is None:
-        return None
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
 def _is_dead(owner: Mapping[str, object]) -> bool:
     """True if the owner ran on this machine, and runs no more."""
-    if owner.get("machine") is None or owner["machine"] != _machine():
+    if owner.get("machine") is None or owner["machine"] != this_machine():
         return False
-    return _start_ticks(int(owner["pid"])) != owner["started"]
-
-
-def _machine() -> str | None:
-    """Where a process number means something: this boot of this machine, this container."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since the boot; None if it has ended."""
-    try:
-        # The name of the program stands in brackets, and may hold any.
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    state, start = fields[0], int(fields[19])
-    return None if state in (b"Z", b"X") else start
+    return start_ticks(int(owner["pid"])) != owner["started"]
 
 
 def _silence(folder: Path) -> float:

@@ -24,16 +24,11 @@ import numpy as np
 import torch.distributed as dist
 
 from data_pipeline.loader import Fault, TaskStream
-from data_pipeline.mixed_order import MixedOrder
-from data_pipeline.repeats import RepeatedOrder
 from data_pipeline.revisions import (
-    PlainOrder,
     Revision,
     excluded_rows,
     expand,
-    images_of,
     next_border,
-    plain_orders,
     revise,
     to_ranges,
 )
@@ -122,7 +117,7 @@ class Quarantine:
         """How many samples of a task the ledger leaves out."""
         if task not in self.streams:  # it is read as a stream, which has no rows
             return {}
-        orders = plain_orders(self.streams[task].order).values()
+        orders = self.streams[task].order.by_source().values()
         return {"quarantined_samples": sum(len(excluded_rows(order)) for order in orders)}
 
     def write_list(self) -> None:
@@ -150,11 +145,11 @@ class Quarantine:
     ) -> Iterator[dict[str, Any]]:
         """Entries of the ledger for one task: one for each of its data sets that changes."""
         order = self.streams[task].order
-        if isinstance(order, RepeatedOrder):
-            order, samples = order.images, order.taken(samples)
-        taken = order.taken(samples) if isinstance(order, MixedOrder) else {"": samples}
-        wanted, unwanted = _by_source(order, bad), _by_source(order, released)
-        for source, own in plain_orders(order).items():
+        taken = order.taken(samples)
+        wanted, unwanted = (
+            order.split(np.array(sorted(rows), dtype=np.int64)) for rows in (bad, released)
+        )
+        for source, own in order.by_source().items():
             before = excluded_rows(own)
             out = np.setdiff1d(wanted[source], before)
             back = np.intersect1d(unwanted[source], before)
@@ -213,7 +208,7 @@ class Quarantine:
             if entry["kind"] != KIND:
                 continue
             task, source = entry["task"], entry["source"]
-            first = _first_row(images_of(self.streams[task].order), source)
+            first = self.streams[task].order.first_row(source)
             for row in expand(entry["excluded"]).tolist():
                 found[task, first + row] = entry["from_position"]
             for row in expand(entry["released"]).tolist():
@@ -229,13 +224,3 @@ def revisions_of(ledger: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, lis
             own = found.setdefault(entry["task"], {}).setdefault(entry["source"], [])
             own.append(Revision(entry["from_position"], entry["excluded"], entry["released"]))
     return found
-
-
-def _by_source(order: PlainOrder | MixedOrder, rows: set[int]) -> dict[str, np.ndarray]:
-    """Source -> its own numbers of those of `rows`, of all sources, that belong to it."""
-    every = np.array(sorted(rows), dtype=np.int64)
-    return order.split(every) if isinstance(order, MixedOrder) else {"": every}
-
-
-def _first_row(order: PlainOrder | MixedOrder, source: str) -> int:
-    return order.first_row(source) if isinstance(order, MixedOrder) else 0

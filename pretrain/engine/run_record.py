@@ -75,7 +75,7 @@ def check_not_lost(run_dir: Path) -> None:
     logged = found.pop(METRICS_FILE, 0)
     status = read_status(run_dir)
     # Steps are logged before the checkpoint that they lead to, which is written every so many.
-    never_saved = status.get("step") == 0 and logged <= _checkpoint_every(run_dir)
+    never_saved = status.get("step") == 0 and logged <= _first_checkpoint_by(run_dir)
     if logged and not never_saved:
         found[METRICS_FILE] = logged
     if not found:
@@ -115,12 +115,16 @@ def _last_step(path: Path, key: str) -> int:
     return highest
 
 
-def _checkpoint_every(run_dir: Path) -> int:
-    """`checkpoint.every_steps` of the run, 0 if its recipe does not say."""
+def _first_checkpoint_by(run_dir: Path) -> int:
+    """The step by which a run has its first checkpoint; 0 if its recipe does not say.
+
+    One that is written while training goes on may be there as late as when the second is due.
+    """
     import yaml
 
     try:
         recipe = yaml.safe_load((run_dir / RECIPE_FILE).read_text(encoding="utf-8"))
-        return int(recipe["checkpoint"]["every_steps"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        settings = recipe["checkpoint"]
+        return int(settings["every_steps"]) * (2 if settings.get("asynchronous") else 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return 0

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from data_pipeline.timing import STAGES
 from pretrain.engine.distributed import Ranks
-from pretrain.engine.loop import StepReport
 from pretrain.engine.slow_rank import SlowRanks
+from pretrain.engine.step_report import StepReport
 
 # The same on every rank, whatever its share of the batch was: times travel by their place.
 _TIMES = (*STAGES, "wait", "own", "step", "total")

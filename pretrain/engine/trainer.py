@@ -12,11 +12,12 @@ import torch
 from data_pipeline.loader import StepLoader, TaskStream
 from data_pipeline.rng import keyed_u64
 from data_pipeline.tokenizer import Tokenizer
-from pretrain import build, recipe_checks
+from pretrain import build
 from pretrain.check_targets import targets_may_miss
 from pretrain.engine.agreement import Agreement
+from pretrain.engine.announcement import announce
+from pretrain.engine.background_save import BackgroundCheckpoints
 from pretrain.engine.balance import TaskBalance
-from pretrain.engine.checkpoint import Checkpoints
 from pretrain.engine.control import ControlFolder, StopSignals
 from pretrain.engine.data_metrics import DataMetrics
 from pretrain.engine.data_record import data_entries
@@ -27,25 +28,27 @@ from pretrain.engine.ds_config import engine_config, offloads_optimizer
 from pretrain.engine.ema import Ema
 from pretrain.engine.engine_state import fill_masters
 from pretrain.engine.evaluation import Evaluator
-from pretrain.engine.free_space import checkpoint_bytes, space_warning
 from pretrain.engine.hardware import require_hardware
-from pretrain.engine.loop import Loop, StepReport, TrainerState, TrainingFailed
+from pretrain.engine.loop import Loop, TrainerState, TrainingFailed
 from pretrain.engine.loss_scale import loss_scale_state, restore_loss_scale
+from pretrain.engine.memory_pictures import watch_for_out_of_memory
 from pretrain.engine.metrics_log import MetricsLog, shown
 from pretrain.engine.momentum import TargetNetworks
 from pretrain.engine.momentum_pairs import declared_targets, require_weights_in_memory
 from pretrain.engine.own_time import OwnTime
 from pretrain.engine.ownership import Ownership
+from pretrain.engine.profiler import FOLDER, Profiler
 from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.run_dir import open_fault_file, record_start
 from pretrain.engine.run_record import RunDirError
+from pretrain.engine.saves import Saves
 from pretrain.engine.spikes import SpikeWatch
 from pretrain.engine.stale_gradients import require_verified
 from pretrain.engine.start_notes import StartNotes
+from pretrain.engine.step_report import StepReport
 from pretrain.engine.throughput import Throughput
 from pretrain.engine.watchdog import Watchdog
 from pretrain.engine.zero import start_engine
-from pretrain.idle_ranks import idle_ranks
 from pretrain.optim.schedule import lr_factor
 from pretrain.recipe import Recipe
 from pretrain.resume_rules import RECIPE, Turn, way_back
@@ -77,10 +80,10 @@ class Trainer:
         stage = self.config["zero_optimization"]["stage"]
         require_verified(len(recipe.tasks), stage, offloads_optimizer(self.config))
         require_hardware(recipe.precision, self.config, ranks.device)
+        watch_for_out_of_memory(self.run_dir / FOLDER, ranks.rank, ranks.device)
         self.state = TrainerState()
         self.spikes = SpikeWatch(recipe.failure.spike) if recipe.failure.spike else None
-        self.saved_step = 0
-        self.checkpoints = Checkpoints(
+        self.checkpoints = BackgroundCheckpoints(
             self.run_dir / "checkpoints",
             recipe.checkpoint,
             may_commit=ownership.require,
@@ -88,6 +91,11 @@ class Trainer:
                 f"tokenizer/{path.name}": path
                 for path in sorted((self.run_dir / "tokenizer").glob("*"))
             } | {RECIPE: recipe.to_yaml().encode()},  # not the file, which may be edited
+            device=ranks.device, limit_s=60 * recipe.failure.save_minutes,
+        )
+        self.saves = Saves(
+            self.checkpoints, self.control if ranks.leads else None,
+            partial(self._during, "save"), self._to_save,
         )
 
     def run(self) -> None:
@@ -128,7 +136,7 @@ class Trainer:
         ):
             if ranks.leads:
                 self.control.status("running", step)
-            self._announce(newest)
+            announce(recipe, ranks, self.engine, self.checkpoints.passed_over, self.turn, newest)
             self.evaluator = Evaluator(
                 recipe, ranks, self.engine, self.tokenizer, self.log, self.faults, self.ema,
                 self._evaluation_is_to_stop, partial(self._during, "evaluate"),
@@ -141,6 +149,7 @@ class Trainer:
         if not self.ranks.leads:
             return
         self.ownership.require()
+        self.checkpoints.clear_unfinished()
         since = self.ownership.claimed_at  # a rank of this start may have failed already
         for old in self.run_dir.glob("control/failure_rank_*.json"):
             if old.stat().st_mtime < since:
@@ -180,18 +189,23 @@ class Trainer:
             log.info("%s", said)
         self.notes.enter("waiting for the first step")
         self.throughput = Throughput(self.ranks, peak)
+        self.profiler = Profiler(
+            self.run_dir, self.ranks, self.control, lambda: self.loader.spans()
+        )
         loop = Loop(
             self.engine, self.ranks, recipe.seed,
             (recipe.optimizer.lr, lambda step: lr_factor(step, recipe.schedule, recipe.steps)),
             recipe.failure.max_skipped_steps,
             {name: task.global_batch for name, task in recipe.tasks.items()},
-            self.control, self.signals, lambda step: build.loss_weights(recipe, schedule, step),
+            self.control, self.signals, schedule.loss_weights,
             self.agreement,
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self._after_update,
             way_back=lambda step: way_back(recipe, step),
             meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
+            is_writing=self.saves.observe, when_written=self.saves.written,
             own_time=OwnTime(self.engine.module, self.ranks.device),
+            on_profile=self.profiler.begin,
         )
         stopped, self.loader = None, None
         if not self.evaluator.catch_up(state.step):
@@ -205,13 +219,19 @@ class Trainer:
             )
             self.data_metrics = DataMetrics(self.ranks, self.loader)
             self._enter_step()
-            stopped = loop.run(
-                self.loader, state, wants_report=self._wants_report,
-                on_report=self._on_report, after_step=self._after_step,
-            )
-        if self.loader is not None and self.saved_step != state.step:
+            try:
+                stopped = loop.run(
+                    self.loader, state, wants_report=self._wants_report,
+                    on_report=self._on_report, after_step=self._after_step,
+                )
+            except TrainingFailed:  # of all ranks alike; what was begun before is good
+                self.saves.wait()
+                raise
+            self.profiler.close()
+        if self.loader is not None and self.saves.step != state.step:
             self._look_after_bad_samples()
-        self._save()
+        self.saves.finish()
+        self.checkpoints.close()
         self.ownership.require()
         if self.ranks.leads:
             self.control.status("stopped" if stopped else "finished", state.step, stopped or "")
@@ -284,15 +304,13 @@ class Trainer:
             self.targets.update(update)
 
     def _after_step(self, state: TrainerState, save_asked: bool) -> bool:
-        recipe = self.recipe
         self.notes.close()
+        self.profiler.after_step(state.step)
         self.log.progress(state.step, getattr(self, "status_line", ""))
         whole = self.evaluator.evaluate_if_due(state.step)
-        if save_asked or state.step % recipe.checkpoint.every_steps == 0:
+        if self.saves.due(state.step, save_asked):
             self._look_after_bad_samples()
-            self._save()
-            if save_asked and self.ranks.leads:
-                self.control.save_done()
+            self.saves.save(save_asked)
         self.watchdog.enter("step", state.step)
         return not whole
 
@@ -334,20 +352,14 @@ class Trainer:
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        if self.saved_step == self.state.step:
-            return
+    def _to_save(self) -> dict:
+        """Arguments of `Checkpoints.save`."""
         trainer = {
             **vars(self.state), "tokenizer": self._tokenizer_digest(), "seed": self.recipe.seed,
             "loss_scale": loss_scale_state(self.engine),
         }
-        with self._during("save"):
-            self.checkpoints.save(
-                self.engine, self.state.step, trainer, self._averages(), self.targets
-            )
-        self.saved_step = self.state.step
-        if self.ranks.leads:
-            self.control.status("running", self.state.step)
+        return {"engine": self.engine, "step": self.state.step, "trainer": trainer,
+                "averages": self._averages(), "targets": self.targets}
 
     def _restore(self, folder: Path) -> None:
         restored = self.checkpoints.restore(
@@ -367,34 +379,10 @@ class Trainer:
                 f"{self.recipe.seed}: the data order would change"
             )
         self.state = TrainerState(**trainer)
-        self.saved_step = self.state.step
+        self.saves.step = self.state.step
 
     def _tokenizer_digest(self) -> str | None:
         return self.tokenizer.digest if self.tokenizer else None
 
     def _averages(self) -> list[torch.Tensor] | None:
         return self.ema.tensors if self.ema else None
-
-    def _announce(self, restored: Path | None) -> None:
-        for problem in self.checkpoints.passed_over:
-            log.warning("checkpoint %s", problem)
-        size = checkpoint_bytes(
-            self.engine.module, self.recipe.optimizer.kind, self.recipe.ema is not None
-        )
-        if self.ranks.leads and (short := space_warning(self.run_dir, size)):
-            log.warning("%s", short)
-        self.turn.tell()
-        idle = idle_ranks(self.recipe, self.ranks.world)
-        for warning in [*recipe_checks.warnings(self.recipe), *idle]:
-            log.warning("%s", warning)
-        parameters = list(self.engine.module.parameters())
-        count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
-        log.info(
-            "%s: %.1f M parameters%s, ZeRO-%d, %s, %d process(es) on %s%s; %s", self.recipe.name,
-            count / 1e6, f" ({trained / 1e6:.1f} M trained)" if trained < count else "",
-            self.engine.zero_optimization_stage(), self.recipe.precision,
-            self.ranks.world, self.ranks.device.type,
-            ", deterministic" if self.recipe.deterministic else "",
-            f"resumed from {restored.name}" if restored else "from the start",
-        )

@@ -1,7 +1,8 @@
 """GIT weights of the original repository and of transformers, to our names and back.
 
-One table says which tensor is which. A conversion is strict: every tensor has its counterpart, or
-the error names those that have none. Tensors only: reading and writing files is the caller's work.
+One table says which tensor is which (`key_map`). A conversion is strict: every tensor has its
+counterpart, or the error names those that have none. Tensors only: reading and writing files is the
+caller's work.
 """
 
 import re
@@ -10,6 +11,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from pretrain.models.key_map import KeyMap
 
 Format = Literal["original", "transformers"]
 
@@ -86,14 +89,19 @@ _TABLE: tuple[tuple[str, str, str | tuple[str, ...]], ...] = (
     ("<D>.output.{p}", "textual.output.{p}", "output.{p}"),
 )
 
-_SHORT = {
-    "<B>": "<I>.transformer.resblocks.{b}",
-    "<I>": "image_encoder",
-    "<V>": "git.image_encoder.vision_model",
+_WORDS = {
+    "B": "<I>.transformer.resblocks.{b}",
+    "I": "image_encoder",
+    "V": "git.image_encoder.vision_model",
 }
 
 # Held by some files, but no part of what the model computes.
 _IGNORED = re.compile(r"(.*\.)?position_ids|image_encoder\.proj")
+# Word embeddings and the output matrix, which some files hold once.
+_TIED = {
+    "original": ("textual.embedding.words.weight", "textual.output.weight"),
+    "transformers": ("git.embeddings.word_embeddings.weight", "output.weight"),
+}
 # A vector per frame in models of clips, which have one tensor for all of them here: <D>.temporal.
 # transformers spelled it as the original does, up to 4.48.
 _TEMPORAL = re.compile(r"(git\.)?img_temp[eo]ral_embedding\.(\d+)")
@@ -140,16 +148,11 @@ def import_git(
     frames = _frames(state)
     state = {name: tensor for name, tensor in state.items() if not _TEMPORAL.fullmatch(name)}
     state = {name: tensor for name, tensor in state.items() if not _IGNORED.fullmatch(name)}
-    words, output = _names_of(source, "<D>.embedding.words.weight", "<D>.output.weight")
+    words, output = _TIED[source]
     if words in state:
         state.setdefault(output, state[words])
-    table = _expand(source, state, encoder, task)
-    _check_complete(state, {name for theirs in table.values() for name in theirs}, source)
-    ours = {
-        name: torch.cat([state[part] for part in theirs]) if len(theirs) > 1 else state[theirs[0]]
-        for name, theirs in table.items()
-    }
-    decoder = _prefixes(encoder, task)["<D>"]
+    ours = _key_map(source, encoder, task).to_ours(state)
+    decoder = _prefixes(encoder, task)["D"]
     if frames:
         ours[f"{decoder}.temporal.vectors"] = torch.cat(frames)
     if torch.equal(ours[f"{decoder}.output.weight"], ours[f"{decoder}.embedding.words.weight"]):
@@ -179,17 +182,12 @@ def export_git(
             f"no tensor belongs to encoder {encoder!r} and task {task!r}; the checkpoint has "
             + (", ".join(sorted({".".join(name.split(".")[:2]) for name in tensors})) or "nothing")
         )
-    decoder = prefixes["<D>"]
+    decoder = prefixes["D"]
     words, output = f"{decoder}.embedding.words.weight", f"{decoder}.output.weight"
     if words in ours:
         ours.setdefault(output, ours[words])
     frames = ours.pop(f"{decoder}.temporal.vectors", None)
-    table = _expand(target, ours, encoder, task)
-    _check_complete(ours, set(table), "omnipretrain")
-    foreign: dict[str, Tensor] = {}
-    for name, theirs in table.items():
-        parts = ours[name].chunk(len(theirs)) if len(theirs) > 1 else (ours[name],)
-        foreign.update(zip(theirs, parts, strict=True))
+    foreign = _key_map(target, encoder, task).to_theirs(ours)
     if frames is not None:
         name = _TEMPORAL_NAMES[target]
         foreign |= {name.format(i): part for i, part in enumerate(frames.split(1))}
@@ -211,69 +209,11 @@ def _frames(state: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def _prefixes(encoder: str, task: str) -> dict[str, str]:
-    return {"<E>": f"encoders.{encoder}", "<D>": f"objectives.{task}.decoder"}
+    return {"E": f"encoders.{encoder}", "D": f"objectives.{task}.decoder"}
 
 
-def _names_of(source: Format, *ours: str) -> list[str]:
-    """Foreign names of some of our tensors that are kept one to one."""
-    column = 1 if source == "original" else 2
-    rows = {
-        row[0].replace("{p}", p): str(row[column]).replace("{p}", p)
-        for row in _TABLE
-        for p in ("weight", "bias")
-    }
-    return [rows[name] for name in ours]
-
-
-def _expand(
-    other: Format, state: Mapping[str, Tensor], encoder: str, task: str
-) -> dict[str, tuple[str, ...]]:
-    """The table for a model of as many layers as `state` has: our name -> foreign names."""
+def _key_map(other: Format, encoder: str, task: str) -> KeyMap:
+    """The table for these names of encoder and task."""
     column = 1 if other == "original" else 2
-    short = {**_prefixes(encoder, task), **_SHORT}
-    rows: dict[str, tuple[str, ...]] = {}
-    for row in _TABLE:
-        theirs = row[column] if isinstance(row[column], tuple) else (row[column],)
-        names = [_spell_out(name, short) for name in (row[0], *theirs)]
-        for counter in _counters(names, state):
-            rows[names[0].format(**counter)] = tuple(name.format(**counter) for name in names[1:])
-    return rows
-
-
-def _spell_out(name: str, short: Mapping[str, str]) -> str:
-    for mark in ("<B>", "<E>", "<D>", "<I>", "<V>"):
-        name = name.replace(mark, short[mark])
-    return name
-
-
-def _counters(names: list[str], state: Mapping[str, Tensor]) -> list[dict[str, str | int]]:
-    """Values for the placeholders of a row, over the layers that `state` holds."""
-    counters: list[dict[str, str | int]] = [{}]
-    for mark in ("b", "l"):
-        if f"{{{mark}}}" in names[0]:
-            stems = {name.partition(f"{{{mark}}}")[0] for name in names}
-            counters = [{mark: i} for i in range(_layers(state, stems))]
-    if "{p}" in names[0]:
-        counters = [{**c, "p": p} for c in counters for p in ("weight", "bias")]
-    return counters
-
-
-def _layers(state: Mapping[str, Tensor], stems: set[str]) -> int:
-    """One more than the highest layer number found after any of the stems; at least 1."""
-    highest = 0
-    for stem in stems:
-        for name in state:
-            if name.startswith(stem) and (number := re.match(r"\d+", name[len(stem) :])):
-                highest = max(highest, int(number[0]))
-    return highest + 1
-
-
-def _check_complete(state: Mapping[str, Tensor], expected: set[str], kind: str) -> None:
-    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
-    complaints = [
-        f"{len(names)} {what} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-        for names, what in ((missing, "tensors are missing"), (unexpected, "tensors are unknown"))
-        if names
-    ]
-    if complaints:
-        raise ValueError(f"not a complete GIT model in {kind} names: {'; '.join(complaints)}")
+    rules = [(row[0], row[column]) for row in _TABLE]
+    return KeyMap(rules, _prefixes(encoder, task) | _WORDS, model="GIT model", theirs=other)

@@ -34,7 +34,8 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
     drawn from N(0, 0.02). A module changes that, and gives values to parameters of its own, with
     an attribute `initial_std: dict[str, float]`: parameter name -> standard deviation (0: zeros),
     `initial_bound: dict[str, float]`: parameter name -> b of the uniform distribution on (-b, b),
-    or `initial_value: dict[str, float]`: parameter name -> one value for all its elements.
+    or `initial_value: dict[str, float | Tensor]`: parameter name -> one value for all its elements,
+    or a CPU tensor of its shape.
 
     gather: makes a list of partitioned parameters whole inside its context and keeps what was
         written there (DeepSpeed's `GatheredParameters` with `modifier_rank=0`).
@@ -65,7 +66,7 @@ def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
                         f"parameter {name} has no storage; call model.to_empty(device=...) first"
                     )
                 if fixed is not None:
-                    parameter.fill_(fixed)
+                    parameter.copy_(torch.as_tensor(fixed))
                 else:
                     parameter.copy_(_draw(parameter.shape, std, bound, seed, name))
 

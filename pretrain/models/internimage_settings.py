@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from data_pipeline.settings import Settings
+from pretrain.models.encoder_settings import EncoderSettings
 from pretrain.models.internimage_sizes import SIZES
 from pretrain.models.mixer_settings import ByStage, DCNv3Settings, MixerSettings
 
 if TYPE_CHECKING:
+    from pretrain.models.build_context import BuildContext
     from pretrain.models.internimage import InternImage
 
 
@@ -47,7 +49,7 @@ class ProjectorSettings(Settings):
 HeadSettings = Annotated[ConvHeadSettings | ProjectorSettings, Field(discriminator="type")]
 
 
-class InternImageSettings(Settings):
+class InternImageSettings(EncoderSettings):
     """Shape of an InternImage; `size` fills in a published one."""
 
     reads: ClassVar[str] = "images"
@@ -134,7 +136,28 @@ class InternImageSettings(Settings):
         """The ways to one vector per image."""
         return ("mean",) if self.head is None else ("mean", "head")
 
-    def build(self) -> InternImage:
+    @property
+    def pool_hint(self) -> str:
+        """As of `EncoderSettings`."""
+        return ", and with a `head` also that"
+
+    @property
+    def smallest_cell(self) -> int:
+        """A pixel of the last map."""
+        return 32
+
+    @property
+    def cells_problem(self) -> str | None:
+        """As of `EncoderSettings`: the cells are what a projector pools."""
+        if isinstance(self.head, ProjectorSettings):
+            return None
+        return "which an internimage has with `head: {type: projector}` alone: give it that"
+
+    def as_target(self) -> Self:
+        """Without drop path and recomputation."""
+        return self.model_copy(update={"drop_path": 0.0, "gradient_checkpointing": False})
+
+    def build(self, context: BuildContext | None = None) -> InternImage:
         """The encoder these settings describe, on torch's default device."""
         from pretrain.models.internimage import InternImage
 

@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from data_pipeline.settings import Settings
+from pretrain.models.encoder_settings import EncoderSettings
 from pretrain.models.vit_settings import Activation
 
 if TYPE_CHECKING:
+    from pretrain.models.build_context import BuildContext
     from pretrain.models.text import TextEncoder
 
 
-class TextEncoderSettings(Settings):
+class TextEncoderSettings(EncoderSettings):
     """Shape of a text transformer; the defaults are those beside CLIP's ViT-B/16."""
 
     reads: ClassVar[str] = "text"
+    reads_text: ClassVar[bool] = True
     type: Literal["text"] = "text"
     """Selects this encoder among the kinds that a recipe may name."""
     width: int = Field(512, gt=0)
@@ -48,8 +50,14 @@ class TextEncoderSettings(Settings):
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
         return self
 
-    def build(self, vocab_size: int, eos_id: int) -> TextEncoder:
-        """The encoder for a vocabulary whose texts end with `eos_id`."""
+    @property
+    def longest_text(self) -> int:
+        """As many tokens as there are positions."""
+        return self.max_positions
+
+    def build(self, context: BuildContext) -> TextEncoder:
+        """The encoder for the vocabulary of the context."""
         from pretrain.models.text import TextEncoder
 
-        return TextEncoder(vocab_size, eos_id, **self.model_dump(exclude={"type"}))
+        words = context.vocabulary
+        return TextEncoder(words.vocab_size, words.eos_id, **self.model_dump(exclude={"type"}))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data_pipeline.settings import Settings
+from pretrain.models.encoder_settings import EncoderSettings
 
 if TYPE_CHECKING:
+    from pretrain.models.build_context import BuildContext
     from pretrain.models.vit import VisionTransformer
 
 
 Activation = Literal["quick_gelu", "gelu"]
 
 
-class VitSettings(Settings):
+class VitSettings(EncoderSettings):
     """Shape of a vision transformer; the defaults are CLIP's ViT-B/16."""
 
     reads: ClassVar[str] = "images"
-    any_sides: ClassVar[bool] = True  # what is beyond the last whole patch is left out
     type: Literal["vit"] = "vit"
     """Selects this encoder among the kinds that a recipe may name."""
     image_size: int = Field(224, gt=0)
@@ -55,15 +55,29 @@ class VitSettings(Settings):
 
     @property
     def size_multiple(self) -> int:
-        """Sides of images are multiples of this, so that nothing is left out."""
+        """Of other sides, what is beyond the last whole patch is left out."""
         return self.patch_size
+
+    @property
+    def groups_cells(self) -> bool:
+        """By masks of its attention."""
+        return True
+
+    @property
+    def cells_problem(self) -> str | None:
+        """The patches are its cells."""
+        return None
+
+    def as_target(self) -> Self:
+        """Without recomputation."""
+        return self.model_copy(update={"gradient_checkpointing": False})
 
     @property
     def pools(self) -> tuple[str, ...]:
         """The ways to one vector per image."""
         return ("mean", "class_token")
 
-    def build(self) -> VisionTransformer:
+    def build(self, context: BuildContext | None = None) -> VisionTransformer:
         """The encoder these settings describe, on torch's default device."""
         from pretrain.models.vit import VisionTransformer
 

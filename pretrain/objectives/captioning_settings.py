@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from data_pipeline.settings import Settings
 from pretrain.models.git_settings import GitDecoderSettings
+from pretrain.objectives.objective_settings import ObjectiveSettings
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from pretrain.objectives.caption_evaluation import Vocabulary
+    from pretrain.models.build_context import BuildContext
     from pretrain.objectives.captioning import Captioning
 
 
-class CaptioningSettings(Settings):
+class CaptioningSettings(ObjectiveSettings):
     """Captioning with a GIT decoder on the tokens of one of the run's encoders."""
 
     data_type: ClassVar[str] = "captions"
@@ -33,14 +30,39 @@ class CaptioningSettings(Settings):
     max_new_tokens: int = Field(40, gt=0)
     """Longest caption that generation writes, in tokens, EOS counted."""
 
-    def build(
-        self,
-        encoders: Mapping[str, nn.Module],
-        vocabulary: Vocabulary,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-    ) -> Captioning:
-        """The objective for these encoders, a tokenizer and the pixel statistics of the data.
+    def problems(self, where: str, task: Any, recipe: Any) -> list[str]:
+        """Captions fit the decoder, and clips meet one that tells their frames apart."""
+        found = []
+        positions = self.decoder.max_positions
+        if task.data.text_length > positions:
+            found.append(
+                f"{where}.data.text_length={task.data.text_length} exceeds "
+                f"{where}.objective.decoder.max_positions={positions}: raise max_positions or "
+                "lower text_length"
+            )
+        if self.max_new_tokens > positions:
+            found.append(
+                f"{where}.objective.max_new_tokens={self.max_new_tokens} exceeds "
+                f"{where}.objective.decoder.max_positions={positions}: lower max_new_tokens"
+            )
+        return found + self._clips(where, task)
+
+    def _clips(self, where: str, task: Any) -> list[str]:
+        frames, most = task.data.frames, self.decoder.frames
+        key = f"{where}.objective.decoder.frames"
+        if (frames or 0) > most:
+            return [f"{where}.data.frames={frames} exceeds {key}={most}: set that to {frames} or "
+                    "more"]
+        if most and not frames:
+            return [f"{key}={most} is for clips, but {where}.data.frames is not set: set both, or "
+                    "none"]
+        image = task.evaluation and task.evaluation.image
+        if frames and image and not image.fixed_size:
+            return [f"{where}.evaluation.image.mode={image.mode!r}: clips need one size"]
+        return []
+
+    def build(self, context: BuildContext) -> Captioning:
+        """The objective for the context's encoders, tokenizer and pixel statistics.
 
         Raises:
             ValueError: `encoder` names none of the encoders, or captions cannot be that long.
@@ -49,7 +71,8 @@ class CaptioningSettings(Settings):
         from pretrain.objectives.captioning import Captioning
         from pretrain.objectives.image_tokens import find_encoder
 
-        encoder = find_encoder(encoders, self.encoder)
+        vocabulary = context.vocabulary
+        encoder = find_encoder(context.encoders, self.encoder)
         if self.max_new_tokens > self.decoder.max_positions:
             raise ValueError(
                 f"max_new_tokens ({self.max_new_tokens}) exceeds decoder.max_positions "
@@ -66,8 +89,8 @@ class CaptioningSettings(Settings):
             bos_id=vocabulary.bos_id,
             eos_id=vocabulary.eos_id,
             pad_id=vocabulary.pad_id,
-            image_mean=image_mean,
-            image_std=image_std,
+            image_mean=context.image_mean,
+            image_std=context.image_std,
             label_smoothing=self.label_smoothing,
             max_new_tokens=self.max_new_tokens,
         )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from data_pipeline.settings import Settings
+from pretrain.objectives.objective_settings import ObjectiveSettings
 from pretrain.objectives.pool import Pool
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from pretrain.models.build_context import BuildContext
     from pretrain.objectives.classification import Classification
 
 
-class ClassificationSettings(Settings):
+class ClassificationSettings(ObjectiveSettings):
     """Classification of images; the number of classes comes from the task's data."""
 
     data_type: ClassVar[str] = "labels"
@@ -49,37 +47,39 @@ class ClassificationSettings(Settings):
             raise ValueError(f"must descend, like [160, 128], not {list(sizes)}")
         return sizes
 
-    def build(
-        self,
-        encoders: Mapping[str, nn.Module],
-        vocabulary: Any,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-        classes: int,
-        smaller_views: Sequence[int] = (),
-    ) -> Classification:
-        """The objective for these encoders and the pixel statistics, classes and further views of
-        the data.
+    @property
+    def wanted_pool(self) -> Pool:
+        """As of `ObjectiveSettings`."""
+        return self.pool
 
-        `vocabulary` is for objectives with text. Raises ValueError: no encoder of that name, one
+    @property
+    def further_sizes(self) -> tuple[int, ...]:
+        """As of `ObjectiveSettings`."""
+        return self.smaller_sizes
+
+    def build(self, context: BuildContext) -> Classification:
+        """The objective for the context's encoders, and the pixel statistics, classes and further
+        views of the data.
+
+        Raises ValueError: no encoder of that name, one
         that cannot pool that way, or smaller sizes in two ways.
         """
         from pretrain.models.frozen import training_flops
         from pretrain.objectives.classification import Classification
         from pretrain.objectives.image_tokens import find_encoder, vector_flops, vector_width
 
-        encoder = find_encoder(encoders, self.encoder)
+        encoder = find_encoder(context.encoders, self.encoder)
         return Classification(
-            classes,
+            context.classes,
             encoder=self.encoder,
             encoder_width=vector_width(encoder, self.pool),
             encoder_flops=training_flops(encoder, vector_flops(encoder, self.pool)),
-            image_mean=image_mean,
-            image_std=image_std,
+            image_mean=context.image_mean,
+            image_std=context.image_std,
             pool=self.pool,
             label_smoothing=self.label_smoothing,
             head_std=self.head_std,
             smaller_sizes=self.smaller_sizes,
-            smaller_views=smaller_views,
+            smaller_views=context.smaller_views,
             consistency=self.scale_consistency,
         )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from data_pipeline.settings import Settings
+from pretrain.objectives.objective_settings import ObjectiveSettings
 from pretrain.objectives.pool import Pool
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from pretrain.models.build_context import BuildContext
     from pretrain.objectives.contrastive import Contrastive
 
 
-class ContrastiveSettings(Settings):
+class ContrastiveSettings(ObjectiveSettings):
     """Contrast of images and captions over the global batch."""
 
     data_type: ClassVar[str] = "captions"
@@ -51,14 +49,21 @@ class ContrastiveSettings(Settings):
         check_temperature(self.temperature, self.max_scale)
         return self
 
-    def build(
-        self,
-        encoders: Mapping[str, nn.Module],
-        vocabulary: Any,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-    ) -> Contrastive:
-        """The objective for these encoders and the pixel statistics of the data.
+    @property
+    def wanted_pool(self) -> Pool:
+        """As of `ObjectiveSettings`."""
+        return self.pool
+
+    def held_out_changes(self) -> dict[str, Any]:
+        """Retrieval has several texts an image."""
+        return {"captions_per_image": self.evaluation_references}
+
+    def problems(self, where: str, task: Any, recipe: Any) -> list[str]:
+        """As of `ObjectiveSettings`."""
+        return one_text_problems(where, task, recipe)
+
+    def build(self, context: BuildContext) -> Contrastive:
+        """The objective for the context's encoders and the pixel statistics of the data.
 
         Raises ValueError: no encoder of that name, or one that cannot pool that way.
         """
@@ -66,8 +71,8 @@ class ContrastiveSettings(Settings):
         from pretrain.objectives.contrastive import Contrastive
         from pretrain.objectives.image_tokens import find_encoder, vector_flops, vector_width
 
-        image = find_encoder(encoders, self.encoder)
-        text = find_encoder(encoders, self.text_encoder)
+        image = find_encoder(context.encoders, self.encoder)
+        text = find_encoder(context.encoders, self.text_encoder)
         return Contrastive(
             self.width,
             encoder=self.encoder,
@@ -77,8 +82,8 @@ class ContrastiveSettings(Settings):
                 training_flops(image, vector_flops(image, self.pool)),
                 training_flops(text, text.flops),
             ),
-            image_mean=image_mean,
-            image_std=image_std,
+            image_mean=context.image_mean,
+            image_std=context.image_std,
             pool=self.pool,
             temperature=self.temperature,
             max_scale=self.max_scale,
@@ -94,3 +99,34 @@ def check_temperature(temperature: float, max_scale: float) -> None:
             f"temperature ({temperature}) is below 1 / max_scale ({1 / max_scale:g}),"
             " where it would not be learned: raise one of them"
         )
+
+
+def one_text_problems(where: str, task: Any, recipe: Any) -> list[str]:
+    """What an objective cannot do that holds images and texts against each other, one text an
+    image; arguments as of `ObjectiveSettings.problems`."""
+    found, kind = [], task.objective.type
+    if task.data.captions_per_image > 1:
+        found.append(
+            f"{where}.data.captions_per_image={task.data.captions_per_image} must be 1 for a "
+            f"{kind} objective, whose images have one text each in a step"
+        )
+    if task.data.frames is not None:
+        found.append(
+            f"{where}.data.frames={task.data.frames}: a contrastive objective reads images: remove "
+            "frames"
+        )
+    if task.data.copies > 1:
+        found.append(
+            f"{where}.data.repeats={task.data.copies} must be 1 for a {kind} objective, which "
+            "would have to tell an image from its own copies"
+        )
+    name = task.objective.text_encoder
+    encoder = recipe.model.encoders.get(name)
+    longest = None if encoder is None else encoder.longest_text
+    if longest is not None and task.data.text_length > longest:
+        found.append(
+            f"{where}.data.text_length={task.data.text_length} exceeds "
+            f"model.encoders.{name}.max_positions={longest}: raise max_positions or lower "
+            "text_length"
+        )
+    return found

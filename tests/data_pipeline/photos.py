@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.order import Order
 from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import SampleReader
@@ -107,7 +107,7 @@ def stream(
         name,
         SampleReader(shards),
         Order.plan(len(shards), seed, global_batch) if train else None,
-        CaptionFields(settings, tokenizer(), train),
+        CaptionProcessor(settings, tokenizer(), train),
         seed,
         global_batch,
         micro_batch,

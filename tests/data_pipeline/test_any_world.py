@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.expressions import Expression
 from data_pipeline.order_plan import plan_order
 from data_pipeline.reader import SampleReader
@@ -102,7 +102,7 @@ def stream(folders, plan, micro_batch: int) -> TaskStream:
     )
     sources = open_sources(data)
     order = plan_order(sources, plan["global_batch"], plan["seed"], "task")
-    fields = CaptionFields(data, tokenizer(), train=True)
+    fields = CaptionProcessor(data, tokenizer(), train=True)
     return TaskStream("task", SampleReader(concatenated(sources)), order, fields, plan["seed"],
                       plan["global_batch"], min(micro_batch, plan["global_batch"]))  # fmt: skip
 

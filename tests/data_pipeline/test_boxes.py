@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from data_pipeline import rand_augment
-from data_pipeline.boxes import BoxDataSettings, BoxFields
+from data_pipeline.boxes import BoxDataSettings, BoxProcessor
 from data_pipeline.crops import Geometry
 from data_pipeline.erase import EraseSettings
 from data_pipeline.image_formats import MEMBERS
@@ -48,14 +48,14 @@ def scene(height: int = 120, width: int = 160) -> tuple[np.ndarray, dict]:
     return pixels, record
 
 
-def fields(train: bool = True, **options) -> BoxFields:
+def fields(train: bool = True, **options) -> BoxProcessor:
     image = ImageSettings(size=64, flip_probability=0.5)
     options = {"image": image, "shards": ["x"], "classes": 3, **options}
-    return BoxFields(BoxDataSettings(**options), train)
+    return BoxProcessor(BoxDataSettings(**options), train)
 
 
 def load(
-    maker: BoxFields, record, position: int = 0, pixels=None, kind: str = "PNG", **options
+    maker: BoxProcessor, record, position: int = 0, pixels=None, kind: str = "PNG", **options
 ) -> dict:
     data = encoded(scene()[0] if pixels is None else pixels, kind, **options)
     members = {kind.lower(): data, "json": json.dumps(record).encode()}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.caption_texts import CaptionSourceSettings, CaptionTexts, CleaningSettings
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.labels import NO_LABEL
 from data_pipeline.members import AbsentValue
 from data_pipeline.reader import BadSample, Sample
@@ -177,7 +177,7 @@ def test_tokens_are_cut_and_references_are_not():
     )
     of = Sample(0, "a.tar", "k", {"jpg": jpeg(picture(1)), "txt": b"A red BIRD on a table"})
     for train in (True, False):
-        fields = CaptionFields(settings, tokenizer(), train)
+        fields = CaptionProcessor(settings, tokenizer(), train)
         item = fields.sample(of, rng_for(0))
         tokens = fields.collate([item], [True])["tokens"][0, 0]
         assert tokenizer().decode(tokens.tolist()) == "a red"

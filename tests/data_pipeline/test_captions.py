@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from data_pipeline.caption_texts import CaptionSource
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.reader import BadSample, Sample
 from data_pipeline.rng import sample_rng
 from data_pipeline.transforms import ImageSettings
@@ -26,12 +26,12 @@ def rng_for(purpose: str) -> np.random.Generator:
     return sample_rng(0, "caption", 0, purpose)
 
 
-def fields(train: bool = True, **options) -> CaptionFields:
+def fields(train: bool = True, **options) -> CaptionProcessor:
     options = {"image": ImageSettings(size=16), "shards": ["x"], **options}
-    return CaptionFields(CaptionDataSettings(**options), TOKENIZER, train)
+    return CaptionProcessor(CaptionDataSettings(**options), TOKENIZER, train)
 
 
-def tokens_of(maker: CaptionFields, item: dict) -> list[list[int]]:
+def tokens_of(maker: CaptionProcessor, item: dict) -> list[list[int]]:
     """Rows of the only sample of a batch."""
     return maker.collate([item], [True])["tokens"][0].tolist()
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.captions import CaptionDataSettings
-from data_pipeline.clips import ClipFields, choose_frames
+from data_pipeline.clips import ClipProcessor, choose_frames
 from data_pipeline.loader import LoaderSettings, StepLoader
 from data_pipeline.order import Order
 from data_pipeline.packer import ShardWriter
@@ -39,12 +39,12 @@ def clip(number: int, frames: int = 12) -> dict[str, bytes]:
     return members | {"json": json.dumps({"captions": [f"a red green {number}"]}).encode()}
 
 
-def fields(train: bool, frames: int = 4, **changes) -> ClipFields:
+def fields(train: bool, frames: int = 4, **changes) -> ClipProcessor:
     image = changes.pop("image", AUGMENTED)
     settings = CaptionDataSettings(
         shards=["unused"], image=image, caption_source="json:captions", frames=frames, **changes
     )
-    return ClipFields(settings, tokenizer(), train)
+    return ClipProcessor(settings, tokenizer(), train)
 
 
 def keyed(position: int):

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from data_pipeline.image_formats import MEMBERS
-from data_pipeline.labels import LabelDataSettings, LabelFields
+from data_pipeline.labels import LabelDataSettings, LabelProcessor
 from data_pipeline.reader import BadSample, Sample
 from data_pipeline.rng import sample_rng
 from data_pipeline.transforms import ImageSettings
@@ -23,9 +23,9 @@ def rng_for(purpose: str) -> np.random.Generator:
     return sample_rng(0, "classify", 0, purpose)
 
 
-def fields(train: bool = True, **options) -> LabelFields:
+def fields(train: bool = True, **options) -> LabelProcessor:
     options = {"image": ImageSettings(size=16), "shards": ["x"], "classes": 10, **options}
-    return LabelFields(LabelDataSettings(**options), train)
+    return LabelProcessor(LabelDataSettings(**options), train)
 
 
 def label(members: dict[str, bytes], **options) -> int:
@@ -143,12 +143,12 @@ def test_batch():
 
 def test_images_are_those_of_caption_data():
     """One image side for all data: buffers, draws and faults are the same."""
-    from data_pipeline.captions import CaptionDataSettings, CaptionFields
+    from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
     from tests.data_pipeline.photos import tokenizer
 
     data = sample(cls=b"1", txt=b"a bird")
     image = ImageSettings(size=16, flip_probability=0.5, brightness=0.3)
-    captions = CaptionFields(CaptionDataSettings(shards=["x"], image=image), tokenizer(), True)
+    captions = CaptionProcessor(CaptionDataSettings(shards=["x"], image=image), tokenizer(), True)
     mine = fields(image=image)
     assert mine.buffers(4) == captions.buffers(4) == {"images": (4, 16, 16, 3)}
     one, other = mine.sample(data, rng_for)["images"], captions.sample(data, rng_for)["images"]

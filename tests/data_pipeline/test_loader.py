@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.captions import CaptionFields
+from data_pipeline.captions import CaptionProcessor
 from data_pipeline.loader import LoaderSettings, StepLoader
 from data_pipeline.shards import ShardSet
 from tests.data_pipeline.photos import pack, stream
@@ -178,7 +178,7 @@ def test_leaving_early_ends_the_workers(shards):
 class Slow:
     """Fields that take a nap at one row."""
 
-    def __init__(self, fields: CaptionFields, row: int, seconds: float) -> None:
+    def __init__(self, fields: CaptionProcessor, row: int, seconds: float) -> None:
         self.fields, self.row, self.seconds = fields, row, seconds
 
     def __getattr__(self, name: str):

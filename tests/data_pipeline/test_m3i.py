@@ -7,11 +7,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.evaluation import EvaluationLoader
 from data_pipeline.image_formats import MEMBERS
 from data_pipeline.loader import LoaderSettings, StepLoader
-from data_pipeline.m3i import M3IDataSettings, M3IFields
+from data_pipeline.m3i import M3IDataSettings, M3IProcessor
 from data_pipeline.order import Order
 from data_pipeline.reader import BadSample, Sample, SampleReader
 from data_pipeline.rng import sample_rng
@@ -42,7 +42,7 @@ def load(fields, position: int = 0, **members: bytes) -> dict:
 
 
 def test_a_text_and_a_class_may_be_missing(tokenizer):
-    fields = M3IFields(settings(), tokenizer, train=True)
+    fields = M3IProcessor(settings(), tokenizer, train=True)
     assert fields.extensions == {*MEMBERS, "txt", "cls"}
     items = [
         load(fields, 0, txt=b"a red digit", cls=b"7"), load(fields, 1, txt=b"a blue seven"),
@@ -64,8 +64,8 @@ def test_a_text_and_a_class_may_be_missing(tokenizer):
 def test_texts_are_those_of_caption_data(tokenizer):
     source = {"caption_source": "json:captions", "text_length": 12}
     member = json.dumps({"captions": ["a red digit", "a blue seven", "a a a"]}).encode()
-    ours = M3IFields(settings(**source), tokenizer, train=True)
-    theirs = CaptionFields(
+    ours = M3IProcessor(settings(**source), tokenizer, train=True)
+    theirs = CaptionProcessor(
         CaptionDataSettings(shards=["x"], image=VIEW, second_view=VIEW, **source), tokenizer, True
     )
     one, other = (
@@ -80,7 +80,7 @@ def test_texts_are_those_of_caption_data(tokenizer):
 def test_which_texts_were_made_from_class_names(tokenizer):
     """Row by row; the label of an image does not tell."""
     sources = [{"source": "json:label", "class_names": ["red", "blue"]}, {"source": "txt"}]
-    fields = M3IFields(settings(caption_source=sources), tokenizer, train=True)
+    fields = M3IProcessor(settings(caption_source=sources), tokenizer, train=True)
     label = [json.dumps({"label": n}).encode() for n in (0, 1)]
     item = [load(fields, 0, json=label[0], cls=b"3"), load(fields, 1, json=label[1], cls=b"3"),
             load(fields, 2, json=label[1]), load(fields, 3, txt=b"blue", cls=b"3"),
@@ -90,14 +90,14 @@ def test_which_texts_were_made_from_class_names(tokenizer):
 
 
 def test_without_classes(tokenizer):
-    fields = M3IFields(settings(label_source=None, classes=None), tokenizer, train=True)
+    fields = M3IProcessor(settings(label_source=None, classes=None), tokenizer, train=True)
     assert "cls" not in fields.extensions
     assert load(fields, 0, cls=b"7")["label"] == -1
 
 
 @pytest.mark.parametrize("members", [{"cls": b"10"}, {"cls": b"x"}, {"txt": b"\xff\xfe"}])
 def test_what_is_there_must_be_right(tokenizer, members):
-    fields = M3IFields(settings(), tokenizer, train=True)
+    fields = M3IProcessor(settings(), tokenizer, train=True)
     with pytest.raises(BadSample):
         load(fields, 0, **members)
 
@@ -105,7 +105,7 @@ def test_what_is_there_must_be_right(tokenizer, members):
 def test_evaluation_draws_the_second_view_alone(tokenizer):
     """The first is the centre crop, whatever the position; the second is keyed by position."""
     centre = VIEW.model_copy(update={"mode": "center_crop"})
-    fields = M3IFields(settings(image=centre), tokenizer, train=False)
+    fields = M3IProcessor(settings(image=centre), tokenizer, train=False)
     items = [load(fields, position, txt=b"a red digit") for position in (0, 1, 0)]
     assert np.array_equal(items[0]["images"], items[1]["images"])
     assert not np.array_equal(items[0]["second_images"], items[1]["second_images"])
@@ -115,7 +115,7 @@ def test_evaluation_draws_the_second_view_alone(tokenizer):
     assert (y0, y1) == (0, 90) and abs((x0 + x1) / 2 - 60) < 2 and not items[0]["flips"][0]
 
 
-class SamePairs(CaptionFields):
+class SamePairs(CaptionProcessor):
     """Both views of every row, and the second one drawn in evaluation too."""
 
     draws_second_view = True
@@ -142,10 +142,10 @@ def test_the_view_that_nobody_asks_for_is_not_made(tokenizer, tmp_path):
         task = TaskStream("m3i", reader, None, fields, 7, 4, 4)
         return list(EvaluationLoader(task, 0, 1, max_samples=7))
 
-    alone = windows(CaptionFields(CaptionDataSettings(**options), tokenizer, True))
+    alone = windows(CaptionProcessor(CaptionDataSettings(**options), tokenizer, True))
     reduced_less = False
     for train in (True, False):
-        ours = M3IFields(M3IDataSettings(**pair), tokenizer, train)
+        ours = M3IProcessor(M3IDataSettings(**pair), tokenizer, train)
         theirs = SamePairs(CaptionDataSettings(**pair), tokenizer, train)
         found = [windows(ours), windows(ours, workers=1)] if train else [evaluation(ours)]
         wanted = windows(theirs) if train else evaluation(theirs)

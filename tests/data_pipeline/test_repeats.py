@@ -17,7 +17,7 @@ from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.order import Order
 from data_pipeline.order_plan import plan_order
 from data_pipeline.repeats import RepeatedOrder, repeats_problem
-from data_pipeline.revisions import RevisedOrder, Revision, images_of, plain_orders, revise
+from data_pipeline.revisions import RevisedOrder, Revision, revise
 from data_pipeline.selection import Selection
 from data_pipeline.shards import ShardSet
 from data_pipeline.sources import Source
@@ -78,7 +78,7 @@ def test_epochs_count_images():
         assert len(set(rows[epoch * N : (epoch + 1) * N].tolist())) == N
     assert order.passes(steps * BATCH) == 72.0
     # Of a batch that has begun its first part is new, its others are not.
-    assert [order.taken(n) for n in (0, 5, 8, 9, 24, 25, 48)] == [0, 5, 8, 8, 8, 9, 16]
+    assert [order.images_of(n) for n in (0, 5, 8, 9, 24, 25, 48)] == [0, 5, 8, 8, 8, 9, 16]
     both = RepeatedOrder(mixed(), BATCH, REPEATS)
     assert both.epochs(9 * BATCH) == mixed().epochs(72) and both.passes(BATCH) == 8 / N
 
@@ -121,7 +121,7 @@ def test_a_stream_cannot_repeat():
 def test_revisions_are_of_images():
     order = RepeatedOrder(Order(N, seed=8), BATCH, REPEATS)
     changed = revise(order, {"": [Revision(2 * N, [[5, 8]], [])]})
-    assert isinstance(changed, RepeatedOrder) and isinstance(images_of(changed), RevisedOrder)
+    assert isinstance(changed, RepeatedOrder) and isinstance(changed.images, RevisedOrder)
     positions = np.arange(100 * BATCH)
     before = changed.places(positions) < 2 * N
     assert np.array_equal(changed.rows(positions)[before], order.rows(positions)[before])
@@ -134,7 +134,7 @@ def test_revisions_are_of_images():
     assert pickle.loads(pickle.dumps(changed)).rows(positions).tolist() == (
         changed.rows(positions).tolist()
     )
-    assert plain_orders(RepeatedOrder(mixed(), BATCH, REPEATS)).keys() == {"a", "b"}
+    assert RepeatedOrder(mixed(), BATCH, REPEATS).by_source().keys() == {"a", "b"}
 
 
 # ---- batches -----------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from data_pipeline.revisions import (
     Revision,
     expand,
     next_border,
-    plain_orders,
     revise,
     to_ranges,
 )
@@ -107,7 +106,7 @@ def test_each_source_of_a_mixture_has_borders_of_its_own():
     assert np.array_equal(before[:60], after[:60])
     of_b = before >= 30
     assert np.array_equal(of_b, after >= 30) and np.array_equal(before[~of_b], after[~of_b])
-    border = plain_orders(revised)["b"]._starts[1]
+    border = revised.by_source()["b"]._starts[1]
     own = after[of_b] - 30
     assert np.array_equal(own[:border], before[of_b][:border] - 30)
     assert sorted(own[border : border + 10].tolist()) == [0, 1, *range(4, 12)]

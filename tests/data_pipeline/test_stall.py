@@ -1,6 +1,7 @@
 """A stall tells what every process does: stage, sample, bytes, and how its storage fails."""
 
 import errno
+import itertools
 import logging
 import os
 import re
@@ -110,3 +111,27 @@ def test_what_failed_before_is_no_matter_of_the_next_sample(monkeypatch):
             expected
         )
         activity.decoding(5, 8, 0)
+
+
+def test_the_last_spans_are_kept():
+    """In order, with what the process did; more than fit push out the oldest."""
+    board = ActivityBoard(2, "fork")
+    board.use(1)
+    working_on(3, 0)
+    activity.reading(5, 7, 0)
+    activity.decoding(5, 7, 0)
+    activity.idle()
+    working_on(4, 0)
+    activity.collating()
+    activity.idle()
+    found = board.spans()
+    assert [(s.stage, s.step, s.position) for s in found] == [
+        ("order", 3, -1), ("read", 3, 5), ("decode", 3, 5), ("order", 4, -1), ("collate", 4, -1)
+    ]  # fmt: skip
+    assert all(s.process == os.getpid() and s.begin <= s.end for s in found)
+    assert all(a.end <= b.begin for a, b in itertools.pairwise(found))
+    for step in range(5000):
+        working_on(step, 0)
+        activity.idle()
+    found = board.spans()
+    assert len(found) == 4096 and [s.step for s in found] == list(range(5000 - 4096, 5000))

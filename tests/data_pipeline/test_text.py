@@ -13,7 +13,7 @@ from data_pipeline.order import Order
 from data_pipeline.reader import BadSample, Sample, SampleReader
 from data_pipeline.shards import ShardSet
 from data_pipeline.stream import DataError
-from data_pipeline.text import TextDataSettings, TextFields
+from data_pipeline.text import TextDataSettings, TextProcessor
 from data_pipeline.tokenizer import Tokenizer, train_byte_level_bpe
 from tools import pack_text
 from tools.make_shards import main
@@ -152,7 +152,7 @@ def rows(tmp_path_factory, documents, tokenizer) -> ShardSet:
 
 
 def stream(rows: ShardSet, tokenizer: Path, length: int = LENGTH) -> TaskStream:
-    fields = TextFields(
+    fields = TextProcessor(
         TextDataSettings(shards=["unused"], text_length=length), Tokenizer.load(tokenizer)
     )
     order = Order.plan(len(rows), 0, 4)

@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from data_pipeline.captions import CaptionDataSettings
 from data_pipeline.crops import resize
 from data_pipeline.decode import decode, read_header
+from data_pipeline.images import ImageProcessor
 from data_pipeline.loader import LoaderSettings, StepLoader
 from data_pipeline.order import Order
-from data_pipeline.pictures import PictureDataSettings, PictureFields
+from data_pipeline.pictures import PictureDataSettings
 from data_pipeline.rand_augment import RandAugmentSettings
 from data_pipeline.reader import Sample, SampleReader
 from data_pipeline.rng import sample_rng
@@ -26,10 +27,10 @@ TARGET = ImageSettings(size=32, flip_probability=0.5, scale=(0.3, 1.0), solarize
 
 def fields(first: ImageSettings = ONLINE, second: ImageSettings | None = TARGET, train=True):
     settings = PictureDataSettings(shards=["x"], image=first, second_view=second)
-    return PictureFields(settings, train)
+    return ImageProcessor(settings, train)
 
 
-def load(maker: PictureFields, data: bytes, position: int = 0) -> dict:
+def load(maker: ImageProcessor, data: bytes, position: int = 0) -> dict:
     sample = Sample(0, "a.tar", "key", {"jpg": data})
     return maker.sample(sample, lambda purpose: sample_rng(0, "views", position, purpose))
 
@@ -37,7 +38,7 @@ def load(maker: PictureFields, data: bytes, position: int = 0) -> dict:
 def windows(shards, workers: int = 0, steps=(0, 6), rank: int = 0, world: int = 1, **data):
     settings = PictureDataSettings(shards=["x"], **data)
     order = Order.plan(len(shards), 7, 8)
-    maker = PictureFields(settings, True)
+    maker = ImageProcessor(settings, True)
     stream = TaskStream("views", SampleReader(shards), order, maker, 7, 8, 4)
     options = LoaderSettings(workers=workers)
     return StepLoader({"views": stream}, lambda s: ("views", s), options, rank, world, *steps)

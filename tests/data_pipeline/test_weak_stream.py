@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.captions import CaptionDataSettings, CaptionFields
+from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.loader import DataError, LoaderSettings, StepLoader
 from data_pipeline.packer import ShardWriter
 from data_pipeline.retry import RetryPolicy
@@ -43,7 +43,7 @@ def urls(folder: Path) -> list[str]:
 
 def stream(shards: list[str], batch: int = 12, micro: int = 4, **options) -> WeakStream:
     settings = CaptionDataSettings(shards=["unused"], image=ImageSettings(size=16))
-    fields = CaptionFields(settings, tokenizer(), True)
+    fields = CaptionProcessor(settings, tokenizer(), True)
     options = {"shuffle_samples": 5, "retry": QUICK} | options
     return WeakStream("t", shards, fields, 7, batch, micro, **options)
 

@@ -17,6 +17,7 @@ from data_pipeline.labels import smaller_view_name
 from data_pipeline.step_sampler import deal
 from pretrain.engine.distributed import init_distributed, leave, shutdown
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.classification import ClassificationSettings
@@ -52,10 +53,9 @@ def build_model(form: str) -> MultiTaskModel:
     encoder = small_settings(drop_path=0.4, gradient_checkpointing=True, **fields).build()
     objective = ClassificationSettings(
         pool="head", label_smoothing=0.0, smaller_sizes=(48, 33) if form == "conv" else (),
-    ).build(
+    ).build(BuildContext(
         {"image": encoder}, None, MEAN, STD, classes=CLASSES,
-        smaller_views=(SMALLER_VIEW,) if form == "views" else (),
-    )
+        smaller_views=(SMALLER_VIEW,) if form == "views" else (),))
     return MultiTaskModel({"image": encoder}, {"classify": objective}, seed=SEED)
 
 

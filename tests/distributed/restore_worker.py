@@ -7,14 +7,19 @@ Usage: python -m tests.distributed.restore_worker write|read DIR
 
 import gc
 import json
+import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from pretrain.engine import checkpoint
+from pretrain.engine.background_save import BackgroundCheckpoints
 from pretrain.engine.checkpoint import CheckpointError, Checkpoints, CheckpointSettings
+from pretrain.engine.checkpoint_contents import write_contents
 from pretrain.engine.distributed import init_distributed, leave, shutdown
 from pretrain.engine.partitions import gathered
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
@@ -63,8 +68,17 @@ def write_cell(ranks, folder: Path, stage: int, precision: str) -> dict:
     store = Checkpoints(folder / f"zero{stage}_{precision}", CheckpointSettings(keep_last=1))
     engine = fresh_engine(ranks, stage, precision)
     before = train(engine, ranks, 0, HALF)
-    store.save(engine, HALF, {"ledger": [{"note": "kept"}]})
+    trainer = {"ledger": [{"note": "kept"}]}
+    store.save(engine, HALF, trainer)
+    background = BackgroundCheckpoints(
+        folder / f"background_zero{stage}_{precision}", store.settings, device=ranks.device
+    )
+    background.begin(engine, HALF, trainer)
+    trainer["ledger"].clear()
     straight = train(engine, ranks, HALF, ALL)
+    background.settle()
+    same_files = files_of(background.newest()) == files_of(store.newest())
+    background.close()
     ended, module = weights(engine), module_weights(engine)
     engine.destroy()
     again = fresh_engine(ranks, stage, precision, seed=SEED + 1)  # so all of it must come back
@@ -72,12 +86,17 @@ def write_cell(ranks, folder: Path, stage: int, precision: str) -> dict:
     resumed = train(again, ranks, restored.step, ALL)
     result = {
         "before": before, "straight": straight, "resumed": resumed, "trainer": restored.trainer,
+        "same_files": same_files,
         "same_weights": weights(again) == ended, "same_module": module_weights(again) == module,
         "weights": ended,
     }
     again.destroy()
     gc.collect()
     return result
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def read_cell(ranks, folder: Path, source: str, stage: int, precision: str) -> dict:
@@ -106,14 +125,18 @@ def fault_cell(ranks, folder: Path) -> dict:
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
         try:
-            return Checkpoints._write_rank_files(store, *arguments)
+            return write_contents(*arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     result = {"kept": kept, "latest": (root / "latest").read_text().strip()}
     if ranks.rank == 1:
-        store._write_rank_files = broken_write
+        checkpoint.write_contents = broken_write
     result["full_disk"] = error_of(lambda: store.save(engine, 8, {}))
+    checkpoint.write_contents = write_contents
+    result |= background_faults(
+        ranks, BackgroundCheckpoints(root, settings, device=ranks.device), engine
+    )
     owner_gone = Checkpoints(root, settings, may_commit=disowned)
     result["disowned"] = error_of(lambda: owner_gone.save(engine, 9, {}))
     result["left_behind"] = sorted(p.name for p in root.iterdir())
@@ -143,6 +166,32 @@ def fault_cell(ranks, folder: Path) -> dict:
     result["gone"] = error_of(Checkpoints(gone, settings).newest)
     engine.destroy()
     return result
+
+
+def background_faults(ranks, store: BackgroundCheckpoints, engine) -> dict[str, str]:
+    """The same, and worse, in the process that writes while training goes on."""
+
+    def trouble(step: int, action) -> str:
+        store.begin(engine, step, {})
+        if ranks.rank == 1:
+            action(store._part._writer.pid)
+        return error_of(store.settle)
+
+    def no_room(pid: int) -> None:
+        """As if it had been so before the writer was told to write."""
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        store._part.result()
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (100, most))
+        contents = store._contents(engine, {}, None, None)
+        store._part.start(contents, store._saving.temporary)
+
+    faults = {"full_disk_behind": trouble(8, no_room)}
+    store.close()
+    faults["killed_behind"] = trouble(8, lambda pid: os.kill(pid, signal.SIGKILL))
+    store._part._limit_s = -1.0
+    faults["late_behind"] = trouble(8, lambda pid: os.kill(pid, signal.SIGSTOP))
+    store.close()
+    return faults
 
 
 def disowned() -> None:

@@ -1,5 +1,6 @@
 """A rank that is slow is named; one that stops, or never comes, ends the run in time, by name."""
 
+import gzip
 import json
 import signal
 import socket
@@ -34,6 +35,34 @@ def status_of(run) -> dict:
     return json.loads((run / "control/status.json").read_text())
 
 
+def check_trace(run, until) -> None:
+    """One file shows both ranks' operators and steps beside their loader workers' work."""
+    while (run / "control/profile").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    (path,) = (run / "profile").iterdir()
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    titles = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    found = {}
+    for event in events:
+        if event["ph"] == "X":
+            title = titles[event["pid"]].partition(" worker")[0]
+            found.setdefault(title, []).append(event)
+    for rank in (0, 1):
+        (own,) = (pid for pid, name in titles.items() if name == f"rank {rank}: python")
+        assert own is not None
+        operators = found[f"rank {rank}: python"]
+        assert {"aten::linear", "aten::layer_norm"} <= {e["name"] for e in operators}
+        steps = found[f"rank {rank}: steps"]
+        assert len(steps) == 2 and steps[0]["name"].startswith("step ")
+        begin = min(e["ts"] for e in steps) - 1e6
+        end = max(e["ts"] + e["dur"] for e in steps) + 1e6
+        assert all(begin < e["ts"] < end for e in operators if e["cat"] == "cpu_op")
+        work = found[f"rank {rank}: loader"]
+        assert {"decode", "collate"} <= {e["name"] for e in work}
+        assert all(begin < e["ts"] < end for e in work)
+    assert "ui.perfetto.dev" in (run / "logs/rank_00000.log").read_text()
+
+
 @pytest.mark.parametrize("stopped", [1, 0])
 def test_a_rank_that_is_slow_and_then_stopped(data, tmp_path, stopped):
     module = "tests.distributed.slow_worker" if stopped == 1 else "pretrain.train"
@@ -44,6 +73,8 @@ def test_a_rank_that_is_slow_and_then_stopped(data, tmp_path, stopped):
             time.sleep(0.01)
         if stopped == 1:
             assert "slow_rank" not in status_of(run)
+            (run / "control/profile").write_text("ranks=0,1 steps=2")
+            check_trace(run, until)
             while "slow_rank" not in status_of(run) and time.monotonic() < until:
                 time.sleep(0.05)
             named = status_of(run)["slow_rank"]

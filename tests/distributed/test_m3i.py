@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from pretrain.engine.checkpoint_files import read_full_state
 from pretrain.engine.ds_config import DeepSpeedConfigFault, engine_config
 from pretrain.models.init import initialise
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 from tests.distributed.engines import SEED
 from tests.distributed.launch import Cells, run_ranks, tails
 from tests.distributed.m3i_worker import CELLS as ALL
@@ -44,7 +44,7 @@ def plain():
         for step in range(STEPS):
             batch = batch_of(kind, step)
             optimizer.zero_grad()
-            out = model("m3i", batch, objective.count(batch))
+            out = model("m3i", "undivided", batch, objective.counts(batch))
             out["loss"].backward()
             first = first or {
                 n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad

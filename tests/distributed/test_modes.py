@@ -12,7 +12,7 @@ from pretrain.engine.zero import make_optimizer
 from pretrain.models.init import initialise
 from pretrain.optim.groups import parameter_groups
 from pretrain.optim.schedule import lr_factor
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 from tests.distributed.launch import run_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
@@ -46,8 +46,8 @@ def plain_losses(data, tmp_path_factory):
     for window in loader:
         (batch,) = window.micro_batches
         totals = {k: torch.tensor(float(v))
-                  for k, v in model.objectives["caption"].count(batch).items()}
-        loss = model("caption", batch, totals)["loss"]
+                  for k, v in model.objectives["caption"].counts(batch).items()}
+        loss = model("caption", "undivided", batch, totals)["loss"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)

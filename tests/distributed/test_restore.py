@@ -24,6 +24,7 @@ def written(tmp_path_factory):
 def test_resume_is_bitwise(written, cell):
     result = written[1][cell]
     assert result["resumed"] == result["straight"]
+    assert result["same_files"]  # written behind the training, byte by byte
     assert result["same_weights"] and result["same_module"]
     assert result["trainer"] == {"ledger": [{"note": "kept"}]}
 
@@ -85,6 +86,12 @@ def test_a_failed_save_leaves_nothing_and_every_rank_knows(written):
         r"rank_00001\.safetensors, [\d,]+ bytes \([\d,]+ bytes are free there\): .*File too large",
         faults["full_disk"],
     ), faults["full_disk"]
+    behind = faults["full_disk_behind"]
+    varies = r"-\w{8}/|[\d,]+ bytes|Error while serializing: |I/O error: "
+    assert re.sub(varies, "", behind) == re.sub(varies, "", faults["full_disk"])
+    assert re.search(r"rank 1: CheckpointError: the writer of /.*/\.writing-step_000000008-\w+ "
+                     r"\(process \d+\) was ended by SIGKILL", faults["killed_behind"])
+    assert re.search(r"took longer than failure\.save_minutes", faults["late_behind"])
     assert "another job owns this run" in faults["disowned"]
     assert faults["left_behind"] == ["latest", *faults["kept"]]
 

@@ -131,19 +131,25 @@ def test_killed_between_steps_and_inside_a_save(data, straight, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_killed_many_times(data, straight, tmp_path, stage):
+def test_killed_many_times(data, straight, tmp_path, stage, behind):
+    """behind: checkpoints are written while training goes on, so between snapshot and commit."""
     moments = [after_steps(random.randint(1, 11)) if random.random() < 0.5 else inside_a_save
                for _ in range(6)]
-    assert_same_run(straight(stage), kill_and_resume(data, tmp_path, stage, moments))
+    run = kill_and_resume(data, tmp_path, stage, moments, checkpoint__asynchronous=behind)
+    assert_same_run(straight(stage), run)
 
 
 def test_stopped_by_a_signal_to_all_processes(data, straight, tmp_path):
     """As launchers and schedulers send it: to ranks, loader workers and the process that fills the
-    cache. Both ranks save the same step and leave with 0, and nobody stays behind."""
+    cache, and those that write checkpoints. Both ranks save the same step and leave with 0, and
+    nobody stays behind."""
     run = tmp_path / "run"
     cache = {"folder": str(tmp_path / "cache"), "max_gib": 0.001, "block_mib": 0.01}
-    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(data, run, loader__cache=cache))
+    recipe = tiny_recipe(data, run, loader__cache=cache, checkpoint__asynchronous=True,
+                         checkpoint__every_steps=1)
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe)
     processes = start_ranks("pretrain.train", [recipe], 2, tmp_path)
     try:
         until = time.monotonic() + 120
@@ -238,7 +244,8 @@ def test_a_damaged_checkpoint_is_passed_over(data, straight, tmp_path):
 
 
 def test_balanced_and_averaged(data, tmp_path):
-    """MT-AdamW, layer-wise decay and a moving average: killed and resumed, evaluated and read."""
+    """MT-AdamW, layer-wise decay and a moving average: killed and resumed, evaluated and read.
+    Checkpoints of the killed run are asynchronous, whose content has to be the same."""
     runs = []
     for name in ("straight", "killed"):
         recipe = tiny_recipe(data, tmp_path / name, deepspeed="zero3", ema={"decay": 0.8})
@@ -246,12 +253,17 @@ def test_balanced_and_averaged(data, tmp_path):
             "kind": "mt_adamw", "lr": 1e-3, "betas": [0.9, 0.95], "clip_norm": None,
             "omega": {"caption": 0.5}, "layer_decay": {"encoders.image": 0.7},
         }
+        recipe["checkpoint"]["asynchronous"] = name == "killed"
         path = write_recipe(tmp_path / f"{name}.yaml", recipe)
         runs.append(tmp_path / name)
         if name == "killed":
             processes = start_ranks("pretrain.train", [path], 2, tmp_path / "logs")
             assert kill_when(lambda: steps_logged(runs[1]) >= 6, processes)
+            # Another save may be cut off: what it leaves is cleared away.
+            (runs[1] / "checkpoints/.writing-step_000000011-00000000").mkdir()
             finish(Path("--resume"), tmp_path / "again", str(runs[1]))
+            left = [path.name for path in (runs[1] / "checkpoints").iterdir()]
+            assert sorted(left) == ["latest", "step_000000008", "step_000000012"]
         else:
             finish(path, tmp_path)
     assert_same_run(*runs)
@@ -270,12 +282,14 @@ def test_balanced_and_averaged(data, tmp_path):
 def heldout_loss(checkpoint: Path, weights: str, data: Path) -> float:
     """Held-out loss of a checkpoint in this process, with weights read as an export reads them."""
     from pretrain.build import build_evaluation_loader
+    from pretrain.objectives.objective import EvaluationContext
     from tools.trained import open_captioner
 
     captioner = open_captioner(checkpoint, weights=weights)
     loader = build_evaluation_loader(captioner.recipe, "caption", captioner.tokenizer)
     values, _ = captioner.objective.evaluate(
-        captioner.model.encoders, loader, captioner.tokenizer, torch.device("cpu")
+        captioner.model.encoders, loader,
+        EvaluationContext(torch.device("cpu"), captioner.tokenizer),
     )
     return values["cross_entropy"]
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,13 +15,12 @@ from data_pipeline.order import Order
 from data_pipeline.pictures import PictureDataSettings
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards import ShardSet
+from data_pipeline.text import TextDataSettings
 from data_pipeline.transforms import ImageSettings
 from pretrain.__main__ import main
 from pretrain.build import (
     build_evaluation_loader,
-    build_fields,
     build_model,
-    build_objective,
     build_schedule,
     build_streams,
     build_tokenizer,
@@ -30,9 +28,10 @@ from pretrain.build import (
     plan_sampling,
 )
 from pretrain.check import state_bytes
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.overlay import parse_yaml
-from pretrain.recipe import SHIPPED, load_recipe, validate
+from pretrain.recipe_load import SHIPPED, load_recipe, validate
 from pretrain.sampler import ledger_entries
 from tests.tiny_run import pack_scenes, three_tasks, tiny_recipe, write_recipe
 
@@ -51,33 +50,28 @@ def recipe_file(data, tmp_path, monkeypatch):
     return write_recipe(tmp_path / "tiny.yaml", tiny_recipe(data, tmp_path / "run"))
 
 
-class Follower:
-    """Settings of an objective that nobody here knows, which has a target of its own."""
-
-    type = "follower"
-
-    def build(
-        self, encoders, vocabulary, image_mean, image_std, classes, smaller_views, new_encoder
-    ):
-        return image_mean, classes, smaller_views, new_encoder("image")
-
-
-class Plain:
-    type = "plain"
-
-    def build(self, encoders, vocabulary, image_mean, image_std):
-        return image_std
-
-
-def test_an_objective_is_given_what_pretrain_readme_says():
+def test_an_objective_is_told_what_its_data_know():
     image = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
-    labels = LabelDataSettings(shards=["x"], classes=7, image=image, smaller_views=[160])
-    pictures = PictureDataSettings(shards=["x"], image=image)
-    built = [
-        build_objective(SimpleNamespace(data=data, objective=objective), {}, None, str.upper)
-        for data, objective in ((labels, Follower()), (pictures, Plain()))
+    pixels = {"image_mean": image["mean"], "image_std": image["std"]}
+    names = [f"the {n}" for n in range(7)]
+    classes = {"classes": 7, "class_names": names}
+    options = {"shards": ["x"], "image": image}
+    kinds = [
+        (PictureDataSettings(**options), pixels),
+        (LabelDataSettings(**options, **classes, smaller_views=[160]),
+         pixels | classes | {"smaller_views": (160,)}),
+        (BoxDataSettings(**options, **classes), pixels | classes),
+        (TextDataSettings(shards=["x"]), {}),
     ]
-    assert built == [((0.1, 0.2, 0.3), 7, (160,), "IMAGE"), (0.4, 0.5, 0.6)]
+    for data, known in kinds:
+        context = BuildContext(**data.facts())
+        assert {name: getattr(context, name) for name in known} == known
+        assert set(data.facts()) <= known.keys() | {"smaller_views"}
+    for settings in (LabelDataSettings, BoxDataSettings):
+        with pytest.raises(ValueError, match="class_names: 7 names for classes=8: name each"):
+            settings(**options, classes=8, class_names=names)
+        with pytest.raises(ValueError, match="class_names: class 1 has an empty name"):
+            settings(**options, classes=2, class_names=["a", " "])
 
 
 def test_model_learns_from_the_streams_of_its_recipe(recipe_file):
@@ -92,8 +86,8 @@ def test_model_learns_from_the_streams_of_its_recipe(recipe_file):
     losses = []
     for request in StepSampler(schedule, {"caption": stream}, 0, 1, 0, 25):
         batch = stream.load(request)
-        totals = model.objectives["caption"].count(batch)
-        loss = model("caption", batch, totals)["loss"]
+        totals = model.objectives["caption"].counts(batch)
+        loss = model("caption", "undivided", batch, totals)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -152,7 +146,7 @@ def test_each_kind_of_data_has_its_fields(data, recipe_file):
     }
     for name, settings in kinds.items():
         reader = SampleReader(ShardSet.open(settings.shards))
-        fields = build_fields(settings, tokenizer, train=True)
+        fields = settings.processor(tokenizer, train=True)
         stream = TaskStream("t", reader, Order.plan(len(reader.shards), 0, 4), fields, 0, 4, 4)
         batch = stream.load(MicroBatch(0, 0, "t", (0, 1, 2, 3), (True,) * 4))
         assert not batch["faults"] and len(batch["images"]) == len(batch[name]) == 4

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_pipeline.boxes import BoxDataSettings, BoxFields
+from data_pipeline.boxes import BoxDataSettings, BoxProcessor
 from data_pipeline.order_plan import plan_order
 from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import SampleReader
@@ -15,7 +15,7 @@ from data_pipeline.targets import SPREAD, look
 from data_pipeline.transforms import ImageSettings
 from pretrain.build import build_evaluation_loader, build_stream, build_tokenizer
 from pretrain.check_targets import look_for_targets
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 from tests.data_pipeline.photos import jpeg, picture
 from tests.distributed.test_m3i import tiny_m3i
 from tests.tiny_run import pack_scenes, three_tasks, write_recipe
@@ -135,7 +135,7 @@ def test_boxes_and_the_spread(data, monkeypatch):
     """At most SPREAD samples, over all shards, and not through what a run reads with: its cache
     would fetch a block for each of them."""
     settings = BoxDataSettings(image=ImageSettings(size=16), shards=["x"], classes=3)
-    fields, source = BoxFields(settings, train=True), open_source([str(data / "few")])
+    fields, source = BoxProcessor(settings, train=True), open_source([str(data / "few")])
     order = plan_order([source], 8, 0, "boxes")
     shards = ShardSet.open(str(data / "few"))
     stream = TaskStream("boxes", SampleReader(shards), order, fields, 0, 8, 8)

@@ -7,11 +7,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pretrain.check import _check_initial_weights
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import classes_hint, load_weights
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.classification import ClassificationSettings
 from pretrain.optim.groups import parameter_groups
-from pretrain.recipe import RecipeError, load_recipe, load_resolved
+from pretrain.overlay import RecipeError
+from pretrain.recipe_load import load_recipe, load_resolved
 from tests.pretrain.models.internimage_models import PUBLISHED, small_encoder
 
 SMALL = "channels: 16, depths: [1, 1, 2, 1], groups: [1, 2, 4, 8]"
@@ -92,7 +94,9 @@ def test_a_linear_layer_for_other_classes_is_no_silent_matter(tmp_path):
     settings = ClassificationSettings(pool="head")
     models = {
         classes: MultiTaskModel({"image": encoder}, {
-            "classify": settings.build({"image": encoder}, None, (0,) * 3, (1,) * 3, classes)
+            "classify": settings.build(
+                BuildContext({"image": encoder}, None, (0,) * 3, (1,) * 3, classes)
+            )
         }) for classes in (7, 10)
     }  # fmt: skip
     save_file(models[10].state_dict(), tmp_path / "a.safetensors")
@@ -181,7 +185,8 @@ def test_optimizer_groups_of_the_recipes(name):
     recipe = load_recipe(name)
     with torch.device("meta"):
         encoder = recipe.model.encoders["image"].build()
-        task = recipe.tasks["classify"].objective.build({"image": encoder}, None, (0,), (1,), 1000)
+        context = BuildContext({"image": encoder}, None, (0,), (1,), 1000)
+        task = recipe.tasks["classify"].objective.build(context)
         model = MultiTaskModel({"image": encoder}, {"classify": task})
     groups = parameter_groups(model, recipe.optimizer)
     count = sum(p.numel() for group in groups for p in group["params"])

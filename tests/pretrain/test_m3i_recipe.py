@@ -7,7 +7,8 @@ import torch
 
 from pretrain.build import build_model
 from pretrain.optim.groups import parameter_groups
-from pretrain.recipe import RecipeError, load_recipe
+from pretrain.overlay import RecipeError
+from pretrain.recipe_load import load_recipe
 
 INTERNIMAGE = "{type: internimage, channels: 16, depths: [1, 1, 1, 1], groups: [1, 2, 4, 8]}"
 

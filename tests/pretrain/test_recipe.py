@@ -6,7 +6,8 @@ import re
 import pytest
 
 from pretrain import recipe_checks
-from pretrain.recipe import SHIPPED, RecipeError, load_recipe, load_resolved
+from pretrain.overlay import RecipeError
+from pretrain.recipe_load import SHIPPED, load_recipe, load_resolved
 from tests.tiny_run import tiny_recipe, write_recipe
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -374,6 +375,16 @@ def test_sampling_that_cannot_work(overrides, expected):
     assert expected in lines
 
 
+def test_trackers(monkeypatch):
+    """A wrong name has its nearest; a missing package is told by `check` and at the start."""
+    assert "'wandbb' is not one of aim, " in (said := fault("logging.trackers=[wandbb]"))
+    assert said.endswith("did you mean 'wandb'?")
+    monkeypatch.setattr("pretrain.engine.trackers.importlib.util.find_spec", lambda name: None)
+    recipe = load_recipe("git_digits", ["logging.trackers=[wandb]"])
+    (warning,) = recipe_checks.warnings(recipe)
+    assert "wandb is not installed" in warning and warning.endswith("pip install wandb")
+
+
 def test_loss_weights_that_cancel_are_pointed_out():
     balanced = ["optimizer.kind=mt_adamw", "optimizer.clip_norm=null"]
     weighted = ["tasks.caption.loss_weight=2"]
@@ -433,8 +444,8 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
     labels = "tasks.classify.data.type=labels"
     assert load_recipe("digits_multitask", [labels]) == load_recipe("digits_multitask")
     assert multi("tasks.contrast.data.type=labls") == (
-        "tasks.contrast.data.type: 'labls' is not one of captions, labels, images, boxes, text, "
-        "m3i; did you mean 'labels'?"
+        "tasks.contrast.data.type: 'labls' is not one of boxes, captions, labels, m3i, images, "
+        "text; did you mean 'labels'?"
     )
     shards = "{type: labels, shards: [x], classes: 3, image: {size: 64}}"
     (fault,) = faults(

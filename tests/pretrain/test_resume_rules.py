@@ -3,7 +3,8 @@
 import pytest
 
 from pretrain.overlay import RecipeError
-from pretrain.recipe import Recipe, load_recipe
+from pretrain.recipe import Recipe
+from pretrain.recipe_load import load_recipe
 from pretrain.resume_rules import FREE, RECORDED, check_changes, differences, matches
 from pretrain.schema import reference
 

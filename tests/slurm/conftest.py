@@ -1,5 +1,6 @@
 """A real SLURM on emulated nodes, for the tests marked `slurm`."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -14,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm/devcluster.sh"
-LOCK = Path("/var/tmp/omnipretrain-devcluster.lock")  # /etc/hosts holds the nodes of one cluster
+CLUSTERS = 16
+"""So many may run beside each other: each has ports, and numbers of jobs, of its own."""
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 
 
@@ -34,10 +36,11 @@ def why_not() -> str:
 class DevCluster:
     """The cluster of slurm/devcluster.sh, and what tests ask of it."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
+    def __init__(self, folder: Path, nodes: int, slot: int) -> None:
         self.environment = os.environ | {
             "SLURM_DEV_DIR": str(folder), "SLURM_DEV_NODES": str(nodes), "SLURM_DEV_LINK": "0",
-            "SLURM_DEV_PORT": str(20_000 + os.getpid() % 9_000),
+            "SLURM_DEV_PORT": str(20_000 + 100 * slot),
+            "SLURM_DEV_JOB": str(1 + 38 * slot),  # ranks meet at ports from 15,000 + 8 x job on
             "SLURM_CONF": str(folder / "etc/slurm.conf"), "PYTHONPATH": str(ROOT),
         }  # fmt: skip
 
@@ -81,16 +84,38 @@ def emulated(request) -> Iterator[DevCluster]:
     """A running SLURM; a module that sets NODES has as many (4)."""
     if reason := why_not():
         pytest.skip(reason)
-    with open(LOCK, "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with dev_cluster(getattr(request.module, "NODES", 4)) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def dev_cluster(nodes: int) -> Iterator[DevCluster]:
+    """A SLURM of so many nodes, gone afterwards."""
+    with one_of(CLUSTERS) as slot:
         folder = Path(tempfile.mkdtemp(prefix="devcluster-", dir="/var/tmp"))
-        cluster = DevCluster(folder, getattr(request.module, "NODES", 4))
+        cluster = DevCluster(folder, nodes, slot)
         try:
             cluster.do("start")
             yield cluster
         finally:
             cluster.do("purge")
             Path(f"{folder}.lock").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_of(count: int) -> Iterator[int]:
+    """A number below `count` that no other process of this machine has meanwhile."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            for number in range(count):
+                path = f"/var/tmp/omnipretrain-devcluster-{number}.lock"
+                file = stack.enter_context(open(path, "w", encoding="utf-8"))
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    yield number
+                    return
+                file.close()
+            time.sleep(1)
 
 
 def attempts(run: Path) -> list[dict]:

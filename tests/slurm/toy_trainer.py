@@ -99,7 +99,8 @@ class Toy:
             if self.step == options.fail_at and (self.first or options.always_fail):
                 self.say("failed", "it fell")
                 return 1
-            if self.first and self.step == options.hang_at:
+            if self.step == options.hang_at and not (self.control / "hung").exists():
+                (self.control / "hung").touch()
                 time.sleep(1000)
             if not self.meet() or self.told_to_stop():
                 self.save("stopped", self.told_to_stop())

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.build import build_model
 from pretrain.models.init import initialise
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 from tests.distributed.launch import run_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.recipe import RecipeError, load_recipe
+from pretrain.overlay import RecipeError
+from pretrain.recipe_load import load_recipe
 from tests.tools.finished_run import write_run
 from tools import compare_mixers
 from tools.compare_mixers import RECIPE, WAYS, changes, hits, losses, size_of

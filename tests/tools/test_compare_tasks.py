@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 from tests.tools.finished_run import write_run
 from tools import compare_tasks
 from tools.compare_tasks import TASKS, table

@@ -19,7 +19,7 @@ from pretrain.models.git import GitDecoderSettings
 from pretrain.models.git_weights import export_git, import_git
 from pretrain.models.init import load_weights
 from pretrain.models.vit import VitSettings
-from pretrain.recipe import load_resolved
+from pretrain.recipe_load import load_resolved
 from tests.pretrain.models.git_models import GOLDENS, Golden, Words, build
 from tests.tiny_run import tiny_recipe
 from tests.tools.conftest import make_run, train

@@ -7,6 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise, load_weights
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.classification import ClassificationSettings
@@ -58,15 +59,14 @@ def test_official_file_to_logits(name, tmp_path, capsys):
     assert read == settings
     assert printed["tasks"]["classify"]["data"]["classes"] == 10
     encoder = read.build()
-    objective = ClassificationSettings(pool="head").build(
-        {"image": encoder}, None, (0.5,) * 3, (0.5,) * 3, classes=10
-    )
+    objective = ClassificationSettings(pool="head").build(BuildContext(
+        {"image": encoder}, None, (0.5,) * 3, (0.5,) * 3, classes=10))
     model = MultiTaskModel({"image": encoder}, {"classify": objective})
     initialise(model, 0)
     assert load_weights(model, out) == []
     with torch.no_grad():
-        pooled = encoder.encode(tensors["input"], ("pooled",)).pooled
-        logits = model.eval().objectives["classify"].head(pooled)
+        pooled = model.eval().encoders["image"].encode(tensors["input"], ("pooled",)).pooled
+        logits = model.objectives["classify"].head(pooled)
     torch.testing.assert_close(logits, tensors["logits"], atol=2e-5, rtol=1e-4)
     assert main([*command, "--weights", "ema"]) == 0
     shifted = load_file(out)["encoders.image.patch_embed.conv1.bias"]

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.engine.quarantine_files import Edit, Listed, read_edits, write_list
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 from tests.tiny_run import pack_scenes, three_tasks, tiny_recipe, write_recipe
 from tools.shards import main
 

@@ -13,7 +13,7 @@ from pretrain.build import build_streams, build_tokenizer
 from pretrain.check import report
 from pretrain.engine.data_start import DataFault, look_at_data
 from pretrain.engine.distributed import Ranks
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 from tests.tiny_run import pack_scenes, three_tasks, write_recipe
 
 RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))

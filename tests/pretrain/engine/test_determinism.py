@@ -7,7 +7,7 @@ import torch
 
 from pretrain import check
 from pretrain.engine.determinism import be_deterministic
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 
 VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE")
 

@@ -10,7 +10,7 @@ from pretrain.engine.ds_config import (
     accumulation_steps,
     engine_config,
 )
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 from pretrain.sampler import SamplingSettings
 from pretrain.sampler.settings import offload_clashes
 

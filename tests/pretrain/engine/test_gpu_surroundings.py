@@ -107,7 +107,7 @@ import os, pathlib, sys, types
 import torch, deepspeed
 from pretrain.engine.control import StopSignals
 from pretrain.engine.start import train_recipe
-from pretrain.recipe import load_recipe
+from pretrain.recipe_load import load_recipe
 from pretrain.train import enter
 
 run_dir, uuid = sys.argv[1:]

@@ -10,7 +10,6 @@ import torch
 from data_pipeline.mixed_order import MixedOrder
 from data_pipeline.order import Order
 from data_pipeline.repeats import RepeatedOrder
-from data_pipeline.revisions import plain_orders
 from data_pipeline.stream import Fault
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.loop import TrainerState
@@ -116,7 +115,7 @@ def test_the_ledger_alone_gives_the_same_orders(tmp_path):
     for task in ("plain", "mixed"):
         rows = [q.streams[task].order.rows(positions) for q in (quarantine, again)]
         assert np.array_equal(*rows)
-    assert set(plain_orders(again.streams["mixed"].order)) == {"a", "b"}
+    assert set(again.streams["mixed"].order.by_source()) == {"a", "b"}
 
 
 def test_a_data_set_without_a_good_sample_is_left_as_it_is(tmp_path, caplog):

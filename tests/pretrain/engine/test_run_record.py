@@ -51,6 +51,18 @@ def test_a_run_that_ended_before_its_first_checkpoint_may_start_again(tmp_path):
         check_resumable(tmp_path)
 
 
+def test_the_first_asynchronous_checkpoint_may_come_later(tmp_path):
+    """A run may end while it is written: until the second is due, which waits for it."""
+    lay_out(tmp_path, NEVER_SAVED | {"metrics.jsonl": '{"step": 8}\n'})
+    with pytest.raises(RunDirError, match=r"metrics.jsonl \(step 8\)"):
+        check_resumable(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE + "  asynchronous: true\n")
+    check_resumable(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
+    with pytest.raises(RunDirError, match=r"metrics.jsonl \(step 9\)"):
+        check_resumable(tmp_path)
+
+
 def test_nothing_is_nothing(tmp_path):
     check_new(tmp_path / "run")
     assert not holds_run(tmp_path / "run")

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from pretrain.engine.distributed import Ranks
-from pretrain.engine.loop import StepReport
 from pretrain.engine.own_time import OwnTime
 from pretrain.engine.peers import Place
 from pretrain.engine.slow_rank import REPORTS, SlowRanks
+from pretrain.engine.step_report import StepReport
 from pretrain.engine.throughput import Throughput
 
 PLACES = [Place(f"node{rank // 2}", rank) for rank in range(4)]

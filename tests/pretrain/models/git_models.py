@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.git import GitDecoderSettings
 from pretrain.models.git_weights import import_git
 from pretrain.models.init import initialise
@@ -149,7 +150,7 @@ def build(
     settings = CaptioningSettings(
         decoder=decoder, label_smoothing=label_smoothing, max_new_tokens=12
     )
-    objective = settings.build(encoders, words, MEAN, STD)
+    objective = settings.build(BuildContext(encoders, words, MEAN, STD))
     return MultiTaskModel(encoders, {"caption": objective})
 
 
@@ -209,7 +210,7 @@ def loss_and_gradients(model: MultiTaskModel, batch: dict, total: float | None =
     """Loss and gradients by parameter name; totals are this batch's own unless given."""
     model.zero_grad()
     objective = model.objectives["caption"]
-    totals = {"tokens": objective.count(batch)["tokens"] if total is None else total}
-    out = model("caption", batch, totals)
+    totals = {"tokens": objective.counts(batch)["tokens"] if total is None else total}
+    out = model("caption", "undivided", batch, totals)
     out["loss"].backward()
     return out, {name: p.grad.clone() for name, p in model.named_parameters()}

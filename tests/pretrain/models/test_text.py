@@ -6,13 +6,14 @@ from pydantic import ValidationError
 
 from pretrain.models.init import initialise
 from pretrain.models.text import TextEncoder, TextEncoderSettings, end_of_text
+from tests.pretrain.contexts import text_context
 
 WORDS, EOS = 30, 2
 
 
 def small(**changes) -> TextEncoder:
     shape = {"width": 16, "layers": 2, "heads": 2, "max_positions": 12}
-    encoder = TextEncoderSettings(**shape | changes).build(WORDS, EOS)
+    encoder = TextEncoderSettings(**shape | changes).build(text_context(WORDS, EOS))
     initialise(encoder, 0)
     return encoder
 

@@ -4,12 +4,16 @@ import math
 
 import torch
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.multitask import MultiTaskModel
+from pretrain.models.sample_draws import SampleDraws
+from pretrain.models.step_draws import StepDraws
 from pretrain.models.text import TextEncoderSettings
 from pretrain.models.vit import VitSettings
 from pretrain.objectives.m3i import M3ISettings
+from tests.pretrain.contexts import text_context
 from tests.pretrain.models.git_models import MEAN, STD
 from tests.pretrain.models.internimage_models import SMALL_PROJECTOR
 from tests.pretrain.objectives.pair_models import BOS, CLASSES, EOS, WORDS, pair_batch, rows_of
@@ -32,14 +36,15 @@ def build_m3i(kind: str = "vit", texts: bool = True, classes: int | None = CLASS
     text = TextEncoderSettings(
         width=12, layers=1, heads=2, max_positions=16, position_std=0.3, causal=False, pool="mean"
     )
-    encoders = {"image": image.build()} | ({"text": text.build(WORDS, EOS)} if texts else {})
+    encoders = {"image": image.build()}
+    if texts:
+        encoders["text"] = text.build(text_context(WORDS, EOS))
     settings = M3ISettings(**{
         "text_encoder": "text" if texts else None, "decoder": DECODER, "temperature": 0.2,
         **options, **changes,
     })  # fmt: skip
-    objective = settings.build(
-        encoders, None, MEAN, STD, classes=classes, new_encoder=lambda _: image.build()
-    )
+    objective = settings.build(BuildContext(
+        encoders, None, MEAN, STD, classes=classes, new_encoder=lambda _: image.build()))
     return MultiTaskModel(encoders, {"m3i": objective}, seed=3)
 
 
@@ -52,6 +57,16 @@ def m3i_model(kind: str = "vit", seed: int = 0, **changes) -> MultiTaskModel:
             model.encoders["text"].embedding.words.weight.mul_(20)
     follow(model, 0.0)
     return model
+
+
+def features_of(
+    model: MultiTaskModel, batch: dict, draws: SampleDraws
+) -> tuple[dict, torch.Tensor]:
+    """All that the losses read of a batch, and the encoder's output."""
+    objective = model.objectives["m3i"]
+    features, dense = objective.encode(model.encoders, batch, draws)
+    shared = objective.shared(model.encoders, StepDraws(model.seed, "m3i", 0))
+    return features | objective.targets_of(batch, draws) | shared, dense
 
 
 @torch.no_grad()
@@ -99,4 +114,7 @@ def half_cosine(update: int, updates: int, start: float, end: float) -> float:
     return end - (end - start) * 0.5 * (1 + math.cos(math.pi * update / updates))
 
 
-__all__ = ["BOS", "EOS", "build_m3i", "follow", "half_cosine", "m3i_batch", "m3i_model", "m3i_rows"]
+__all__ = [
+    "BOS", "EOS", "build_m3i", "features_of", "follow", "half_cosine", "m3i_batch", "m3i_model",
+    "m3i_rows",
+]  # fmt: skip

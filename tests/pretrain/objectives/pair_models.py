@@ -2,12 +2,14 @@
 
 import torch
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.models.text import TextEncoderSettings
 from pretrain.models.vit import VitSettings
 from pretrain.objectives.classification import ClassificationSettings
 from pretrain.objectives.contrastive import ContrastiveSettings
+from tests.pretrain.contexts import text_context
 from tests.pretrain.models.git_models import MEAN, STD
 
 WORDS, BOS, EOS, CLASSES = 40, 1, 2, 7
@@ -18,11 +20,12 @@ def build_pair_model(dropout: float = 0.0, **changes) -> MultiTaskModel:
     vit = VitSettings(image_size=16, patch_size=8, width=16, layers=1, heads=2, position_std=0.5)
     text = TextEncoderSettings(width=12, layers=1, heads=2, max_positions=16, position_std=0.3,
                                dropout=dropout)
-    encoders = {"image": vit.build(), "text": text.build(WORDS, EOS)}
+    encoders = {"image": vit.build(), "text": text.build(text_context(WORDS, EOS))}
     contrast = ContrastiveSettings(**{"width": 8, "temperature": 0.2, **changes})
+    context = BuildContext(encoders, None, MEAN, STD, classes=CLASSES)
     return MultiTaskModel(encoders, {
-        "contrast": contrast.build(encoders, None, MEAN, STD),
-        "classify": ClassificationSettings().build(encoders, None, MEAN, STD, classes=CLASSES),
+        "contrast": contrast.build(context),
+        "classify": ClassificationSettings().build(context),
     })
 
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.objectives.classification import ClassificationSettings
+from pretrain.objectives.objective import EvaluationContext
 from tests.pretrain.models.git_models import MEAN, STD
 from tests.pretrain.objectives.pair_models import (
     CLASSES,
@@ -18,7 +20,8 @@ from tests.pretrain.objectives.pair_models import (
 
 def loss_and_gradients(model, batch, totals=None):
     model.zero_grad()
-    out = model("classify", batch, totals or model.objectives["classify"].count(batch))
+    totals = totals or model.objectives["classify"].counts(batch)
+    out = model("classify", "undivided", batch, totals)
     out["loss"].backward()
     return out, gradients(model)
 
@@ -29,7 +32,7 @@ def test_equals_torch_on_the_labelled_images(pool):
     objective = model.objectives["classify"]
     objective.pool = pool
     labels = batch["labels"]
-    assert objective.count(batch) == {"images": 12, "labels": int((labels >= 0).sum())}
+    assert objective.counts(batch) == {"images": 12, "labels": int((labels >= 0).sum())}
     assert 0 < (labels >= 0).sum() < 12
     out, found = loss_and_gradients(model, batch)
     pixels = (batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1))
@@ -48,7 +51,7 @@ def test_equals_torch_on_the_labelled_images(pool):
 
 def test_shares_sum_to_the_whole():
     model, batch = pair_model(), pair_batch(11)
-    totals = model.objectives["classify"].count(batch)
+    totals = model.objectives["classify"].counts(batch)
     whole, wanted = loss_and_gradients(model, batch)
     parts = [[0], [1, 2, 3, -1], [4, 5, 6, 7, 8, 9, 10, -1]]
     shares = [loss_and_gradients(model, rows_of(batch, rows), totals) for rows in parts]
@@ -60,9 +63,9 @@ def test_shares_sum_to_the_whole():
 
 def test_totals_may_be_tensors():
     model, batch = pair_model(), pair_batch(5)
-    totals = model.objectives["classify"].count(batch)
+    totals = model.objectives["classify"].counts(batch)
     tensors = {name: torch.tensor(float(value)) for name, value in totals.items()}
-    one, other = (model("classify", batch, t)["loss"] for t in (totals, tensors))
+    one, other = (model("classify", "undivided", batch, t)["loss"] for t in (totals, tensors))
     assert torch.equal(one, other)
 
 
@@ -82,7 +85,7 @@ def test_nothing_labelled_gives_zero_through_every_parameter():
 def test_fewer_classes_than_five():
     settings = ClassificationSettings(label_smoothing=0.0)
     model = pair_model()
-    objective = settings.build(dict(model.encoders), None, MEAN, STD, classes=3)
+    objective = settings.build(BuildContext(dict(model.encoders), None, MEAN, STD, classes=3))
     logits, labels = torch.tensor([[3.0, 2, 1], [1, 2, 3]]), torch.tensor([1, -1])
     loss, cross_entropy, top1, top5 = objective.label_sums(logits, labels)
     assert loss == cross_entropy and (top1, top5) == (0, 1)
@@ -132,7 +135,7 @@ def test_evaluation_with_soft_targets():
     model, batch = pair_model(), soft_batch(11)
     objective = model.objectives["classify"]
     whole, _ = loss_and_gradients(model, batch)
-    found, _ = objective.evaluate(model.encoders, [batch], None, torch.device("cpu"))
+    found, _ = objective.evaluate(model.encoders, [batch], EvaluationContext(torch.device("cpu")))
     for name in ("loss", "cross_entropy", "top1", "top5", "labelled"):
         assert found[name] == pytest.approx(whole[name].item(), rel=1e-5)
 
@@ -141,7 +144,8 @@ def test_the_first_weights_of_the_head_have_the_deviation_that_the_recipe_says()
     for std in (0.0, 2e-5, 0.02):
         model = pair_model()
         encoders = dict(model.encoders)
-        objective = ClassificationSettings(head_std=std).build(encoders, None, MEAN, STD, 1000)
+        context = BuildContext(encoders, None, MEAN, STD, 1000)
+        objective = ClassificationSettings(head_std=std).build(context)
         initialise(objective, 0)
         assert objective.head.weight.std().item() == pytest.approx(std, rel=0.05)
         assert not objective.head.bias.any()
@@ -149,8 +153,8 @@ def test_the_first_weights_of_the_head_have_the_deviation_that_the_recipe_says()
 
 def test_an_encoder_must_be_there():
     with pytest.raises(ValueError, match=r"'eye' is not in model\.encoders \(image, text\)"):
-        ClassificationSettings(encoder="eye").build(
-            dict(pair_model().encoders), None, MEAN, STD, classes=3)
+        ClassificationSettings(encoder="eye").build(BuildContext(
+            dict(pair_model().encoders), None, MEAN, STD, classes=3))
 
 
 def test_flops_leave_padding_out():
@@ -170,8 +174,8 @@ def test_evaluation_counts_every_sample_once_over_ranks():
     shares: list = []
 
     def run(rank: int, reduce):
-        return objective.evaluate(model.encoders, parts[rank::2], None, torch.device("cpu"),
-                                  reduce=reduce, keep_images=3, agree=None)
+        context = EvaluationContext(torch.device("cpu"), reduce=reduce)
+        return objective.evaluate(model.encoders, parts[rank::2], context)
 
     for rank in range(2):
         run(rank, lambda mine: [shares.append(mine), mine][1:])

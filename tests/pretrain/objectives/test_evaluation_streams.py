@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data_pipeline.faults import FaultLimits
-from data_pipeline.labels import LabelDataSettings, LabelFields
+from data_pipeline.labels import LabelDataSettings, LabelProcessor
 from data_pipeline.loader import EvaluationLoader
 from data_pipeline.packer import ShardWriter
 from data_pipeline.reader import SampleReader
@@ -13,6 +13,7 @@ from data_pipeline.selection import Selection
 from data_pipeline.shards import ShardSet
 from data_pipeline.stream import TaskStream
 from data_pipeline.transforms import ImageSettings
+from pretrain.objectives.objective import EvaluationContext
 from tests.data_pipeline.photos import jpeg, picture
 from tests.pretrain.objectives.pair_models import CLASSES, pair_model
 
@@ -38,7 +39,7 @@ def batches(shards, rank: int, world: int, micro_batch: int, **options) -> list[
         shards=["unused"], classes=CLASSES, image=ImageSettings(size=16, mode="center_crop")
     )
     stream = TaskStream(
-        "held_out", SampleReader(shards), None, LabelFields(settings, train=False), 0,
+        "held_out", SampleReader(shards), None, LabelProcessor(settings, train=False), 0,
         micro_batch * world, micro_batch, options.pop("selection", None),
     )  # fmt: skip
     limits = FaultLimits(max_bad_fraction=1.0)
@@ -53,7 +54,7 @@ def metrics(shards, world: int, micro_batch: int, **options) -> dict[str, float]
 
     def run(rank: int, reduce) -> dict[str, float]:
         return model.objectives["classify"].evaluate(
-            model.encoders, loaded[rank], None, torch.device("cpu"), reduce=reduce
+            model.encoders, loaded[rank], EvaluationContext(torch.device("cpu"), reduce=reduce)
         )[0]
 
     for rank in range(world):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.models.text import TextEncoderSettings
@@ -11,6 +12,7 @@ from pretrain.objectives.captioning import CaptioningSettings
 from pretrain.objectives.classification import ClassificationSettings
 from pretrain.objectives.contrastive import ContrastiveSettings
 from pretrain.objectives.image_tokens import image_vectors, vector_flops, vector_width
+from tests.pretrain.contexts import text_context
 from tests.pretrain.models.git_models import MEAN, STD, Words
 from tests.pretrain.models.internimage_models import SMALL_PROJECTOR, small_encoder
 from tests.pretrain.objectives.pair_models import CLASSES, EOS, WORDS, pair_batch
@@ -21,14 +23,15 @@ POSITIONS = torch.arange(20, 24)
 def three_tasks(seed: int = 0) -> MultiTaskModel:
     """All objectives on one InternImage that drops half of the branches of its last layer."""
     text = TextEncoderSettings(width=12, layers=1, heads=2, max_positions=16)
-    encoders = {"image": small_encoder(drop_path=0.5), "text": text.build(WORDS, EOS)}
+    encoders = {"image": small_encoder(drop_path=0.5), "text": text.build(text_context(WORDS, EOS))}
     decoder = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32, "max_positions": 16,
                "dropout": 0.0}  # fmt: skip
     model = MultiTaskModel(encoders, {
-        "caption": CaptioningSettings(decoder=decoder, max_new_tokens=4).build(
-            encoders, Words(WORDS), MEAN, STD),
-        "classify": ClassificationSettings().build(encoders, None, MEAN, STD, classes=CLASSES),
-        "contrast": ContrastiveSettings(width=8).build(encoders, None, MEAN, STD),
+        "caption": CaptioningSettings(decoder=decoder, max_new_tokens=4).build(BuildContext(
+            encoders, Words(WORDS), MEAN, STD)),
+        "classify": ClassificationSettings().build(
+            BuildContext(encoders, None, MEAN, STD, classes=CLASSES)),
+        "contrast": ContrastiveSettings(width=8).build(BuildContext(encoders, None, MEAN, STD)),
     }, seed=seed)  # fmt: skip
     initialise(model, 0)
     return model.train()
@@ -37,8 +40,8 @@ def three_tasks(seed: int = 0) -> MultiTaskModel:
 def loss(model: MultiTaskModel, task: str, positions: torch.Tensor) -> float:
     torch.seed()  # whatever torch's own generator would draw
     batch = pair_batch(4) | {"position": positions, "labels": torch.tensor([0, 1, 2, 3])}
-    totals = model.objectives[task].count(batch)
-    return float(model(task, batch, totals)["loss"].detach())
+    totals = model.objectives[task].counts(batch)
+    return float(model(task, "undivided", batch, totals)["loss"].detach())
 
 
 @pytest.mark.parametrize("task", ["caption", "classify", "contrast"])

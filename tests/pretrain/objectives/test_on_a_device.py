@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pretrain.engine.zero import to_device
+from pretrain.models.build_context import BuildContext
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.classification import ClassificationSettings
@@ -44,7 +45,7 @@ def internimage_classifier(mixer: str = "dcnv3") -> MultiTaskModel:
         head={"type": "conv"}, mixer={"type": mixer},
     ).build()}  # fmt: skip
     settings = ClassificationSettings(pool="head", smaller_sizes=[8])
-    objective = settings.build(encoders, None, MEAN, STD, classes=CLASSES)
+    objective = settings.build(BuildContext(encoders, None, MEAN, STD, classes=CLASSES))
     return MultiTaskModel(encoders, {"classify": objective})
 
 
@@ -78,10 +79,11 @@ def test_the_host_never_waits(case, monkeypatch):
     monkeypatch.setattr(StepCount, "of", lambda self, buffer: 1)
     build, task, make_batch = CASES[case]
     model, batch = on_stand_in(build()), make_batch()
-    batch["counted"] = model.objectives[task].count(batch)
-    totals = {name: torch.empty((), device=DEVICE) for name in batch["counted"]}
+    objective = model.objectives[task]
+    totals = {name: torch.empty((), device=DEVICE) for name in objective.counts(batch)}
+    batch |= objective.prepare(batch)
     with watched() as found:
-        shares = model(task, to_device(batch, DEVICE), totals)
+        shares = model(task, "undivided", to_device(batch, DEVICE), totals)
         shares["loss"].backward()
     assert not found
     assert {value.device for value in shares.values()} == {DEVICE}

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
+from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.classification import ClassificationSettings
@@ -55,8 +56,8 @@ def test_loss_is_the_mean_over_sizes(own_views):
     model, batch = pair_model(), pair_batch(6)
     batch["labels"][2] = -1  # pulls nothing
     objective = model.objectives["classify"]
-    totals = objective.count(batch)
-    whole = model("classify", batch, totals)
+    totals = objective.counts(batch)
+    whole = model("classify", "undivided", batch, totals)
     objective.consistency = 0.7
     pixels = [pixels_of(batch["images"])]
     if own_views:
@@ -69,7 +70,7 @@ def test_loss_is_the_mean_over_sizes(own_views):
         objective.smaller_sizes = (12, 8)
         pixels += [F.interpolate(pixels[0], (side, side), mode="bicubic", antialias=True)
                    for side in (12, 8)]  # fmt: skip
-    out = model("classify", batch, totals)
+    out = model("classify", "undivided", batch, totals)
     vectors = [model.encoders["image"](p).mean(1) for p in pixels]
     counted = batch["labels"] >= 0
     losses = [
@@ -98,8 +99,8 @@ def passes_model(own_views: bool, consistency: float):
     sizes = (48, 32)
     objective = ClassificationSettings(
         pool="head", smaller_sizes=() if own_views else sizes, scale_consistency=consistency
-    ).build({"image": encoder}, None, MEAN, STD, classes=CLASSES,
-            smaller_views=sizes if own_views else ())  # fmt: skip
+    ).build(BuildContext({"image": encoder}, None, MEAN, STD, classes=CLASSES,
+            smaller_views=sizes if own_views else ()))  # fmt: skip
     model = MultiTaskModel({"image": encoder}, {"classify": objective}, seed=3)
     initialise(objective, 0)
     generator = torch.Generator().manual_seed(0)
@@ -134,15 +135,16 @@ def test_passes_add_up_to_one_graph(own_views, consistency):
             count, carried, out = model.objectives["classify"].passes(batch), None, {}
             assert count == 3
             for number in range(count):
-                options = {"number": number, "carried": carried}
-                shares = model("classify", batch, totals, **options)
+                shares = model(
+                    "classify", "losses_in_pass", batch, totals, {}, number, carried
+                )
                 carried = shares.pop("carried", None)
                 assert carried is None or not carried.requires_grad
                 assert (carried is None) == (number == 2 or not consistency)
                 shares["loss"].backward()
                 out |= {name: out.get(name, 0) + value.detach() for name, value in shares.items()}
         else:
-            out = model("classify", batch, totals)
+            out = model("classify", "undivided", batch, totals)
             out["loss"].backward()
         found.append((out, {n: p.grad for n, p in model.named_parameters()},
                       dict(model.named_buffers())))  # fmt: skip
@@ -163,7 +165,7 @@ def test_settings():
         with pytest.raises(ValidationError, match="must descend"):
             ClassificationSettings(smaller_sizes=sizes)
     settings, encoders = ClassificationSettings(smaller_sizes=[8]), pair_model().encoders
-    built = settings.build(encoders, None, MEAN, STD, classes=CLASSES)
+    built = settings.build(BuildContext(encoders, None, MEAN, STD, classes=CLASSES))
     assert built.smaller_sizes == (8,)
     with pytest.raises(ValueError, match="two ways to the same"):
-        settings.build(encoders, None, MEAN, STD, classes=CLASSES, smaller_views=(8,))
+        settings.build(BuildContext(encoders, None, MEAN, STD, classes=CLASSES, smaller_views=(8,)))
