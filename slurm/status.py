@@ -17,7 +17,7 @@ from pathlib import Path
 
 from slurm import cluster, goodput, requests
 from slurm.attempts import read_attempts
-from slurm.run_files import age, control, last_checkpoint, status
+from slurm.run_files import age, control, last_checkpoint, read_json, status
 
 _TAIL_BYTES = 2**18
 ALIVE_S = 60.0
@@ -86,7 +86,9 @@ def describe(run: Path, now: float | None = None) -> dict:
         "left_s": (total - step) * step_s if total and step_s and state == "running" else None,
         "checkpoint": checkpoint,
         "checkpoint_age_s": age(run / "checkpoints" / f"step_{checkpoint:09d}" / "manifest.json"),
-        "time": spent, "goodput": spent.get("steps"), "reason": said.get("reason", ""),
+        "time": spent, "goodput": spent.get("steps"),
+        "copied": read_json(control(run, "copies.json")),
+        "reason": said.get("reason", ""),
         "slow_rank": said.get("slow_rank") if state == "running" else None,
     }
     if lines and lines[-1].get("loss") is not None:
@@ -115,6 +117,9 @@ def line_of(found: dict) -> str:
         parts.append(f"{_span(found['left_s'])} left")
     if found["checkpoint_age_s"] is not None:
         parts.append(f"checkpoint {found['checkpoint']} {_span(found['checkpoint_age_s'])} ago")
+    if copied := found["copied"]:
+        parts.append(f"copied {copied.get('step') or 'nothing yet'}"
+                     + (f" (fails: {copied['error'][:160]})" if copied.get("error") else ""))
     if found["tries"] > 1:
         parts.append(f"{found['tries']} tries")
     if found["goodput"] is not None:
