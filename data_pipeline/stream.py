@@ -127,7 +127,7 @@ class TaskStream:
             allocate: gives memory for the arrays that are written in place.
 
         Returns:
-            the batch of the fields' `collate`, with B = len(request.positions), and
+            the batch of the processor's `collate`, with B = len(request.positions), and
             position (B,) int64 and row (B,) int64, -1 in padding rows; key: list of B str;
             seconds: dict stage -> float; counters: what storage did since the last batch (see
             `storage.ByteSource`); faults: list of Fault in the order they were met.

@@ -83,15 +83,16 @@ def _check_encoders(recipe: "Recipe") -> list[str]:
             chosen = getattr(task.objective, field)
             if chosen is None:
                 continue
-            used.add(chosen)
+            used |= (read := _read_by(chosen, encoders))
             where = f"tasks.{name}.objective.{field}={chosen!r}"
             if faults := _named(where, chosen, reads, encoders):
                 found += faults
-            elif reads == "images":
-                found += _check_image_sizes(f"tasks.{name}", task, encoders[chosen], chosen)
+                continue
+            if reads == "images":
                 found += _check_pool(where, task, encoders[chosen])
-    found += _check_modules(recipe, used)
-    found += _check_heads(recipe)
+            for one in (one for one in encoders if one in read and encoders[one].reads == "images"):
+                found += _check_image_sizes(f"tasks.{name}", task, encoders[one], one)
+    found = list(dict.fromkeys(found + _check_modules(encoders) + _check_heads(recipe)))
     for name in encoders:
         if name not in used:
             found.append(
@@ -113,12 +114,23 @@ def _named(where: str, chosen: str, reads: str, encoders: "dict[str, Encoder]") 
     return []
 
 
-def _check_modules(recipe: "Recipe", used: set[str]) -> list[str]:
-    """Modules that read others stand below them, and use them if a task uses the module; `used`
-    takes their names."""
-    found, encoders = [], recipe.model.encoders
-    names = list(encoders)
-    for place, (name, module) in reversed(list(enumerate(encoders.items()))):
+def _read_by(name: str, encoders: "dict[str, Encoder]") -> set[str]:
+    """The name, and those of all modules that are read on the way to what it makes."""
+    read, left = set(), [name]
+    while left:
+        if (one := left.pop()) in read:
+            continue
+        read.add(one)
+        if one in encoders:
+            fields = encoders[one].encoder_fields
+            left += [named for f in fields if (named := getattr(encoders[one], f)) is not None]
+    return read
+
+
+def _check_modules(encoders: "dict[str, Encoder]") -> list[str]:
+    """Modules that read others stand below them."""
+    found, names = [], list(encoders)
+    for place, (name, module) in enumerate(encoders.items()):
         for field, reads in module.encoder_fields.items():
             chosen = getattr(module, field)
             if chosen is None:
@@ -128,8 +140,6 @@ def _check_modules(recipe: "Recipe", used: set[str]) -> list[str]:
                 found += faults
             elif chosen not in names[:place]:
                 found.append(f"{where} must stand above {name}, which reads it: change their order")
-            if name in used:
-                used.add(chosen)
     return found
 
 

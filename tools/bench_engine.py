@@ -149,13 +149,13 @@ def _bare(args: argparse.Namespace, engine, batches: dict[str, list]) -> int:
         objective = engine.module.objectives[task]
         totals: dict[str, int] = {}
         for batch in batches[task]:
-            for name, count in objective.count(batch).items():
+            for name, count in objective.counts(batch).items():
                 totals[name] = totals.get(name, 0) + count
         last = len(batches[task]) - 1
         _tell_task(engine, task)
         for index, batch in enumerate(batches[task]):
             engine.set_gradient_accumulation_boundary(index == last)
-            loss = engine(task, to_device(batch, engine.device), totals)["loss"]
+            loss = engine(task, "undivided", to_device(batch, engine.device), totals)["loss"]
             engine.backward(loss, scale_wrt_gas=False)
         engine.step()
     return args.steps

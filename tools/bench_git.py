@@ -172,7 +172,7 @@ def _our_step(args: argparse.Namespace, batch: dict[str, torch.Tensor]) -> Calla
 
     def step() -> float:
         model.zero_grad(set_to_none=False)
-        loss = model("caption", batch, totals)["loss"]
+        loss = model("caption", "undivided", batch, totals)["loss"]
         loss.backward()
         return loss.item()
 

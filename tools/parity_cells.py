@@ -310,7 +310,7 @@ def plain_run(tasks: str, optimizer: str) -> Reference:
     for step in range(STEPS):
         batch = parity_batch(step)
         totals = {"images": batch["valid"].sum().float()}
-        loss = sum(model(task, batch, totals)["loss"] * weight
+        loss = sum(model(task, "undivided", batch, totals)["loss"] * weight
                    for task, weight in turn.parts(step).items())
         torch_optimizer.zero_grad()
         loss.backward()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.models.multitask import MultiTaskModel
+from pretrain.objectives.objective import Objective
 
 WIDTH, CLASSES, SAMPLES = 12, 7, 12
 TASKS = ("words", "shades", "edges")
@@ -67,7 +68,7 @@ class Still(nn.Module):
         return self.drop(self.layer(images.mean((2, 3))))
 
 
-class Head(nn.Module):
+class Head(Objective):
     """Classification behind the trunk; the share of a micro-batch counts its valid samples.
 
     late: has a layer whose loss is `late_share` of the batch, often 0.
@@ -83,18 +84,18 @@ class Head(nn.Module):
         self.temperature = nn.Parameter(torch.ones(1))
         self.initial_std = {"temperature": None}
 
-    def count(self, batch: dict) -> dict[str, int]:
+    def counts(self, batch: dict) -> dict[str, int]:
         return {"images": int(batch["valid"].sum())}
 
     def flops(self, batch: dict) -> int:
         return batch["images"].shape[0]
 
-    def forward(self, encoders, batch: dict, totals: dict) -> dict[str, torch.Tensor]:
+    def losses(self, modules, batch: dict, totals: dict, shared) -> dict[str, torch.Tensor]:
         dtype = self.temperature.dtype
         images = batch["images"].to(dtype)
-        features = encoders["image"](images) + self.words(batch["hint"])
-        if "still" in encoders:
-            features = features + encoders["still"](images)
+        features = modules["image"](images) + self.words(batch["hint"])
+        if "still" in modules:
+            features = features + modules["still"](images)
         logits = (self.output(features) * self.temperature).float()
         losses = F.cross_entropy(logits, batch["label"], reduction="none")
         valid = batch["valid"].float()

@@ -1,5 +1,7 @@
 """The engine's backward pass, of graphs that ZeRO handles rightly and nothing else."""
 
+from collections.abc import Hashable
+
 from torch import Tensor
 
 
@@ -7,14 +9,14 @@ class UnsafeGraph(RuntimeError):
     """A loss whose gradients DeepSpeed would lose, or that has none."""
 
 
-def run_backward(engine, loss: Tensor, task: str, number: int = 0) -> None:
+def run_backward(engine, loss: Tensor, task: str, kind: Hashable = 0) -> None:
     """Backward pass of a share of a task's loss, without a division by micro-steps.
 
-    The graph of the first one is looked through: a walk over 10,000 nodes takes 20 ms, and later
+    The first graph of each kind is looked through: a walk over 10,000 nodes takes 20 ms, and later
     ones come from the same code.
 
     Args:
-        number: which pass of a micro-batch this is, where it has several.
+        kind: which of the task's graphs this is: a pass of a micro-batch, the last one of a step.
 
     Raises:
         UnsafeGraph: reentrant checkpointing, which under ZeRO-3 gives wrong gradients without a
@@ -27,14 +29,14 @@ def run_backward(engine, loss: Tensor, task: str, number: int = 0) -> None:
             "or remove the task"
         )
     seen = vars(engine).setdefault("graphs_seen", set())
-    if (task, number) not in seen:
+    if (task, kind) not in seen:
         if has_reentrant_checkpoint(loss):
             raise UnsafeGraph(
                 f"tasks.{task}: the model recomputes activations with reentrant checkpointing, "
                 "which loses gradients under ZeRO: call torch.utils.checkpoint.checkpoint with "
                 "use_reentrant=False"
             )
-        seen.add((task, number))
+        seen.add((task, kind))
     engine.backward(loss, scale_wrt_gas=False)
 
 

@@ -1,30 +1,21 @@
 """Gradients of a loss that couples samples, when one forward pass cannot hold them all.
 
-A first pass without gradients computes the features of every micro-batch. The loss of all of them
-together (with those of other ranks) gives the gradient of each feature. A second pass repeats each
-micro-batch with the same random draws and carries that gradient into the parameters. The result is
-the gradient of the undivided batch, for the memory of one micro-batch and one more forward pass.
-
-What an objective offers for this:
-
-    couples_samples = True
-    shared_features: names of features that belong to no sample (a temperature)
-    constant_features: names of features without gradient that the second pass need not compute
-        again (targets of a frozen network); it finds them in batch["constant_features"]
-    forward(encoders, batch, totals, part="features") -> name -> tensor, a row per sample, or shared
-    coupled_loss(features of all samples of this rank, totals) -> shares; reads no parameter
+A first pass without gradients computes targets and features of every micro-batch. The loss of all
+of them together (with those of other ranks) gives the gradient of each feature, and of what belongs
+to no sample. A second pass repeats each micro-batch with the same random draws and carries that
+gradient into the parameters. The result is the gradient of the undivided batch, for the memory of
+one micro-batch and one more forward pass.
 
 Everything that reads parameters happens inside the engine's forward pass, as ZeRO-3 asks for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.engine.backward import run_backward
+from pretrain.objectives.objective import CoupledObjective, Shares
 
 
 @dataclass(frozen=True)
@@ -48,82 +39,63 @@ class RandomState:
             torch.cuda.set_rng_state(self.on_device, self.device)
 
 
-def must_couple(model, task: str, micro_batches: Sequence[Mapping]) -> bool:
-    """Whether a step must go through `accumulate_coupled`: one micro-batch needs no second pass."""
-    return len(micro_batches) > 1 and getattr(model.objectives[task], "couples_samples", False)
-
-
-def accumulate_coupled(
-    engine,
-    task: str,
-    micro_batches: Sequence[Mapping],
-    totals: Mapping[str, Tensor],
-    weight: float = 1.0,
-    ends_step: bool = True,
-) -> dict[str, Tensor]:
-    """Forward and backward of a window whose samples are coupled; the optimizer is not stepped.
+class CachedFeatures:
+    """The features of a window's micro-batches, without their graph, and the loss of them all.
 
     Args:
-        engine: DeepSpeed engine of a `MultiTaskModel`.
-        task: its objective offers what the module's text says.
+        run: (part, arguments) -> what the engine's forward pass returns of it.
         micro_batches: equally many, with equally many rows, on every rank.
-        totals: as in `accumulate_and_step`.
-        weight: factor of this task's loss in the loss of the step.
-        ends_step: whether nothing else is accumulated into the step after this.
-
-    Returns:
-        This rank's share of every metric (detached, on the device), the loss without its weight.
+        device: where random draws are made beside the CPU.
     """
-    objective = engine.module.objectives[task]
-    shared = objective.shared_features
-    constant = getattr(objective, "constant_features", ())
-    last = len(micro_batches) - 1
-    engine.set_gradient_accumulation_boundary(False)
-    states, parts = [], []
-    with torch.no_grad():
-        for batch in micro_batches:
-            states.append(RandomState.now(engine.device))
-            # Copies of mappings: ZeRO-3 puts other tensors into the dicts that it is given.
-            parts.append(dict(engine(task, dict(batch), dict(totals), part="features")))
-    shares, gradients = _loss_and_gradients(objective, parts, totals, weight)
-    pieces = {
-        name: [gradient] * len(parts) if name in shared
-        else gradient.split([len(part[name]) for part in parts])
-        for name, gradient in gradients.items()
-    }
-    for index, batch in enumerate(micro_batches):
-        engine.set_gradient_accumulation_boundary(ends_step and index == last)
-        states[index].restore()
-        given = dict(batch)
-        if constant:
-            given["constant_features"] = {name: parts[index][name] for name in constant}
-        features = engine(task, given, dict(totals), part="features")
-        # Shared features get their gradient once, and zero before: a parameter without a gradient
-        # in some micro-step is where offloading has lost gradients.
-        surrogate = sum(
-            (features[name] * piece[index]).sum() * (name not in shared or index == last)
-            for name, piece in pieces.items()
+
+    def __init__(
+        self,
+        run: Callable[..., dict[str, Tensor]],
+        micro_batches: Sequence[Mapping],
+        device: torch.device,
+    ) -> None:
+        self._run, self._micro_batches = run, micro_batches
+        self._states, features, targets = [], [], []
+        with torch.no_grad():
+            for batch in micro_batches:
+                # Copies of mappings: ZeRO-3 puts other tensors into the dicts that it is given.
+                targets.append(dict(run("targets", dict(batch))))
+                self._states.append(RandomState.now(device))
+                features.append(dict(run("features", dict(batch))))
+        self._sizes = [len(next(iter(found.values()))) for found in features]
+        self._features, self._targets = _joined(features), _joined(targets)
+        self._gradients: dict[str, tuple[Tensor, ...]] = {}
+
+    def loss(
+        self,
+        objective: CoupledObjective,
+        shared: Mapping[str, Tensor],
+        totals: Mapping[str, Tensor],
+        factor: float,
+    ) -> Shares:
+        """The shares of all micro-batches; from now on features have their gradient, and the leaves
+        in `shared` theirs.
+
+        factor: of the loss in what is differentiated.
+        """
+        leaves = {name: value.requires_grad_() for name, value in self._features.items()}
+        with torch.enable_grad():
+            shares = objective.loss(leaves, self._targets, shared, totals)
+            (shares["loss"] * factor).backward()
+        self._gradients = {
+            name: leaf.grad.split(self._sizes)
+            for name, leaf in leaves.items() if leaf.grad is not None
+        }
+        return {name: value.detach() for name, value in shares.items()}
+
+    def surrogate(self, index: int) -> Tensor:
+        """A scalar whose gradient is that of the loss, through micro-batch `index` alone."""
+        self._states[index].restore()
+        features = self._run("features", dict(self._micro_batches[index]))
+        return sum(
+            (features[name] * gradient[index]).sum() for name, gradient in self._gradients.items()
         )
-        run_backward(engine, surrogate, task)
-    return {name: value.detach() for name, value in shares.items()}
 
 
-def _loss_and_gradients(
-    objective, parts: Sequence[Mapping[str, Tensor]], totals: Mapping[str, Tensor], weight: float
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The coupled loss, and its gradient by feature, times the world: the engine averages."""
-    features = {
-        name: value if name in objective.shared_features else torch.cat([p[name] for p in parts])
-        for name, value in parts[0].items()
-    }
-    constant = getattr(objective, "constant_features", ())
-    leaves = {
-        name: value.detach().requires_grad_()
-        for name, value in features.items()
-        if value.is_floating_point() and name not in constant
-    }
-    with torch.enable_grad():
-        shares = objective.coupled_loss({**features, **leaves}, totals)
-        loss = shares["loss"] * (dist.get_world_size() * weight)
-        found = torch.autograd.grad(loss, list(leaves.values()))
-    return shares, dict(zip(leaves, found, strict=True))
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

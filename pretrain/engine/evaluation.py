@@ -5,7 +5,7 @@ An objective's `evaluate` returns its metrics in the order that matters; so they
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,7 +17,7 @@ from pretrain import build
 from pretrain.engine.distributed import Ranks
 from pretrain.engine.ema import Ema
 from pretrain.engine.metrics_log import METRICS_FILE, MetricsLog, evaluated_tasks, shown
-from pretrain.objectives.caption_evaluation import CaptionExample
+from pretrain.objectives.objective import EvaluationContext, Example
 from pretrain.recipe import Recipe
 
 log = logging.getLogger("omnipretrain.evaluation")
@@ -95,12 +95,14 @@ class Evaluator:
             )
             model = self.engine.module
             values, examples = model.objectives[name].evaluate(
-                model.encoders, self._until_stopped(loader), self.tokenizer, self.ranks.device,
-                reduce=self._share, keep_images=self.recipe.logging.images, agree=self._all_agree,
+                model.encoders, self._until_stopped(loader), EvaluationContext(
+                    self.ranks.device, self.tokenizer, self._share, self.recipe.logging.images,
+                    self._all_agree,
+                ),
             )
             values["read_retries"] = sum(self._share(loader.counters()["retries"]))
             self.metrics.log(step, name, values, kind="evaluation")
-            self._show(step, name, [e for e in examples if e.image is not None])
+            self._show(step, name, examples)
             log.info("step %d, %s on %d held-out samples: %s", step, name, values["images"],
                      ", ".join(f"{name} {shown(value)}" for name, value in values.items()))
 
@@ -114,12 +116,11 @@ class Evaluator:
                 raise EvaluationStopped
             yield batch
 
-    def _show(self, step: int, task: str, examples: list[CaptionExample]) -> None:
-        """Pictures for TensorBoard, from objectives that write captions."""
+    def _show(self, step: int, task: str, examples: Sequence[Example]) -> None:
+        """Pictures for TensorBoard, of the examples that can draw themselves."""
+        drawn = [shown for example in examples if (shown := example.drawn()) is not None]
         self.metrics.images(
-            step, task, [e.image.permute(1, 2, 0).numpy() for e in examples],
-            [f"{e.caption}\n({e.references[0] if e.references else 'no reference'})"
-             for e in examples],
+            step, task, [picture for picture, _ in drawn], [text for _, text in drawn]
         )
 
     def _share(self, value: Any) -> list[Any]:

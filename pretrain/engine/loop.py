@@ -189,8 +189,8 @@ class Loop:
         with clocked or contextlib.nullcontext():
             shares = accumulate_parts(self.engine, [
                 TaskWindow(
-                    part.task, [to_device(b, self.ranks.device) for b in part.micro_batches],
-                    totals[part.task], weights[part.task],
+                    part.task, self._on_device(part), totals[part.task], weights[part.task],
+                    window.step,
                 )
                 for part in window.parts
             ])  # fmt: skip
@@ -243,6 +243,14 @@ class Loop:
             for part in window.parts
         ], requests  # fmt: skip
 
+    def _on_device(self, part) -> list[dict]:
+        """The micro-batches, with what their objective adds while they are on the CPU."""
+        prepare = self.engine.module.objectives[part.task].prepare
+        return [
+            to_device({**batch, **prepare(batch)}, self.ranks.device)
+            for batch in part.micro_batches
+        ]
+
     def _weights(self, window) -> Mapping[str, float]:
         if self.loss_weights is None:
             return {part.task: 1.0 for part in window.parts}
@@ -268,9 +276,7 @@ class Loop:
         for part in window.parts:
             objective = self.engine.module.objectives[part.task]
             for batch in part.micro_batches:
-                # The objective gets them back: the host has to ask a device for such numbers.
-                batch["counted"] = objective.count(batch)
-                for name, count in batch["counted"].items():
+                for name, count in objective.counts(batch).items():
                     counts[part.task, name] = counts.get((part.task, name), 0) + count
         stop = self.signals.received is not None
         save = profile = lost = False

@@ -13,9 +13,11 @@ from pretrain.optim.momentum import MomentumTargets
 
 def declared_targets(model: nn.Module) -> dict[str, MomentumTargets]:
     """Task -> the targets that its objective declares, for objectives that do."""
-    found = {task: getattr(objective, "momentum_targets", None)
-             for task, objective in model.objectives.items()}
-    return {task: targets for task, targets in found.items() if targets is not None}
+    return {
+        task: objective.momentum_targets
+        for task, objective in model.objectives.items()
+        if objective.momentum_targets is not None
+    }
 
 
 def module_pairs(model: nn.Module, task: str) -> Iterator[tuple[str, str]]:

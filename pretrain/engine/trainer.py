@@ -201,7 +201,7 @@ class Trainer:
             (recipe.optimizer.lr, lambda step: lr_factor(step, recipe.schedule, recipe.steps)),
             recipe.failure.max_skipped_steps,
             {name: task.global_batch for name, task in recipe.tasks.items()},
-            self.control, self.signals, lambda step: build.loss_weights(recipe, schedule, step),
+            self.control, self.signals, schedule.loss_weights,
             self.agreement,
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self._after_update,

@@ -11,12 +11,14 @@ import torch.distributed as dist
 from torch import nn
 
 from pretrain.engine.backward import run_backward
-from pretrain.engine.cached_features import accumulate_coupled, must_couple
+from pretrain.engine.cached_features import CachedFeatures
+from pretrain.engine.held_features import HeldFeatures
 from pretrain.engine.host_memory import return_freed_memory
 from pretrain.engine.partitions import clear_padding, gathered
 from pretrain.engine.stale_gradients import clear_gradients
 from pretrain.models.frozen import freeze, kept_at_random
 from pretrain.models.init import initialise, load_weights
+from pretrain.objectives.objective import CoupledObjective, Shares, shares_features
 from pretrain.optim.groups import OptimizerSettings, parameter_groups
 from pretrain.optim.mt_adamw import MTAdamW
 
@@ -118,68 +120,104 @@ class TaskWindow(NamedTuple):
     """The objective's counts, summed over the global batch."""
     weight: float = 1.0
     """Factor of this task's loss in the loss of the step."""
+    step: int = 0
+    """Number of the step, which its random draws depend on."""
 
 
 def accumulate_and_step(
-    engine, task: str, micro_batches: Sequence[Mapping], totals: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+    engine, task: str, micro_batches: Sequence[Mapping], totals: Mapping[str, torch.Tensor],
+    step: int = 0,
+) -> Shares:
     """`accumulate_parts` for a step of one task; returns its metrics."""
-    return accumulate_parts(engine, [TaskWindow(task, micro_batches, totals)])[task]
+    return accumulate_parts(engine, [TaskWindow(task, micro_batches, totals, step=step)])[task]
 
 
-def accumulate_parts(engine, parts: Sequence[TaskWindow]) -> dict[str, dict[str, torch.Tensor]]:
+def accumulate_parts(engine, parts: Sequence[TaskWindow]) -> dict[str, Shares]:
     """Forward and backward over all micro-batches of one step, then the optimizer.
 
     The gradient is that of one process with the whole global batches, for the loss
     sum_k weight_k * loss_k: losses are shares of the global loss, so the sum over micro-steps and
     ranks is what counts, while DeepSpeed averages over ranks.
-    Objectives whose samples are coupled go through `cached_features` if there are several
-    micro-batches.
 
     Returns:
         task -> this rank's share of every metric (detached, on the device), summed over its
         micro-batches; losses without their weight.
     """
-    sums: dict[str, dict[str, torch.Tensor]] = {}
-    for index, part in enumerate(parts):
-        coupled = must_couple(engine.module, part.task, part.micro_batches)
-        accumulate = accumulate_coupled if coupled else accumulate_shares
-        sums[part.task] = accumulate(engine, *part, ends_step=index == len(parts) - 1)
+    sums = {
+        part.task: accumulate_window(engine, part, ends_step=index == len(parts) - 1)
+        for index, part in enumerate(parts)
+    }
     engine.step()
     clear_gradients(engine)
     return sums
 
 
-def accumulate_shares(
-    engine,
-    task: str,
-    micro_batches: Sequence[Mapping],
-    totals: Mapping[str, torch.Tensor],
-    weight: float = 1.0,
-    ends_step: bool = True,
-) -> dict[str, torch.Tensor]:
-    """Forward and backward of micro-batches whose losses add up; the optimizer is not stepped.
+def accumulate_window(engine, window: TaskWindow, ends_step: bool = True) -> Shares:
+    """Forward and backward of one task's micro-batches; the optimizer is not stepped.
 
-    An objective may divide the loss of a micro-batch into passes, whose shares add up too: each has
-    a backward pass of its own, and hands the next one no more than a tensor without gradient.
+    Args:
+        ends_step: whether nothing else is accumulated into the step after this.
 
-    Arguments and result as in `cached_features.accumulate_coupled`.
+    Returns:
+        As `accumulate_parts`, of this task.
     """
     # The engine is handed copies of mappings: ZeRO-3 puts other tensors into the dicts that a
     # module is given, and what is read from them afterwards would have no gradient.
-    world = dist.get_world_size()
-    passes = getattr(engine.module.objectives[task], "passes", lambda batch: 1)
-    sums: dict[str, torch.Tensor] = {}
-    last = len(micro_batches) - 1
-    for index, batch in enumerate(micro_batches):
-        count, carried = passes(batch), None
+    objective = engine.module.objectives[window.task]
+    run = partial(engine, window.task, step=window.step)
+    factor = dist.get_world_size() * window.weight
+    if len(window.micro_batches) == 1 and objective.passes(window.micro_batches[0]) == 1:
+        engine.set_gradient_accumulation_boundary(ends_step)
+        (batch,) = window.micro_batches
+        shares = run("undivided", dict(batch), dict(window.totals))
+        run_backward(engine, shares["loss"] * factor, window.task)
+        return {name: value.detach() for name, value in shares.items()}
+    engine.set_gradient_accumulation_boundary(False)
+    values = run("shared") if shares_features(objective) else {}
+    coupled = isinstance(objective, CoupledObjective) and len(window.micro_batches) > 1
+    # What the leaves gather in a coupled loss, `engine.backward` has not scaled.
+    held = HeldFeatures(values, 1.0 if coupled else engine.optimizer.loss_scale)
+    divided = _coupled_losses if coupled else _summed_losses
+    return divided(engine, run, window, held, factor, ends_step)
+
+
+def _coupled_losses(
+    engine, run: Callable, window: TaskWindow, held: HeldFeatures, factor: float, ends_step: bool
+) -> Shares:
+    """`accumulate_window` of a loss in which the samples of several micro-batches meet."""
+    cached = CachedFeatures(run, window.micro_batches, engine.device)
+    objective = engine.module.objectives[window.task]
+    shares = cached.loss(objective, held.leaves, window.totals, factor)
+    last = len(window.micro_batches) - 1
+    for index in range(last + 1):
+        engine.set_gradient_accumulation_boundary(ends_step and index == last)
+        surrogate = cached.surrogate(index)
+        if index == last:
+            surrogate = surrogate + held.owed()
+        run_backward(engine, surrogate, window.task, "last" if index == last else 0)
+    return shares
+
+
+def _summed_losses(
+    engine, run: Callable, window: TaskWindow, held: HeldFeatures, factor: float, ends_step: bool
+) -> Shares:
+    """`accumulate_window` of losses that add up, over micro-batches and their passes. A pass hands
+    the next one no more than a tensor without gradient."""
+    objective = engine.module.objectives[window.task]
+    sums: Shares = {}
+    for index, batch in enumerate(window.micro_batches):
+        count, carried = objective.passes(batch), None
         for number in range(count):
-            ends = ends_step and index == last and number == count - 1
-            engine.set_gradient_accumulation_boundary(ends)
-            options = {"number": number, "carried": carried} if count > 1 else {}
-            shares = dict(engine(task, dict(batch), dict(totals), **options))
+            last = index == len(window.micro_batches) - 1 and number == count - 1
+            engine.set_gradient_accumulation_boundary(ends_step and last)
+            shares = dict(run(
+                "losses_in_pass", dict(batch), dict(window.totals), held.seen(last), number, carried
+            ))
             carried = shares.pop("carried", None)
-            run_backward(engine, shares["loss"] * (world * weight), task, number)
+            loss = shares["loss"] * factor
+            if last:
+                loss = loss + held.owed()
+            run_backward(engine, loss, window.task, "last" if last else number)
             for name, value in shares.items():
                 value = value.detach()
                 sums[name] = sums[name] + value if name in sums else value

@@ -8,6 +8,7 @@ from torch import nn
 
 from pretrain.models.frozen import rest_frozen
 from pretrain.models.sample_draws import SampleDraws
+from pretrain.models.step_draws import StepDraws
 
 
 class MultiTaskModel(nn.Module):
@@ -16,9 +17,9 @@ class MultiTaskModel(nn.Module):
     Args:
         encoders: name -> module that turns images (B, 3, H, W) into tokens (B, N, D), or texts
             (B, T) into features (B, D).
-        objectives: task name -> module with `forward(encoders, batch, totals)`; it owns the heads
-            that only its task uses.
-        seed: of the run, for the random numbers of samples.
+        objectives: task name -> `pretrain.objectives.objective.Objective`; it owns the heads that
+            only its task uses.
+        seed: of the run, for random numbers.
     """
 
     def __init__(
@@ -39,22 +40,23 @@ class MultiTaskModel(nn.Module):
         return self
 
     def forward(
-        self, task: str, batch: Mapping, totals: Mapping[str, torch.Tensor], **options: Any
+        self, task: str, part: str, *arguments: Any, step: int = 0
     ) -> dict[str, torch.Tensor]:
-        """Loss and metrics of one micro-batch of `task`, each as its share of the global batch.
+        """One part of a task's objective: what its method of that name returns.
+
+        `model(task, "undivided", batch, totals)` is the loss and the metrics of a whole batch.
 
         Args:
-            batch: what the task's loader gives, tensors on the model's device; objectives find the
-                random numbers of its samples under "draws".
-            totals: the objective's counts, summed over the global batch.
-            options: for the objective; `part="features"` asks one that couples samples for its
-                features (`pretrain.engine.cached_features`), `number` and `carried` one with
-                several passes for one of them (`pretrain.engine.zero`).
-
-        Returns:
-            name -> 0-dim float32 tensor, "loss" with a graph; summed over all micro-steps and ranks
-            each is the value for the global batch.
+            arguments: of that method behind the modules. The first, a batch with tensors on the
+                model's device, is given the random numbers of its samples and of the step; "shared"
+                has none, and is given those of the step.
+            step: optimizer step, counted from 0.
         """
+        draws = StepDraws(self.seed, task, step)
+        if part == "shared":
+            return self.objectives[task](self.encoders, part, draws)
+        batch, *others = arguments
+        batch = {**batch, "step_draws": draws}
         if "position" in batch:
-            batch = {**batch, "draws": SampleDraws(self.seed, task, batch["position"])}
-        return self.objectives[task](self.encoders, batch, totals, **options)
+            batch["draws"] = SampleDraws(self.seed, task, batch["position"])
+        return self.objectives[task](self.encoders, part, batch, *others)

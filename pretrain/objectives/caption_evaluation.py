@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pretrain.objectives.caption_metrics import caption_scores
 from pretrain.objectives.evaluation_mode import Gather, mean
+from pretrain.objectives.objective import Evaluation
 
 
 class Vocabulary(Protocol):
@@ -35,6 +37,13 @@ class CaptionExample:
     """(3, H, W) uint8 as the model saw it, the frames of a clip side by side; only the first few of
     this rank keep theirs."""
 
+    def drawn(self) -> tuple[np.ndarray, str] | None:
+        """The picture (H, W, 3) uint8, and caption and first reference for below it."""
+        if self.image is None:
+            return None
+        reference = self.references[0] if self.references else "no reference"
+        return self.image.permute(1, 2, 0).numpy(), f"{self.caption}\n({reference})"
+
 
 def evaluate_captions(
     judge: Callable[[Mapping[str, Any]], tuple[Mapping[str, float], list[list[int]]]],
@@ -42,7 +51,7 @@ def evaluate_captions(
     vocabulary: Vocabulary,
     reduce: Gather = lambda value: [value],
     keep_images: int = 16,
-) -> tuple[dict[str, float | None], list[CaptionExample]]:
+) -> Evaluation:
     """Run `judge` over all batches and put the ranks' results together.
 
     judge: batch -> (sums over its supervised tokens, generated ids from BOS on for each row).
@@ -82,7 +91,7 @@ def evaluate_captions(
         for name in dict.fromkeys(name for part in parts for name in part["sums"])
     }
     metrics["images"] = float(len(merged))
-    return metrics, [CaptionExample(**r, image=kept.get(r["row"])) for r in merged]
+    return Evaluation(metrics, [CaptionExample(**r, image=kept.get(r["row"])) for r in merged])
 
 
 def _picture(image: Tensor) -> Tensor:

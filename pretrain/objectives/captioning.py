@@ -5,30 +5,35 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.models.generation import alone, generate_greedy
 from pretrain.models.git import GitDecoder
 from pretrain.models.sample_draws import SampleDraws
-from pretrain.objectives.caption_evaluation import (
-    CaptionExample,
-    Vocabulary,
-    evaluate_captions,
-)
+from pretrain.objectives.caption_evaluation import evaluate_captions
 from pretrain.objectives.captioning_settings import (  # noqa: F401
     CaptioningSettings,
 )
-from pretrain.objectives.evaluation_mode import Gather, evaluating
+from pretrain.objectives.evaluation_mode import evaluating
 from pretrain.objectives.image_tokens import encode_images
+from pretrain.objectives.objective import (
+    Batch,
+    Evaluation,
+    EvaluationContext,
+    Modules,
+    Objective,
+    Shares,
+    Totals,
+)
 from pretrain.objectives.token_loss import smoothed_cross_entropy
 
 
-class Captioning(nn.Module):
+class Captioning(Objective):
     """Decoder, loss, generation and evaluation of captioning.
 
     Args:
         decoder: the text decoder; its parameters are the ones this objective owns.
-        encoder: name of the encoder that `forward` picks from those it is given.
+        encoder: name of the encoder that it reads.
         encoder_cost: (height, width) -> (tokens; FLOPs, forward and backward) for one image.
         visual_width: channels of the encoder's tokens.
         image_mean, image_std: per channel, in units of the full range.
@@ -64,31 +69,32 @@ class Captioning(nn.Module):
         self.label_smoothing = label_smoothing
         self.max_new_tokens = max_new_tokens
 
-    def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
+    def counts(self, batch: Batch) -> dict[str, int]:
         """Images and supervised tokens of a micro-batch; their global sums are `totals`."""
         return {
             "images": int(batch["valid"].sum()),
             "tokens": int(batch["loss_mask"][..., 1:].sum()),
         }
 
-    def forward(
-        self,
-        encoders: Mapping[str, nn.Module],
-        batch: Mapping[str, Any],
-        totals: Mapping[str, float | Tensor],
-    ) -> dict[str, Tensor]:
+    def prepare(self, batch: Batch) -> dict[str, Any]:
+        """supervised: (n,) int64, places of the supervised tokens in (B, K, T - 1), flat."""
+        return {"supervised": _supervised(batch)}
+
+    def losses(
+        self, modules: Modules, batch: Batch, totals: Totals, shared: Mapping[str, Tensor]
+    ) -> Shares:
         """This micro-batch's share of the global batch's loss and metrics.
 
         batch: images (B, 3, H, W) uint8, or clips (B, F, 3, H, W); tokens (B, K, T) int64, K
             captions per image, padded on the right; loss_mask (B, K, T) bool, True at tokens to be
-            predicted; draws of the images, if the encoder needs some; counted, what `count` says of
-            this batch, if that is known.
+            predicted; draws of the images, if the encoder needs some; what `prepare` says of it, or
+            the host waits for the device to learn how many tokens are supervised.
         totals: "tokens", the supervised tokens of the global batch.
 
         Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
         the supervised tokens of the global batch. Only "loss" carries a gradient.
         """
-        image_tokens = self._encode(encoders, batch["images"], batch.get("draws"))
+        image_tokens = self._encode(modules, batch["images"], batch.get("draws"))
         loss, cross_entropy, correct = self.token_sums(image_tokens, batch)
         tokens = torch.as_tensor(totals["tokens"], dtype=torch.float32, device=loss.device)
         tokens = tokens.clamp(min=1.0)
@@ -99,21 +105,18 @@ class Captioning(nn.Module):
         }
 
     def token_sums(
-        self, image_tokens: Tensor, batch: Mapping[str, Any]
+        self, image_tokens: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Smoothed loss, cross-entropy and correct guesses, summed over supervised tokens.
 
         image_tokens: (B, N, D) of the encoder; of `batch` tokens, loss_mask and, if it is there,
-            counted are read.
+            supervised are read.
         Returns three 0-dim float32 tensors; the first carries a gradient.
         """
-        tokens, loss_mask = batch["tokens"], batch["loss_mask"]
+        tokens = batch["tokens"]
         # The scores after token t are held against token t + 1; after the last there is nothing.
-        targets, supervised = tokens[..., 1:].reshape(-1), loss_mask[..., 1:].reshape(-1)
-        if "counted" in batch:  # without it the host waits for the device, to learn how many
-            positions = supervised.nonzero_static(size=batch["counted"]["tokens"])[:, 0]
-        else:
-            positions = supervised.nonzero()[:, 0]
+        targets = tokens[..., 1:].reshape(-1)
+        positions = batch["supervised"] if "supervised" in batch else _supervised(batch)
         weights = torch.ones(len(positions), device=tokens.device)
         if len(positions) == 0:
             # One position without weight keeps every parameter in the graph with a gradient of
@@ -123,12 +126,12 @@ class Captioning(nn.Module):
         targets = targets.index_select(0, positions)
         return smoothed_cross_entropy(logits, targets, weights, self.label_smoothing)
 
-    def flops(self, batch: Mapping[str, Any]) -> int:
+    def flops(self, batch: Batch) -> int:
         """Model FLOPs, forward and backward, that this micro-batch asks for.
 
         Padding rows and recomputation do not count: this is the work that trains the model.
         """
-        counts = self.count(batch)
+        counts = self.counts(batch)
         images = counts["images"]
         if images == 0:
             return 0
@@ -142,7 +145,7 @@ class Captioning(nn.Module):
 
     def generate(
         self,
-        encoders: Mapping[str, nn.Module],
+        modules: Modules,
         images: Tensor,
         max_new_tokens: int | None = None,
         agree: Callable[[bool], bool] = alone,
@@ -152,42 +155,37 @@ class Captioning(nn.Module):
 
         `agree` is explained at `generate_greedy`.
         """
-        with torch.no_grad(), evaluating(self, encoders[self.encoder]):
-            return self._generate(self._encode(encoders, images), max_new_tokens, agree)
+        with torch.no_grad(), evaluating(self, modules[self.encoder]):
+            return self._generate(self._encode(modules, images), max_new_tokens, agree)
 
     def evaluate(
-        self,
-        encoders: Mapping[str, nn.Module],
-        loader: Iterable[Mapping[str, Any]],
-        vocabulary: Vocabulary,
-        device: torch.device,
-        reduce: Gather = lambda value: [value],
-        keep_images: int = 16,
-        agree: Callable[[bool], bool] = alone,
-    ) -> tuple[dict[str, float], list[CaptionExample]]:
+        self, modules: Modules, loader: Iterable[Batch], context: EvaluationContext
+    ) -> Evaluation:
         """Caption every image of `loader` and compare with its references.
 
-        Arguments and results as in `evaluate_captions`; `agree` is asked after every generated
-        token, as in `generate_greedy`. The metrics are the caption scores, token_accuracy, loss,
-        cross_entropy and images.
+        Results as of `evaluate_captions`; `agree` is asked after every generated token, as in
+        `generate_greedy`. The metrics are the caption scores, token_accuracy, loss, cross_entropy
+        and images.
         """
 
-        def judge(batch: Mapping[str, Any]) -> tuple[dict[str, float], list[list[int]]]:
-            inputs = {k: batch[k].to(device) for k in ("images", "tokens", "loss_mask")}
-            image_tokens = self._encode(encoders, inputs["images"])
+        def judge(batch: Batch) -> tuple[dict[str, float], list[list[int]]]:
+            inputs = {k: batch[k].to(context.device) for k in ("images", "tokens", "loss_mask")}
+            image_tokens = self._encode(modules, inputs["images"])
             sums = torch.stack(self.token_sums(image_tokens, inputs)).tolist()
-            ids = self._generate(image_tokens, None, agree)
+            ids = self._generate(image_tokens, None, context.agree)
             loss, cross_entropy, right = sums
             found = {"token_accuracy": right, "loss": loss, "cross_entropy": cross_entropy}
             return found, ids.tolist()
 
-        with torch.no_grad(), evaluating(self, encoders[self.encoder]):
-            return evaluate_captions(judge, loader, vocabulary, reduce, keep_images)
+        with torch.no_grad(), evaluating(self, modules[self.encoder]):
+            return evaluate_captions(
+                judge, loader, context.vocabulary, context.reduce, context.keep_images
+            )
 
     def _encode(
-        self, encoders: Mapping[str, nn.Module], images: Tensor, draws: SampleDraws | None = None
+        self, modules: Modules, images: Tensor, draws: SampleDraws | None = None
     ) -> Tensor:
-        encoder, statistics = encoders[self.encoder], (self.image_mean, self.image_std)
+        encoder, statistics = modules[self.encoder], (self.image_mean, self.image_std)
         if images.dim() == 4:
             return encode_images(encoder, images, *statistics, draws)
         if self.decoder.temporal is None:
@@ -209,3 +207,8 @@ class Captioning(nn.Module):
             max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
             agree=agree,
         )
+
+
+def _supervised(batch: Batch) -> Tensor:
+    """Places of the tokens to be predicted among all that have one before them: (n,) int64."""
+    return batch["loss_mask"][..., 1:].reshape(-1).nonzero()[:, 0]

@@ -1,7 +1,7 @@
 """Classification: a linear layer on one vector per image."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,33 @@ from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.classification_settings import (  # noqa: F401
     ClassificationSettings,
 )
-from pretrain.objectives.evaluation_mode import Gather, alone, evaluating, mean
+from pretrain.objectives.evaluation_mode import evaluating, mean
 from pretrain.objectives.image_tokens import (
     Pool,
     image_vectors,
 )
 from pretrain.objectives.label_loss import label_losses, mixed_label_loss, of_larger_part
 from pretrain.objectives.mixing import mix_pairs
+from pretrain.objectives.objective import (
+    Batch,
+    Evaluation,
+    EvaluationContext,
+    Modules,
+    Objective,
+    Shares,
+    Totals,
+)
 from pretrain.objectives.resolutions import resized, scale_consistency, scaled_shapes
 
 _TOP = 5
 
 
-class Classification(nn.Module):
+class Classification(Objective):
     """Head, loss and evaluation of classification.
 
     Args:
         classes: number of classes.
-        encoder: name of the encoder that `forward` picks from those it is given.
+        encoder: name of the encoder that it reads.
         encoder_width: channels of what the encoder hands over.
         encoder_flops: (height, width) -> FLOPs, forward and backward, for one image.
         image_mean, image_std: per channel, in units of the full range.
@@ -77,26 +86,21 @@ class Classification(nn.Module):
         self.smaller_views = tuple(smaller_views)
         self.consistency = consistency
 
-    def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
+    def counts(self, batch: Batch) -> dict[str, int]:
         """Images and labelled images of a micro-batch; their global sums are `totals`."""
         return {
             "images": int(batch["valid"].sum()),
             "labels": int((batch["labels"] != NO_LABEL).sum()),
         }
 
-    def passes(self, batch: Mapping[str, Any]) -> int:
-        """How many passes `forward` has for this micro-batch: one for each size of its images."""
+    def passes(self, batch: Batch) -> int:
+        """One for each size of this micro-batch's images."""
         return len(self._shapes(batch))
 
-    def forward(
-        self,
-        encoders: Mapping[str, nn.Module],
-        batch: Mapping[str, Any],
-        totals: Mapping[str, float | Tensor],
-        number: int | None = None,
-        carried: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """This micro-batch's share of the global batch's loss and metrics.
+    def losses(
+        self, modules: Modules, batch: Batch, totals: Totals, shared: Mapping[str, Tensor]
+    ) -> Shares:
+        """This micro-batch's share of the global batch's loss and metrics, all passes in one graph.
 
         batch: images (B, 3, H, W) uint8; labels (B,) int64, NO_LABEL where there is none; draws of
         the images, if the encoder needs some. With targets (B, classes) float32, probabilities,
@@ -104,40 +108,41 @@ class Classification(nn.Module):
         and mix_box neighbours are mixed (`mix_pairs`): the loss is that of both labels by their
         shares, the other metrics judge an image by the label of its larger part.
         totals: "images" and "labels" of the global batch.
-        number: of one of the `passes`, whose shares add up; none: all of them in one graph.
-        carried: what the pass before returned under that name.
 
         Returns 0-dim float32 tensors; summed over all micro-batches and ranks each is the mean over
         the labelled images of the global batch, `labelled` their part of all its images. Only
-        "loss" carries a gradient: of zero, but through the head, where nothing is labelled. A pass
-        that is followed by another also returns `carried`.
+        "loss" carries a gradient: of zero, but through the head, where nothing is labelled.
         """
-        if number is not None:
-            return self._pass(encoders, batch, totals, number, carried)
-        sums: dict[str, Tensor] = {}
+        sums: Shares = {}
+        carried = None
         for number in range(self.passes(batch)):
-            shares = self._pass(encoders, batch, totals, number, carried)
+            shares = self.losses_in_pass(modules, batch, totals, shared, number, carried)
             carried = shares.pop("carried", None)
             sums |= {name: sums.get(name, 0.0) + value for name, value in shares.items()}
         return sums
 
-    def _pass(
+    def losses_in_pass(
         self,
-        encoders: Mapping[str, nn.Module],
-        batch: Mapping[str, Any],
-        totals: Mapping[str, float | Tensor],
+        modules: Modules,
+        batch: Batch,
+        totals: Totals,
+        shared: Mapping[str, Tensor],
         number: int,
-        teacher: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """See `forward`; metrics are those of the first size, the largest."""
-        pixels, weights = self._images(encoders, batch, number)
-        vectors = image_vectors(encoders[self.encoder], pixels, self.pool, batch.get("draws"))
+        carried: Tensor | None,
+    ) -> Shares:
+        """`losses` of one size; metrics are those of the first, the largest.
+
+        carried: vectors of the next larger size. A pass that is followed by another returns its
+        own under that name.
+        """
+        pixels, weights = self._images(modules, batch, number)
+        vectors = image_vectors(modules[self.encoder], pixels, self.pool, batch.get("draws"))
         logits = self.head(vectors).float()
         answers = {name: batch[name] for name in ("labels", "targets") if name in batch}
         loss = mixed_label_loss(logits, answers, weights, self.label_smoothing)
         known = batch["labels"] != NO_LABEL
-        if teacher is not None:
-            loss = loss + self.consistency * scale_consistency(vectors, teacher, known)
+        if carried is not None:
+            loss = loss + self.consistency * scale_consistency(vectors, carried, known)
         labels, images = (
             torch.as_tensor(totals[name], dtype=torch.float32, device=loss.device).clamp(min=1.0)
             for name in ("labels", "images")
@@ -169,49 +174,43 @@ class Classification(nn.Module):
             hits = best == labels[:, None]
         return loss, cross_entropy, hits[:, 0].sum().float(), hits.any(dim=1).sum().float()
 
-    def flops(self, batch: Mapping[str, Any]) -> int:
+    def flops(self, batch: Batch) -> int:
         """Model FLOPs, forward and backward, that this micro-batch asks for; padding is free."""
         images = int(batch["valid"].sum())
         head = 2 * self.head.in_features * self.head.out_features
         return images * sum(self.encoder_flops(*s) + 3 * head for s in self._shapes(batch))
 
     def evaluate(
-        self,
-        encoders: Mapping[str, nn.Module],
-        loader: Iterable[Mapping[str, Any]],
-        vocabulary: Any,
-        device: torch.device,
-        reduce: Gather = alone,
-        **_: Any,
-    ) -> tuple[dict[str, float | None], list]:
-        """Classify every image of `loader`, which has equally many batches on every rank.
+        self, modules: Modules, loader: Iterable[Batch], context: EvaluationContext
+    ) -> Evaluation:
+        """Classify every image of `loader`.
 
-        Returns top1, top5, loss and cross_entropy over the labelled images of all ranks, images
-        and labelled (as in `forward`), the same on every rank, None where nothing was counted; and
-        no examples.
+        The metrics are top1, top5, loss and cross_entropy over the labelled images of all ranks,
+        images and labelled (as in `losses`); there are no examples.
         """
         names = ("loss", "cross_entropy", "top1", "top5")
         sums = torch.zeros(len(names), dtype=torch.float64)
         counts = {"images": 0, "labels": 0}
-        with torch.no_grad(), evaluating(self, encoders[self.encoder]):
+        with torch.no_grad(), evaluating(self, modules[self.encoder]):
             for batch in loader:
-                pixels = self._pixels(encoders, batch["images"].to(device))
-                logits = self._logits(encoders, pixels, None)
+                pixels = self._pixels(modules, batch["images"].to(context.device))
+                logits = self._logits(modules, pixels, None)
                 answers = [batch["labels"], batch.get("targets")]
-                answers = [None if a is None else a.to(device) for a in answers]
+                answers = [None if a is None else a.to(context.device) for a in answers]
                 found = torch.stack(self.label_sums(logits, *answers))
                 sums += found.double().cpu()
-                counts = {name: counts[name] + n for name, n in self.count(batch).items()}
-        parts = reduce({"sums": sums.tolist(), **counts})
+                counts = {name: counts[name] + n for name, n in self.counts(batch).items()}
+        parts = context.reduce({"sums": sums.tolist(), **counts})
         labels = sum(part["labels"] for part in parts)
         images = sum(part["images"] for part in parts)
         metrics = {
             name: mean(sum(part["sums"][names.index(name)] for part in parts), labels)
             for name in ("top1", "top5", "loss", "cross_entropy")
         }
-        return metrics | {"images": float(images), "labelled": mean(labels, images)}, []
+        metrics |= {"images": float(images), "labelled": mean(labels, images)}
+        return Evaluation(metrics, [])
 
-    def _shapes(self, batch: Mapping[str, Any]) -> list[tuple[int, int]]:
+    def _shapes(self, batch: Batch) -> list[tuple[int, int]]:
         """(height, width) of the images of each pass."""
         first = tuple(batch["images"].shape[-2:])
         if self.smaller_views:
@@ -219,26 +218,26 @@ class Classification(nn.Module):
         return scaled_shapes(*first, self.smaller_sizes)
 
     def _images(
-        self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any], number: int
+        self, modules: Modules, batch: Batch, number: int
     ) -> tuple[Tensor, Tensor | None]:
         """Normalised images of a pass, and the partners' part in each, (B,), if they are mixed."""
         name = "images"
         if number and self.smaller_views:
             name = smaller_view_name(self.smaller_views[number - 1])
-        pixels, weights = self._pixels(encoders, batch[name]), None
+        pixels, weights = self._pixels(modules, batch[name]), None
         if "mix_share" in batch:
             pixels, weights = mix_pairs(pixels, batch)
         if number and not self.smaller_views:
             pixels = resized(pixels, self._shapes(batch)[number])
         return pixels, weights
 
-    def _pixels(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
-        dtype = encoders[self.encoder].dtype
+    def _pixels(self, modules: Modules, images: Tensor) -> Tensor:
+        dtype = modules[self.encoder].dtype
         return normalise_pixels(images, self.image_mean, self.image_std, dtype)
 
     def _logits(
-        self, encoders: Mapping[str, nn.Module], pixels: Tensor, draws: SampleDraws | None
+        self, modules: Modules, pixels: Tensor, draws: SampleDraws | None
     ) -> Tensor:
         """(B, classes) float32."""
-        vectors = image_vectors(encoders[self.encoder], pixels, self.pool, draws)
+        vectors = image_vectors(modules[self.encoder], pixels, self.pool, draws)
         return self.head(vectors).float()

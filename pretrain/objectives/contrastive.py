@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +10,25 @@ from torch import Tensor, nn
 
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
+from pretrain.models.step_draws import StepDraws
 from pretrain.objectives.contrastive_loss import caption_ids, contrastive_sums, match_classes
 from pretrain.objectives.contrastive_settings import (  # noqa: F401
     ContrastiveSettings,
     check_temperature,
 )
-from pretrain.objectives.evaluation_mode import Gather, alone, evaluating
+from pretrain.objectives.evaluation_mode import evaluating
 from pretrain.objectives.image_tokens import (
     Pool,
     image_vectors,
+)
+from pretrain.objectives.objective import (
+    Batch,
+    CoupledObjective,
+    Evaluation,
+    EvaluationContext,
+    Modules,
+    Shares,
+    Totals,
 )
 from pretrain.objectives.retrieval import gathered_recalls
 
@@ -41,12 +51,12 @@ class Temperature(nn.Module):
         return self.log_scale.float().clamp(max=self.largest).exp()
 
 
-class Contrastive(nn.Module):
+class Contrastive(CoupledObjective):
     """Projections, temperature, loss and retrieval.
 
     Args:
         width: channels of the common space.
-        encoder, text_encoder: names of the encoders that `forward` picks from those it is given.
+        encoder, text_encoder: names of the encoders that it reads.
         encoder_widths: channels of the image encoder's vector and of the text feature.
         encoder_flops: FLOPs, forward and backward: (height, width) -> of an image, length -> of a
             text.
@@ -55,8 +65,6 @@ class Contrastive(nn.Module):
             `ContrastiveSettings`.
     """
 
-    couples_samples = True
-    shared_features = ("scale",)
     counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
         name: ("pairs",) for name in ("loss", "image_to_text", "text_to_image", "temperature")
     }
@@ -90,78 +98,79 @@ class Contrastive(nn.Module):
         self.identical_captions_match = identical_captions_match
         self.labels_match = labels_match or ("prompts" if identical_captions_match else "never")
 
-    def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
+    def counts(self, batch: Batch) -> dict[str, int]:
         """Pairs of a micro-batch; their global sum is `totals`."""
         return {"pairs": int(batch["valid"].sum())}
 
-    def forward(
-        self,
-        encoders: Mapping[str, nn.Module],
-        batch: Mapping[str, Any],
-        totals: Mapping[str, float | Tensor],
-        part: Literal["loss", "features"] = "loss",
-    ) -> dict[str, Tensor]:
-        """Features of a micro-batch, or the loss where it is all that this rank has of the batch.
+    def shared(self, modules: Modules, draws: StepDraws) -> dict[str, Tensor]:
+        """scale: (1,) float32, what similarities are multiplied by."""
+        return {"scale": self.temperature()}
 
-        batch: images (B, 3, H, W) uint8; tokens (B, 1, T) int64; loss_mask (B, 1, T) bool, True at
-            words and EOS; prompt_class (B,) int64 as in `match_classes`; valid (B,) bool; draws of
-            the images, if the encoder needs some.
-        totals: as in `coupled_loss`.
+    def features(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
+        """image, text: (B, width) float32 of unit length.
 
-        Returns what `coupled_loss` returns, or with part "features" what it reads.
+        batch: images (B, 3, H, W) uint8; tokens (B, 1, T) int64; draws of the images, if the
+            encoder needs some.
         """
-        tokens, mask = batch["tokens"][:, 0], batch["loss_mask"][:, 0]
-        features = {
-            "image": self.image_features(encoders, batch["images"], batch.get("draws")),
-            "text": self.text_features(encoders, tokens),
-            "caption_id": caption_ids(tokens, mask),
+        return {
+            "image": self.image_features(modules, batch["images"], batch.get("draws")),
+            "text": self.text_features(modules, batch["tokens"][:, 0]),
+        }
+
+    def targets(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
+        """caption_id, match_class (B,) int64; valid (B,) bool.
+
+        batch: tokens (B, 1, T) int64; loss_mask (B, 1, T) bool, True at words and EOS; prompt_class
+            (B,) int64 as in `match_classes`; valid (B,) bool.
+        """
+        return {
+            "caption_id": caption_ids(batch["tokens"][:, 0], batch["loss_mask"][:, 0]),
             "match_class": match_classes(batch, self.labels_match),
             "valid": batch["valid"],
-            "scale": self.temperature(),
         }
-        return features if part == "features" else self.coupled_loss(features, totals)
 
-    def coupled_loss(
-        self, features: Mapping[str, Tensor], totals: Mapping[str, float | Tensor]
-    ) -> dict[str, Tensor]:
-        """This rank's share of the global batch's loss and metrics. A collective; no parameter is
-        read, so it may run outside of the engine.
+    def loss(
+        self,
+        features: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        totals: Totals,
+    ) -> Shares:
+        """This rank's share of the global batch's loss and metrics. A collective.
 
-        features: of all samples that this rank has of the global batch: image, text (n, width)
-            float32; caption_id, match_class (n,) int64; valid (n,) bool; scale (1,) float32.
         totals: "pairs" of the global batch.
 
         Returns 0-dim float32 tensors; summed over ranks each is the mean over the pairs of the
         global batch. Only "loss" carries a gradient.
         """
         loss, image_hits, text_hits = contrastive_sums(
-            **features, identical_match=self.identical_captions_match
+            **features, **targets, **shared, identical_match=self.identical_captions_match
         )
         pairs = torch.as_tensor(totals["pairs"], dtype=torch.float32, device=loss.device)
         pairs = pairs.clamp(min=1.0)
-        mine = features["valid"].sum()
+        mine = targets["valid"].sum()
         return {
             "loss": loss / pairs,
             "image_to_text": image_hits / pairs,
             "text_to_image": text_hits / pairs,
-            "temperature": mine / (pairs * features["scale"].detach()[0]),
+            "temperature": mine / (pairs * shared["scale"].detach()[0]),
         }
 
     def image_features(
-        self, encoders: Mapping[str, nn.Module], images: Tensor, draws: SampleDraws | None = None
+        self, modules: Modules, images: Tensor, draws: SampleDraws | None = None
     ) -> Tensor:
         """images: (B, 3, H, W) uint8. Returns (B, width) float32 of unit length."""
-        encoder = encoders[self.encoder]
+        encoder = modules[self.encoder]
         pixels = normalise_pixels(images, self.image_mean, self.image_std, encoder.dtype)
         vectors = image_vectors(encoder, pixels, self.pool, draws)
         return F.normalize(self.image_projection(vectors).float(), dim=1)
 
-    def text_features(self, encoders: Mapping[str, nn.Module], tokens: Tensor) -> Tensor:
+    def text_features(self, modules: Modules, tokens: Tensor) -> Tensor:
         """tokens: (B, T) int64. Returns (B, width) float32 of unit length."""
-        projected = self.text_projection(encoders[self.text_encoder](tokens))
+        projected = self.text_projection(modules[self.text_encoder](tokens))
         return F.normalize(projected.float(), dim=1)
 
-    def flops(self, batch: Mapping[str, Any]) -> int:
+    def flops(self, batch: Batch) -> int:
         """Model FLOPs, forward and backward, that this micro-batch asks for.
 
         Padding, and the second forward pass over cached features, do not count.
@@ -174,41 +183,35 @@ class Contrastive(nn.Module):
         return int(batch["valid"].sum()) * each
 
     def evaluate(
-        self,
-        encoders: Mapping[str, nn.Module],
-        loader: Iterable[Mapping[str, Any]],
-        vocabulary: Any,
-        device: torch.device,
-        reduce: Gather = alone,
-        **_: Any,
-    ) -> tuple[dict[str, float], list]:
+        self, modules: Modules, loader: Iterable[Batch], context: EvaluationContext
+    ) -> Evaluation:
         """Retrieval among all images of `loader` and all their texts, on all ranks.
 
-        loader: batches as in `forward`, with K texts per image, fewer where loss_mask is empty;
-            row (B,) int64. Equally many batches, and at least one, on every rank.
+        loader: batches as in training, with K texts per image, fewer where loss_mask is empty; row
+            (B,) int64; at least one on every rank.
 
-        Returns the recalls of `retrieval_recalls`, images, texts and temperature, the same on every
-        rank; and no examples.
+        The metrics are the recalls of `retrieval_recalls`, images, texts and temperature; there are
+        no examples.
         """
         parts: list[dict[str, Tensor]] = []
-        with torch.no_grad(), evaluating(self, *self._both(encoders)):
+        with torch.no_grad(), evaluating(self, *self._both(modules)):
             scale = self.temperature().item()
             for batch in loader:
-                parts.append(self._evaluation_features(encoders, batch, device))
+                parts.append(self._evaluation_features(modules, batch, context.device))
         metrics, images, texts = gathered_recalls(
-            parts, reduce, device, self.identical_captions_match
+            parts, context.reduce, context.device, self.identical_captions_match
         )
         counts = {"images": float(images), "texts": float(texts)}
-        return metrics | counts | {"temperature": 1 / scale}, []
+        return Evaluation(metrics | counts | {"temperature": 1 / scale}, [])
 
     def _evaluation_features(
-        self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any], device: torch.device
+        self, modules: Modules, batch: Batch, device: torch.device
     ) -> dict[str, Tensor]:
         """Features of the valid images of a batch (image, row) and of their texts (text,
         caption_id, row_of), on the CPU."""
         tokens, mask, valid = batch["tokens"], batch["loss_mask"], batch["valid"]
-        image = self.image_features(encoders, batch["images"].to(device)).cpu()
-        text = self.text_features(encoders, tokens.flatten(0, 1).to(device)).cpu()
+        image = self.image_features(modules, batch["images"].to(device)).cpu()
+        text = self.text_features(modules, tokens.flatten(0, 1).to(device)).cpu()
         present = (mask.any(dim=2) & valid[:, None]).flatten()
         row_of = batch["row"][:, None].expand(tokens.shape[:2]).flatten()
         return {
@@ -219,8 +222,8 @@ class Contrastive(nn.Module):
             "row_of": row_of[present],
         }
 
-    def _both(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module]:
-        return [encoders[self.encoder], encoders[self.text_encoder]]
+    def _both(self, modules: Modules) -> list[nn.Module]:
+        return [modules[self.encoder], modules[self.text_encoder]]
 
 
 def _projection(inputs: int, outputs: int) -> nn.Linear:

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from data_pipeline.labels import NO_LABEL
 from pretrain.models.sample_draws import SampleDraws
+from pretrain.models.step_draws import StepDraws
 from pretrain.objectives.collapse import warn_of_collapse
 from pretrain.objectives.contrastive_loss import caption_ids
 from pretrain.objectives.decorrelation import Moments, effective_rank, target_deviation
 from pretrain.objectives.evaluation_mode import Gather, evaluating, mean
 from pretrain.objectives.m3i_loss import COUNTED_BY, count_targets, m3i_losses
+from pretrain.objectives.objective import Batch, Modules
 from pretrain.objectives.retrieval import gathered_recalls
 
 
@@ -24,29 +26,35 @@ class Evaluated(Protocol):
     head: nn.Module | None
     settings: Any
 
-    def features(self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any], draws: Any):
-        """Features of mixed images, as the losses read them."""
+    def encode(self, modules: Modules, batch: Batch, draws: Any):
+        """Features of mixed images, and the encoder's output."""
 
-    def image_vectors(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+    def targets_of(self, batch: Batch, draws: Any) -> dict[str, Tensor]:
+        """What they are held against."""
+
+    def shared(self, modules: Modules, draws: Any) -> dict[str, Tensor]:
+        """What belongs to no image."""
+
+    def image_vectors(self, modules: Modules, images: Tensor) -> Tensor:
         """One vector for each whole image."""
 
-    def class_logits(self, encoders: Mapping[str, nn.Module], vectors: Tensor) -> Tensor:
+    def class_logits(self, modules: Modules, vectors: Tensor) -> Tensor:
         """Logits of the classes, from such vectors."""
 
-    def text_features(self, encoders: Mapping[str, nn.Module], tokens: Tensor) -> Tensor:
+    def text_features(self, modules: Modules, tokens: Tensor) -> Tensor:
         """One vector for each text."""
 
 
 def evaluate_m3i(
     objective: Evaluated,
-    encoders: Mapping[str, nn.Module],
-    loader: Iterable[Mapping[str, Any]],
+    modules: Modules,
+    loader: Iterable[Batch],
     device: torch.device,
     reduce: Gather,
 ) -> dict[str, float | None]:
     """Metrics of all images of `loader`, the same on every rank; None where nothing was counted.
 
-    loader: batches as in `M3I.forward`, with K texts per image, the first view without
+    loader: batches as in training, with K texts per image, the first view without
         augmentation; position and row (B,) int64. Equally many, and at least one, on every rank.
 
     Returns, of whole images, top1 and the recalls of `retrieval_recalls` among those with texts.
@@ -54,7 +62,7 @@ def evaluate_m3i(
     position; effective_rank and target_std of the dense targets. Texts are told apart, and targets
     centred, within a batch of all ranks, so that these depend on its size. Images, labelled, texts.
     """
-    used = [encoders[name] for name in (objective.encoder, objective.text_encoder) if name]
+    used = [modules[name] for name in (objective.encoder, objective.text_encoder) if name]
     tally, parts = _Tally(), []
     with torch.no_grad(), evaluating(objective, *used):
         for batch in loader:
@@ -64,14 +72,14 @@ def evaluate_m3i(
             }
             counts = reduce(count_targets(batch))
             totals = {name: sum(own[name] for own in counts) for name in counts[0]}
-            tally.add_losses(*_losses(objective, encoders, on_device, totals), totals)
-            vectors = objective.image_vectors(encoders, on_device["images"])
+            tally.add_losses(*_losses(objective, modules, on_device, totals), totals)
+            vectors = objective.image_vectors(modules, on_device["images"])
             if objective.head is not None:
-                best = objective.class_logits(encoders, vectors).argmax(dim=1)
+                best = objective.class_logits(modules, vectors).argmax(dim=1)
                 hits = (best == on_device["labels"]) & (on_device["labels"] != NO_LABEL)
                 tally.hits += int(hits.sum())
             if objective.text_encoder is not None:
-                parts.append(_texts_and_images(objective, encoders, on_device, vectors))
+                parts.append(_texts_and_images(objective, modules, on_device, vectors))
     metrics = tally.metrics(reduce, objective)
     top1 = {name: metrics.pop(name) for name in ("top1",) if name in metrics}
     if not parts:
@@ -82,13 +90,14 @@ def evaluate_m3i(
 
 def _losses(
     objective: Evaluated,
-    encoders: Mapping[str, nn.Module],
-    batch: Mapping[str, Any],
+    modules: Modules,
+    batch: Batch,
     totals: Mapping[str, int],
 ) -> tuple[dict[str, Tensor], Moments]:
     """This rank's shares for one batch of all ranks, and the moments of the targets."""
     draws = SampleDraws(0, "m3i evaluation", batch["position"])
-    features, _ = objective.features(encoders, batch, draws)
+    features, _ = objective.encode(modules, batch, draws)
+    features |= objective.targets_of(batch, draws) | objective.shared(modules, StepDraws(0, "", 0))
     known = {
         name: torch.tensor(float(value), device=features["target"].device)
         for name, value in totals.items()
@@ -101,16 +110,13 @@ def _losses(
 
 
 def _texts_and_images(
-    objective: Evaluated,
-    encoders: Mapping[str, nn.Module],
-    batch: Mapping[str, Any],
-    vectors: Tensor,
+    objective: Evaluated, modules: Modules, batch: Batch, vectors: Tensor
 ) -> dict[str, Tensor]:
     """What `gathered_recalls` reads, of the valid images that have texts, on the CPU."""
     tokens, mask = batch["tokens"], batch["loss_mask"]
     present = mask.any(dim=2) & batch["valid"][:, None]
     has = present.any(dim=1)
-    text = objective.text_features(encoders, tokens.flatten(0, 1))
+    text = objective.text_features(modules, tokens.flatten(0, 1))
     image = nn.functional.normalize(vectors.float(), dim=1)
     row_of = batch["row"][:, None].expand(present.shape)
     found = {

@@ -14,7 +14,7 @@ the encoder reads that. From its own cells, each of the two must then predict
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -23,16 +23,25 @@ from torch import Tensor, nn
 
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
+from pretrain.models.step_draws import StepDraws
 from pretrain.objectives.collapse import CollapseWatch
 from pretrain.objectives.contrastive import Temperature
 from pretrain.objectives.contrastive_loss import caption_ids, match_classes
 from pretrain.objectives.decorrelation import effective_rank, target_deviation
-from pretrain.objectives.evaluation_mode import Gather, alone
 from pretrain.objectives.loss_balance import LossBalance
 from pretrain.objectives.m3i_decoder import Predictor, Projector
 from pretrain.objectives.m3i_evaluation import evaluate_m3i
 from pretrain.objectives.m3i_heads import MeanPool, ProjectorPool, SourceMark, TargetBranch
 from pretrain.objectives.m3i_loss import KINDS, count_targets, counted_by, m3i_losses
+from pretrain.objectives.objective import (
+    Batch,
+    CoupledObjective,
+    Evaluation,
+    EvaluationContext,
+    Modules,
+    Shares,
+    Totals,
+)
 from pretrain.objectives.pair_masks import (
     check_pairs,
     gather_own,
@@ -48,21 +57,17 @@ if TYPE_CHECKING:
     from pretrain.objectives.m3i import M3ISettings
 
 
-class M3I(nn.Module):
+class M3I(CoupledObjective):
     """Heads, target branch, losses and evaluation of M3I.
 
     Args:
         settings: see `M3ISettings`.
-        encoder: the encoder that `forward` will be given as `settings.encoder`; not kept.
+        encoder: the one called `settings.encoder`; not kept.
         target_encoder: another one of the same shape.
         text_width: of the text encoder; text_flops: of it, forward and backward; None without one.
         classes: number of classes; None: no classes are predicted.
         image_mean, image_std: per channel, in units of the full range.
     """
-
-    couples_samples = True
-    shared_features = ("scale",)
-    constant_features = ("target",)
 
     def __init__(
         self,
@@ -115,62 +120,59 @@ class M3I(nn.Module):
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.counted_by = counted_by(text_width is not None, classes is not None)
 
-    def count(self, batch: Mapping[str, Any]) -> dict[str, int]:
+    def counts(self, batch: Batch) -> dict[str, int]:
         """What the losses of a micro-batch are averaged over; the global sums are `totals`."""
         return count_targets(batch)
 
-    def forward(
-        self,
-        encoders: Mapping[str, nn.Module],
-        batch: Mapping[str, Any],
-        totals: Mapping[str, float | Tensor],
-        part: Literal["loss", "features"] = "loss",
-    ) -> dict[str, Tensor]:
-        """Features of a micro-batch, or the loss where it is all that this rank has of the batch.
+    def shared(self, modules: Modules, draws: StepDraws) -> dict[str, Tensor]:
+        """scale: (1,) float32, of the text loss; nothing without texts."""
+        return {} if self.text_encoder is None else {"scale": self.temperature()}
 
-        batch: images, second_images (B, 3, H, W) uint8, two views, of rows 2i only the first is
-            read; crops (B, 2, 4), flips (B, 2); tokens (B, 1, T) int64, loss_mask (B, 1, T) bool,
-            empty where there is no text; prompt_class (B,) int64 as in `match_classes`; labels
-            (B,) int64; valid (B,) bool; draws of the samples; B even.
-        totals: as in `coupled_loss`.
+    def losses(
+        self, modules: Modules, batch: Batch, totals: Totals, shared: Mapping[str, Tensor]
+    ) -> Shares:
+        """See `loss`; with `balance`, which needs the encoder's output, too."""
+        features, dense = self.encode(modules, batch, batch["draws"])
+        with torch.no_grad():
+            targets = self.targets(modules, batch)
+        return self._shares({**features, **targets, **shared}, totals, dense)
 
-        Returns what `coupled_loss` returns, or with part "features" what it reads.
+    def features(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
+        """See `encode`.
 
         Raises:
-            ValueError: an odd batch; `balance` with a batch in several micro-steps.
+            ValueError: there is `balance`.
         """
-        features, dense = self.features(encoders, batch, batch["draws"])
-        if part == "loss":
-            return self._shares(features, totals, dense)
         if self.balance is not None:
             raise ValueError(
                 "balance measures the gradient at the encoder's output, which is not kept when a "
                 "rank has its part of the batch in several micro-steps: raise micro_batch until it "
                 "has one, or set balance to null"
             )
-        return features
+        return self.encode(modules, batch, batch["draws"])[0]
 
-    def coupled_loss(
-        self, features: Mapping[str, Tensor], totals: Mapping[str, float | Tensor]
-    ) -> dict[str, Tensor]:
-        """This rank's share of the global batch's loss and metrics. A collective; no parameter is
-        read, so it may run outside of the engine.
+    def loss(
+        self,
+        features: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        totals: Totals,
+    ) -> Shares:
+        """This rank's share of the global batch's loss and metrics. A collective.
 
-        features: see `m3i_loss.m3i_losses`; totals: global sums of `count`.
+        features, targets, shared: together what `m3i_loss.m3i_losses` reads; totals: global sums of
+        `counts`.
 
         Returns 0-dim float32 tensors whose sums over ranks are: loss; intra, inter, text, category,
         means over what has such a target, without their weights; image_to_text, text_to_image
         (accuracy), top1; with_text, labelled, shares of the images; temperature; effective_rank and
         target_std of the dense targets. Only "loss" carries a gradient.
         """
-        return self._shares(features, totals, None)
+        return self._shares({**features, **targets, **shared}, totals, None)
 
     def _shares(
-        self,
-        features: Mapping[str, Tensor],
-        totals: Mapping[str, float | Tensor],
-        dense: Tensor | None,
-    ) -> dict[str, Tensor]:
+        self, features: Mapping[str, Tensor], totals: Totals, dense: Tensor | None
+    ) -> Shares:
         device, settings = features["target"].device, self.settings
         totals = {
             name: torch.as_tensor(value, dtype=torch.float32, device=device)
@@ -198,15 +200,21 @@ class M3I(nn.Module):
             metrics["effective_rank"] = rank / world
         return {"loss": loss} | {n: v.detach() for n, v in (losses | metrics).items()}
 
-    def features(
-        self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any], draws: SampleDraws
+    def encode(
+        self, modules: Modules, batch: Batch, draws: SampleDraws
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """What the losses read of a micro-batch, and the encoder's output (B / 2, N, width)."""
-        encoder, images = encoders[self.encoder], batch["images"]
+        """What of a micro-batch carries a gradient: prediction, and image, text and logits if there
+        are such targets (`m3i_losses`); and the encoder's output (B / 2, N, width).
+
+        batch: images (B, 3, H, W) uint8; crops (B, 2, 4), flips (B, 2); tokens (B, 1, T) int64;
+            B even.
+
+        Raises ValueError: an odd batch.
+        """
+        encoder, images = modules[self.encoder], batch["images"]
         check_pairs(len(images))
         size = tuple(images.shape[-2:])
-        cells = (size[0] // self.settings.cell, size[1] // self.settings.cell)
-        grid = encoder.grid("cells").sides(*size)
+        cells, grid = self._cells(size), encoder.grid("cells").sides(*size)
         masks = pair_masks(draws, cells)
         dense = encoder.encode(
             mix_pixels(self._pixels(encoder, images), masks),
@@ -218,69 +226,76 @@ class M3I(nn.Module):
         own = own_tokens(masks, grid)
         count = -(-cells[0] * cells[1] // 2) * (own.shape[1] // (cells[0] * cells[1]))
         tokens, places, present = gather_own(dense, own, count)
-        first = torch.arange(len(images), device=images.device) % 2 == 0
-        positions, scales = relative_positions(*self._geometry(batch, first), grid)
+        positions, scales = relative_positions(*self._geometry(batch), grid)
         prediction = self.predictor(
             self.projector(tokens, present), places, present, grid, positions, scales
         )
-        features = {
-            "prediction": prediction.float(),
-            "target": self._targets(batch, first),
+        features = {"prediction": prediction.float()}
+        vectors = self.pool.vectors(encoder, tokens, present)
+        if self.text_encoder is not None:
+            features["image"] = F.normalize(vectors.float(), dim=1)
+            features["text"] = self.text_features(modules, batch["tokens"][:, 0])
+        if self.head is not None:
+            features["logits"] = self.class_logits(modules, vectors)
+        return features, dense
+
+    def targets(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
+        """What the features are held against.
+
+        batch: images, second_images (B, 3, H, W) uint8, two views, of rows 2i only the first is
+            read; tokens (B, 1, T) int64, loss_mask (B, 1, T) bool, empty where there is no text;
+            prompt_class (B,) int64 as in `match_classes`; labels (B,) int64; valid (B,) bool.
+        """
+        return self.targets_of(batch, batch["draws"])
+
+    def targets_of(self, batch: Batch, draws: SampleDraws) -> dict[str, Tensor]:
+        """`targets` for these draws."""
+        first = _first_of_pairs(batch)
+        size = tuple(batch["images"].shape[-2:])
+        grid = self.target.encoder.grid("cells").sides(*size)
+        own = own_tokens(pair_masks(draws, self._cells(size)), grid)
+        views = torch.where(
+            first[:, None, None, None], batch["images"], batch["second_images"]
+        )
+        found = {
+            "target": self.target(self._pixels(self.target.encoder, views)),
             "counted": ~own | ~first[:, None],
             "valid": batch["valid"],
             "labels": batch["labels"],
         }
-        vectors = self.pool.vectors(encoder, tokens, present)
-        return features | self._answers(encoders, batch, vectors), dense
-
-    def _answers(
-        self, encoders: Mapping[str, nn.Module], batch: Mapping[str, Any], vectors: Tensor
-    ) -> dict[str, Tensor]:
-        """The features of texts and classes. vectors: (B, pooled_width) of the images."""
-        found: dict[str, Tensor] = {}
         if self.text_encoder is not None:
             tokens, mask = batch["tokens"][:, 0], batch["loss_mask"][:, 0]
-            found = {
-                "image": F.normalize(vectors.float(), dim=1),
-                "text": self.text_features(encoders, tokens),
+            found |= {
                 "caption_id": caption_ids(tokens, mask),
                 "match_class": match_classes(batch, self.settings.labels_match),
                 "has_text": mask.any(dim=1) & batch["valid"],
-                "scale": self.temperature(),
             }
-        if self.head is not None:
-            found["logits"] = self.class_logits(encoders, vectors)
         return found
 
-    def text_features(self, encoders: Mapping[str, nn.Module], tokens: Tensor) -> Tensor:
+    def _cells(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the cells that are mixed."""
+        return size[0] // self.settings.cell, size[1] // self.settings.cell
+
+    def text_features(self, modules: Modules, tokens: Tensor) -> Tensor:
         """tokens: (B, T) int64. Returns (B, pooled_width) float32 of unit length."""
-        projected = self.text_projection(encoders[self.text_encoder](tokens))
+        projected = self.text_projection(modules[self.text_encoder](tokens))
         return F.normalize(projected.float(), dim=1)
 
-    def image_vectors(self, encoders: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+    def image_vectors(self, modules: Modules, images: Tensor) -> Tensor:
         """Vectors of whole images (B, 3, H, W) uint8: (B, pooled_width)."""
-        encoder = encoders[self.encoder]
+        encoder = modules[self.encoder]
         cells = encoder.encode(self._pixels(encoder, images), ("cells",)).cells
         return self.pool.vectors(encoder, cells, None)
 
-    def class_logits(self, encoders: Mapping[str, nn.Module], vectors: Tensor) -> Tensor:
+    def class_logits(self, modules: Modules, vectors: Tensor) -> Tensor:
         """vectors: (B, pooled_width). Returns (B, classes) float32."""
-        return self.head(self.pool.normed(encoders[self.encoder], vectors)).float()
-
-    def _targets(self, batch: Mapping[str, Any], first: Tensor) -> Tensor:
-        """(B, N, C) float32 of each image's target view; first: (B,) bool, rows 2i."""
-        if "constant_features" in batch:
-            return batch["constant_features"]["target"]
-        views = torch.where(
-            first[:, None, None, None], batch["images"], batch["second_images"]
-        )
-        return self.target(self._pixels(self.target.encoder, views))
+        return self.head(self.pool.normed(modules[self.encoder], vectors)).float()
 
     @staticmethod
-    def _geometry(batch: Mapping[str, Any], first: Tensor) -> tuple[Tensor, Tensor]:
+    def _geometry(batch: Batch) -> tuple[Tensor, Tensor]:
         """Crops (B, 2, 4) and flips (B, 2) of input and target."""
-        second = (~first).long()
-        rows = torch.arange(len(first), device=first.device)
+        second = (~_first_of_pairs(batch)).long()
+        rows = torch.arange(len(second), device=second.device)
         return tuple(
             torch.stack([views[:, 0], views[rows, second]], dim=1)
             for views in (batch["crops"], batch["flips"])
@@ -289,7 +304,7 @@ class M3I(nn.Module):
     def _pixels(self, encoder: nn.Module, images: Tensor) -> Tensor:
         return normalise_pixels(images, self.image_mean, self.image_std, encoder.dtype)
 
-    def flops(self, batch: Mapping[str, Any]) -> int:
+    def flops(self, batch: Batch) -> int:
         """Model FLOPs, forward and backward, that this micro-batch asks for; the target branch has
         no backward pass. Padding and the second pass over cached features do not count."""
         size = tuple(batch["images"].shape[-2:])
@@ -310,14 +325,14 @@ class M3I(nn.Module):
         return int(batch["valid"].sum()) * (3 * trained + texts + target)
 
     def evaluate(
-        self,
-        encoders: Mapping[str, nn.Module],
-        loader: Iterable[Mapping[str, Any]],
-        vocabulary: Any,
-        device: torch.device,
-        reduce: Gather = alone,
-        **_: Any,
-    ) -> tuple[dict[str, float], list]:
+        self, modules: Modules, loader: Iterable[Batch], context: EvaluationContext
+    ) -> Evaluation:
         """Held-out losses of mixed images, and what whole images are good for; see
         `m3i_evaluation.evaluate_m3i`. No examples."""
-        return evaluate_m3i(self, encoders, loader, device, reduce), []
+        return Evaluation(evaluate_m3i(self, modules, loader, context.device, context.reduce), [])
+
+
+def _first_of_pairs(batch: Batch) -> Tensor:
+    """(B,) bool: rows 2i."""
+    images = batch["images"]
+    return torch.arange(len(images), device=images.device) % 2 == 0

@@ -1,4 +1,5 @@
-"""One rank of the cells of coupled losses: every stage and division of a batch in one launch.
+"""One rank of the cells of coupled losses and of features that belong to no sample: every stage and
+division of a batch in one launch.
 
 Usage: python -m tests.distributed.coupled_worker OUT_DIR   (under the ranks' environment)
 Writes cells.json (losses, metrics, whether the replay was exact) and one safetensors file with the
@@ -8,6 +9,7 @@ gradients of each cell on rank 0.
 import gc
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from data_pipeline.step_sampler import deal
 from pretrain.engine.distributed import init_distributed, leave, shutdown
 from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
 from pretrain.optim.groups import OptimizerSettings
+from tests.distributed import shared_model
 from tests.distributed.engines import deepspeed_config
 from tests.pretrain.objectives.pair_models import build_pair_model, pair_batch, rows_of
 from tools.parity_cells import gathered_partitions, note_gradients
@@ -43,9 +46,12 @@ def cell_name(stage: int, micro_batch: int, dropout: float) -> str:
 
 def watch_replay(engine, seen: list) -> None:
     """Note every feature that the engine's forward pass gives, in order."""
-    engine.module.objectives["contrast"].register_forward_hook(
-        lambda _, __, out: seen.append({k: v.detach().clone() for k, v in out.items()})
-    )
+
+    def note(_, arguments, out) -> None:
+        if arguments[1] == "features":
+            seen.append({k: v.detach().clone() for k, v in out.items()})
+
+    engine.module.objectives["contrast"].register_forward_hook(note)
 
 
 def replayed_exactly(seen: list[dict], micro_steps: int) -> bool:
@@ -93,6 +99,72 @@ def run_cell(ranks, stage: int, micro_batch: int, dropout: float, out: Path) -> 
     return result
 
 
+# ---- features that belong to no sample ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A mode of `shared_model`. `extra`: "", "overlap", "offload" or "scaled", fp16's factor."""
+
+    stage: int
+    micro_steps: int
+    extra: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"shared_zero{self.stage}_micro{self.micro_steps}{self.extra}"
+
+
+SHARED_CELLS = [Shared(stage, steps) for stage in (1, 2, 3) for steps in (1, 3)]
+SHARED_CELLS += [Shared(s, 3, extra) for s in (1, 2, 3) for extra in ("overlap", "offload")]
+SHARED_CELLS += [Shared(s, 3, "scaled") for s in (2, 3)]
+
+
+def micro_batch_for(world: int, micro_steps: int) -> int:
+    """Largest micro-batch that gives so many micro-steps."""
+    samples = shared_model.SAMPLES
+    return next(size for size in range(samples + 1, 0, -1)
+                if len(deal(samples, size, 0, world)) == micro_steps)
+
+
+def shared_settings(cell: Shared) -> dict:
+    config = deepspeed_config(cell.stage, "fp32", shared_model.SGD, cell.micro_steps)
+    zero = config["zero_optimization"]
+    zero["stage3_param_persistence_threshold"] = 0
+    zero["overlap_comm"] = cell.extra == "overlap"
+    if cell.extra == "offload":
+        config["zero_force_ds_cpu_optimizer"] = False
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if cell.stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return config
+
+
+def run_shared(ranks, cell: Shared, out: Path) -> None:
+    size = micro_batch_for(ranks.world, cell.micro_steps)
+    dealt = deal(shared_model.SAMPLES, size, ranks.rank, ranks.world)
+    engine = start_engine(shared_model.build, shared_model.SGD, shared_settings(cell),
+                          shared_model.SEED, ranks.device)  # fmt: skip
+    if cell.extra == "scaled":
+        engine.optimizer.loss_scaler.cur_scale = 1024.0
+    gradients, saved = note_gradients(engine), {}
+    for step, task in enumerate(shared_model.TASKS):
+        set_learning_rate(engine, shared_model.SGD.lr, 1.0)
+        batch = shared_model.whole_batch(step)
+        totals = {name: torch.tensor(value) for name, value in shared_model.TOTALS.items()}
+        micro_batches = [shared_model.rows_of(batch, rows) for rows in dealt]
+        loss = accumulate_and_step(engine, task, micro_batches, totals, step)["loss"]
+        dist.all_reduce(loss)
+        saved[f"loss{step}"] = loss
+        saved |= {f"gradient{step}.{name}": value for name, value in gradients().items()}
+    weights = gathered_partitions(engine, lambda p: p.master)
+    saved |= {f"end.{name}": value for name, value in weights.items()}
+    if ranks.leads:
+        save_file(saved, out / f"{cell.name}.safetensors")
+    engine.destroy()
+    gc.collect()
+
+
 def main() -> None:
     out = Path(sys.argv[1])
     ranks = init_distributed(threads_per_rank=1)
@@ -102,6 +174,8 @@ def main() -> None:
         exact: list = [None] * ranks.world
         dist.all_gather_object(exact, found["exact"])
         results[cell_name(*cell)] = found | {"exact": exact}
+    for shared in SHARED_CELLS:
+        run_shared(ranks, shared, out)
     if ranks.leads:
         (out / "cells.json").write_text(json.dumps(results))
     shutdown()

@@ -67,7 +67,7 @@ def run_cell(ranks, kind: str, stage: int, micro_batch: int, balance: bool, out:
     for step in range(STEPS):
         batch = batch_of(kind, step)
         set_learning_rate(engine, SGD.lr, 1.0)
-        totals = {name: torch.tensor(float(n)) for name, n in objective.count(batch).items()}
+        totals = {name: torch.tensor(float(n)) for name, n in objective.counts(batch).items()}
         shares = accumulate_and_step(
             engine, "m3i", [m3i_rows(batch, rows) for rows in dealt], totals
         )

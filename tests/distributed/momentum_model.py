@@ -10,6 +10,7 @@ from torch import nn
 from pretrain.engine.zero import make_optimizer
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
+from pretrain.objectives.objective import Objective
 from pretrain.optim.groups import OptimizerSettings, parameter_groups
 from pretrain.optim.momentum import MomentumTargets
 from tests.distributed.engines import SEED
@@ -39,7 +40,7 @@ class CountingTrunk(Trunk):
         return super().forward(images)
 
 
-class Follow(nn.Module):
+class Follow(Objective):
     """1 - cosine between a prediction and what the momentum encoder makes of the same image."""
 
     def __init__(self, targets: MomentumTargets) -> None:
@@ -50,12 +51,15 @@ class Follow(nn.Module):
         self.target_projector = nn.Linear(WIDTH, 9).requires_grad_(False)
         self.momentum_targets = targets
 
-    def count(self, batch: dict) -> dict[str, int]:
+    def counts(self, batch: dict) -> dict[str, int]:
         return {"images": int(batch["valid"].sum())}
 
-    def forward(self, encoders, batch: dict, totals: dict) -> dict[str, torch.Tensor]:
+    def flops(self, batch: dict) -> int:
+        return len(batch["images"])
+
+    def losses(self, modules, batch: dict, totals: dict, shared) -> dict[str, torch.Tensor]:
         images = batch["images"].to(self.predictor.weight.dtype)
-        predicted = self.predictor(self.projector(encoders["image"](images)))
+        predicted = self.predictor(self.projector(modules["image"](images)))
         with torch.no_grad():
             wanted = self.target_projector(self.target_encoder.eval()(images))
         losses = 1.0 - F.cosine_similarity(predicted.float(), wanted.float(), dim=-1)
@@ -84,7 +88,7 @@ def plain_run() -> tuple[list[float], dict[str, torch.Tensor]]:
     losses, updates = [], 0
     for step, task in enumerate(TASKS):
         batch = batch_of(step)
-        loss = model(task, batch, {"images": batch["valid"].sum().float()})["loss"]
+        loss = model(task, "undivided", batch, {"images": batch["valid"].sum().float()})["loss"]
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

@@ -96,7 +96,7 @@ class Reference:
             model.load_state_dict(self.average, strict=False)  # a tied weight stands there once
         batch = toy_batch(1000)
         totals = {"images": batch["valid"].sum().float()}
-        return [model(task, batch, totals)["loss"].item() for task in RATIOS]
+        return [model(task, "undivided", batch, totals)["loss"].item() for task in RATIOS]
 
     @torch.no_grad()
     def step(self, step: int) -> None:

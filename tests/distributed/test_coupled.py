@@ -1,7 +1,8 @@
 """Contrastive steps, divided in every way, against one process with the undivided batch.
 
 Ten samples on 1, 2 and 3 ranks in micro-batches of 10, 4, 2 and 1: worlds that do not divide get
-padding rows. Gradients to 1e-6, weights under SGD after three steps too.
+padding rows. Gradients to 1e-6, weights under SGD after three steps too. The same of features that
+belong to no sample (`shared_model`), with overlap and offload, which have lost such gradients.
 """
 
 import json
@@ -11,11 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.models.init import initialise
+from tests.distributed import shared_model
 from tests.distributed.coupled_worker import (
     GLOBAL_BATCH,
     MICRO_BATCHES,
     SEED,
     SGD,
+    SHARED_CELLS,
     STEPS,
     cell_name,
 )
@@ -50,12 +53,13 @@ def plain_steps(dropout: float, micro_batch: int):
         totals = {"pairs": GLOBAL_BATCH}
         torch.manual_seed(100 * step)
         parts = [
-            model("contrast", rows_of(batch, range(s, min(s + micro_batch, GLOBAL_BATCH))), totals,
-                  part="features")
+            model("contrast", "features",
+                  rows_of(batch, range(s, min(s + micro_batch, GLOBAL_BATCH))))
             for s in range(0, GLOBAL_BATCH, micro_batch)
         ]
         features = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        metrics = objective.coupled_loss(features | {"scale": parts[0]["scale"]}, totals)
+        targets, shared = model("contrast", "targets", batch), model("contrast", "shared")
+        metrics = objective.loss(features, targets, shared, totals)
         optimizer.zero_grad()
         metrics["loss"].backward()
         found.append(({k: v.item() for k, v in metrics.items()}, gradients(model)))
@@ -112,3 +116,47 @@ def test_the_comparison_has_teeth(reference):
         assert all(g.abs().max() > 1e-5 for n, g in grads.items() if not n.endswith("qkv.bias"))
     dropped, _ = plain_steps(0.4, 2)
     assert abs(dropped[0][0]["loss"] - steps[0][0]["loss"]) > 1e-3
+
+
+# ---- features that belong to no sample -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared_reference():
+    return shared_model.plain_run()
+
+
+@pytest.mark.parametrize("cell", SHARED_CELLS, ids=lambda cell: cell.name)
+def test_shared_features_get_their_whole_gradient(launched, shared_reference, cell):
+    """Encoded once a step, read by all micro-steps: gradients relative to the largest of a step."""
+    _, out, _ = launched
+    found = load_file(out / f"{cell.name}.safetensors")
+    assert found.keys() == shared_reference.keys()
+    for step in range(len(shared_model.TASKS)):
+        names = [name for name in found if name.startswith(f"gradient{step}.")]
+        wanted = torch.cat([shared_reference[name] for name in names])
+        error = torch.cat([found[name] for name in names]) - wanted
+        # Behind the first step there is also the rounding of the weights.
+        tolerance = 3e-6 if step else 1e-6
+        assert error.norm() <= tolerance * wanted.norm()
+        for name in names:
+            own = shared_reference[name].norm()
+            error = (found[name] - shared_reference[name]).norm()
+            assert error <= 2 * tolerance * own + 1e-6, name
+    for name in (name for name in found if name.startswith(("end.", "loss"))):
+        torch.testing.assert_close(found[name], shared_reference[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_shared_comparison_has_teeth(shared_reference):
+    """Names, temperature and bias have a gradient far above the tolerance, draws have a part."""
+    for step, task in enumerate(shared_model.TASKS[:3]):
+        for name in (f"objectives.{task}.temperature.log_scale", f"objectives.{task}.bias",
+                     "encoders.text.words.weight", "encoders.decoder.up.weight"):
+            assert shared_reference[f"gradient{step}.{name}"].abs().max() > 1e-3, (step, name)
+    model, batch = shared_model.build(), shared_model.whole_batch(0)
+    initialise(model, SEED)
+    names = [model("classify", "shared", step=step)["names"] for step in (0, 0, 1)]
+    assert torch.equal(names[0], names[1]) and (names[0] - names[2]).abs().max() > 1e-2
+    losses = [model("classify", "losses_in_pass", batch, shared_model.TOTALS,
+                    model("classify", "shared"), 0, None, step=step)["loss"] for step in (0, 1)]
+    assert abs(losses[0] - losses[1]) > 1e-2

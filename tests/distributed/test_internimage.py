@@ -39,7 +39,8 @@ def plain(form: str):
     losses, gradients = [], {}
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = model("classify", batch_of(step), {"images": BATCH, "labels": BATCH})["loss"]
+        totals = {"images": BATCH, "labels": BATCH}
+        loss = model("classify", "undivided", batch_of(step), totals)["loss"]
         loss.backward()
         losses.append(loss.item())
         gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters()}

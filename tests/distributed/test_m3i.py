@@ -44,7 +44,7 @@ def plain():
         for step in range(STEPS):
             batch = batch_of(kind, step)
             optimizer.zero_grad()
-            out = model("m3i", batch, objective.count(batch))
+            out = model("m3i", "undivided", batch, objective.counts(batch))
             out["loss"].backward()
             first = first or {
                 n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad

@@ -46,8 +46,8 @@ def plain_losses(data, tmp_path_factory):
     for window in loader:
         (batch,) = window.micro_batches
         totals = {k: torch.tensor(float(v))
-                  for k, v in model.objectives["caption"].count(batch).items()}
-        loss = model("caption", batch, totals)["loss"]
+                  for k, v in model.objectives["caption"].counts(batch).items()}
+        loss = model("caption", "undivided", batch, totals)["loss"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)

@@ -287,12 +287,14 @@ def test_balanced_and_averaged(data, tmp_path):
 def heldout_loss(checkpoint: Path, weights: str, data: Path) -> float:
     """Held-out loss of a checkpoint in this process, with weights read as an export reads them."""
     from pretrain.build import build_evaluation_loader
+    from pretrain.objectives.objective import EvaluationContext
     from tools.trained import open_captioner
 
     captioner = open_captioner(checkpoint, weights=weights)
     loader = build_evaluation_loader(captioner.recipe, "caption", captioner.tokenizer)
     values, _ = captioner.objective.evaluate(
-        captioner.model.encoders, loader, captioner.tokenizer, torch.device("cpu")
+        captioner.model.encoders, loader,
+        EvaluationContext(torch.device("cpu"), captioner.tokenizer),
     )
     return values["cross_entropy"]
 

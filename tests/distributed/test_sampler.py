@@ -41,7 +41,7 @@ def plain_losses(mode: str, rate: float = SGD.lr) -> list[list]:
         for task, visit in schedule.parts(step):
             batch = global_batch(task, visit)
             weight = loss_weights(schedule, step)[task]
-            loss = model(task, batch, {"images": batch["valid"].sum().float()})["loss"]
+            loss = model(task, "undivided", batch, {"images": batch["valid"].sum().float()})["loss"]
             total = total + weight * loss
             losses.append([step + 1, task, loss.item(), None if weight == 1.0 else weight])
         model.zero_grad()

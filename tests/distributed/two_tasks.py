@@ -24,8 +24,8 @@ CLIPPED = OptimizerSettings(
 
 
 class LoudObjective(ToyObjective):
-    def forward(self, encoders, batch, totals):
-        shares = super().forward(encoders, batch, totals)
+    def losses(self, modules, batch, totals, shared):
+        shares = super().losses(modules, batch, totals, shared)
         return {**shares, "loss": LOUD * shares["loss"]}
 
 

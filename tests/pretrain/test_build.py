@@ -86,8 +86,8 @@ def test_model_learns_from_the_streams_of_its_recipe(recipe_file):
     losses = []
     for request in StepSampler(schedule, {"caption": stream}, 0, 1, 0, 25):
         batch = stream.load(request)
-        totals = model.objectives["caption"].count(batch)
-        loss = model("caption", batch, totals)["loss"]
+        totals = model.objectives["caption"].counts(batch)
+        loss = model("caption", "undivided", batch, totals)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

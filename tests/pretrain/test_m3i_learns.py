@@ -22,6 +22,7 @@ from pretrain.objectives.m3i_loss import m3i_losses
 from pretrain.objectives.probing import linear_top1
 from pretrain.recipe_load import SHIPPED, load_recipe
 from tests.distributed.launch import run_ranks, tails
+from tests.pretrain.objectives.m3i_models import features_of
 from tools import probe
 from tools.digit_scenes import make_scene, scene_members
 from tools.trained import open_run
@@ -86,10 +87,10 @@ def inter_losses(run: Path) -> tuple[float, float]:
             for name in ("crops", "flips"):
                 wrong[name] = batch[name].clone()
                 wrong[name][1::2] = batch[name][1::2].roll(1, dims=0)
-            totals = {n: torch.tensor(float(c)) for n, c in objective.count(batch).items()}
+            totals = {n: torch.tensor(float(c)) for n, c in objective.counts(batch).items()}
             draws = SampleDraws(0, "geometry", batch["position"])
             for given in (batch, wrong):
-                features, _ = objective.features(trained.model.encoders, given, draws)
+                features, _ = features_of(trained.model, given, draws)
                 found.append(m3i_losses(features, totals, 0.02, 0.0, True)[0]["inter"].item())
     return sum(found[::2]) / 3, sum(found[1::2]) / 3
 

@@ -1,6 +1,6 @@
-"""An encoder, a module that reads it, a kind of data and a format from files of their own, a line
-in the list of kinds at most: they are checked, trained, evaluated, resumed and exported like those
-of the project.
+"""An encoder, a module that reads it, an objective, a kind of data and a format from files of their
+own, a line in the list of kinds at most: they are checked, trained, evaluated, resumed and exported
+like those of the project.
 
 Also: nobody outside of its own file asks what type an encoder, an objective or data are of.
 """
@@ -22,6 +22,7 @@ from pretrain.engine.checkpoint_files import newest_whole, read_full_state
 from pretrain.models.build_context import BuildContext
 from pretrain.recipe_checks import _check_encoders
 from tests.distributed.launch import ROOT, free_port, rank_environment
+from tests.pretrain.plugins.toy_data import ToyDataSettings
 from tests.pretrain.plugins.toy_encoder import ToyEncoderSettings, ToyRefinerSettings
 from tests.pretrain.plugins.toy_format import TOY_FORMAT, TheirModel
 from tests.tiny_run import pack_scenes
@@ -35,16 +36,19 @@ ENCODERS = {
 
 def recipe_of(folder: Path) -> dict:
     image = {"size": 32, "mode": "random_resized_crop", "flip_probability": 0.5}
+    common = {
+        "global_batch": 8, "micro_batch": 4,
+        "data": {"shards": [str(folder / "data" / "train")], "image": image},
+        "evaluation": {"shards": [str(folder / "data" / "heldout")]},
+    }
     return {
         "name": "toys", "seed": 1, "steps": 6, "run_dir": str(folder / "run"), "precision": "fp32",
         "deepspeed": "zero1", "threads_per_rank": 1,
         "model": {"encoders": ENCODERS},
-        "tasks": {"parity": {
-            "global_batch": 8, "micro_batch": 4,
-            "objective": {"type": "toy_classification"},
-            "data": {"shards": [str(folder / "data" / "train")], "image": image},
-            "evaluation": {"shards": [str(folder / "data" / "heldout")]},
-        }},
+        "tasks": {
+            "parity": {**common, "objective": {"type": "toy_classification"}},
+            "match": {**common, "objective": {"type": "toy_objective"}},
+        },
         "optimizer": {"kind": "adamw", "lr": 1e-3, "layer_decay": {
             "encoders.image": 0.5, "encoders.refiner": 0.9}},
         "schedule": {"kind": "constant", "warmup_steps": 0},
@@ -73,12 +77,15 @@ def test_toys_train_resume_evaluate_and_go_out(tmp_path):
     recipe, weights = written(tmp_path, recipe_of(tmp_path)), tmp_path / "weights.safetensors"
     straight = tmp_path / "run"
     run("pretrain.train", recipe, "--", "tools.convert", "export-weights", "--run", straight,
-        "--only", "encoders.*", "--out", weights)
+        "--only", "encoders.*", "--out", weights, "--", "tools.convert", "export-weights",
+        "--run", straight, "--only", "objectives.match.*", "--out", tmp_path / "match.safetensors")
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
-    (evaluated,) = [line for line in lines if line["kind"] == "evaluation"]
-    assert len(losses) == 6 and losses[-1] != losses[0]
-    assert evaluated["images"] == 10 and 0 <= evaluated["top1"] <= 1
+    evaluated = {line["task"]: line for line in lines if line["kind"] == "evaluation"}
+    assert len(losses) == 6 and losses[-1] != losses[0] and evaluated.keys() == {"parity", "match"}
+    for found in evaluated.values():
+        assert found["images"] == 10 and 0 <= found["top1"] <= 1
+    assert list(load_file(tmp_path / "match.safetensors")) == ["objectives.match.vectors.weight"]
 
     state = read_full_state(newest_whole(straight / "checkpoints"), "master")
     found = load_file(weights)
@@ -136,11 +143,25 @@ REFINER, IMAGE = ToyRefinerSettings(), ToyEncoderSettings()
       "it in a task's objective.encoder"]),
 ])  # fmt: skip
 def test_a_module_names_what_it_reads_and_uses_it(encoders, messages):
+    assert _check_encoders(recipe_like(encoders, size=32)) == messages
+
+
+def test_images_fit_the_encoders_that_modules_read():
+    (fault,) = _check_encoders(recipe_like({"image": IMAGE, "refiner": REFINER}, size=36))
+    assert fault == (
+        "tasks.t.data.image.size=36 is not a multiple of 8, as model.encoders.image (toy_encoder) "
+        "needs: use 32 or 40"
+    )
+
+
+def recipe_like(encoders: dict, size: int) -> SimpleNamespace:
+    """What a check of encoders looks at: a task that names the refiner alone."""
     objective = SimpleNamespace(encoder_fields={"refiner": "tokens"}, refiner="refiner",
-                                uses_head=False)
-    recipe = SimpleNamespace(model=SimpleNamespace(encoders=encoders),
-                             tasks={"t": SimpleNamespace(objective=objective)})
-    assert _check_encoders(recipe) == messages
+                                uses_head=False, further_sizes=())
+    data = ToyDataSettings(shards=["x"], image={"size": size})
+    task = SimpleNamespace(objective=objective, data=data,
+                           images=lambda where: {f"{where}.data.image": data.image})
+    return SimpleNamespace(model=SimpleNamespace(encoders=encoders), tasks={"t": task})
 
 
 def test_types_are_asked_for_by_their_owners_alone():

@@ -12,6 +12,7 @@ from data_pipeline.shards import Shard, ShardSet
 from pretrain.build import build_evaluation_loader
 from pretrain.models.git import GitDecoder
 from pretrain.models.vit import VisionTransformer
+from pretrain.objectives.objective import EvaluationContext
 from tools.captioner import evaluate
 from tools.convert import main as convert
 from tools.evaluate import main
@@ -42,8 +43,7 @@ def ours(run_dir):
     return captioner.objective.evaluate(
         captioner.model.encoders,
         build_evaluation_loader(recipe, "caption", captioner.tokenizer),
-        captioner.tokenizer,
-        torch.device("cpu"),
+        EvaluationContext(torch.device("cpu"), captioner.tokenizer),
     )
 
 

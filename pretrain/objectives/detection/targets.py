@@ -33,7 +33,7 @@ class Targets:
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> "Targets":
-        """The targets of a batch of box data (`BoxFields.collate`), on its device.
+        """The targets of a batch of box data (`BoxProcessor.collate`), on its device.
 
         The host reads counts and boxes, so on a GPU this waits for them.
         """

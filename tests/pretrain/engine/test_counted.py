@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from pretrain.engine.counted import PATIENCE_STEPS, TargetWatch, has_targets, with_absences
+from pretrain.objectives.objective import Objective
 
 OBJECTIVE = SimpleNamespace(counted_by={
     "loss": ("texts", "labels"), "category": ("labels",), "top1": ("labels",), "text": ("texts",),
@@ -21,7 +22,7 @@ def test_a_metric_has_a_value_if_one_of_its_counts_does(texts, labels):
         "top1": 0.0 if labels else None, "text": 2.0 if texts else None, "weight": 0.5,
     }  # fmt: skip
     assert has_targets(OBJECTIVE, {"texts": texts, "labels": labels}) == bool(texts or labels)
-    assert has_targets(SimpleNamespace(), {})
+    assert has_targets(SimpleNamespace(counted_by=Objective.counted_by), {})
 
 
 @pytest.fixture

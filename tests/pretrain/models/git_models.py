@@ -210,7 +210,7 @@ def loss_and_gradients(model: MultiTaskModel, batch: dict, total: float | None =
     """Loss and gradients by parameter name; totals are this batch's own unless given."""
     model.zero_grad()
     objective = model.objectives["caption"]
-    totals = {"tokens": objective.count(batch)["tokens"] if total is None else total}
-    out = model("caption", batch, totals)
+    totals = {"tokens": objective.counts(batch)["tokens"] if total is None else total}
+    out = model("caption", "undivided", batch, totals)
     out["loss"].backward()
     return out, {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -9,17 +9,24 @@ from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.models.vit import VitSettings
 from pretrain.objectives.evaluation_mode import evaluating
+from pretrain.objectives.objective import Objective
 from pretrain.optim.groups import OptimizerSettings, parameter_groups
 
 
-class Head(nn.Module):
+class Head(Objective):
     def __init__(self) -> None:
         super().__init__()
         self.drop = nn.Dropout(0.5)
         self.output = nn.Linear(16, 3)
 
-    def forward(self, encoders, batch, totals):
-        return {"loss": self.output(self.drop(encoders["image"](batch["images"]))).square().mean()}
+    def counts(self, batch):
+        return {}
+
+    def flops(self, batch):
+        return 0
+
+    def losses(self, modules, batch, totals, shared):
+        return {"loss": self.output(self.drop(modules["image"](batch["images"]))).square().mean()}
 
 
 def small_model(gradient_checkpointing: bool = False) -> MultiTaskModel:
@@ -44,7 +51,7 @@ def saved_elements(model: MultiTaskModel) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         batch = {"images": torch.ones(5, 3, 16, 16)}
-        loss = model("task", batch, {})["loss"]
+        loss = model("task", "undivided", batch, {})["loss"]
     loss.backward()
     return sum(kept)
 

@@ -201,7 +201,7 @@ def test_flops_are_those_that_torch_counts(captions: int) -> None:
     model, batch = small_model(), small_batch(captions=captions)
     objective = model.objectives["caption"]
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model("caption", batch, {"tokens": 1.0})
+        model("caption", "undivided", batch, {"tokens": 1.0})
     # Scores between captions are computed and masked; they are no work that the model asks for.
     images, width, layers, length = 3, 24, 3, 7
     masked = images * layers * 4 * width * captions * (captions - 1) * length**2

@@ -8,6 +8,8 @@ from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.models.internimage import InternImageSettings
 from pretrain.models.multitask import MultiTaskModel
+from pretrain.models.sample_draws import SampleDraws
+from pretrain.models.step_draws import StepDraws
 from pretrain.models.text import TextEncoderSettings
 from pretrain.models.vit import VitSettings
 from pretrain.objectives.m3i import M3ISettings
@@ -57,6 +59,16 @@ def m3i_model(kind: str = "vit", seed: int = 0, **changes) -> MultiTaskModel:
     return model
 
 
+def features_of(
+    model: MultiTaskModel, batch: dict, draws: SampleDraws
+) -> tuple[dict, torch.Tensor]:
+    """All that the losses read of a batch, and the encoder's output."""
+    objective = model.objectives["m3i"]
+    features, dense = objective.encode(model.encoders, batch, draws)
+    shared = objective.shared(model.encoders, StepDraws(model.seed, "m3i", 0))
+    return features | objective.targets_of(batch, draws) | shared, dense
+
+
 @torch.no_grad()
 def follow(model: MultiTaskModel, momentum: float) -> None:
     """target = momentum * target + (1 - momentum) * online, in plain torch; buffers are copied."""
@@ -102,4 +114,7 @@ def half_cosine(update: int, updates: int, start: float, end: float) -> float:
     return end - (end - start) * 0.5 * (1 + math.cos(math.pi * update / updates))
 
 
-__all__ = ["BOS", "EOS", "build_m3i", "follow", "half_cosine", "m3i_batch", "m3i_model", "m3i_rows"]
+__all__ = [
+    "BOS", "EOS", "build_m3i", "features_of", "follow", "half_cosine", "m3i_batch", "m3i_model",
+    "m3i_rows",
+]  # fmt: skip

@@ -13,6 +13,7 @@ from pretrain.models.pixels import normalise_pixels
 from pretrain.models.vit import VitSettings
 from pretrain.objectives.caption_metrics import caption_scores
 from pretrain.objectives.captioning import CaptioningSettings
+from pretrain.objectives.objective import EvaluationContext
 from tests.pretrain.models.git_models import (
     MEAN,
     STD,
@@ -35,11 +36,11 @@ def test_shares_sum_to_the_whole() -> None:
     model, batch = small_model(), small_batch(images=5)
     objective = model.objectives["caption"]
     whole, gradients = loss_and_gradients(model, batch)
-    total = objective.count(batch)["tokens"]
+    total = objective.counts(batch)["tokens"]
     assert total == int(batch["loss_mask"].sum())
     # Uneven parts: 1 image and 4, with different numbers of words.
     parts = [rows_of(batch, slice(0, 1)), rows_of(batch, slice(1, 5))]
-    assert sum(objective.count(part)["tokens"] for part in parts) == total
+    assert sum(objective.counts(part)["tokens"] for part in parts) == total
     shares = [loss_and_gradients(model, part, total) for part in parts]
     for key in whole:
         assert sum(s[0][key].item() for s in shares) == pytest.approx(whole[key].item(), rel=1e-5)
@@ -60,7 +61,8 @@ def test_counts_that_the_host_knows_change_nothing(supervised: bool) -> None:
     batch["loss_mask"][0] = False
     batch["loss_mask"] &= supervised
     asked, gradients = loss_and_gradients(model, batch, 20)
-    batch["counted"] = model.objectives["caption"].count(batch)
+    batch |= model.objectives["caption"].prepare(batch)
+    assert len(batch["supervised"]) == batch["loss_mask"][..., 1:].sum()
     known, same = loss_and_gradients(model, batch, 20)
     assert asked.keys() == known.keys() and gradients.keys() == same.keys()
     assert all(torch.equal(asked[name], known[name]) for name in asked)
@@ -73,7 +75,7 @@ def test_padding_rows_and_tokens_have_no_influence() -> None:
     batch["valid"] = torch.tensor([True, True, False, False])
     padded, gradients = loss_and_gradients(model, batch)
     alone, gradients_alone = loss_and_gradients(model, rows_of(batch, slice(0, 2)))
-    assert model.objectives["caption"].count(batch)["images"] == 2
+    assert model.objectives["caption"].counts(batch)["images"] == 2
     assert padded["loss"].item() == pytest.approx(alone["loss"].item(), rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, gradients_alone[name], atol=1e-7, rtol=1e-4)
@@ -205,7 +207,8 @@ def evaluation_batches(images: int, size: int) -> list[dict]:
 
 def evaluate(model, batches, reduce=lambda value: [value], **options):
     objective, device = model.objectives["caption"], torch.device("cpu")
-    return objective.evaluate(model.encoders, batches, Words(), device, reduce, **options)
+    context = EvaluationContext(device, Words(), reduce, **options)
+    return objective.evaluate(model.encoders, batches, context)
 
 
 def test_clips_are_images_whose_tokens_stand_side_by_side() -> None:
@@ -220,7 +223,7 @@ def test_clips_are_images_whose_tokens_stand_side_by_side() -> None:
     tokens = model.encoders["image"](pixels).unflatten(0, (3, 3))
     tokens = torch.cat([tokens[:, frame] + vectors[frame] for frame in range(3)], dim=1)
     loss, _, _ = objective.token_sums(tokens, batch)
-    assert out["loss"].item() == pytest.approx(loss.item() / objective.count(batch)["tokens"])
+    assert out["loss"].item() == pytest.approx(loss.item() / objective.counts(batch)["tokens"])
     of_vectors = gradients["objectives.caption.decoder.temporal.vectors"]
     assert of_vectors[:3].abs().amin(dim=(1, 2)).gt(0).all() and not of_vectors[3].any()
     # Their order counts, and single images are still read, without the vectors.
@@ -244,7 +247,7 @@ def test_the_work_of_a_clip_is_that_of_its_frames() -> None:
     model, batch = small_model(frames=4), small_batch()
     objective = model.objectives["caption"]
     encoder, decoder = model.encoders["image"], objective.decoder
-    scored = objective.count(batch)["tokens"] / 3
+    scored = objective.counts(batch)["tokens"] / 3
     expected = 4 * encoder.flops(16, 16) + decoder.flops(4 * 5, 32, 2, 7, scored)
     assert objective.flops(clips_of(batch, 4)) == 3 * 3 * expected
 
@@ -254,7 +257,7 @@ def test_evaluation_of_clips() -> None:
     batch["captions"] = [["w5 w6"], ["w7"], ["w8 w9"]]
     objective = model.objectives["caption"]
     values, examples = objective.evaluate(
-        model.encoders, [batch], Words(), torch.device("cpu"), keep_images=2
+        model.encoders, [batch], EvaluationContext(torch.device("cpu"), Words(), keep_images=2)
     )
     assert values["images"] == 3 and values["loss"] == pytest.approx(
         loss_and_gradients(model, batch)[0]["loss"].item(), rel=1e-5
@@ -281,7 +284,7 @@ def test_evaluation_reports_every_valid_image_once() -> None:
     sums = [0.0, 0.0]
     model.eval()
     for batch in batches:
-        count = model.objectives["caption"].count(batch)["tokens"]
+        count = model.objectives["caption"].counts(batch)["tokens"]
         out, _ = loss_and_gradients(model, batch)
         sums = [sums[0] + out["cross_entropy"].item() * count, sums[1] + count]
     assert metrics["cross_entropy"] == pytest.approx(sums[0] / sums[1], rel=1e-5)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.objectives.classification import ClassificationSettings
+from pretrain.objectives.objective import EvaluationContext
 from tests.pretrain.models.git_models import MEAN, STD
 from tests.pretrain.objectives.pair_models import (
     CLASSES,
@@ -19,7 +20,8 @@ from tests.pretrain.objectives.pair_models import (
 
 def loss_and_gradients(model, batch, totals=None):
     model.zero_grad()
-    out = model("classify", batch, totals or model.objectives["classify"].count(batch))
+    totals = totals or model.objectives["classify"].counts(batch)
+    out = model("classify", "undivided", batch, totals)
     out["loss"].backward()
     return out, gradients(model)
 
@@ -30,7 +32,7 @@ def test_equals_torch_on_the_labelled_images(pool):
     objective = model.objectives["classify"]
     objective.pool = pool
     labels = batch["labels"]
-    assert objective.count(batch) == {"images": 12, "labels": int((labels >= 0).sum())}
+    assert objective.counts(batch) == {"images": 12, "labels": int((labels >= 0).sum())}
     assert 0 < (labels >= 0).sum() < 12
     out, found = loss_and_gradients(model, batch)
     pixels = (batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1))
@@ -49,7 +51,7 @@ def test_equals_torch_on_the_labelled_images(pool):
 
 def test_shares_sum_to_the_whole():
     model, batch = pair_model(), pair_batch(11)
-    totals = model.objectives["classify"].count(batch)
+    totals = model.objectives["classify"].counts(batch)
     whole, wanted = loss_and_gradients(model, batch)
     parts = [[0], [1, 2, 3, -1], [4, 5, 6, 7, 8, 9, 10, -1]]
     shares = [loss_and_gradients(model, rows_of(batch, rows), totals) for rows in parts]
@@ -61,9 +63,9 @@ def test_shares_sum_to_the_whole():
 
 def test_totals_may_be_tensors():
     model, batch = pair_model(), pair_batch(5)
-    totals = model.objectives["classify"].count(batch)
+    totals = model.objectives["classify"].counts(batch)
     tensors = {name: torch.tensor(float(value)) for name, value in totals.items()}
-    one, other = (model("classify", batch, t)["loss"] for t in (totals, tensors))
+    one, other = (model("classify", "undivided", batch, t)["loss"] for t in (totals, tensors))
     assert torch.equal(one, other)
 
 
@@ -133,7 +135,7 @@ def test_evaluation_with_soft_targets():
     model, batch = pair_model(), soft_batch(11)
     objective = model.objectives["classify"]
     whole, _ = loss_and_gradients(model, batch)
-    found, _ = objective.evaluate(model.encoders, [batch], None, torch.device("cpu"))
+    found, _ = objective.evaluate(model.encoders, [batch], EvaluationContext(torch.device("cpu")))
     for name in ("loss", "cross_entropy", "top1", "top5", "labelled"):
         assert found[name] == pytest.approx(whole[name].item(), rel=1e-5)
 
@@ -172,8 +174,8 @@ def test_evaluation_counts_every_sample_once_over_ranks():
     shares: list = []
 
     def run(rank: int, reduce):
-        return objective.evaluate(model.encoders, parts[rank::2], None, torch.device("cpu"),
-                                  reduce=reduce, keep_images=3, agree=None)
+        context = EvaluationContext(torch.device("cpu"), reduce=reduce)
+        return objective.evaluate(model.encoders, parts[rank::2], context)
 
     for rank in range(2):
         run(rank, lambda mine: [shares.append(mine), mine][1:])

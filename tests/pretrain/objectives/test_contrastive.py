@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pretrain.models.build_context import BuildContext
 from pretrain.objectives.contrastive import ContrastiveSettings, Temperature
 from pretrain.objectives.contrastive_loss import caption_ids, contrastive_sums
+from pretrain.objectives.objective import EvaluationContext
 from pretrain.objectives.retrieval import retrieval_recalls
 from tests.pretrain.models.git_models import MEAN, STD
 from tests.pretrain.objectives.pair_models import (
@@ -105,8 +106,8 @@ def test_forward_is_the_plain_formula():
     """From pixels and tokens: projections, unit length, temperature, both directions."""
     model, batch = pair_model(), pair_batch(7, seed=1)
     objective, encoders = model.objectives["contrast"], model.encoders
-    assert objective.count(batch) == {"pairs": 7}
-    out = model("contrast", batch, {"pairs": 7})
+    assert objective.counts(batch) == {"pairs": 7}
+    out = model("contrast", "undivided", batch, {"pairs": 7})
     pixels = (batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1))
     tokens = encoders["image"](pixels / torch.tensor(STD).view(3, 1, 1))
     image = F.normalize(tokens.mean(1) @ objective.image_projection.weight.T, dim=1)
@@ -130,7 +131,7 @@ def test_forward_is_the_plain_formula():
         ({"identical_captions_match": False, "labels_match": "prompts"},
          torch.eye(7).bool() | of_class),
     ):  # fmt: skip
-        found = pair_model(**changes)("contrast", batch, {"pairs": 7})["loss"]
+        found = pair_model(**changes)("contrast", "undivided", batch, {"pairs": 7})["loss"]
         torch.testing.assert_close(found, loss(matches))
     assert out["temperature"].item() == pytest.approx(0.2)
     hits = (same | of_class)[range(7), logits.argmax(1)].float().mean()
@@ -145,13 +146,13 @@ def test_forward_is_the_plain_formula():
 
 def test_padding_rows_of_the_loader_change_nothing():
     model, batch = pair_model(), pair_batch(6)
-    plain = model("contrast", batch, {"pairs": 6})
+    plain = model("contrast", "undivided", batch, {"pairs": 6})
     plain["loss"].backward()
     wanted = gradients(model)
     model.zero_grad()
     padded = rows_of(batch, [0, 1, -1, 2, 3, 4, 5, -1])
-    assert model.objectives["contrast"].count(padded) == {"pairs": 6}
-    out = model("contrast", padded, {"pairs": 6})
+    assert model.objectives["contrast"].counts(padded) == {"pairs": 6}
+    out = model("contrast", "undivided", padded, {"pairs": 6})
     out["loss"].backward()
     for name in plain:
         torch.testing.assert_close(out[name], plain[name])
@@ -253,8 +254,7 @@ def evaluate(model, ranks: int) -> list[dict]:
 
     def run(rank: int, reduce):
         return model.objectives["contrast"].evaluate(
-            model.encoders, batches[rank], None, torch.device("cpu"), reduce=reduce,
-            keep_images=4, agree=None,
+            model.encoders, batches[rank], EvaluationContext(torch.device("cpu"), reduce=reduce)
         )
 
     for rank in range(ranks):

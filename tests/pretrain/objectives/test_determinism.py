@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pretrain.engine.zero import to_device
 from pretrain.models.init import initialise
 from pretrain.models.operators import dcnv3_torch, ms_deform_attn_torch
+from pretrain.objectives.objective import EvaluationContext
 from tests.nondeterministic_operators import DOCUMENTED, NAMES, ON_CPUS, watched_order
 from tests.pretrain.models.git_models import Words, small_batch, small_model
 from tests.pretrain.objectives.m3i_models import m3i_batch, m3i_model
@@ -51,18 +52,18 @@ class Step:
                 parameter.add_(torch.randn(parameter.shape), alpha=0.02)
         self.model.to(device, dtype)
         self.start = {name: value.clone() for name, value in self.model.state_dict().items()}
-        batch["counted"] = self.model.objectives[self.task].count(batch)
+        objective = self.model.objectives[self.task]
         self.totals = {
             name: torch.tensor(float(count), device=device)
-            for name, count in batch["counted"].items()
+            for name, count in objective.counts(batch).items()
         }
-        self.batch = to_device(batch, device)
+        self.batch = to_device({**batch, **objective.prepare(batch)}, device)
 
     def run(self) -> dict[str, torch.Tensor]:
         """Loss and gradients by name."""
         self.model.load_state_dict(self.start)
         self.model.zero_grad()
-        loss = self.model(self.task, self.batch, self.totals)["loss"]
+        loss = self.model(self.task, "undivided", self.batch, self.totals)["loss"]
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in self.model.named_parameters()
                      if p.grad is not None}  # fmt: skip
@@ -112,7 +113,7 @@ def test_an_evaluation_has_a_fixed_order(case, switched_on):
     model = build()
     with watched_order() as found:
         values, _ = model.objectives[task].evaluate(
-            model.encoders, [make_batch()], words, torch.device("cpu")
+            model.encoders, [make_batch()], EvaluationContext(torch.device("cpu"), words)
         )
     assert not found
     assert values["images"] > 0

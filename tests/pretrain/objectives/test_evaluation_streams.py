@@ -13,6 +13,7 @@ from data_pipeline.selection import Selection
 from data_pipeline.shards import ShardSet
 from data_pipeline.stream import TaskStream
 from data_pipeline.transforms import ImageSettings
+from pretrain.objectives.objective import EvaluationContext
 from tests.data_pipeline.photos import jpeg, picture
 from tests.pretrain.objectives.pair_models import CLASSES, pair_model
 
@@ -53,7 +54,7 @@ def metrics(shards, world: int, micro_batch: int, **options) -> dict[str, float]
 
     def run(rank: int, reduce) -> dict[str, float]:
         return model.objectives["classify"].evaluate(
-            model.encoders, loaded[rank], None, torch.device("cpu"), reduce=reduce
+            model.encoders, loaded[rank], EvaluationContext(torch.device("cpu"), reduce=reduce)
         )[0]
 
     for rank in range(world):

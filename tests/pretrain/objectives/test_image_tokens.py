@@ -40,8 +40,8 @@ def three_tasks(seed: int = 0) -> MultiTaskModel:
 def loss(model: MultiTaskModel, task: str, positions: torch.Tensor) -> float:
     torch.seed()  # whatever torch's own generator would draw
     batch = pair_batch(4) | {"position": positions, "labels": torch.tensor([0, 1, 2, 3])}
-    totals = model.objectives[task].count(batch)
-    return float(model(task, batch, totals)["loss"].detach())
+    totals = model.objectives[task].counts(batch)
+    return float(model(task, "undivided", batch, totals)["loss"].detach())
 
 
 @pytest.mark.parametrize("task", ["caption", "classify", "contrast"])

@@ -61,20 +61,20 @@ def test_m3i_weighs_by_its_own_gradients():
     """After the first step every loss sends a gradient of the same norm into the encoder."""
     model = m3i_model(balance={"limits": [1e-3, 1e3]}, weights={"text": 2.0})
     objective, batch = model.objectives["m3i"], m3i_batch(8)
-    totals = objective.count(batch)
-    out = model("m3i", batch, totals)
+    totals = objective.counts(batch)
+    out = model("m3i", "undivided", batch, totals)
     found = {k: out[f"weight_{k}"].item() for k in ("intra", "inter", "text", "category")}
     wanted = sum(found[kind] * out[kind] for kind in found)
     torch.testing.assert_close(out["loss"].detach(), wanted)
     caught = {}
-    original = objective.features
+    original = objective._shares
 
-    def features(*arguments):
-        caught["features"], caught["dense"] = original(*arguments)
-        return caught["features"], caught["dense"]
+    def shares(features, totals, dense):
+        caught["features"], caught["dense"] = features, dense
+        return original(features, totals, dense)
 
-    objective.features = features
-    model("m3i", batch, totals)
+    objective._shares = shares
+    model("m3i", "undivided", batch, totals)
     from pretrain.objectives.m3i_loss import m3i_losses
 
     counts = {name: torch.tensor(float(n)) for name, n in totals.items()}
@@ -89,7 +89,7 @@ def test_m3i_weighs_by_its_own_gradients():
     assert norms["text"] == pytest.approx(2 * norms["intra"], rel=1e-4)
     with torch.no_grad():
         model.eval()
-        assert "weight_intra" not in model("m3i", batch, totals)
+        assert "weight_intra" not in model("m3i", "undivided", batch, totals)
 
 
 def test_impossible_limits():

@@ -19,6 +19,7 @@ from pretrain.objectives.pair_masks import pair_masks
 from pretrain.objectives.view_positions import grid_code, relative_positions, target_code
 from tests.pretrain.models.git_models import MEAN, STD
 from tests.pretrain.objectives.m3i_models import (
+    features_of,
     follow,
     half_cosine,
     m3i_batch,
@@ -32,7 +33,7 @@ TOTALS = ("images", "intra", "inter", "texts", "labels")
 
 def run(model, batch, totals=None):
     """Metrics of a batch that is the whole global batch."""
-    return model("m3i", batch, totals or model.objectives["m3i"].count(batch))
+    return model("m3i", "undivided", batch, totals or model.objectives["m3i"].counts(batch))
 
 
 def pixels_of(images):
@@ -149,7 +150,7 @@ def test_forward_is_the_plain_formula(kind, size, changes):
     follow(model, 0.5)
     wanted, metrics, target = plain(model, batch, SampleDraws(3, "m3i", batch["position"]))
     assert (target > 0).sum() > len(target) + 4, "some texts must match several images"
-    assert model.objectives["m3i"].count(batch) == {
+    assert model.objectives["m3i"].counts(batch) == {
         "images": 12, "intra": 6, "inter": 6, "texts": 9,
         "labels": int((batch["labels"] >= 0).sum()),
     }  # fmt: skip
@@ -206,7 +207,7 @@ def test_group_attention_keeps_images_apart(group, monkeypatch):
     objective = model.objectives["m3i"]
     pixels = pixels_of(batch["images"]).requires_grad_()
     monkeypatch.setattr(type(objective), "_pixels", lambda *_: pixels)
-    features, _ = objective.features(
+    features, _ = objective.encode(
         model.encoders, batch, SampleDraws(3, "m3i", batch["position"])
     )
     for own in range(4):
@@ -288,7 +289,7 @@ def test_padding_rows_of_the_loader_change_nothing():
     wanted = gradients(model)
     model.zero_grad()
     padded = m3i_rows(batch, [0, 1, -1, -1, 2, 3, 4, 5])
-    assert model.objectives["m3i"].count(padded) == model.objectives["m3i"].count(batch)
+    assert model.objectives["m3i"].counts(padded) == model.objectives["m3i"].counts(batch)
     again = run(model, padded)
     again["loss"].backward()
     for name in out:
@@ -302,11 +303,9 @@ def test_an_image_whose_partner_could_not_be_read():
     """As held out: it counts, and the partner in nothing."""
     model, batch = m3i_model(), m3i_batch(6)
     part = m3i_rows(batch, [0, 1, 2, 3, 4, -1])
-    counts = model.objectives["m3i"].count(part)
+    counts = model.objectives["m3i"].counts(part)
     assert [counts[name] for name in ("images", "intra", "inter")] == [5, 3, 2]
-    features, _ = model.objectives["m3i"].features(
-        model.encoders, part, SampleDraws(3, "m3i", part["position"])
-    )
+    features, _ = features_of(model, part, SampleDraws(3, "m3i", part["position"]))
     tokens = features["target"][:5]
     normed = F.layer_norm(tokens - tokens.mean((0, 1)), (32,)).flatten(0, 1)
     wanted = normed.std(0, correction=0).mean()
@@ -319,7 +318,8 @@ def test_flops_are_those_of_all_matrix_products():
     model, batch = m3i_model(), m3i_batch(8)
     objective = model.objectives["m3i"]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model("m3i", batch, objective.count(batch), part="features")
+        model("m3i", "features", batch)
+        model("m3i", "targets", batch)
     counts = counter.get_flop_counts()
     target = sum(counts["MultiTaskModel.objectives.m3i.target"].values())
     trained = counter.get_total_flops() - target
@@ -369,9 +369,7 @@ def test_the_target_follows_in_closed_form():
 ])  # fmt: skip
 def test_grids_of_even_and_odd_cells(kind, size, cells):
     model, batch = m3i_model(kind), m3i_batch(4, size=size)
-    features, dense = model.objectives["m3i"].features(
-        model.encoders, batch, SampleDraws(3, "m3i", batch["position"])
-    )
+    features, dense = features_of(model, batch, SampleDraws(3, "m3i", batch["position"]))
     tokens = cells * (4 if kind == "internimage" else 1)
     assert features["prediction"].shape == features["target"].shape == (4, tokens, 32)
     assert dense.shape[:2] == (2, tokens)
@@ -425,4 +423,4 @@ def test_impossible_settings():
         m3i_model("internimage", pooled_width=8)
     with pytest.raises(ValueError, match=r"balance measures.*raise micro_batch"):
         model = m3i_model(balance={})
-        model("m3i", m3i_batch(4), dict.fromkeys(TOTALS, 4.0), part="features")
+        model("m3i", "features", m3i_batch(4))

@@ -7,8 +7,15 @@ import torch.nn.functional as F
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.contrastive_loss import caption_ids
 from pretrain.objectives.m3i_loss import KINDS, m3i_losses
+from pretrain.objectives.objective import EvaluationContext
 from pretrain.objectives.retrieval import retrieval_recalls
-from tests.pretrain.objectives.m3i_models import follow, m3i_batch, m3i_model, m3i_rows
+from tests.pretrain.objectives.m3i_models import (
+    features_of,
+    follow,
+    m3i_batch,
+    m3i_model,
+    m3i_rows,
+)
 from tests.pretrain.objectives.test_m3i import pixels_of, pooled, rank_of
 
 COUNTED = {"intra": "intra", "inter": "inter", "text": "texts", "category": "labels"}
@@ -38,7 +45,7 @@ def found():
         encoder.register_forward_pre_hook(lambda module, _: training.append(module.training))
     loader = [m3i_rows(batch, range(start, start + 4)) for start in (0, 4, 8)]
     metrics, examples = model.objectives["m3i"].evaluate(
-        model.encoders, loader, None, torch.device("cpu")
+        model.encoders, loader, EvaluationContext(torch.device("cpu"))
     )
     assert training and not any(training), "no drop path here"
     assert examples == [] and model.training and model.encoders["text"].training
@@ -51,14 +58,14 @@ def test_losses_weigh_by_what_they_count(found):
     model, batch, loader, metrics = found
     objective, sums = model.objectives["m3i"], dict.fromkeys(KINDS, 0.0)
     for part in loader:
-        counts = objective.count(part)
+        counts = objective.counts(part)
         draws = SampleDraws(0, "m3i evaluation", part["position"])
-        features, _ = objective.features(model.encoders, part, draws)
+        features, _ = features_of(model, part, draws)
         totals = {name: torch.tensor(float(count)) for name, count in counts.items()}
         losses, *_ = m3i_losses(features, totals, 0.3, 0.2, True)
         for kind in KINDS:
             sums[kind] += losses[kind].item() * counts[COUNTED[kind]]
-    counts = objective.count(batch)
+    counts = objective.counts(batch)
     assert len(set(counts.values())) == 5, "no two losses have the same divisor"
     for kind in KINDS:
         assert metrics[kind] == pytest.approx(sums[kind] / counts[COUNTED[kind]], rel=1e-5)

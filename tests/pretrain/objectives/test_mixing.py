@@ -66,7 +66,7 @@ def test_loss_is_that_of_soft_targets(form):
         own = 0.7 * own + 0.3 * noise.softmax(1)
         batch["targets"] = own * (batch["labels"] >= 0)[:, None]
     objective = model.objectives["classify"]
-    totals = objective.count(batch)
+    totals = objective.counts(batch)
     pixels = (batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1))
     mixed, weights = by_loops(pixels / torch.tensor(STD).view(3, 1, 1), batch)
     logits = objective.head(model.encoders["image"](mixed).mean(1))
@@ -76,7 +76,7 @@ def test_loss_is_that_of_soft_targets(form):
     targets = (1 - weight) * own + weight * swapped
     targets = (1 - smoothing) * targets + smoothing / CLASSES
     losses = F.cross_entropy(logits, targets, reduction="none")
-    out = model("classify", batch, totals)
+    out = model("classify", "undivided", batch, totals)
     torch.testing.assert_close(out["loss"], losses[:7].sum() / 7, rtol=1e-5, atol=1e-6)
     best = torch.where(weight[:, 0] > 0.5, swapped.argmax(1), own.argmax(1))
     hits = (logits.argmax(1) == best)[:7].float().mean()

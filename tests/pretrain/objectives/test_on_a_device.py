@@ -79,10 +79,11 @@ def test_the_host_never_waits(case, monkeypatch):
     monkeypatch.setattr(StepCount, "of", lambda self, buffer: 1)
     build, task, make_batch = CASES[case]
     model, batch = on_stand_in(build()), make_batch()
-    batch["counted"] = model.objectives[task].count(batch)
-    totals = {name: torch.empty((), device=DEVICE) for name in batch["counted"]}
+    objective = model.objectives[task]
+    totals = {name: torch.empty((), device=DEVICE) for name in objective.counts(batch)}
+    batch |= objective.prepare(batch)
     with watched() as found:
-        shares = model(task, to_device(batch, DEVICE), totals)
+        shares = model(task, "undivided", to_device(batch, DEVICE), totals)
         shares["loss"].backward()
     assert not found
     assert {value.device for value in shares.values()} == {DEVICE}

@@ -56,8 +56,8 @@ def test_loss_is_the_mean_over_sizes(own_views):
     model, batch = pair_model(), pair_batch(6)
     batch["labels"][2] = -1  # pulls nothing
     objective = model.objectives["classify"]
-    totals = objective.count(batch)
-    whole = model("classify", batch, totals)
+    totals = objective.counts(batch)
+    whole = model("classify", "undivided", batch, totals)
     objective.consistency = 0.7
     pixels = [pixels_of(batch["images"])]
     if own_views:
@@ -70,7 +70,7 @@ def test_loss_is_the_mean_over_sizes(own_views):
         objective.smaller_sizes = (12, 8)
         pixels += [F.interpolate(pixels[0], (side, side), mode="bicubic", antialias=True)
                    for side in (12, 8)]  # fmt: skip
-    out = model("classify", batch, totals)
+    out = model("classify", "undivided", batch, totals)
     vectors = [model.encoders["image"](p).mean(1) for p in pixels]
     counted = batch["labels"] >= 0
     losses = [
@@ -135,15 +135,16 @@ def test_passes_add_up_to_one_graph(own_views, consistency):
             count, carried, out = model.objectives["classify"].passes(batch), None, {}
             assert count == 3
             for number in range(count):
-                options = {"number": number, "carried": carried}
-                shares = model("classify", batch, totals, **options)
+                shares = model(
+                    "classify", "losses_in_pass", batch, totals, {}, number, carried
+                )
                 carried = shares.pop("carried", None)
                 assert carried is None or not carried.requires_grad
                 assert (carried is None) == (number == 2 or not consistency)
                 shares["loss"].backward()
                 out |= {name: out.get(name, 0) + value.detach() for name, value in shares.items()}
         else:
-            out = model("classify", batch, totals)
+            out = model("classify", "undivided", batch, totals)
             out["loss"].backward()
         found.append((out, {n: p.grad for n, p in model.named_parameters()},
                       dict(model.named_buffers())))  # fmt: skip

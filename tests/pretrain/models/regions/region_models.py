@@ -41,7 +41,7 @@ def maps_of(batch: int, seed: int = 1) -> list[Tensor]:
 
 
 def box_batch(counts: list[int], crowds: list[int] | None = None, seed: int = 2) -> dict:
-    """Box data with masks as `BoxFields.collate` gives it; the last boxes are the crowds."""
+    """Box data with masks as `BoxProcessor.collate` gives it; the last boxes are the crowds."""
     generator = torch.Generator().manual_seed(seed)
     batch, most = len(counts), max(counts)
     height, width = CANVAS
