@@ -16,7 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import cluster, goodput, requests
-from slurm.run_files import age, control, last_checkpoint, read_attempts, status
+from slurm.run_files import (
+    age,
+    control,
+    last_checkpoint,
+    read_attempts,
+    read_json,
+    status,
+)
 
 _TAIL_BYTES = 2**18
 ALIVE_S = 60.0
@@ -86,6 +93,7 @@ def describe(run: Path, now: float | None = None) -> dict:
         "checkpoint": checkpoint,
         "checkpoint_age_s": age(run / "checkpoints" / f"step_{checkpoint:09d}" / "manifest.json"),
         "time": spent, "goodput": spent.get("steps"), "reason": reason_of(said, attempts),
+        "copied": read_json(control(run, "copies.json")),
         "slow_rank": said.get("slow_rank") if state == "running" else None,
     }
     if lines and lines[-1].get("loss") is not None:
@@ -122,6 +130,9 @@ def line_of(found: dict) -> str:
         parts.append(f"{_span(found['left_s'])} left")
     if found["checkpoint_age_s"] is not None:
         parts.append(f"checkpoint {found['checkpoint']} {_span(found['checkpoint_age_s'])} ago")
+    if copied := found["copied"]:
+        parts.append(f"copied {copied.get('step') or 'nothing yet'}"
+                     + (f" (fails: {copied['error'][:160]})" if copied.get("error") else ""))
     if found["tries"] > 1:
         parts.append(f"{found['tries']} tries")
     if found["goodput"] is not None:
