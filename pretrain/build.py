@@ -63,13 +63,8 @@ def build_schedule(
         sizes: as `plan_sampling`.
     """
     stages = sampler.stages_of(ledger) or plan_sampling(recipe, sizes)
-    return sampler.build_schedule(stages, recipe.tasks, recipe.seed)
-
-
-def loss_weights(recipe: Recipe, schedule: sampler.Schedule, step: int) -> dict[str, float]:
-    """Factor of each task's loss in the loss of a step: the schedule's times the recipe's own."""
-    factors = schedule.loss_weights(step)
-    return {task: factor * recipe.tasks[task].loss_weight for task, factor in factors.items()}
+    weights = {name: task.loss_weight for name, task in recipe.tasks.items()}
+    return sampler.build_schedule(stages, recipe.tasks, recipe.seed, weights)
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer | None) -> MultiTaskModel:

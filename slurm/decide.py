@@ -55,9 +55,9 @@ class Decision:
 def decide(outcome: Outcome) -> Decision:
     """What to do after a try.
 
-    done, stop: nothing follows. leave: nothing follows, since the run is another job's or cannot
-    start. restart: the launcher again, on the same nodes. requeue: the job again, or the next one
-    of its chain. give up: nothing follows, and what waits in the chain is cancelled.
+    done, stop: nothing follows. leave: nothing follows, since the run is another job's. restart:
+    the launcher again, on the same nodes. requeue: the job again, or the next one of its chain.
+    give up: the trainer refuses the run, or gets nowhere; what waits in the chain is cancelled.
     """
     if outcome.state == "finished":
         return Decision("done", 0, "finished")
@@ -68,7 +68,7 @@ def decide(outcome: Outcome) -> Decision:
     if outcome.code == LOST:
         return Decision("leave", LOST, "another job has taken over the run")
     if outcome.code == REFUSED:
-        return Decision("leave", REFUSED, "the trainer refused to start; see the log")
+        return Decision("give up", REFUSED, f"the trainer refused to start: {outcome.reason}")
     if outcome.fruitless_now >= outcome.most_fruitless:
         return Decision("give up", NO_PROGRESS,
                         f"{outcome.fruitless_now} tries in a row made no new step; the last one: "

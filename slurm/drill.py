@@ -13,25 +13,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import cluster
-from slurm.attempts import read_attempts
-from slurm.run_files import last_checkpoint
+from slurm.run_files import control, last_checkpoint, read_attempts, read_json
 from slurm.status import train_lines
 
-# P: ranks of this job on this node, and neither the supervisor nor its launcher, which name the
-# trainer too.
+# ALL: processes of the run's launcher on this node, which have a step that is not this one's, and
+# neither the supervisor nor its guard. RANKS: those of them that run the trainer, workers behind.
 _FIND = r"""
-for p in $(pgrep -f '^[^ ]*python[^ ]*( -u)? -m [^ ]*(pretrain.train|toy_trainer)'); do
-  for is in "SLURM_JOB_ID=$SLURM_JOB_ID" "SLURMD_NODENAME=$SLURMD_NODENAME"; do
-    tr '\0' '\n' < /proc/$p/environ | grep -qxF "$is" || continue 2
-  done
-  P="$P $p"
+for p in $(pgrep -f . | grep -vx $$); do
+  is=$(tr '\0' '\n' < /proc/$p/environ 2>/dev/null) || continue
+  printf '%s\n' "$is" | grep -qxF "SLURM_JOB_ID=$SLURM_JOB_ID" || continue
+  printf '%s\n' "$is" | grep -qxF "SLURMD_NODENAME=$SLURMD_NODENAME" || continue
+  step=$(printf '%s\n' "$is" | sed -n 's/^SLURM_STEP_ID=//p')
+  [ -n "$step" ] && [ "$step" != "$SLURM_STEP_ID" ] || continue
+  ALL="$ALL $p"
+  tr '\0' ' ' < /proc/$p/cmdline | grep -Eq "^[^ ]*python[^ ]*( -u)? -m $0( |\$)" || continue
+  RANKS="$RANKS $p"
 done
-set -- $P
+[ -n "$RANKS" ] || { echo "no rank of $0 on $SLURMD_NODENAME" >&2; exit 1; }
+set -- $RANKS
 """
 FAULTS = {
     "kill-rank": ("SIGKILL to one rank on the last node", "kill -KILL $1"),
     "hang": ("SIGSTOP to one rank on the last node", "kill -STOP $1"),
-    "kill-node": ("SIGKILL to all ranks on the last node", "kill -KILL $P"),
+    "kill-node": ("SIGKILL to all processes of the run on the last node", "kill -KILL $ALL"),
     "preempt": ("SIGTERM to the batch script, as a preemption sends it", ""),
 }
 
@@ -42,8 +46,8 @@ def last_step(run: Path) -> int:
     return max(lines[-1]["step"] if lines else 0, last_checkpoint(run))
 
 
-def strike(fault: str, job: dict[str, str]) -> None:
-    """Do it to a running job.
+def strike(fault: str, job: dict[str, str], module: str) -> None:
+    """Do it to a running job, whose ranks are `python -m module`.
 
     Raises:
         cluster.SlurmError: SLURM refuses.
@@ -53,7 +57,7 @@ def strike(fault: str, job: dict[str, str]) -> None:
         return
     last = cluster.ask("scontrol", "show", "hostnames", job["nodes"], check=True).split()[-1]
     cluster.ask("srun", f"--jobid={job['job']}", "--overlap", "--nodes=1", "--ntasks=1",
-                f"--nodelist={last}", "sh", "-c", _FIND + FAULTS[fault][1], check=True)
+                f"--nodelist={last}", "sh", "-c", _FIND + FAULTS[fault][1], module, check=True)
 
 
 def drill(run: Path, fault: str, wait_s: float) -> int:
@@ -65,7 +69,8 @@ def drill(run: Path, fault: str, wait_s: float) -> int:
     tries, before, start = len(read_attempts(run)), last_step(run), time.time()
     print(f"{FAULTS[fault][0]}, job {running[0]['job']}, at step {before} (checkpoint "
           f"{last_checkpoint(run)}) ...", flush=True)
-    strike(fault, running[0])
+    module = read_json(control(run, "supervisor.json")).get("module", "pretrain.train")
+    strike(fault, running[0], module)
     while time.time() - start < wait_s:
         time.sleep(1)
         attempts = read_attempts(run)

@@ -5,8 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from slurm.attempts import read_attempts
-from slurm.run_files import control, read_json
+from slurm.run_files import control, read_attempts, read_json
 
 KINDS = ("steps", "between steps", "starts", "ends", "waiting")
 """Steps that count; saves, evaluations and slow steps; from the start of a try to its first step;

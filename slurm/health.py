@@ -6,6 +6,7 @@ Standard library only. What it cannot see (a slow link, a wrong sum) the run its
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -66,17 +67,19 @@ def folder_faults(run: Path, token: str) -> list[str]:
     return faults
 
 
-def reports(pattern: Path, nodes: Sequence[str]) -> dict[str, list[str]]:
-    """Faults of each node, from the files that the tasks of a check have written."""
-    found = {node: ["it gave no answer"] for node in nodes}
-    for path in pattern.parent.glob(pattern.name):
+def reports(pattern: Path, nodes: Sequence[str], per_node: int = 1) -> dict[str, list[str]]:
+    """Faults of each node, from the lines that the tasks of a check have written.
+
+    A line names its node, or a rank of the run; several speak for a node with several ranks.
+    """
+    found: dict[str, list[str]] = {}
+    for path in sorted(pattern.parent.glob(pattern.name)):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                report = json.loads(line)
-                found[report["node"]] = report["faults"]
-            except (ValueError, KeyError, TypeError):
-                continue  # a warning of SLURM's or of a module
-    return found
+            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):
+                report = json.loads(line)  # a warning of SLURM's or of a module is none
+                node = report.get("node") or nodes[report["rank"] // per_node]
+                found.setdefault(node, []).extend(report["faults"])
+    return {node: found.get(node, ["it gave no answer"]) for node in nodes}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,9 +10,9 @@ LAUNCHERS = ("srun", "torchrun", "deepspeed")
 _FIRST_PORT, _PORTS = 15_000, 15_000
 
 
-def port_of(job: int, attempt: int) -> int:
-    """Where ranks meet: another port for each job and each of its tries."""
-    return _FIRST_PORT + (job * 8 + attempt) % _PORTS
+def port_of(job: int, attempt: int, check: bool = False) -> int:
+    """Where ranks meet: another port for each job, each of its tries, and the check before it."""
+    return _FIRST_PORT + (job * 16 + 2 * attempt + check) % _PORTS
 
 
 def job_id(environment: Mapping[str, str]) -> str:
@@ -51,9 +50,11 @@ def _unfold(name: str) -> list[str]:
 
 def command(
     launcher: str, train: Sequence[str], run: Path, nodes: Sequence[str], per_node: int,
-    port: int, attempt: int, python: str,
+    port: int, log: str, python: str,
 ) -> list[str]:  # fmt: skip
     """The command that starts `python -m` train on these nodes, `per_node` ranks on each.
+
+    log: file name in RUN/logs of each task's output, with SLURM's %j and %t.
 
     SLURM owns every process, whatever starts the ranks of a node: nothing needs ssh.
     """
@@ -63,7 +64,7 @@ def command(
         f"--ntasks-per-node={tasks}", "--distribution=block", "--kill-on-bad-exit=1",
         # A step that died with a rebooted node holds its place for minutes: steps may overlap.
         "--overlap", "--wait=60", "--gpu-bind=none", f"--nodelist={','.join(nodes)}",
-        f"--output={run / 'logs' / f'launch-%j-{attempt}-%t.log'}", "--open-mode=append",
+        f"--output={run / 'logs' / log}", "--open-mode=append",
     ]
     if launcher == "srun":
         return [*step, python, "-u", "-m", *train]
@@ -86,20 +87,7 @@ def command(
     return [*step, "sh", "-c", f"trap '' USR1 USR2; {inner}", "launch", *train]
 
 
-def end_steps(job: str) -> None:
-    """End what is left of this job's steps on its nodes, but not its batch script."""
-    if not job:
-        return
-    listed = subprocess.run(
-        ["squeue", "--steps", "--noheader", "--format=%i", f"--jobs={job}"],
-        capture_output=True, text=True, check=False,
-    )
-    for step in listed.stdout.split():
-        if step.rpartition(".")[2].isdigit():
-            subprocess.run(["scancel", "--signal=KILL", step], check=False, capture_output=True)
-
-
-def environment_of(job: int, attempt: int, nodes: Sequence[str]) -> dict[str, str]:
+def environment_of(port: int, nodes: Sequence[str]) -> dict[str, str]:
     """What the ranks find in their environment, unless the site says otherwise."""
     usual = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "NCCL_DEBUG": "WARN", "PYTHONFAULTHANDLER": "1",
@@ -108,5 +96,5 @@ def environment_of(job: int, attempt: int, nodes: Sequence[str]) -> dict[str, st
     if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
         usual["SRUN_CPUS_PER_TASK"] = cpus  # srun 22.05 and newer do not take it over
     return usual | os.environ | {
-        "MASTER_ADDR": nodes[0], "MASTER_PORT": str(port_of(job, attempt)),
+        "MASTER_ADDR": nodes[0], "MASTER_PORT": str(port),
     }

@@ -1,22 +1,24 @@
 """One start of a run's launcher: the nodes looked at, the launcher watched, nothing left alive."""
 
 import argparse
+import contextlib
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slurm import health, launch
+from slurm import cluster, health, launch
 from slurm.decide import BAD_NODE
-from slurm.processes import die_with_parent, end_descendants
-from slurm.run_files import age, control
+from slurm.guard import die_with_parent, end_descendants
+from slurm.run_files import control, stamp
 
-_HEALTH_S = 120.0
+_HEALTH_S, _CHECK_S = 120.0, 420.0
+_LOOK_S = 5.0
 
 
 @dataclass
@@ -29,6 +31,10 @@ class OneTry:
     job: str
     number: int
     say: Callable[[str], None]
+    leaving: Callable[[], str]
+    """Why the job has to end, "" if it may go on."""
+    first: bool = True
+    """The first try of its job: the nodes have to compute and to reach each other too."""
     code: int = 1
     """Exit code of the launcher, or BAD_NODE."""
     reason: str = ""
@@ -41,77 +47,110 @@ class OneTry:
         """Until the launcher has ended, and all that it started on the nodes."""
         if self.options.launcher and not self._nodes_are_fit():
             return
-        self.say(f"try {self.number}: {' '.join(self._command())}")
-        guard = [sys.executable, "-m", "slurm.guard", str(self.options.leave_s)]
+        if self.leaving():  # while the nodes were looked at: the run would not hear of it
+            self.reason = f"not started: {self.leaving()}"
+            return
+        command = self._command(self.options.command, f"launch-%j-{self.number}-%t.log")
+        self.say(f"try {self.number}: {' '.join(command)}")
         here = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
         child = subprocess.Popen(
-            [*guard, *self._command()], env=self._environment() | {"PYTHONPATH": path},
-            start_new_session=True, preexec_fn=die_with_parent,
+            [sys.executable, "-m", "slurm.guard", str(self.options.leave_s), *command],
+            env=self._environment() | {"PYTHONPATH": path}, start_new_session=True,
+            preexec_fn=die_with_parent,
         )  # fmt: skip
         self._watch(child)
         end_descendants(self.options.leave_s)  # the guard itself may have been killed
-        launch.end_steps(self.job)
-        self.code = child.returncode
+        cluster.end_steps(self.job)
+        self.code = -signal.SIGKILL if child.returncode is None else child.returncode
 
-    def _command(self) -> list[str]:
+    def last_words(self) -> str:
+        """The last line of what the first task of the launcher has said."""
+        found = ""
+        for path in self.run.glob(f"logs/launch-*-{self.number}-0.log"):
+            with contextlib.suppress(OSError):
+                lines = path.read_text("utf-8", "replace")[-4000:].split("\n")
+                found = next((line for line in reversed(lines) if line.strip()), found)
+        return found.strip()
+
+    def _command(self, train: Sequence[str], log: str, check: bool = False) -> list[str]:
         if self.options.launcher is None:
             return self.options.command
         return launch.command(
-            self.options.launcher, self.options.command, self.run, self.nodes,
-            self.options.per_node, self._port(), self.number, sys.executable,
+            self.options.launcher, train, self.run, self.nodes, self.options.per_node,
+            self._port(check), log, sys.executable,
         )
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, check: bool = False) -> dict[str, str]:
         if self.options.launcher is None:
             return dict(os.environ)
-        return launch.environment_of(int(os.environ["SLURM_JOB_ID"]), self.number, self.nodes)
+        return launch.environment_of(self._port(check), self.nodes)
 
-    def _port(self) -> int:
-        return launch.port_of(int(os.environ["SLURM_JOB_ID"]), self.number)
+    def _port(self, check: bool) -> int:
+        return launch.port_of(int(os.environ["SLURM_JOB_ID"]), self.number, check)
 
     def _watch(self, child: subprocess.Popen) -> None:
-        """Wait for the launcher; ends it where the run shows no sign of life."""
+        """Wait for the launcher; ends it where the run shows no sign of life.
+
+        Only changes of the heartbeat count, by a clock that cannot be set: neither the file
+        server's nor this node's may jump, or differ, at a run's cost.
+        """
         limit_s, beat = self.options.silent_minutes * 60, control(self.run, "heartbeat")
+        seen, since = stamp(beat), time.monotonic()
+        looked = since
         while child.poll() is None:
-            time.sleep(0.2)
-            seen = age(beat)  # None: not even one rank came up
-            silent_s = time.time() - self.started
-            silent_s = silent_s if seen is None else min(seen, silent_s)
-            if silent_s > limit_s:
-                self.reason = f"no sign of life for {silent_s:.0f} s"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.2)
+            if self.leaving():
+                self._ask_to_stop()
+            now = time.monotonic()
+            if now - looked < min(_LOOK_S, limit_s / 10):
+                continue  # a shared file system is not asked more often than need be
+            looked = now
+            if (changed := stamp(beat)) != seen:
+                seen, since = changed, now
+            elif now - since > limit_s:
+                self.reason = f"no sign of life for {now - since:.0f} s"
                 self.say(f"{self.reason}: the launcher is ended")
-                launch.end_steps(self.job)  # srun waits for ever for a node that is gone
-                child.send_signal(signal.SIGTERM)
-                try:
-                    child.wait(2 * self.options.leave_s + 10)
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                    child.wait()
+                return self._end(child)
+
+    def _ask_to_stop(self) -> None:
+        """By file, as often as it takes: a start drops requests from before, a disk may be full."""
+        path = control(self.run, "stop.auto")
+        with contextlib.suppress(OSError):
+            if not path.exists():
+                path.touch()
+
+    def _end(self, child: subprocess.Popen) -> None:
+        cluster.end_steps(self.job)  # srun waits for ever for a node that is gone
+        child.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(2 * self.options.leave_s + 10)
+            return
+        child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_LOOK_S)
+
+    # ---- the nodes -----------------------------------------------------------------------------
 
     def _nodes_are_fit(self) -> bool:
         """Ask every node; notes those that are not."""
-        token, logs = secrets.token_hex(8), self.run / "logs"
-        control(self.run, health.TOKEN_FILE).write_text(token, encoding="utf-8")
-        name = f"health-{os.environ['SLURM_JOB_ID']}-{self.number}"
-        for old in logs.glob(f"{name}-*.log"):
-            old.unlink()
-        step = [
+        token, number = secrets.token_hex(8), self.number
+        with contextlib.suppress(OSError):  # then each node says that it cannot read it
+            control(self.run, health.TOKEN_FILE).write_text(token, encoding="utf-8")
+        ask = [
             "srun", f"--nodes={len(self.nodes)}", f"--ntasks={len(self.nodes)}",
             "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=60", "--overlap",
-            "--gpu-bind=none",
-            f"--nodelist={','.join(self.nodes)}", f"--output={logs / f'{name}-%t.log'}",
+            "--gpu-bind=none", f"--nodelist={','.join(self.nodes)}",
+            f"--output={self.run / 'logs' / f'health-%j-{number}-%t.log'}",
             sys.executable, "-m", "slurm.health", str(self.run), "--token", token,
             "--gpus", str(self.options.gpus),
         ]  # fmt: skip
-        try:
-            subprocess.run(step, timeout=_HEALTH_S, check=False, preexec_fn=die_with_parent,
-                           start_new_session=True)
-        except subprocess.TimeoutExpired:
-            launch.end_steps(self.job)
-        found = health.reports(logs / f"{name}-*.log", self.nodes)
-        bad = {node: faults for node, faults in found.items() if faults}
-        if not bad:
+        bad = self._faults(ask, f"health-*-{number}-*.log", _HEALTH_S)
+        if not bad and self.first and self.options.check:
+            ask = self._command([self.options.check], f"check-%j-{number}-%t.log", check=True)
+            bad = self._faults(ask, f"check-*-{number}-*.log", _CHECK_S)
+        if not bad or self.leaving():
             return True
         self.reason = "; ".join(f"node {n}: {', '.join(faults)}" for n, faults in bad.items())
         self.code = BAD_NODE
@@ -119,3 +158,15 @@ class OneTry:
         self.unfit = sorted(bad) if len(bad) < len(self.nodes) or len(bad) == 1 else []
         self.say(f"try {self.number} is not made: {self.reason}")
         return False
+
+    def _faults(self, command: Sequence[str], answers: str, limit_s: float) -> dict[str, list[str]]:
+        """Start a check on all nodes; the nodes that have faults, with them."""
+        for old in self.run.glob(f"logs/{answers}"):
+            old.unlink(missing_ok=True)
+        try:
+            subprocess.run(command, timeout=limit_s, check=False, preexec_fn=die_with_parent,
+                           start_new_session=True, env=self._environment(check=True))
+        except subprocess.TimeoutExpired:
+            cluster.end_steps(self.job)
+        found = health.reports(self.run / "logs" / answers, self.nodes, self.options.per_node)
+        return {node: faults for node, faults in found.items() if faults}

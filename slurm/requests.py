@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from slurm import cluster
+from slurm.owner import supervisor_here
 from slurm.run_files import age, control, last_checkpoint, read_json, status
 
 
@@ -68,7 +69,7 @@ def _is_at_work(run: Path) -> bool:
     silent = age(control(run, "heartbeat"))
     alive = silent is not None and silent < 60.0
     busy = status(run).get("state") in ("running", "starting") and alive
-    return busy or bool(cluster.jobs_of(run))
+    return busy or bool(supervisor_here(run)) or bool(cluster.jobs_of(run))
 
 
 def _wait(done: Callable[[], bool], wait_s: float, what: str) -> bool:

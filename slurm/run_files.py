@@ -1,9 +1,14 @@
-"""What a run says of itself in its directory, read without the trainer's code."""
+"""What a run says of itself in its directory, and the ledger of its tries.
+
+Read without the trainer's code, and with the standard library alone.
+"""
 
 import contextlib
 import json
 import os
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -21,17 +26,31 @@ def read_json(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def write_json(path: Path, value: dict) -> None:
+    """Replace a file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def status(run: Path) -> dict:
     """control/status.json."""
     return read_json(control(run, "status.json"))
 
 
-def age(path: Path) -> float | None:
-    """Seconds since a file changed; None if it is not there."""
+def stamp(path: Path) -> int | None:
+    """When a file was changed, to tell changes apart without any clock; None: it is not there."""
     try:
-        return max(time.time() - path.stat().st_mtime, 0.0)
+        return path.stat().st_mtime_ns
     except OSError:
         return None
+
+
+def age(path: Path, now: float | None = None) -> float | None:
+    """Seconds since a file changed; None if it is not there."""
+    changed = stamp(path)
+    return None if changed is None else max((now or time.time()) - changed / 1e9, 0.0)
 
 
 def last_checkpoint(run: Path) -> int:
@@ -43,21 +62,59 @@ def last_checkpoint(run: Path) -> int:
     return max(steps)
 
 
-def other_owner(run: Path, job: str | None) -> dict:
-    """Who is at work in the run directory, if that is not this job; empty if nobody is.
+def read_attempts(run: Path) -> list[dict]:
+    """All tries so far, the oldest first; lines that a crash has cut are left out."""
+    attempts = []
+    with contextlib.suppress(OSError):
+        for line in (run / "attempts.jsonl").read_text("utf-8", "replace").splitlines():
+            with contextlib.suppress(ValueError):
+                attempts.append(json.loads(line))
+    return [attempt for attempt in attempts if isinstance(attempt, dict)]
 
-    job: as the trainer notes it ("SLURM_JOB_ID=123"); None outside a scheduler, where the trainer
-    itself tells processes of this machine apart.
+
+class Ledger:
+    """RUN/attempts.jsonl, a line for each try, as the supervisor keeps it.
+
+    What the disk does not take, or give back, stays in memory: tries without progress count all the
+    same, or a run on a full disk would be started for ever.
     """
-    owner = read_json(control(run, "owner.json"))
-    if not owner or "left" in owner or job is None or owner.get("job") == job:
-        return {}
-    return owner
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / "attempts.jsonl"
+        self._known: list[dict] = []
+
+    def tries(self) -> list[dict]:
+        """All tries so far, the oldest first."""
+        found = read_attempts(self._path.parent)
+        self._known = found if len(found) >= len(self._known) else self._known
+        return self._known
+
+    def note(self, **fields) -> None:
+        """Append a try: job, nodes, steps, seconds, started, state, reason, decision, ...
+
+        Raises:
+            OSError: it is in memory alone.
+        """
+        attempt = {"attempt": len(self.tries()) + 1, **fields}
+        self._known = [*self._known, attempt]
+        with open(self._path, "a+b") as file:
+            torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write(b"\n" * bool(torn) + json.dumps(attempt).encode() + b"\n")
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Replace a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(temporary, path)
+def fruitless(attempts: Sequence[dict]) -> int:
+    """Tries at the end of the list that made no new step."""
+    count = 0
+    for attempt in reversed(attempts):
+        before, after = attempt.get("steps", (0, 0))
+        if after > before:
+            break
+        count += 1
+    return count
+
+
+def suspects(attempts: Sequence[dict]) -> list[str]:
+    """Nodes to keep away from: those that failed a check, or were named in two tries."""
+    named = Counter(node for attempt in attempts for node in attempt.get("suspects", ()))
+    unfit = {node for attempt in attempts for node in attempt.get("unfit", ())}
+    return sorted(unfit | {node for node, times in named.items() if times >= 2})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.site import Site
+from slurm.site import Site, SiteError
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Job:
     exclude: Sequence[str] = ()
     script: Path | None = None
     """Where the script will lie, for a successor that keeps away from bad nodes."""
+    check: str = ""
+    """Module that looks at the nodes before the first try of a job; "" = none."""
     elements: int = 0
     """Runs of a sweep: one element of an array each, in RUN/000, RUN/001, ...; 0 = no sweep."""
 
@@ -46,9 +48,16 @@ def version_of(text: str) -> tuple[int, int]:
 def gpu_options(site: Site, version: tuple[int, int]) -> list[str]:
     """How this SLURM is asked for the GPUs of each node: never per task.
 
-    24.11 and newer refuse --gres beside options per task, and steps take over what the job has.
-    Before 19.05 there was --gres alone.
+    Steps take over what the job has. Before 19.05 there was --gres alone.
+
+    Raises:
+        SiteError: 24.11 and newer refuse GPUs per node beside options per task.
     """
+    options = re.compile(r"--(gpus|tres)-per-task|--ntasks-per-gpu")
+    per_task = [option for option in site.header if options.match(option)]
+    if per_task and version >= (24, 11):
+        raise SiteError(f"site file: header: {per_task[0]}: SLURM {version[0]}.{version[1]:02d} "
+                        "refuses GPUs per task beside those per node: take it out")
     if not site.gpus_per_node:
         return []
     if site.gres == "gpus-per-node" and not (0, 0) < version < (19, 5):
@@ -109,6 +118,7 @@ def render(job: Job, site: Site, version: tuple[int, int]) -> str:
         supervise += ["--script", shlex.quote(str(job.script))]
     if job.elements:
         lines.append('ELEMENT=$(printf %03d "$SLURM_ARRAY_TASK_ID")')
+    supervise += ["--check", job.check] if job.check else []
     supervise += ["--requeue"] if job.requeue else []
     supervise += ["--chain", shlex.quote(job.name)] if job.chain else []
     lines.append("exec " + " ".join([*supervise, "--", *map(_quoted, job.train)]))

@@ -38,6 +38,8 @@ class Site:
     save together. SLURM may be a minute early."""
     silent_minutes: float = 45.0
     """A run without a heartbeat for so long is ended and started again."""
+    node_check: bool = True
+    """Before the first try of a job every rank computes something, and all add it up."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before the start: modules, a virtual environment."""
     python: str = "python3"

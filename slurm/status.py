@@ -16,8 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import cluster, goodput, requests
-from slurm.attempts import read_attempts
-from slurm.run_files import age, control, last_checkpoint, status
+from slurm.run_files import (
+    age,
+    control,
+    last_checkpoint,
+    read_attempts,
+    read_json,
+    status,
+)
 
 _TAIL_BYTES = 2**18
 ALIVE_S = 60.0
@@ -86,12 +92,21 @@ def describe(run: Path, now: float | None = None) -> dict:
         "left_s": (total - step) * step_s if total and step_s and state == "running" else None,
         "checkpoint": checkpoint,
         "checkpoint_age_s": age(run / "checkpoints" / f"step_{checkpoint:09d}" / "manifest.json"),
-        "time": spent, "goodput": spent.get("steps"), "reason": said.get("reason", ""),
+        "time": spent, "goodput": spent.get("steps"), "reason": reason_of(said, attempts),
+        "copied": read_json(control(run, "copies.json")),
         "slow_rank": said.get("slow_rank") if state == "running" else None,
     }
     if lines and lines[-1].get("loss") is not None:
         found["loss"] = lines[-1]["loss"]
     return found
+
+
+def reason_of(said: dict, attempts: Sequence[dict]) -> str:
+    """Why a run is as it is: what ended its last try for good, or what it says of itself."""
+    last = attempts[-1] if attempts else {}
+    ended = last.get("decision") in ("give up", "leave") and said.get("state") not in (
+        "running", "starting", "finished")
+    return last.get("why", "") if ended else said.get("reason", "")
 
 
 def total_steps(run: Path) -> int | None:
@@ -115,6 +130,9 @@ def line_of(found: dict) -> str:
         parts.append(f"{_span(found['left_s'])} left")
     if found["checkpoint_age_s"] is not None:
         parts.append(f"checkpoint {found['checkpoint']} {_span(found['checkpoint_age_s'])} ago")
+    if copied := found["copied"]:
+        parts.append(f"copied {copied.get('step') or 'nothing yet'}"
+                     + (f" (fails: {copied['error'][:160]})" if copied.get("error") else ""))
     if found["tries"] > 1:
         parts.append(f"{found['tries']} tries")
     if found["goodput"] is not None:

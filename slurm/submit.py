@@ -16,12 +16,11 @@ from pathlib import Path
 import yaml
 
 from slurm import cluster
-from slurm.attempts import read_attempts, suspects
 from slurm.cluster import SlurmError
 from slurm.code_copy import copy_code
 from slurm.launch import LAUNCHERS
 from slurm.recipes import SubmitError, require_fit, resolved, sweep
-from slurm.run_files import control, status, write_json
+from slurm.run_files import control, read_attempts, status, suspects, write_json
 from slurm.script import Job, render, version_of
 from slurm.site import Site, SiteError, read_site
 
@@ -58,7 +57,7 @@ def plan(options: argparse.Namespace, site: Site, run: Path, elements: int = 0) 
         train=train, requeue=not options.chain, chain=bool(options.chain),
         code=run / "code" / name if options.copy_code else None,
         exclude=suspects(read_attempts(run)), script=run / "submit" / f"{name}.sbatch",
-        elements=elements,
+        check="pretrain.node_check" if site.node_check else "", elements=elements,
     )
 
 
@@ -76,8 +75,6 @@ def accept(options: argparse.Namespace, site: Site, overrides: Sequence[str]) ->
     recipe = resolved(options.recipe, overrides)
     run = Path(recipe["run_dir"]).resolve()
     require_free(run, site)
-    if status(run).get("state") == "finished":
-        raise SubmitError(f"{run} is finished; nothing is left to do")
     worlds = [int(nodes) * site.ranks for nodes in options.nodes.split("-")]  # the ends of a span
     return recipe, [require_fit(options.recipe, overrides, world) for world in worlds][-1]
 
@@ -90,11 +87,15 @@ def submit_runs(options: argparse.Namespace, site: Site) -> int:
     changes = [[*options.overrides, *element, f"run_dir={folder}"]
                for element, folder in zip(grid or [[]], runs, strict=True)]
     accepted = [accept(options, site, overrides) for overrides in changes]
+    if all(status(folder).get("state") == "finished" for folder in runs):
+        raise SubmitError(f"{run} is finished; nothing is left to do")
     job = plan(options, site, run, len(grid))
-    script = render(job, site, version_of(cluster.version()))
+    script = render(job, site, version_of(cluster.ask("sinfo", "--version")))
     if warning := cluster.preemption_warning():
         print(f"warn  {warning}", file=sys.stderr)
     world = world_of(options, site)
+    if cluster.available():  # before anything is written
+        print(cluster.test_only(script), file=sys.stderr)
     if options.dry_run:
         print(script)
         print(f"# {world} ranks; nothing was written\n" + _indented(accepted[0][1]),
@@ -106,14 +107,30 @@ def submit_runs(options: argparse.Namespace, site: Site) -> int:
                    {"name": job.name, "element": number if grid else None})
         control(folder, "stop").unlink(missing_ok=True)  # a person's, of the time before
     write_script(job, script)
-    print(cluster.test_only(str(job.script)))
-    jobs = [cluster.submit(str(job.script)) for _ in range(options.chain or 1)]
+    jobs = hand_over(job, options.chain or 1)
     each = f", {len(grid)} runs" if grid else ""
     print(f"submitted: {', '.join(jobs)} ({job.name}), {world} ranks{each}, run directory {run}\n"
           f"  watch   python -m slurm status {run}\n"
           f"  logs    python -m slurm logs {runs[0]} -f     ({runs[0] / 'logs'})\n"
           f"  stop    python -m slurm stop {runs[0]}        (saves; submit again to go on)")
     return 0
+
+
+def hand_over(job: Job, count: int) -> list[str]:
+    """Submit a job, or all of a chain; returns their numbers.
+
+    Raises:
+        SlurmError: one is refused; the message names those that are in the queue all the same.
+    """
+    jobs: list[str] = []
+    try:
+        for _ in range(count):
+            jobs.append(cluster.ask("sbatch", "--parsable", str(job.script), check=True)
+                        .partition(";")[0])
+    except SlurmError as error:
+        there = f"; submitted all the same: {', '.join(jobs)} of {count}" if jobs else ""
+        raise SlurmError(f"{error}{there}") from None
+    return jobs
 
 
 def lay_out(run: Path, name: str, recipe: dict) -> None:

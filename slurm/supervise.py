@@ -20,24 +20,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from slurm import launch
-from slurm.attempts import fruitless, note_attempt, read_attempts, suspects
-from slurm.decide import LOST, REFUSED, Decision, Outcome, decide
-from slurm.follow import Queue
+from slurm import cluster, follow, launch, owner
+from slurm.decide import AGAIN, LOST, REFUSED, Decision, Outcome, decide
+from slurm.guard import adopt_orphans
 from slurm.one_try import OneTry
-from slurm.processes import adopt_orphans
 from slurm.run_files import (
-    age,
+    Ledger,
     control,
+    fruitless,
     last_checkpoint,
-    other_owner,
     read_json,
+    stamp,
     status,
+    suspects,
     write_json,
 )
-
-OWNER_SILENT_S = 62.0
-"""After so long the trainer takes a run directory over from a silent owner."""
 
 
 class Supervisor:
@@ -49,18 +46,19 @@ class Supervisor:
         raw = os.environ.get("SLURM_JOB_ID")
         self.trainer_job = f"SLURM_JOB_ID={raw}" if raw else None
         self.nodes = launch.hosts(os.environ.get("SLURM_JOB_NODELIST", "")) or [os.uname().nodename]
-        self.queue = Queue(self.job, options.script, self._say)
+        self.ledger, self.tries_here = Ledger(run), 0
         self.leaving = ""  # why this job has to end
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._asked)
 
     def _asked(self, number: int, _frame) -> None:
-        """A signal to this process: the run is asked to save and stop, by file."""
+        """A signal to this process; `OneTry` asks the run to save and stop, by file."""
         name = signal.Signals(number).name
         self.leaving = {"SIGUSR1": "the time limit is near (SIGUSR1)"}.get(
             name, f"preempted, cancelled or stopped ({name})"
         )
-        control(self.run, "stop" if name == "SIGINT" else "stop.auto").touch()
+        if name == "SIGINT":
+            control(self.run, "stop").touch()
 
     def supervise(self) -> int:
         """Try until something else than a restart follows; returns the exit code of the job."""
@@ -68,61 +66,57 @@ class Supervisor:
         (self.run / "logs").mkdir(exist_ok=True)
         adopt_orphans()
         while True:
-            if status(self.run).get("state") == "finished":
-                return self._end(Decision("done", 0, "the run is finished"))
-            if control(self.run, "stop").exists():
-                return self._end(Decision("stop", 0, "control/stop is there: it is not started"))
-            if not self.leaving:
-                control(self.run, "stop.auto").unlink(missing_ok=True)
-            if refused := self._wait_for_owner():
-                return self._end(Decision("leave", REFUSED, refused))
-            self._note_broken_try()
-            decision = self._try()
+            decision = self._before() or self._try()
             if decision.action != "restart":
                 return self._end(decision)
 
-    def _wait_for_owner(self) -> str:
-        """The job before this one may have been killed without a word: the trainer would refuse to
-        start until it has been silent for a minute. Why not to start, or ""."""
-        until = time.monotonic() + OWNER_SILENT_S + 15
-        while owner := other_owner(self.run, self.trainer_job):
-            silent = age(control(self.run, "heartbeat"))
-            if silent is None or silent > OWNER_SILENT_S:
-                return ""
-            if time.monotonic() > until or self.leaving:
-                return (f"the run is at work in {owner.get('job') or 'another job'} on "
-                        f"{owner.get('host')}")
-            time.sleep(1)
-        return ""
+    def _before(self) -> Decision | None:
+        """What follows without a try, if none is due."""
+        if status(self.run).get("state") == "finished":
+            return Decision("done", 0, "the run is finished")
+        if control(self.run, "stop").exists():
+            return Decision("stop", 0, "control/stop is there: it is not started (submit the run "
+                            "again, or delete the file, to go on)")
+        if refused := owner.wait(self.run, self.trainer_job, lambda: self.leaving, self._say):
+            return Decision("leave", REFUSED, refused)
+        if self.leaving:
+            return Decision("requeue", AGAIN, self.leaving)
+        self._quietly(control(self.run, "stop.auto").unlink, missing_ok=True)
+        self._note_broken_try()
+        return None
 
     def _note_broken_try(self) -> None:
         """Enter a try whose supervisor was killed before it could: its node was lost, say."""
         left = read_json(control(self.run, "supervisor.json"))
-        if left.get("try", 0) <= len(read_attempts(self.run)):
+        if left.get("try", 0) <= len(self.ledger.tries()):
             return
-        said, seen = status(self.run), age(control(self.run, "heartbeat"))
-        until = time.time() - seen if seen is not None else left["started"]
-        note_attempt(
-            self.run, job=left["job"], nodes=left["nodes"], started=left["started"],
+        seen = stamp(control(self.run, "heartbeat"))
+        until = seen / 1e9 if seen is not None else left["started"]
+        self._note(
+            job=left["job"], nodes=left["nodes"], started=left["started"],
             seconds=round(max(until - left["started"], 0.0), 1),
-            steps=[left["before"], last_checkpoint(self.run)], state=said.get("state", ""),
+            steps=[left["before"], last_checkpoint(self.run)],
+            state=status(self.run).get("state", ""),
             reason=f"its supervisor on {left['host']} was killed", decision="none",
-            suspects=self.queue.down(left["nodes"]), unfit=[],
+            suspects=cluster.lost(left["nodes"]) if self.job else [], unfit=[],
         )
 
     def _try(self) -> Decision:
-        attempts, before = read_attempts(self.run), last_checkpoint(self.run)
-        this = OneTry(self.run, self.options, self.nodes, self.job, len(attempts) + 1, self._say)
-        write_json(control(self.run, "supervisor.json"), {
+        attempts, before = self.ledger.tries(), last_checkpoint(self.run)
+        said_before, self.tries_here = stamp(control(self.run, "status.json")), self.tries_here + 1
+        this = OneTry(self.run, self.options, self.nodes, self.job, len(attempts) + 1, self._say,
+                      lambda: self.leaving, first=self.tries_here == 1)
+        self._quietly(write_json, control(self.run, "supervisor.json"), {
             "pid": os.getpid(), "host": os.uname().nodename, "job": self.job, "nodes": self.nodes,
             "try": this.number, "started": round(this.started, 1), "before": before,
+            "module": self.options.command[0],
         })
         this.go()
-        if other_owner(self.run, self.trainer_job):
+        if owner.other(self.run, self.trainer_job):
             this.code = LOST  # srun says 143 for it
-        said, fresh = status(self.run), age(control(self.run, "status.json"))
-        if fresh is None or fresh > time.time() - this.started + 1:
-            said = {"state": "", "reason": "it wrote no status: see the log"}
+        said = status(self.run)
+        if stamp(control(self.run, "status.json")) == said_before:
+            said = {"reason": this.last_words() or "it wrote no status: see the log"}
         outcome = Outcome(
             state=said.get("state", ""), reason=this.reason or said.get("reason", ""),
             code=this.code, steps=(before, last_checkpoint(self.run)),
@@ -132,8 +126,8 @@ class Supervisor:
             most_fruitless=self.options.max_fruitless,
         )
         decision = decide(outcome)
-        note_attempt(
-            self.run, job=self.job, nodes=self.nodes, started=round(this.started, 1),
+        self._note(
+            job=self.job, nodes=self.nodes, started=round(this.started, 1),
             seconds=round(time.time() - this.started, 1), steps=list(outcome.steps),
             state=outcome.state, reason=outcome.reason, code=this.code, leaving=self.leaving,
             decision=decision.action, why=decision.why, unfit=this.unfit,
@@ -145,7 +139,7 @@ class Supervisor:
 
     def _suspects(self, outcome: Outcome) -> list[str]:
         """Nodes that a try that failed names: lost to SLURM, or of the rank in the reason."""
-        found = set(self.queue.down(self.nodes))
+        found = set(cluster.lost(self.nodes) if self.job else ())
         named = re.search(r"\brank (\d+)\b", outcome.reason)
         if outcome.state == "failed" and named:
             found |= set(self.nodes[int(named[1]) // self.options.per_node :][:1])
@@ -153,28 +147,33 @@ class Supervisor:
 
     def _restarts(self, attempts: list[dict]) -> int:
         """Restarts in this job since a new step was made."""
-        count = 0
-        for attempt in reversed(attempts):
-            before, after = attempt.get("steps", (0, 0))
-            if (attempt.get("job"), attempt.get("decision")) != (self.job, "restart"):
-                break
-            if after > before:
-                break
-            count += 1
-        return count
+        here = [a for a in attempts if a.get("job") == self.job][-self.tries_here + 1 :]
+        return fruitless(here) if self.tries_here > 1 else 0
 
     def _end(self, decision: Decision) -> int:
         """What is left to do for this job, and its exit code."""
-        control(self.run, "supervisor.json").unlink(missing_ok=True)
-        away = suspects(read_attempts(self.run))
-        if decision.action == "give up" and self.options.chain:
-            self.queue.end_chain(self.options.chain)
-        if decision.action == "requeue" and self.options.chain:
-            self.queue.keep_away(self.options.chain, away)
+        mine = read_json(control(self.run, "supervisor.json"))
+        if (mine.get("pid"), mine.get("host")) == (os.getpid(), os.uname().nodename):
+            self._quietly(control(self.run, "supervisor.json").unlink)
+        away, options = suspects(self.ledger.tries()), self.options
         self._say(f"{decision.action}: {decision.why} (exit code {decision.code})")
-        if decision.action == "requeue" and self.options.requeue and self.job:
-            self.queue.again(self.nodes, away)
+        if decision.action == "give up" and options.chain:
+            follow.end_chain(options.chain, self._say)
+        if decision.action == "requeue" and options.chain:
+            follow.keep_away(options.chain, options.script, away, self._say)
+        if decision.action == "requeue" and options.requeue and self.job:
+            follow.again(self.job, options.script, self.nodes, away, self._say)
         return decision.code
+
+    def _note(self, **fields) -> None:
+        self._quietly(self.ledger.note, **fields)
+
+    def _quietly(self, write, *values, **fields) -> None:
+        """Write; a file system that fails (a full disk) is said, and does not end the run."""
+        try:
+            write(*values, **fields)
+        except OSError as error:
+            self._say(f"warning: {error}")
 
     def _say(self, text: str) -> None:
         line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} supervise {self.job}: {text}"

@@ -23,6 +23,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--launcher", choices=LAUNCHERS, help="in a SLURM job: starts the ranks")
     parser.add_argument("--per-node", type=int, default=1, help="ranks on each node")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that each node has to show")
+    parser.add_argument("--check", default="", metavar="MODULE",
+                        help="started like the trainer before the first try of a job: what its "
+                        "ranks print says which nodes are unfit (pretrain.node_check)")
     parser.add_argument("--max-restarts", type=int, default=3,
                         help="restarts on the same nodes without a new step (default 3)")
     parser.add_argument("--max-fruitless", type=int, default=3,

@@ -99,9 +99,9 @@ def _write_sheet(
     from tools.training_images import NAMED
 
     cells = [
-        Cell(e.image.permute(1, 2, 0).numpy(), e.key, e.caption, e.references[:1])
+        Cell(drawn[0], e.key, e.caption, e.references[:1])
         for e in found.examples
-        if e.image is not None
+        if (drawn := e.drawn()) is not None
     ]
     metrics = found.metrics
     scores = ", ".join(

@@ -60,15 +60,21 @@ def retire(root: Path, keep_last: int, keep_every_steps: int | None, sound: int)
             a step was taken from there. The newest of both kinds are kept.
     """
     found = list_checkpoints(root)
-    kept = set(found[:keep_last])
+    steps = kept_of(map(step_of, found), keep_last, keep_every_steps)
+    kept = {folder for folder in found if step_of(folder) in steps}
     if found and sound < step_of(found[0]):
         for last in (sound, sound - 1):
             kept.update([folder for folder in found if step_of(folder) <= last][:1])
-    if keep_every_steps:
-        kept.update(folder for folder in found if step_of(folder) % keep_every_steps == 0)
     for folder in found:
         if folder not in kept:
             remove(folder)
+
+
+def kept_of(steps: Iterable[int], keep_last: int, keep_every_steps: int | None) -> set[int]:
+    """Of these steps, the newest, and those that are kept for good."""
+    steps = sorted(steps, reverse=True)
+    always = [step for step in steps if keep_every_steps and step % keep_every_steps == 0]
+    return {*steps[:keep_last], *always}
 
 
 def remove(folder: Path) -> None:

@@ -24,7 +24,7 @@ class ChildProcess:
     waits for.
 
     Args:
-        module: run as `python -m module PARENT arguments`; it calls `serve`.
+        module: run as a program, with the number of this process and `arguments`; calls `serve`.
         descriptors: stay open in it.
     """
 

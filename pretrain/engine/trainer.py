@@ -19,6 +19,7 @@ from pretrain.engine.announcement import announce
 from pretrain.engine.background_save import BackgroundCheckpoints
 from pretrain.engine.balance import TaskBalance
 from pretrain.engine.control import ControlFolder, StopSignals
+from pretrain.engine.copies import Copies
 from pretrain.engine.data_metrics import DataMetrics
 from pretrain.engine.data_record import data_entries
 from pretrain.engine.data_start import look_at_data
@@ -97,6 +98,9 @@ class Trainer:
             self.checkpoints, self.control if ranks.leads else None,
             partial(self._during, "save"), self._to_save,
         )
+        self.copies = None
+        if ranks.leads and recipe.checkpoint.copy_to is not None:
+            self.copies = Copies(self.run_dir, recipe.checkpoint, ownership)
 
     def run(self) -> None:
         """Train to the end of the recipe, or until a stop is asked for."""
@@ -197,7 +201,7 @@ class Trainer:
             (recipe.optimizer.lr, lambda step: lr_factor(step, recipe.schedule, recipe.steps)),
             recipe.failure.max_skipped_steps,
             {name: task.global_batch for name, task in recipe.tasks.items()},
-            self.control, self.signals, lambda step: build.loss_weights(recipe, schedule, step),
+            self.control, self.signals, schedule.loss_weights,
             self.agreement,
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self._after_update,
@@ -232,6 +236,9 @@ class Trainer:
             self._look_after_bad_samples()
         self.saves.finish()
         self.checkpoints.close()
+        if self.copies is not None:
+            with self._during("save"):
+                self.copies.finish(lambda: self.watchdog.enter("save"))
         self.ownership.require()
         if self.ranks.leads:
             self.control.status("stopped" if stopped else "finished", state.step, stopped or "")
@@ -311,6 +318,8 @@ class Trainer:
         if self.saves.due(state.step, save_asked):
             self._look_after_bad_samples()
             self.saves.save(save_asked)
+        if self.copies is not None:
+            self.copies.look()
         self.watchdog.enter("step", state.step)
         return not whole
 

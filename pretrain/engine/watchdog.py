@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -114,12 +114,6 @@ class Watchdog:
             yield
         finally:
             self.enter(before)
-
-    def beats(self, batches: Iterable) -> Iterator:
-        """The batches; each one that is asked for is a sign of progress."""
-        for batch in batches:
-            self.enter(self._phase)
-            yield batch
 
     def stop(self) -> None:
         """The run has ended: nothing is watched any more."""

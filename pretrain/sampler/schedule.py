@@ -7,6 +7,7 @@ positions [v * global_batch, (v + 1) * global_batch) of its own data order.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from math import isfinite
+from types import MappingProxyType
 
 from data_pipeline.mixture import BlockCycle
 
@@ -17,10 +18,12 @@ class Schedule(ABC):
     Attributes:
         names: all tasks, sorted, so that the order of a recipe's lines does not matter.
         most_parts: most tasks of one step.
+        own_weights: task -> factor of its loss besides the schedule's own; 1 where none is named.
     """
 
     names: list[str]
     most_parts: int = 1
+    own_weights: Mapping[str, float] = MappingProxyType({})
 
     @abstractmethod
     def __call__(self, step: int) -> tuple[str, int]:
@@ -50,7 +53,12 @@ class Schedule(ABC):
         return [self(step)]
 
     def loss_weights(self, step: int) -> dict[str, float]:
-        """Factor of each part's loss in the loss of the step; they sum to 1."""
+        """Factor of each part's loss in the loss of the step."""
+        shares = self.loss_shares(step)
+        return {task: share * self.own_weights.get(task, 1.0) for task, share in shares.items()}
+
+    def loss_shares(self, step: int) -> dict[str, float]:
+        """The schedule's own part of these factors; they sum to 1."""
         return {task: 1.0 for task, _ in self.parts(step)}
 
 
@@ -117,7 +125,7 @@ class MixedSchedule(Schedule):
     def ratio(self, step: int) -> dict[str, float]:
         return dict.fromkeys(self.names, 1.0)
 
-    def loss_weights(self, step: int) -> dict[str, float]:
+    def loss_shares(self, step: int) -> dict[str, float]:
         return dict(self._shares)
 
     def describe(self) -> str:

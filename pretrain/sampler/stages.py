@@ -49,13 +49,19 @@ class Stage:
         return {"block": BlockSchedule, "iid": IidSchedule}[self.mode](self.weights, seed)
 
 
-def build_schedule(stages: Sequence[Stage], names: Iterable[str], seed: int) -> Schedule:
+def build_schedule(
+    stages: Sequence[Stage],
+    names: Iterable[str],
+    seed: int,
+    loss_weights: Mapping[str, float] | None = None,
+) -> Schedule:
     """The schedule of a run.
 
     Args:
         stages: the first from step 0 on, in the order of their steps.
         names: all tasks of the run, also those that are off.
         seed: the run's seed.
+        loss_weights: task -> factor of its loss in every step that runs it; None: 1.
 
     Raises:
         ValueError: a stage names a task that the run does not have.
@@ -68,8 +74,11 @@ def build_schedule(stages: Sequence[Stage], names: Iterable[str], seed: int) -> 
                 f"the tasks {', '.join(names)} only"
             )
     if len(stages) == 1 and sorted(stages[0].weights) == names:
-        return stages[0].schedule(seed)
-    return StagedSchedule(stages, names, seed)
+        schedule = stages[0].schedule(seed)
+    else:
+        schedule = StagedSchedule(stages, names, seed)
+    schedule.own_weights = dict(loss_weights or {})
+    return schedule
 
 
 class StagedSchedule(Schedule):
@@ -104,9 +113,9 @@ class StagedSchedule(Schedule):
         stage, _, local = self._find(step)
         return dict.fromkeys(self.names, 0.0) | stage.ratio(local)
 
-    def loss_weights(self, step: int) -> dict[str, float]:
+    def loss_shares(self, step: int) -> dict[str, float]:
         stage, _, local = self._find(step)
-        return stage.loss_weights(local)
+        return stage.loss_shares(local)
 
     def describe(self) -> str:
         lines = []

@@ -85,7 +85,7 @@ class Reference:
             self.model.zero_grad()
             batch = toy_batch(step)
             totals = {"images": batch["valid"].sum().float()}
-            self.model(task_of(step), batch, totals)["loss"].backward()
+            self.model(task_of(step), "undivided", batch, totals)["loss"].backward()
             self.step(step)
         return self
 

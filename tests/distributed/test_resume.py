@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tests.distributed.launch import (
     without_ranks,
 )
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
+from tools import fetch_checkpoint
 
 EXACT = ("loss", "cross_entropy", "token_accuracy", "gradient_norm", "learning_rate", "epoch")
 
@@ -147,8 +149,10 @@ def test_stopped_by_a_signal_to_all_processes(data, straight, tmp_path):
     nobody stays behind."""
     run = tmp_path / "run"
     cache = {"folder": str(tmp_path / "cache"), "max_gib": 0.001, "block_mib": 0.01}
+    far = (tmp_path / "far").as_uri()
     recipe = tiny_recipe(data, run, loader__cache=cache, checkpoint__asynchronous=True,
                          checkpoint__every_steps=1)
+    recipe["checkpoint"]["copy_to"] = far
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe)
     processes = start_ranks("pretrain.train", [recipe], 2, tmp_path)
     try:
@@ -170,9 +174,12 @@ def test_stopped_by_a_signal_to_all_processes(data, straight, tmp_path):
     assert status["state"] == "stopped" and status["reason"] == "SIGTERM"
     assert 2 <= status["step"] < 12
     assert (run / f"checkpoints/step_{status['step']:09d}/manifest.json").exists()
+    shutil.rmtree(run / "checkpoints")  # and brought back from where they are copied to
+    assert fetch_checkpoint.main([far, str(run)]) == 0
     finish(Path("--resume"), tmp_path / "again", str(run))
     assert json.loads((run / "control/status.json").read_text())["state"] == "finished"
     assert_same_run(straight(2), run)
+    assert (tmp_path / "far/latest").read_text() == "step_000000012\n"
 
 
 def members(group: int) -> list[int]:
@@ -229,8 +236,6 @@ def test_other_world_and_stage_see_the_same_batches(data, straight, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over(data, straight, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(straight(2), run)
     newest = newest_whole(run / "checkpoints") / "rank_00001.safetensors"

@@ -1,6 +1,6 @@
-"""An encoder, a module that reads it, a kind of data and a format from files of their own, a line
-in the list of kinds at most: they are checked, trained, evaluated, resumed and exported like those
-of the project.
+"""An encoder, a module that reads it, an objective, a kind of data and a format from files of their
+own, a line in the list of kinds at most: they are checked, trained, evaluated, resumed and exported
+like those of the project.
 
 Also: nobody outside of its own file asks what type an encoder, an objective or data are of.
 """
@@ -36,16 +36,19 @@ ENCODERS = {
 
 def recipe_of(folder: Path) -> dict:
     image = {"size": 32, "mode": "random_resized_crop", "flip_probability": 0.5}
+    common = {
+        "global_batch": 8, "micro_batch": 4,
+        "data": {"shards": [str(folder / "data" / "train")], "image": image},
+        "evaluation": {"shards": [str(folder / "data" / "heldout")]},
+    }
     return {
         "name": "toys", "seed": 1, "steps": 6, "run_dir": str(folder / "run"), "precision": "fp32",
         "deepspeed": "zero1", "threads_per_rank": 1,
         "model": {"encoders": ENCODERS},
-        "tasks": {"parity": {
-            "global_batch": 8, "micro_batch": 4,
-            "objective": {"type": "toy_classification"},
-            "data": {"shards": [str(folder / "data" / "train")], "image": image},
-            "evaluation": {"shards": [str(folder / "data" / "heldout")]},
-        }},
+        "tasks": {
+            "parity": {**common, "objective": {"type": "toy_classification"}},
+            "match": {**common, "objective": {"type": "toy_objective"}},
+        },
         "optimizer": {"kind": "adamw", "lr": 1e-3, "layer_decay": {
             "encoders.image": 0.5, "encoders.refiner": 0.9}},
         "schedule": {"kind": "constant", "warmup_steps": 0},
@@ -74,12 +77,15 @@ def test_toys_train_resume_evaluate_and_go_out(tmp_path):
     recipe, weights = written(tmp_path, recipe_of(tmp_path)), tmp_path / "weights.safetensors"
     straight = tmp_path / "run"
     run("pretrain.train", recipe, "--", "tools.convert", "export-weights", "--run", straight,
-        "--only", "encoders.*", "--out", weights)
+        "--only", "encoders.*", "--out", weights, "--", "tools.convert", "export-weights",
+        "--run", straight, "--only", "objectives.match.*", "--out", tmp_path / "match.safetensors")
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
-    (evaluated,) = [line for line in lines if line["kind"] == "evaluation"]
-    assert len(losses) == 6 and losses[-1] != losses[0]
-    assert evaluated["images"] == 10 and 0 <= evaluated["top1"] <= 1
+    evaluated = {line["task"]: line for line in lines if line["kind"] == "evaluation"}
+    assert len(losses) == 6 and losses[-1] != losses[0] and evaluated.keys() == {"parity", "match"}
+    for found in evaluated.values():
+        assert found["images"] == 10 and 0 <= found["top1"] <= 1
+    assert list(load_file(tmp_path / "match.safetensors")) == ["objectives.match.vectors.weight"]
 
     state = read_full_state(newest_whole(straight / "checkpoints"), "master")
     found = load_file(weights)

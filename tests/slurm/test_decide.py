@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from slurm.attempts import fruitless, suspects
 from slurm.decide import Outcome, decide
+from slurm.run_files import fruitless, suspects
 
 DIED = Outcome(state="failed", reason="rank 1: killed", code=1, steps=(10, 20), fruitless=0,
                restarts_left=2)
@@ -18,7 +18,7 @@ CASES = [
     ({"state": "stopped", "code": 0, "stop_asked": True, "leaving": "time"}, "stop", 0),
     ({"state": "failed", "stop_asked": True}, "stop", 1),
     ({"code": 3, "state": "running"}, "leave", 3),
-    ({"code": 2, "state": ""}, "leave", 2),
+    ({"code": 2, "state": ""}, "give up", 2),  # the rest of a chain would be refused one by one
     ({}, "restart", 75),
     ({"code": -9, "state": "running"}, "restart", 75),  # killed without a word
     ({"code": 0, "state": "running"}, "restart", 75),  # deepspeed says 0 for a killed launch.py

@@ -42,7 +42,7 @@ def test_an_element_of_an_array_has_its_own_name():
 def test_commands(launcher, tmp_path):
     """One task a rank, or one launcher a node; the arguments of the trainer stay as they are."""
     train = ["pretrain.train", "a b.yaml", "name='x y'"]
-    words = command(launcher, train, tmp_path, ["n1", "n2"], 8, 15001, 2, "/py")
+    words = command(launcher, train, tmp_path, ["n1", "n2"], 8, 15001, "launch-%j-2-%t.log", "/py")
     tasks = 16 if launcher == "srun" else 2
     assert words[:2] == ["srun", "--nodes=2"] and f"--ntasks={tasks}" in words
     assert "--kill-on-bad-exit=1" in words and words[-3:] == train

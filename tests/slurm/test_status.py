@@ -94,3 +94,13 @@ def test_where_the_time_went():
     assert found == {"steps": 40.0, "between steps": 4.0, "starts": 18.0 + 18.0,
                      "ends": 12.0 + 30.0 + 18.0, "waiting": 10.0 + 10.0 + 1.0}
     assert sum(found.values()) == 161.0
+
+
+def test_a_run_that_was_given_up_says_why(run):
+    """Also where the trainer was refused, and could write no status."""
+    (run / "control/status.json").unlink()
+    with open(run / "attempts.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"attempt": 3, "started": time.time() - 5, "seconds": 4.0,
+                               "steps": [40, 40], "decision": "give up",
+                               "why": "the trainer refused to start: no such key"}) + "\n")
+    assert "the trainer refused to start: no such key" in line_of(describe(run))

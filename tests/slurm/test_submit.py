@@ -1,13 +1,16 @@
 """From a recipe and a site file to a batch script; what is refused before SLURM sees it."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from slurm import cluster, recipes, submit
+from slurm import recipes, submit
 from slurm.script import Job, gpu_options, header, render, version_of
 from slurm.site import Site, SiteError, read_site
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
@@ -58,6 +61,12 @@ def test_gpus_are_asked_for_per_node(text, version):
     assert gpu_options(Site(), version) == [f"--{word}"]
     assert gpu_options(Site(gres="gres:h100", gpus_per_node=4), version) == ["--gres=gpu:h100:4"]
     assert gpu_options(Site(gpus_per_node=0), version) == []
+    per_task = Site(header=["--gpus-per-task=1"])
+    if version >= (24, 11):
+        with pytest.raises(SiteError, match=r"24\.11 refuses GPUs per task"):
+            gpu_options(per_task, version)
+    else:
+        assert gpu_options(per_task, version) == [f"--{word}"]
     options = header(job(Path("/r")), Site(), version)
     assert not [option for option in options if "per-task" in option and "gpu" in option]
 
@@ -88,10 +97,26 @@ def test_header_and_script(tmp_path):
     assert lines[-1].endswith(f"-- pretrain.train '{tmp_path}/a b.yaml' \"x=$Y\"")
 
 
+SLURM = {
+    "sbatch": '''case "$*" in *--test-only*) cat > /dev/null; echo "would start now" >&2;;
+              *) echo x >> "$0.calls"; n=$(wc -l < "$0.calls"); [ $n -le ${MOST:-9} ] || {
+                 echo "job limit reached" >&2; exit 1; }; echo $((70 + n));; esac''',
+    "squeue": 'echo "$JOBS" | sed "/^$/d"',
+    "sinfo": 'case "$*" in *version*) echo slurm 22.05.8;; *) echo "gpu*|2-00:00:00";; esac',
+    "scontrol": 'echo "PreemptMode = REQUEUE"; echo "SlurmctldParameters = $PARAMETERS"',
+}
+
+
 @pytest.fixture
-def no_cluster(monkeypatch):
-    monkeypatch.setattr(cluster, "jobs_of", lambda run: [])
-    monkeypatch.setattr(cluster, "longest_time", lambda partition: "2-00:00:00")
+def on_cluster(tmp_path, monkeypatch):
+    """SLURM's commands, as far as a submission asks them."""
+    for name, body in SLURM.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    return tmp_path / "bin"
 
 
 @pytest.fixture(scope="module")
@@ -102,33 +127,117 @@ def recipe(tmp_path_factory) -> str:
     return str(write_recipe(folder / "recipe.yaml", tiny_recipe(folder, folder / "run")))
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """`python -m pretrain` without a process of its own, which would import torch each time."""
+    from pretrain import __main__ as pretrain
+
+    def run(*words: str):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = pretrain.main(words)
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+    monkeypatch.setattr(recipes, "_pretrain", run)
+
+
+@pytest.fixture
+def checks_well(in_process, monkeypatch):
+    """What `pretrain check` says is recorded; recipes are read and resolved as ever."""
+    read = recipes._pretrain
+
+    def run(*words: str):
+        if words[0] == "check":
+            return subprocess.CompletedProcess(words, 0, "ok    as recorded\n", "")
+        return read(*words)
+
+    monkeypatch.setattr(recipes, "_pretrain", run)
+
+
+def site_file(tmp_path, ranks: int = 2) -> str:
+    path = tmp_path / "site.yaml"
+    path.write_text(f"gpus_per_node: 0\nranks_per_node: {ranks}\nlocal_folders: []\n")
+    return str(path)
+
+
 def run_submit(*words: str) -> int:
     return submit.main(list(words))
 
 
-def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, no_cluster, capsys, recipe):
-    run, site = tmp_path / "run", tmp_path / "site.yaml"
-    site.write_text("gpus_per_node: 0\nranks_per_node: 2\nlocal_folders: []\n")
-    options = ["--nodes", "2", "--site", str(site), "--dry-run"]
+def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, on_cluster, capsys, recipe):
+    """With the real `pretrain show` and `pretrain check`."""
+    run = tmp_path / "run"
+    options = ["--nodes", "2", "--site", site_file(tmp_path), "--dry-run"]
     assert run_submit(recipe, f"run_dir={run}", *options) == 0
     out = capsys.readouterr()
     assert "#SBATCH --nodes=2" in out.out and "#SBATCH --time=2-00:00:00" in out.out
     assert f"{run}/submit/001.yaml --start-or-resume --expect-world 4" in out.out
+    assert "--check pretrain.node_check" in out.out and "would start now" in out.err
     assert "4 ranks; nothing was written" in out.err and not run.exists()
+    assert not Path(f"{on_cluster}/sbatch.calls").exists()
 
 
-def test_a_span_of_nodes_has_to_fit_at_both_ends(tmp_path, no_cluster, monkeypatch, recipe):
-    asked, site = [], tmp_path / "site.yaml"
-    site.write_text("ranks_per_node: 2\nlocal_folders: []\n")
+def test_a_chain_is_laid_out_and_handed_over(
+    tmp_path, on_cluster, capsys, monkeypatch, recipe, checks_well
+):
+    """What is written, said and warned of; a chain of which a part is refused names the rest."""
+    run, options = tmp_path / "run", ["--site", site_file(tmp_path), "--no-code-copy"]
+    (run / "control").mkdir(parents=True)
+    (run / "control/stop").touch()
+    assert run_submit(recipe, f"run_dir={run}", "--chain", "3", *options) == 0
+    out = capsys.readouterr()
+    assert "submitted: 71, 72, 73 (pretrain-run-" in out.out and f"status {run}" in out.out
+    assert "SlurmctldParameters lacks preempt_send_user_signal" in out.err
+    assert not (run / "control/stop").exists()
+    assert "steps" in (run / "submit/001.yaml").read_text()
+    script = (run / "submit/001.sbatch").read_text()
+    assert "--dependency=singleton" in script and "--chain pretrain-run-" in script
+    assert (run / "submit/001.command").read_text().strip()
+
+    monkeypatch.setenv("PARAMETERS", "preempt_send_user_signal")
+    monkeypatch.setenv("MOST", "4")
+    assert run_submit(recipe, f"run_dir={run}", "--chain", "3", *options) == 2
+    err = capsys.readouterr().err
+    assert "job limit reached; submitted all the same: 74 of 3" in err and "lacks" not in err
+
+    (on_cluster / "sbatch").write_text("#!/bin/sh\necho no such partition >&2; exit 1\n")
+    (run / "control/stop").touch()
+    assert run_submit(recipe, f"run_dir={run}", *options) == 2
+    assert "sbatch refuses the job: no such partition" in capsys.readouterr().err
+    assert (run / "control/stop").exists() and not (run / "submit/003.sbatch").exists()
+
+
+def test_a_sweep_is_handed_over_as_runs(tmp_path, on_cluster, capsys, recipe, checks_well):
+    """Each element has its own recipe and folder; one that is finished does not hold up others."""
+    grid, run = tmp_path / "grid.yaml", tmp_path / "run"
+    grid.write_text("seed: [1, 2]\n")
+    options = ["--site", site_file(tmp_path), "--sweep", str(grid), "--no-code-copy"]
+    (run / "000/control").mkdir(parents=True)
+    (run / "000/control/status.json").write_text(json.dumps({"state": "finished"}))
+    assert run_submit(recipe, f"run_dir={run}", *options) == 0
+    assert "2 runs" in capsys.readouterr().out
+    for number, seed in enumerate((1, 2)):
+        folder = run / f"{number:03d}"
+        found = yaml.safe_load((folder / "submit/001.yaml").read_text())
+        assert (found["seed"], found["run_dir"]) == (seed, str(folder))
+        assert json.loads((folder / "submit/job.json").read_text())["element"] == number
+    (run / "001/control/status.json").write_text(json.dumps({"state": "finished"}))
+    assert run_submit(recipe, f"run_dir={run}", *options) == 2
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_a_span_of_nodes_has_to_fit_at_both_ends(
+    tmp_path, on_cluster, monkeypatch, recipe, in_process
+):
+    asked: list[int] = []
     monkeypatch.setattr(submit, "require_fit", lambda *words: asked.append(words[-1]) or "")
-    assert run_submit(recipe, "--nodes", "1-4", "--site", str(site), "--dry-run") == 0
+    options = ["--nodes", "1-4", "--site", site_file(tmp_path), "--dry-run"]
+    assert run_submit(recipe, *options) == 0
     assert asked == [2, 8]
 
 
-def test_what_is_refused(tmp_path, no_cluster, monkeypatch, capsys, recipe):
-    site = tmp_path / "site.yaml"
-    site.write_text("local_folders: []\n")
-    shared = ["--dry-run", "--site", str(site)]
+def test_what_is_refused(tmp_path, on_cluster, monkeypatch, capsys, recipe, in_process):
+    shared = ["--dry-run", "--site", site_file(tmp_path, 8)]
     for words, said in (
         (["internimage_smal", *shared], "internimage_smal"),
         ([recipe, "stepz=3", *shared], "stepz"),
@@ -137,15 +246,9 @@ def test_what_is_refused(tmp_path, no_cluster, monkeypatch, capsys, recipe):
     ):
         assert run_submit(*words) == 2
         assert said in capsys.readouterr().err, words
-    monkeypatch.setattr(cluster, "jobs_of", lambda run: [{"job": "17", "state": "RUNNING"}])
+    monkeypatch.setenv("JOBS", "17|RUNNING|None|n1|1:00")
     assert run_submit(recipe, f"run_dir={tmp_path}/r", *shared) == 2
     assert "has jobs already: 17 (running)" in capsys.readouterr().err
-    monkeypatch.setattr(cluster, "jobs_of", lambda run: [])
-    control = tmp_path / "r/control"
-    control.mkdir(parents=True)
-    (control / "status.json").write_text(json.dumps({"state": "finished"}))
-    assert run_submit(recipe, f"run_dir={tmp_path}/r", *shared) == 2
-    assert "is finished" in capsys.readouterr().err
 
 
 def test_the_code_of_a_run_is_a_copy_that_runs(tmp_path):

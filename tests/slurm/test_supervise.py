@@ -84,7 +84,7 @@ def test_signals_become_files(tmp_path, number, code, decision):
 @pytest.mark.parametrize("step", ["0", "12"])
 def test_a_run_without_a_sign_of_life_is_ended(tmp_path, step):
     """Also one that never gave any, since a node went in its start."""
-    options = ("--silent-minutes", "0.05")
+    options = ("--silent-minutes", "0.05", "--leave-s", "2")
     with start(tmp_path, "--steps", "20", "--hang-at", step, options=options) as process:
         assert process.wait(timeout=90) == 0
     assert "no sign of life" in attempts(tmp_path)[0]["reason"]
@@ -146,3 +146,23 @@ def test_words_that_make_no_sense(tmp_path):
             env={k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
         )
         assert done.returncode == 2 and said in done.stderr
+
+
+def test_a_ledger_that_cannot_be_written_ends_no_run_and_starts_none_for_ever(tmp_path):
+    """As on a full disk: the tries are counted in memory."""
+    (tmp_path / "attempts.jsonl").mkdir()
+    with start(tmp_path, "--fail-at", "0", "--always-fail") as process:
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 13 and said.count("warning: ") == 3
+
+
+def test_a_second_supervisor_leaves_the_first_alone(tmp_path):
+    with start(tmp_path, "--steps", "10000") as first:
+        wait_for_steps(tmp_path, 3)
+        with start(tmp_path, "--steps", "10000") as second:
+            _, said = second.communicate(timeout=60)
+        assert second.returncode == 2 and f"process {first.pid} supervises it" in said
+        assert not (tmp_path / "attempts.jsonl").exists()
+        first.send_signal(signal.SIGINT)
+        assert first.wait(timeout=60) == 0
+    assert [a["decision"] for a in attempts(tmp_path)] == ["stop"]

@@ -43,7 +43,7 @@ def ours(run_dir):
     return captioner.objective.evaluate(
         captioner.model.encoders,
         build_evaluation_loader(recipe, "caption", captioner.tokenizer),
-        EvaluationContext(torch.device("cpu"), captioner.tokenizer),
+        EvaluationContext(torch.device("cpu"), captioner.tokenizer, keep_images=1),
     )
 
 

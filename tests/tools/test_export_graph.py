@@ -89,6 +89,7 @@ def test_official_weights_to_onnx(name, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "a.pth", "settings.yaml"]
 
 
+@pytest.mark.slow
 def test_maps_for_detectors(tmp_path):
     """From a backbone without a head; large weights lie beside the graph."""
     need_onnx()
@@ -177,7 +178,9 @@ def test_a_published_size(tmp_path, capsys):
 
 
 # The second one is right for the batch that the graph is traced on.
-@pytest.mark.parametrize("factor", [lambda batch: 1.001, lambda batch: 1.0 + (batch - 2)])
+@pytest.mark.parametrize("factor", [
+    pytest.param(lambda batch: 1.001, marks=pytest.mark.slow), lambda batch: 1.0 + (batch - 2),
+])  # fmt: skip
 def test_a_graph_that_computes_something_else_is_not_written(
     factor, tmp_path, monkeypatch, capsys
 ):
@@ -190,7 +193,7 @@ def test_a_graph_that_computes_something_else_is_not_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "settings.yaml"]
 
 
-@pytest.mark.parametrize("name", ["a.pt2", "a.onnx"])
+@pytest.mark.parametrize("name", ["a.pt2", pytest.param("a.onnx", marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_nothing(name, tmp_path, capsys):
     if name == "a.onnx":
         need_onnx()

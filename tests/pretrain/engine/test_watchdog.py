@@ -54,7 +54,7 @@ def test_progress_keeps_a_run_alive_and_a_hang_ends_it(start, tmp_path):
         time.sleep(0.1)
     with dog.during("save"):
         time.sleep(0.7)  # longer than a step may take
-    assert list(dog.beats(range(3))) == [0, 1, 2] and not ended.codes and alive
+    assert not ended.codes and alive
     assert ended.event.wait(5) and ended.codes == [1]
     (reason,) = ended.reasons
     assert "in step 7; it is alone; stacks of rank 0: logs/stacks_rank_00000.txt" in reason

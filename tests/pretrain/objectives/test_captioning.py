@@ -1,11 +1,13 @@
 """The captioning objective: shares, empty batches, transformers as an oracle, evaluation."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from pretrain.engine.evaluation import Evaluator
 from pretrain.models.build_context import BuildContext
 from pretrain.models.git import GitDecoderSettings
 from pretrain.models.git_weights import export_git
@@ -265,6 +267,20 @@ def test_evaluation_of_clips() -> None:
     first, second, third = (example.image for example in examples)
     assert torch.equal(first, torch.cat([batch["images"][0, 0], batch["images"][0, 1]], dim=2))
     assert second.shape == (3, 16, 32) and third is None
+
+
+def test_examples_draw_themselves_for_tensorboard() -> None:
+    """Those of any objective: the evaluator knows a picture and a text, and no caption."""
+    model, batches = talking_model(), evaluation_batches(7, 4)
+    _, examples = evaluate(model, batches, keep_images=2)
+    seen: list = []
+    evaluator = SimpleNamespace(metrics=SimpleNamespace(images=lambda *found: seen.extend(found)))
+    Evaluator._show(evaluator, 3, "caption", examples)
+    step, task, pictures, texts = seen
+    assert (step, task, len(pictures)) == (3, "caption", 2)
+    for example, picture, text in zip(examples, pictures, texts, strict=False):
+        assert torch.equal(torch.from_numpy(picture), example.image.permute(1, 2, 0))
+        assert text == f"{example.caption}\n({example.references[0]})"
 
 
 def test_evaluation_reports_every_valid_image_once() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 LINES = (
     "from tests.pretrain.plugins.toy_data import ToyClassificationSettings, ToyDataSettings",
     "from tests.pretrain.plugins.toy_encoder import ToyEncoderSettings, ToyRefinerSettings",
+    "from tests.pretrain.plugins.toy_objective import ToyObjectiveSettings",
 )
 KINDS = "pretrain.kinds"
 

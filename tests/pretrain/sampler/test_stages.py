@@ -68,6 +68,9 @@ def test_ratios_and_loss_weights_are_those_in_force():
     assert schedule.ratio(10**9) == {"a": 1.0, "b": 1.0, "c": 1.0}
     assert schedule.loss_weights(5) == {schedule(5)[0]: 1.0}
     assert schedule.loss_weights(20) == {"a": 0.25, "b": 0.25, "c": 0.5}
+    schedule.own_weights = {"b": 8.0, schedule(5)[0]: 3.0}
+    assert schedule.loss_weights(5) == {schedule(5)[0]: 3.0}
+    assert schedule.loss_weights(20)["b"] == 0.25 * schedule.own_weights["b"]
     assert schedule.most_parts == 3
     with pytest.raises(ValueError, match="runs several tasks"):
         schedule(20)

@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def _passes(interpreted: bool) -> None:
+def _passes(interpreted: bool, *selected: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(CASES)],
+        [sys.executable, "-m", "pytest", "-q", "-x", *selected, str(CASES)],
         env=environment | ({"TRITON_INTERPRET": "1"} if interpreted else {}),
         capture_output=True, text=True, timeout=3600,  # for a GPU hundreds of kernels are compiled
     )  # fmt: skip
@@ -32,8 +32,11 @@ def _passes(interpreted: bool) -> None:
     assert " passed" in done.stdout
 
 
-def test_in_the_interpreter():
-    _passes(interpreted=True)
+@pytest.mark.parametrize("selected", [
+    ("-m", "not slow"), pytest.param(("-m", "slow"), marks=pytest.mark.slow),
+], ids=["telling", "others"])  # fmt: skip
+def test_in_the_interpreter(selected):
+    _passes(True, *selected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

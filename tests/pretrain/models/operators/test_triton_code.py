@@ -81,9 +81,12 @@ def _dcnv3_equals(case, dtype: torch.dtype) -> None:
     "capability, candidate, channels, dtype, geometry",
     [
         (90, 0, 18, torch.bfloat16, {"stride": (1, 2), "pad": (0, 2), "offset_scale": 1.3}),
-        (90, 3, 24, torch.float16, {"kernel_size": (2, 3), "dilation": (2, 1)}),
+        pytest.param(90, 3, 24, torch.float16, {"kernel_size": (2, 3), "dilation": (2, 1)},
+                     marks=pytest.mark.slow),
         # 4 points, of which 3 are computed at a time.
-        (90, 0, 6, torch.float32, {"kernel_size": (5, 1), "pad": (2, 0), "remove_center": True}),
+        pytest.param(90, 0, 6, torch.float32,
+                     {"kernel_size": (5, 1), "pad": (2, 0), "remove_center": True},
+                     marks=pytest.mark.slow),
         (90, 3, 1, torch.float64, {"kernel_size": 1, "pad": 0, "offset_scale": 1.3}),
         (80, 1, 32, torch.bfloat16, {}),
     ],

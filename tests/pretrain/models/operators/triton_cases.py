@@ -1,7 +1,8 @@
 """The Triton kernels against goldens and plain PyTorch: in Triton's interpreter, or on a GPU.
 
 Not collected by itself: whether TRITON_INTERPRET=1 is set must be settled before anything imports
-triton, so test_triton.py runs this file in a process of its own.
+triton, so test_triton.py runs this file in a process of its own. The interpreter takes a second for
+what a GPU does in a microsecond: cases that others imply are slow.
 """
 
 import pytest
@@ -24,6 +25,14 @@ KERNELS = [
 ]
 
 
+TELLING = ("nonsquare_cg6", "rc_k5_d2_s2", "large_offsets")
+"""Goldens that the others are special cases of."""
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def results(case: Case, backend: str, dtype: torch.dtype | None = None) -> dict:
     """Triton computes on the device, plain PyTorch on the CPU; results come to the CPU."""
     if backend == "triton":
@@ -40,7 +49,10 @@ def close(found: dict, expected: dict, bound: float) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem.removeprefix("dcnv3_op_"))
+@pytest.mark.parametrize(
+    "path", [path if path.stem.endswith(TELLING) else slow(path) for path in GOLDENS],
+    ids=lambda path: path.stem.removeprefix("dcnv3_op_"),
+)  # fmt: skip
 def test_goldens(path):
     case, expected = golden(path)
     expected.pop("output_official_f32grid")
@@ -52,12 +64,14 @@ def test_goldens(path):
 @pytest.mark.parametrize(
     "geometry",
     [
-        {"groups": 2, "offset_scale": 1.3},
+        slow({"groups": 2, "offset_scale": 1.3}),
         {"groups": 3, "kernel_size": (2, 3), "stride": (1, 2), "pad": (0, 2), "dilation": (2, 1)},
-        {"groups": 1, "kernel_size": 5, "pad": 2, "remove_center": True},
+        slow({"groups": 1, "kernel_size": 5, "pad": 2, "remove_center": True}),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [slow(torch.float64), torch.float32, slow(torch.float16), torch.bfloat16]
+)
 def test_equals_plain_pytorch(geometry, dtype):
     """18 channels a group: no power of two. The interpreter rounds to bfloat16 by cutting off."""
     case = random_case((2, 6, 7, 18 * geometry["groups"]), spread=2.0, dtype=dtype, **geometry)
@@ -145,7 +159,7 @@ def test_candidates_that_are_timed_leave_nothing_in_the_gradients(monkeypatch):
     _attention_equals(SHAPES[1], torch.float32, 2e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [slow(torch.float64), torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_multi_scale_attention_equals_plain_pytorch(shape, dtype):
     _attention_equals(shape, dtype, 1e-11 if dtype == torch.float64 else 2e-4)
@@ -181,8 +195,8 @@ def _configurations(kernel) -> list[triton.Config]:
     ]
 
 
-@pytest.mark.parametrize("number", range(2 if INTERPRETED else 6))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("number", [0, *map(slow, range(1, 2 if INTERPRETED else 6))])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)])
 def test_every_candidate_computes_the_same(number, dtype, monkeypatch):
     """Many programs, the last of them partly empty; groups of one part and of several."""
     for kernel in KERNELS:
