@@ -1,7 +1,7 @@
 """Base class of every settings model in the project.
 
 A component declares its settings in its own file, next to the code they configure, and takes plain
-arguments itself; `pretrain.recipe` only assembles the settings into one schema.
+arguments itself; `pretrain.recipe.recipe` only assembles the settings into one schema.
 """
 
 from pydantic import BaseModel, ConfigDict

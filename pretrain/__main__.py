@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.console import parse_in_any_order, write_utf8
-from pretrain.overlay import KeyPath, Layer, RecipeError, to_flow_yaml
+from pretrain.recipe.overlay import KeyPath, Layer, RecipeError, to_flow_yaml
 
 if TYPE_CHECKING:  # the schema of recipes takes a second to import, which --help does without
-    from pretrain.recipe import Recipe
+    from pretrain.recipe.recipe import Recipe
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -80,7 +80,7 @@ def _show(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.recipe is None:
         arguments.parser.error("give a recipe, or --fields")
-    from pretrain.recipe_load import load_layers, validate
+    from pretrain.recipe.load import load_layers, validate
 
     layer = load_layers(arguments.recipe, arguments.overrides)
     print(annotated_yaml(validate(layer), layer))
@@ -92,7 +92,7 @@ def _check(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             option = f"--{name.replace('_', '-')}"
             arguments.parser.error(f"{option} must be at least 1, not {getattr(arguments, name)}")
-    from pretrain.recipe_load import load_layers, validate
+    from pretrain.recipe.load import load_layers, validate
 
     recipe = validate(load_layers(arguments.recipe, arguments.overrides))
     from pretrain.check import report  # imports DeepSpeed, which takes seconds
@@ -131,8 +131,8 @@ def _source_of(path: KeyPath, layer: Layer) -> str:
 
 
 def _reference() -> str:
-    from pretrain.recipe import Recipe
-    from pretrain.schema import reference
+    from pretrain.recipe.recipe import Recipe
+    from pretrain.recipe.schema import reference
 
     blocks = []
     for field in reference(Recipe):

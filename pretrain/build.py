@@ -3,23 +3,23 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipeline.cache import source_of
-from data_pipeline.faults import FaultFile
-from data_pipeline.loader import EvaluationLoader, TaskStream
-from data_pipeline.order import RowOrder
-from data_pipeline.order_plan import plan_order
-from data_pipeline.reader import SampleReader
-from data_pipeline.remote import RemoteSettings
-from data_pipeline.shards import ShardSet
-from data_pipeline.sources import ShardedData, Source, concatenated, open_source, open_sources
-from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import ImageSettings
-from data_pipeline.weak_stream import WeakStream
+from data_pipeline.cache.cache import source_of
+from data_pipeline.images.transforms import ImageSettings
+from data_pipeline.loader.faults import FaultFile
+from data_pipeline.loader.loader import EvaluationLoader, TaskStream
+from data_pipeline.loader.weak_stream import WeakStream
+from data_pipeline.order.order import RowOrder
+from data_pipeline.order.plan import plan_order
+from data_pipeline.order.sources import ShardedData, Source, concatenated, open_source, open_sources
+from data_pipeline.reading.reader import SampleReader
+from data_pipeline.samples.tokenizer import Tokenizer
+from data_pipeline.shards.shard_set import ShardSet
+from data_pipeline.storage.remote import RemoteSettings
 from pretrain import sampler
 from pretrain.models.build_context import BuildContext
 from pretrain.models.encoder import Encoder
 from pretrain.models.multitask import MultiTaskModel
-from pretrain.recipe import Recipe, TaskSettings
+from pretrain.recipe.recipe import Recipe, TaskSettings
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer | None:
@@ -32,7 +32,7 @@ def plan_sampling(recipe: Recipe, sizes: Mapping[str, int] | None = None) -> lis
 
     Args:
         sizes: task -> samples that take part; where `sampling.alpha` needs them and they are not
-            given, the shards are opened (raises as `data_pipeline.sources.open_source`).
+            given, the shards are opened (raises as `data_pipeline.order.sources.open_source`).
     """
     weights = {name: task.weight for name, task in recipe.tasks.items()}
     if recipe.sampling.alpha is not None and sizes is None:
@@ -132,7 +132,7 @@ def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer | None) -> Task
 def plan_task_order(
     task: TaskSettings, sources: Sequence[Source], seed: int, name: str
 ) -> RowOrder:
-    """The order of a task's training data; arguments as `data_pipeline.sources.plan_order`."""
+    """The order of a task's training data; arguments as `data_pipeline.order.plan.plan_order`."""
     return plan_order(sources, task.global_batch, seed, name, task.data.copies)
 
 

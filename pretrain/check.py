@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from data_pipeline.mixed_order import MixedOrder
-from data_pipeline.sources import Source, concatenated, open_source, open_sources
-from data_pipeline.step_sampler import MicroBatch, deal
-from data_pipeline.weak_stream import PROMISES_NOT
-from pretrain import recipe_checks
+from data_pipeline.loader.weak_stream import PROMISES_NOT
+from data_pipeline.order.mixed_order import MixedOrder
+from data_pipeline.order.sources import Source, concatenated, open_source, open_sources
+from data_pipeline.order.step_sampler import MicroBatch, deal
 from pretrain.build import (
     build_evaluation_loader,
     build_model,
@@ -22,17 +21,18 @@ from pretrain.build import (
     plan_task_order,
 )
 from pretrain.check_cache import cache_lines
-from pretrain.engine.data_start import changed_data, look_at_samples
-from pretrain.engine.ds_config import engine_config, find_engine_file
-from pretrain.engine.momentum_pairs import moving_targets, require_weights_in_memory
+from pretrain.data_start import changed_data, look_at_samples
+from pretrain.ds_config import engine_config, find_engine_file
+from pretrain.engine.zero.momentum_pairs import moving_targets, require_weights_in_memory
 from pretrain.idle_ranks import idle_ranks
 from pretrain.models.frozen import freeze, kept_at_random
 from pretrain.models.init import classes_hint
 from pretrain.optim.groups import parameter_groups
-from pretrain.recipe import Recipe, TaskSettings
+from pretrain.recipe import checks as recipe_checks
+from pretrain.recipe.recipe import Recipe, TaskSettings
 
 if TYPE_CHECKING:
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.samples.tokenizer import Tokenizer
     from pretrain.models.multitask import MultiTaskModel
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 
-from data_pipeline.blocks import Blocks
-from data_pipeline.cache_plan import simulate, simulate_lru
-from data_pipeline.future import NodeReads
-from data_pipeline.read_ahead import plannable_bytes
-from data_pipeline.sources import concatenated, open_sources
-from data_pipeline.step_sampler import StepSampler
+from data_pipeline.cache.blocks import Blocks
+from data_pipeline.cache.cache_plan import simulate, simulate_lru
+from data_pipeline.cache.future import NodeReads
+from data_pipeline.cache.read_ahead import plannable_bytes
+from data_pipeline.order.sources import concatenated, open_sources
+from data_pipeline.order.step_sampler import StepSampler
 from pretrain.build import build_schedule, plan_task_order
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 
 # A simulation of so many samples on a node takes about ten seconds.
 _MOST_READS = 2_000_000

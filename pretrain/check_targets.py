@@ -1,13 +1,14 @@
-"""Whether the data of a task hold what its objective is to learn from: `data_pipeline.targets`."""
+"""Whether the data of a task hold what its objective is to learn from:
+`data_pipeline.loader.targets`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from data_pipeline.stream import TaskStream
-from data_pipeline.target import Target
-from data_pipeline.targets import Look, look
-from data_pipeline.weak_stream import WeakStream
-from pretrain.recipe import Recipe, TaskSettings
+from data_pipeline.loader.stream import TaskStream
+from data_pipeline.loader.targets import Look, look
+from data_pipeline.loader.weak_stream import WeakStream
+from data_pipeline.samples.target import Target
+from pretrain.recipe.recipe import Recipe, TaskSettings
 
 FEW = 0.1
 """A smaller share of samples with a target is worth a warning."""

@@ -1,6 +1,6 @@
 """Ranks that a batch leaves without samples: they compute padding, step after step."""
 
-from pretrain.recipe import Recipe
+from pretrain.recipe.recipe import Recipe
 
 
 def idle_ranks(recipe: Recipe, world: int) -> list[str]:
@@ -11,7 +11,7 @@ def idle_ranks(recipe: Recipe, world: int) -> list[str]:
     found = []
     for name, task in recipe.tasks.items():
         pairs = task.global_batch // 2
-        idle = world - pairs  # each pair has one rank (`data_pipeline.step_sampler.deal`)
+        idle = world - pairs  # each pair has one rank (`data_pipeline.order.step_sampler.deal`)
         if idle > 0:
             found.append(
                 f"tasks.{name}: {idle} of {world} ranks would get padding only, since global_batch="

@@ -20,8 +20,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pretrain.engine.distributed import choose_device
-from pretrain.engine.launch_environment import LaunchError, read_ranks
+from pretrain.engine.launch.distributed import choose_device
+from pretrain.engine.launch.launch_environment import LaunchError, read_ranks
 
 _SIZE = 512
 _SENT = 2**20

@@ -19,14 +19,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.engine.checkpoint_retention import Aside, last_before, step_of, steps_there
+from pretrain.engine.checkpoint.retention import Aside, last_before, step_of, steps_there
 from pretrain.optim.schedule import lr_factor
-from pretrain.overlay import RecipeError
+from pretrain.recipe.overlay import RecipeError
 
 if TYPE_CHECKING:
-    from pretrain.engine.checkpoint import Checkpoints
+    from pretrain.engine.checkpoint.checkpoint import Checkpoints
     from pretrain.engine.loop import TrainerState
-    from pretrain.recipe import Recipe
+    from pretrain.recipe.recipe import Recipe
 
 RECIPE = "recipe.yaml"
 log = logging.getLogger("omnipretrain.train")
@@ -159,7 +159,7 @@ def recipe_of(checkpoint: Path) -> "Recipe | None":
     Raises:
         RecipeError: the file is there, but this version cannot read it.
     """
-    from pretrain.recipe_load import load_resolved
+    from pretrain.recipe.load import load_resolved
 
     path = checkpoint / RECIPE
     return load_resolved(path) if path.exists() else None

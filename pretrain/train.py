@@ -24,23 +24,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from pretrain.engine.checkpoint_files import CheckpointError, newest_whole
-from pretrain.engine.checkpoint_retention import (
+from pretrain.engine.checkpoint.files import CheckpointError, newest_whole
+from pretrain.engine.checkpoint.retention import (
     cut_off_return,
     find_checkpoint,
     step_of,
     step_to_go_back_to,
 )
-from pretrain.engine.control import ControlFolder, StopSignals
-from pretrain.engine.launch_environment import LaunchError, require_world, translate
-from pretrain.engine.launchers import age_of_start
-from pretrain.engine.ownership import (
+from pretrain.engine.control.control import ControlFolder, StopSignals
+from pretrain.engine.control.ownership import (
     OccupiedError,
     Ownership,
     claim,
     claimed_by_this_launch,
     refuse_if_occupied,
 )
+from pretrain.engine.launch.launch_environment import LaunchError, require_world, translate
+from pretrain.engine.launch.launchers import age_of_start
+from pretrain.engine.report.start_notes import StartNotes
 from pretrain.engine.run_record import (
     RECIPE_FILE,
     RunDirError,
@@ -48,10 +49,9 @@ from pretrain.engine.run_record import (
     check_resumable,
     holds_run,
 )
-from pretrain.engine.start_notes import StartNotes
 
 if TYPE_CHECKING:
-    from pretrain.recipe import Recipe
+    from pretrain.recipe.recipe import Recipe
 
 log = logging.getLogger("omnipretrain.train")
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
     except (LaunchError, LocaleError, UsageError) as error:
         say(error)
         return WRONG_USAGE
-    from pretrain.overlay import RecipeError  # takes a second, in which signals count
+    from pretrain.recipe.overlay import RecipeError  # takes a second, in which signals count
 
     try:
         recipe, resume = read_recipe(arguments)
@@ -81,12 +81,12 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
         say(error)
         return WRONG_USAGE
     except OSError as error:
-        from pretrain.engine.failures import FAILED, reason_of
+        from pretrain.engine.control.failures import FAILED, reason_of
 
         say(reason_of(error))
         return FAILED
     with StartNotes(recipe.name, speaks=ownership is not None) as notes:
-        from pretrain.engine.start import train_recipe  # imports DeepSpeed, which takes seconds
+        from pretrain.start import train_recipe  # imports DeepSpeed, which takes seconds
 
         return train_recipe(recipe, resume, signals or StopSignals(), ownership,
                             arguments.from_step, notes)
@@ -187,7 +187,7 @@ def read_recipe(arguments: argparse.Namespace) -> "tuple[Recipe, bool]":
     Raises:
         RecipeError, RunDirError: with all that the user needs to know.
     """
-    from pretrain.recipe_load import load_recipe, load_resolved
+    from pretrain.recipe.load import load_recipe, load_resolved
 
     if arguments.resume is not None:
         root = arguments.resume / "checkpoints"
@@ -213,7 +213,7 @@ def read_resumed(run_dir: Path, overrides: Sequence[str], from_step: int | None)
     Raises:
         RecipeError, RunDirError: as `read_recipe`.
     """
-    from pretrain.recipe_load import load_layers, load_resolved, validate
+    from pretrain.recipe.load import load_layers, load_resolved, validate
 
     path = check_resumable(run_dir)
     written = moved(load_resolved(path), run_dir)
@@ -268,6 +268,6 @@ if __name__ == "__main__":
     code = main(signals=StopSignals())
     if code == WRONG_USAGE:
         sys.exit(code)
-    from pretrain.engine.distributed import leave
+    from pretrain.engine.launch.distributed import leave
 
     leave(code)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import yaml
 
-from data_pipeline.packer import ShardWriter
-from data_pipeline.tokenizer import train_byte_level_bpe
-from tools.digit_scenes import make_scene, scene_members
+from data_pipeline.samples.tokenizer import train_byte_level_bpe
+from data_pipeline.shards.packer import ShardWriter
+from tools.make_shards.scenes import make_scene, scene_members
 
 
 def pack_scenes(folder: Path, train: int = 60, heldout: int = 10, size: int = 32) -> None:

@@ -20,9 +20,18 @@ from pathlib import Path
 from rich.console import Console
 
 from data_pipeline.console import parse_in_any_order, write_utf8
-from pretrain.overlay import RecipeError
-from tools.experiment import Plan, Run, describe, evaluations, markdown, metrics, slug, train
-from tools.line_chart import Line, Panel, line_chart
+from pretrain.recipe.overlay import RecipeError
+from tools.support.experiment import (
+    Plan,
+    Run,
+    describe,
+    evaluations,
+    markdown,
+    metrics,
+    slug,
+    train,
+)
+from tools.support.line_chart import Line, Panel, line_chart
 
 console = Console(soft_wrap=True)
 RECIPE = "internimage_small"
@@ -106,7 +115,7 @@ def pack(options: argparse.Namespace) -> int:
     Raises:
         subprocess.CalledProcessError: a tool has failed; `stderr` holds what it said.
     """
-    from data_pipeline.manifest import Manifest
+    from data_pipeline.shards.manifest import Manifest
 
     data = options.out / "data"
     if options.scenes:
@@ -132,7 +141,7 @@ def plan(options: argparse.Namespace, classes: int) -> Plan:
     Raises:
         RecipeError: `--set` does not fit, or a run directory is that of another comparison.
     """
-    from pretrain.recipe_load import load_recipe, load_resolved
+    from pretrain.recipe.load import load_recipe, load_resolved
 
     data = options.out / "data"
     side = 32 if options.scenes else 64
@@ -183,7 +192,7 @@ def size_of(run: Run) -> tuple[int, int]:
     """Parameters of the encoder of a run, and its FLOPs for one image."""
     import torch  # --help and wrong arguments do without
 
-    from pretrain.recipe_load import load_recipe
+    from pretrain.recipe.load import load_recipe
 
     recipe = load_recipe(run.recipe, run.overrides)
     with torch.device("meta"):

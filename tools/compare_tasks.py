@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data_pipeline.console import parse_in_any_order, write_utf8
-from tools.experiment import Plan, Run, describe, evaluations, markdown, slug, train
+from tools.support.experiment import Plan, Run, describe, evaluations, markdown, slug, train
 
 console = Console(soft_wrap=True)
 TASKS = ("caption", "classify", "contrast")

@@ -20,12 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.console import parse_in_any_order, write_utf8
-from tools.arguments import add_device, device_of, positive
+from tools.support.arguments import add_device, device_of, positive
 
 if TYPE_CHECKING:  # --help and wrong arguments do without torch
-    from tools.captioner import Evaluated
-    from tools.export_record import ExportRecord
-    from tools.training_images import Seen
+    from tools.convert.captioner import Evaluated
+    from tools.convert.record import ExportRecord
+    from tools.support.training_images import Seen
 
 _COLUMNS = 4
 _SHOWN = {
@@ -45,7 +45,7 @@ console = Console()
 def _print_results(
     record: "ExportRecord", found: "Evaluated", seen: "Seen", examples: int
 ) -> None:
-    from tools.training_images import NAMED
+    from tools.support.training_images import NAMED
 
     if not (record.verification and record.verification.passed):
         console.print("[yellow]this export was not verified against the run that it came from[/]")
@@ -95,8 +95,8 @@ def _write_json(
 def _write_sheet(
     path: Path, record: "ExportRecord", font: str | None, found: "Evaluated", seen: "Seen"
 ) -> None:
-    from tools.contact_sheet import Cell, contact_sheet
-    from tools.training_images import NAMED
+    from tools.support.contact_sheet import Cell, contact_sheet
+    from tools.support.training_images import NAMED
 
     cells = [
         Cell(drawn[0], e.key, e.caption, e.references[:1])
@@ -131,13 +131,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_in_any_order(_parser(), arguments)
     import torch
 
-    from data_pipeline.errors import ShardError
-    from data_pipeline.reader import TransientReadError
-    from data_pipeline.stream import DataError
-    from pretrain.engine.checkpoint_files import CheckpointError
-    from tools.captioner import evaluate
-    from tools.export_record import RECORD, ExportRecord, way_to_export
-    from tools.training_images import seen_in_training
+    from data_pipeline.loader.stream import DataError
+    from data_pipeline.reading.reader import TransientReadError
+    from data_pipeline.storage.errors import ShardError
+    from pretrain.engine.checkpoint.files import CheckpointError
+    from tools.convert.captioner import evaluate
+    from tools.convert.record import RECORD, ExportRecord, way_to_export
+    from tools.support.training_images import seen_in_training
 
     try:
         if not (options.export / RECORD).is_file():

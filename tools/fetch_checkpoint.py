@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from data_pipeline.console import write_utf8
-from pretrain.engine.checkpoint_copy import FarCheckpoints
-from pretrain.engine.checkpoint_files import CheckpointError
+from pretrain.engine.checkpoint.copy import FarCheckpoints
+from pretrain.engine.checkpoint.files import CheckpointError
 
 
 def main(arguments: list[str] | None = None) -> int:

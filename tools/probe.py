@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from data_pipeline.console import parse_in_any_order, write_utf8
-from tools.arguments import add_device, add_weights, device_of, natural, positive
+from tools.support.arguments import add_device, add_weights, device_of, natural, positive
 
 if TYPE_CHECKING:  # --help and wrong arguments do without torch
     from torch import Tensor
 
-    from data_pipeline.transforms import ImageSettings
-    from tools.trained import TrainedRun
+    from data_pipeline.images.transforms import ImageSettings
+    from tools.support.trained import TrainedRun
 
 console = Console(stderr=True)
 
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     from pretrain.objectives.probing import knn_top1, linear_top1
-    from tools.trained import open_run
+    from tools.support.trained import open_run
 
     try:
         run = open_run(args.run, args.weights)
@@ -117,10 +117,10 @@ def features(
     """
     import torch
 
-    from data_pipeline.labels import NO_LABEL, LabelDataSettings, LabelProcessor
-    from data_pipeline.loader import EvaluationLoader, TaskStream
-    from data_pipeline.reader import SampleReader
-    from data_pipeline.shards import ShardSet
+    from data_pipeline.loader.loader import EvaluationLoader, TaskStream
+    from data_pipeline.reading.reader import SampleReader
+    from data_pipeline.samples.labels import NO_LABEL, LabelDataSettings, LabelProcessor
+    from data_pipeline.shards.shard_set import ShardSet
     from pretrain.models.pixels import normalise_pixels
     from pretrain.objectives.image_tokens import image_vectors, vector_width
 

@@ -37,9 +37,9 @@ def captions_of_shards(
     from rich.console import Console
     from rich.progress import track
 
-    from data_pipeline.caption_texts import CaptionSourceSettings, CaptionTexts
-    from data_pipeline.reader import BadSample, SampleReader
-    from data_pipeline.sources import open_source
+    from data_pipeline.order.sources import open_source
+    from data_pipeline.reading.reader import BadSample, SampleReader
+    from data_pipeline.samples.caption_texts import CaptionSourceSettings, CaptionTexts
 
     console = Console(stderr=True)
     captions = CaptionTexts([CaptionSourceSettings(source=source) for source in sources])
@@ -107,8 +107,8 @@ def run(options: argparse.Namespace) -> int:
     """Train as the command line says; returns the exit status."""
     from rich.console import Console
 
-    from data_pipeline.reader import TransientReadError
-    from data_pipeline.tokenizer import train_byte_level_bpe
+    from data_pipeline.reading.reader import TransientReadError
+    from data_pipeline.samples.tokenizer import train_byte_level_bpe
 
     console = Console(stderr=True)
     if options.text:
@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _source(text: str) -> str:
-    from data_pipeline.members import check_source
+    from data_pipeline.samples.members import check_source
 
     try:
         return check_source("source", text)

@@ -18,7 +18,7 @@ import numpy as np
 import torch.distributed as dist
 
 from data_pipeline.rng import keyed_u64, mix64
-from pretrain.engine.distributed import Ranks
+from pretrain.engine.launch.distributed import Ranks
 
 # Sums stay whole numbers in float64: 2**21 ranks for squares, 2**17 for hashes.
 _CHUNK_BITS, _CHUNKS = 16, 3

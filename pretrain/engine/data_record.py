@@ -13,7 +13,7 @@ number would stand for other samples, and some would be read twice and others ne
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from data_pipeline.revisions import expand, to_ranges
+from data_pipeline.order.revisions import expand, to_ranges
 from pretrain.engine.run_record import RunDirError
 
 KIND = "data"

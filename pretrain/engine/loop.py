@@ -18,14 +18,14 @@ import torch.distributed as dist
 
 from data_pipeline.rng import keyed_u64
 from pretrain.engine.agreement import LENGTH, Agreement
-from pretrain.engine.control import ControlFolder, StopSignals
-from pretrain.engine.counted import TargetWatch, has_targets, with_absences
-from pretrain.engine.distributed import Ranks
-from pretrain.engine.own_time import OwnTime
-from pretrain.engine.ownership import OwnershipLost
-from pretrain.engine.step_report import StepReport
-from pretrain.engine.update_size import mean_square_share
-from pretrain.engine.zero import TaskWindow, accumulate_parts, set_learning_rate, to_device
+from pretrain.engine.control.control import ControlFolder, StopSignals
+from pretrain.engine.control.ownership import OwnershipLost
+from pretrain.engine.launch.distributed import Ranks
+from pretrain.engine.report.counted import TargetWatch, has_targets, with_absences
+from pretrain.engine.report.own_time import OwnTime
+from pretrain.engine.report.step_report import StepReport
+from pretrain.engine.zero.update_size import mean_square_share
+from pretrain.engine.zero.zero import TaskWindow, accumulate_parts, set_learning_rate, to_device
 
 log = logging.getLogger("omnipretrain.loop")
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from data_pipeline.activity import Span
 from data_pipeline.files import write_atomically
-from pretrain.engine.control import PROFILE_FILE, ControlFolder
-from pretrain.engine.distributed import Ranks
+from pretrain.engine.control.control import PROFILE_FILE, ControlFolder
+from pretrain.engine.launch.distributed import Ranks
 from pretrain.engine.memory_pictures import MemoryHistory
 
 log = logging.getLogger("omnipretrain.profiler")

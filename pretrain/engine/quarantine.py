@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from data_pipeline.loader import Fault, TaskStream
-from data_pipeline.revisions import (
+from data_pipeline.loader.loader import Fault, TaskStream
+from data_pipeline.order.revisions import (
     Revision,
     excluded_rows,
     expand,
@@ -32,7 +32,7 @@ from data_pipeline.revisions import (
     revise,
     to_ranges,
 )
-from pretrain.engine.distributed import Ranks
+from pretrain.engine.launch.distributed import Ranks
 from pretrain.engine.loop import TrainerState
 from pretrain.engine.quarantine_files import Edit, Listed, read_edits, read_list, write_list
 from pretrain.engine.run_record import RunDirError

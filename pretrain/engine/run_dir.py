@@ -19,10 +19,10 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from data_pipeline.faults import FaultFile
 from data_pipeline.files import naming
-from pretrain.engine.metrics_log import drop_later_steps
-from pretrain.engine.ownership import Ownership
+from data_pipeline.loader.faults import FaultFile
+from pretrain.engine.control.ownership import Ownership
+from pretrain.engine.report.metrics_log import drop_later_steps
 from pretrain.engine.run_record import STARTS_FILE
 
 _PACKAGES = ("torch", "deepspeed", "webdataset", "transformers", "tokenizers", "safetensors",

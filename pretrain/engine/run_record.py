@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.engine.checkpoint_files import list_checkpoints
-from pretrain.engine.control import STATUS_FILE, read_status
+from pretrain.engine.checkpoint.files import list_checkpoints
+from pretrain.engine.control.control import STATUS_FILE, read_status
 
 RECIPE_FILE, STARTS_FILE, METRICS_FILE = "recipe.yaml", "starts.jsonl", "metrics.jsonl"
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.labels import NO_LABEL, smaller_view_name
+from data_pipeline.samples.labels import NO_LABEL, smaller_view_name
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.classification_settings import (  # noqa: F401

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.labels import NO_LABEL
+from data_pipeline.samples.labels import NO_LABEL
 from pretrain.objectives.mixing import partners
 
 

@@ -1,4 +1,5 @@
-"""Mixes neighbours of a micro-batch on the device, as the data drew it (data_pipeline.mixing)."""
+"""Mixes neighbours of a micro-batch on the device, as the data drew it
+(data_pipeline.images.mixing)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.labels import NO_LABEL
+from data_pipeline.samples.labels import NO_LABEL
 from pretrain.models.host_numbers import on_device
 
 
@@ -17,7 +18,8 @@ def mix_pairs(pixels: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]
 
     Args:
         pixels: (B, C, H, W) floating point, B even.
-        batch: labels (B,) int64; mix_share (B,), mix_box (B, 4), see `data_pipeline.mixing.Mix`.
+        batch: labels (B,) int64; mix_share (B,), mix_box (B, 4), see
+        `data_pipeline.images.mixing.Mix`.
 
     Returns:
         (B, C, H, W) as `pixels`, and (B,) float32: the partner's part of each image, which is the

@@ -158,8 +158,8 @@ class CoupledObjective(Objective):
 
     A rank that has its part of the batch in several micro-batches computes the features of all of
     them without gradient, then the loss of all features, then each micro-batch once more to carry
-    the gradient of its features into the parameters (`pretrain.engine.cached_features`). It always
-    has one pass.
+    the gradient of its features into the parameters (`pretrain.engine.zero.cached_features`). It
+    always has one pass.
     """
 
     def targets(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:

@@ -81,5 +81,6 @@ class ObjectiveSettings(Settings):
 
     @property
     def unread_targets(self) -> frozenset[str]:
-        """Kinds of targets (`data_pipeline.target`) of its data that it does not learn from."""
+        """Kinds of targets (`data_pipeline.samples.target`) of its data that it does not learn
+        from."""
         return frozenset()

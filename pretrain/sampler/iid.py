@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from data_pipeline.mixture import arrange
+from data_pipeline.order.mixture import arrange
 from data_pipeline.rng import keyed_u64
 from pretrain.sampler.binomial import binomial, hypergeometric
 from pretrain.sampler.schedule import Schedule, checked_names, checked_step

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from math import isfinite
 from types import MappingProxyType
 
-from data_pipeline.mixture import BlockCycle
+from data_pipeline.order.mixture import BlockCycle
 
 
 class Schedule(ABC):

@@ -9,14 +9,14 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data_pipeline.captions import CaptionDataSettings, CaptionProcessor
-from data_pipeline.order import Order
-from data_pipeline.packer import ShardWriter
-from data_pipeline.reader import SampleReader
-from data_pipeline.shards import ShardSet
-from data_pipeline.stream import TaskStream
-from data_pipeline.tokenizer import Tokenizer, train_byte_level_bpe
-from data_pipeline.transforms import ImageSettings
+from data_pipeline.images.transforms import ImageSettings
+from data_pipeline.loader.stream import TaskStream
+from data_pipeline.order.order import Order
+from data_pipeline.reading.reader import SampleReader
+from data_pipeline.samples.captions import CaptionDataSettings, CaptionProcessor
+from data_pipeline.samples.tokenizer import Tokenizer, train_byte_level_bpe
+from data_pipeline.shards.packer import ShardWriter
+from data_pipeline.shards.shard_set import ShardSet
 
 WORDS = ("red", "green", "small", "large", "bird", "boat", "on", "under", "a", "table", "tree")
 

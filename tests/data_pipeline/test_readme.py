@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tools import make_shards, shards
+from tools.make_shards import __main__ as make_shards
+from tools.shards import __main__ as shards
 
 ROOM = Path(__file__).parents[2] / "data_pipeline"
 TEXT = (ROOM / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_file_is_listed():
-    names = {path.name for path in ROOM.glob("*.py")} - {"__init__.py"}
+    names = {path.name for path in ROOM.rglob("*.py")} - {"__init__.py"}
     listed = re.findall(r"\b\w+\.py\b", TEXT[TEXT.index("\n## Files\n") :])
     assert names <= set(listed)
     assert {name for name in listed if name.startswith("test_")} | names == set(listed)

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
-from pretrain.engine.balance import TaskBalance
-from pretrain.engine.distributed import init_distributed, leave, shutdown
-from pretrain.engine.ema import Ema
-from pretrain.engine.partitions import gathered, list_partitions
-from pretrain.engine.update_size import mean_square_share
-from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
+from pretrain.engine.launch.distributed import init_distributed, leave, shutdown
+from pretrain.engine.zero.balance import TaskBalance
+from pretrain.engine.zero.ema import Ema
+from pretrain.engine.zero.partitions import gathered, list_partitions
+from pretrain.engine.zero.update_size import mean_square_share
+from pretrain.engine.zero.zero import accumulate_and_step, set_learning_rate, start_engine
 from pretrain.optim.ema import EmaSettings
 from pretrain.optim.groups import OptimizerSettings
 from tests.distributed.engines import SEED, deepspeed_config
@@ -35,7 +35,7 @@ from tests.distributed.two_tasks import (
     two_task_model,
 )
 from tests.pretrain.optim.test_mt_adamw import GOLDENS, read_golden
-from tools.parity_cells import gathered_partitions
+from tools.selfcheck.parity_cells import gathered_partitions
 
 STEPS = 20
 STAGES = (1, 2, 3)

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from data_pipeline.step_sampler import deal
-from pretrain.engine.distributed import init_distributed, leave, shutdown
-from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
+from data_pipeline.order.step_sampler import deal
+from pretrain.engine.launch.distributed import init_distributed, leave, shutdown
+from pretrain.engine.zero.zero import accumulate_and_step, set_learning_rate, start_engine
 from pretrain.optim.groups import OptimizerSettings
 from tests.distributed import shared_model
 from tests.distributed.engines import deepspeed_config
 from tests.pretrain.objectives.pair_models import build_pair_model, pair_batch, rows_of
-from tools.parity_cells import gathered_partitions, note_gradients
+from tools.selfcheck.parity_cells import gathered_partitions, note_gradients
 
 GLOBAL_BATCH = 10
 STEPS = 3

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pretrain.engine.determinism import be_deterministic
-from pretrain.engine.distributed import init_distributed, leave, shutdown
+from pretrain.engine.launch.determinism import be_deterministic
+from pretrain.engine.launch.distributed import init_distributed, leave, shutdown
 from tests.distributed.elastic_worker import Run, same
 from tests.nondeterministic_operators import watched_order
 

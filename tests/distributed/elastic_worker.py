@@ -14,17 +14,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from pretrain.engine import checkpoint_files
-from pretrain.engine.checkpoint import CheckpointError, Checkpoints, CheckpointSettings
-from pretrain.engine.distributed import init_distributed, leave, shutdown
-from pretrain.engine.ema import Ema
-from pretrain.engine.partitions import list_partitions
-from pretrain.engine.zero import start_engine
+from pretrain.engine.checkpoint import files as checkpoint_files
+from pretrain.engine.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointSettings
+from pretrain.engine.launch.distributed import init_distributed, leave, shutdown
+from pretrain.engine.zero.ema import Ema
+from pretrain.engine.zero.partitions import list_partitions
+from pretrain.engine.zero.zero import start_engine
 from pretrain.optim.ema import EmaSettings
 from tests.distributed.balance_worker import module_weights
 from tests.distributed.engines import SEED, deepspeed_config
 from tests.distributed.two_tasks import MT_ADAMW, balance_for, take_step, two_task_model
-from tools.parity_cells import gathered_partitions
+from tools.selfcheck.parity_cells import gathered_partitions
 
 HALF, ALL = 3, 7
 STAGES = (1, 2, 3)

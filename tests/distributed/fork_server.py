@@ -27,7 +27,7 @@ import traceback
 from pathlib import Path
 
 PRELOADED = (
-    "torch", "torch._dynamo.convert_frame", "deepspeed", "pretrain.engine.trainer",
+    "torch", "torch._dynamo.convert_frame", "deepspeed", "pretrain.trainer",
     "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2",
     "torch.utils.cpp_extension", "multiprocessing.sharedctypes",
 )
@@ -122,7 +122,7 @@ def serve(channel: socket.socket) -> None:
     """Fork as asked and report exits, until the other end is closed."""
     for name in PRELOADED:
         importlib.import_module(name)
-    from pretrain.engine.zero import import_muon_uncompiled
+    from pretrain.engine.zero.zero import import_muon_uncompiled
 
     import_muon_uncompiled()
     selector = selectors.DefaultSelector()

@@ -13,20 +13,20 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from data_pipeline.labels import smaller_view_name
-from data_pipeline.step_sampler import deal
-from pretrain.engine.distributed import init_distributed, leave, shutdown
-from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
+from data_pipeline.order.step_sampler import deal
+from data_pipeline.samples.labels import smaller_view_name
+from pretrain.engine.launch.distributed import init_distributed, leave, shutdown
+from pretrain.engine.zero.zero import accumulate_and_step, set_learning_rate, start_engine
 from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.classification import ClassificationSettings
 from pretrain.optim.groups import OptimizerSettings
 from tests.distributed.engines import deepspeed_config
-from tests.pretrain.models.git_models import MEAN, STD
-from tests.pretrain.models.internimage_models import SMALL_PROJECTOR, small_settings
+from tests.pretrain.models.git.git_models import MEAN, STD
+from tests.pretrain.models.internimage.internimage_models import SMALL_PROJECTOR, small_settings
 from tests.pretrain.objectives.pair_models import rows_of
-from tools.parity_cells import note_gradients
+from tools.selfcheck.parity_cells import note_gradients
 
 BATCH, CLASSES, SEED, STEPS = 6, 5, 5, 2
 SGD = OptimizerSettings(kind="sgd", lr=0.2, weight_decay=0.0, clip_norm=None)

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from data_pipeline.step_sampler import deal
-from pretrain.engine.distributed import init_distributed, leave, shutdown
-from pretrain.engine.momentum import TargetNetworks
-from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
+from data_pipeline.order.step_sampler import deal
+from pretrain.engine.launch.distributed import init_distributed, leave, shutdown
+from pretrain.engine.zero.momentum import TargetNetworks
+from pretrain.engine.zero.zero import accumulate_and_step, set_learning_rate, start_engine
 from pretrain.optim.groups import OptimizerSettings
 from tests.distributed.engines import SEED, deepspeed_config
-from tests.pretrain.objectives.m3i_models import build_m3i, m3i_batch, m3i_rows
-from tools.parity_cells import gathered_partitions, note_gradients
+from tests.pretrain.objectives.m3i.m3i_models import build_m3i, m3i_batch, m3i_rows
+from tools.selfcheck.parity_cells import gathered_partitions, note_gradients
 
 GLOBAL_BATCH = 12
 STEPS = 3

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.engine.zero import make_optimizer
+from pretrain.engine.zero.zero import make_optimizer
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.objective import Objective
@@ -15,7 +15,7 @@ from pretrain.optim.groups import OptimizerSettings, parameter_groups
 from pretrain.optim.momentum import MomentumTargets
 from tests.distributed.engines import SEED
 from tests.distributed.toy import ToyObjective, toy_batch
-from tools.parity_model import WIDTH, Trunk
+from tools.selfcheck.parity_model import WIDTH, Trunk
 
 STEPS, POISONED = 6, 1
 """Steps of a run, and the one whose gradient is not finite."""

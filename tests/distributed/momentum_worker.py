@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from pretrain.engine.checkpoint import Checkpoints, CheckpointSettings
-from pretrain.engine.distributed import init_distributed, leave, shutdown
-from pretrain.engine.ema import Ema
-from pretrain.engine.momentum import TargetNetworks
-from pretrain.engine.partitions import gathered, list_partitions
-from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
+from pretrain.engine.checkpoint.checkpoint import Checkpoints, CheckpointSettings
+from pretrain.engine.launch.distributed import init_distributed, leave, shutdown
+from pretrain.engine.zero.ema import Ema
+from pretrain.engine.zero.momentum import TargetNetworks
+from pretrain.engine.zero.partitions import gathered, list_partitions
+from pretrain.engine.zero.zero import accumulate_and_step, set_learning_rate, start_engine
 from pretrain.optim.ema import EmaSettings
 from pretrain.optim.momentum import MomentumTargets
 from tests.distributed.engines import ADAMW, SEED, deepspeed_config

@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pretrain.engine import checkpoint
-from pretrain.engine.background_save import BackgroundCheckpoints
-from pretrain.engine.checkpoint import CheckpointError, Checkpoints, CheckpointSettings
-from pretrain.engine.checkpoint_contents import write_contents
-from pretrain.engine.distributed import init_distributed, leave, shutdown
-from pretrain.engine.partitions import gathered
-from pretrain.engine.zero import accumulate_and_step, set_learning_rate, start_engine
+from pretrain.engine.checkpoint import checkpoint
+from pretrain.engine.checkpoint.background_save import BackgroundCheckpoints
+from pretrain.engine.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointSettings
+from pretrain.engine.checkpoint.contents import write_contents
+from pretrain.engine.launch.distributed import init_distributed, leave, shutdown
+from pretrain.engine.zero.partitions import gathered
+from pretrain.engine.zero.zero import accumulate_and_step, set_learning_rate, start_engine
 from tests.distributed.engines import ADAMW, SEED, deepspeed_config
 from tests.distributed.toy import share_of, toy_batch, toy_model
-from tools.parity_cells import gathered_partitions
+from tools.selfcheck.parity_cells import gathered_partitions
 
 CELLS = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
 HALF, ALL = 3, 6

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.loader import LoaderSettings, StepLoader
-from data_pipeline.step_sampler import MicroBatch
+from data_pipeline.loader.loader import LoaderSettings, StepLoader
+from data_pipeline.order.step_sampler import MicroBatch
 from pretrain.engine.agreement import Agreement, RanksDisagree
-from pretrain.engine.control import ControlFolder, StopSignals
-from pretrain.engine.distributed import init_distributed, leave, shutdown
+from pretrain.engine.control.control import ControlFolder, StopSignals
+from pretrain.engine.control.ownership import Ownership, claim
+from pretrain.engine.launch.distributed import init_distributed, leave, shutdown
 from pretrain.engine.loop import Loop, TrainerState
-from pretrain.engine.ownership import Ownership, claim
-from pretrain.engine.zero import start_engine
+from pretrain.engine.zero.zero import start_engine
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.sampler import Schedule, Stage, build_schedule
 from tests.distributed.engines import SEED, SGD, deepspeed_config

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
-from pretrain.objectives.contrastive import Temperature
+from pretrain.objectives.contrastive.contrastive import Temperature
 from pretrain.objectives.gather import gather_rows
 from pretrain.objectives.objective import CoupledObjective, Objective
 from pretrain.optim.groups import OptimizerSettings

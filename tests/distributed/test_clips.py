@@ -8,8 +8,8 @@ from PIL import Image
 
 from tests.distributed.launch import run_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
-from tools.digit_scenes import make_scene
-from tools.make_shards import main as make_shards
+from tools.make_shards.__main__ import main as make_shards
+from tools.make_shards.scenes import make_scene
 
 
 def pack_clips(folder: Path, count: int, split: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.engine.checkpoint_files import CheckpointError, newest_whole, read_full_state
+from pretrain.engine.checkpoint.files import CheckpointError, newest_whole, read_full_state
 from tests.distributed.elastic_worker import FROZEN, HALF, STAGES, cell_name, read_name
 from tests.distributed.launch import run_ranks, tails
 from tests.distributed.two_tasks import two_task_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.engine.checkpoint_files import read_full_state, read_manifest
+from pretrain.engine.checkpoint.files import read_full_state, read_manifest
 from tests.distributed.internimage_worker import (
     BATCH,
     FAST,
@@ -22,7 +22,7 @@ from tests.distributed.internimage_worker import (
 from tests.distributed.internimage_worker import CELLS as ALL
 from tests.distributed.launch import Cells, run_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
-from tools.trained import open_run
+from tools.support.trained import open_run
 
 WORLD = 2
 

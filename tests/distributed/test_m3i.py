@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.engine.checkpoint_files import read_full_state
-from pretrain.engine.ds_config import DeepSpeedConfigFault, engine_config
+from pretrain.ds_config import DeepSpeedConfigFault, engine_config
+from pretrain.engine.checkpoint.files import read_full_state
 from pretrain.models.init import initialise
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.load import load_recipe
 from tests.distributed.engines import SEED
 from tests.distributed.launch import Cells, run_ranks, tails
 from tests.distributed.m3i_worker import CELLS as ALL
 from tests.distributed.m3i_worker import FAST, SGD, STEPS, batch_of, build, cell_name
-from tests.pretrain.objectives.m3i_models import follow, half_cosine
+from tests.pretrain.objectives.m3i.m3i_models import follow, half_cosine
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
 WORLD = 2

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from data_pipeline.loader import LoaderSettings, StepLoader
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.loader.loader import LoaderSettings, StepLoader
+from data_pipeline.samples.tokenizer import Tokenizer
 from pretrain import build
-from pretrain.engine.zero import make_optimizer
+from pretrain.engine.zero.zero import make_optimizer
 from pretrain.models.init import initialise
 from pretrain.optim.groups import parameter_groups
 from pretrain.optim.schedule import lr_factor
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.load import load_recipe
 from tests.distributed.launch import run_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pretrain.engine.checkpoint_files import newest_whole, read_full_state, read_manifest
-from pretrain.engine.momentum_pairs import moving_targets
+from pretrain.engine.checkpoint.files import newest_whole, read_full_state, read_manifest
+from pretrain.engine.zero.momentum_pairs import moving_targets
 from tests.distributed.launch import run_ranks, tails
 from tests.distributed.momentum_model import POISONED, STEPS, following_model, plain_run
 from tests.distributed.momentum_worker import (

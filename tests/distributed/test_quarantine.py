@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.engine.checkpoint_files import newest_whole, read_manifest
+from pretrain.engine.checkpoint.files import newest_whole, read_manifest
 from pretrain.engine.quarantine_files import Edit, append_edits, read_list
 from tests.data_pipeline.photos import damage_key
 from tests.distributed.launch import kill_ranks, run_ranks, start_ranks, tails

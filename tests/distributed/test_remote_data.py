@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.engine.checkpoint_files import read_manifest
-from tests.data_pipeline.bucket_server import BucketServer
-from tests.data_pipeline.faulty_server import FaultyServer, dropped, short, status
-from tests.data_pipeline.test_tls import FILES as TLS_FILES
-from tests.data_pipeline.test_tls import TlsServer
+from pretrain.engine.checkpoint.files import read_manifest
+from tests.data_pipeline.storage.bucket_server import BucketServer
+from tests.data_pipeline.storage.faulty_server import FaultyServer, dropped, short, status
+from tests.data_pipeline.storage.test_tls import FILES as TLS_FILES
+from tests.data_pipeline.storage.test_tls import TlsServer
 from tests.distributed.launch import run_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_pipeline.faulty_server import CountingServer, dropped, garbled, short, status
+from tests.data_pipeline.storage.faulty_server import (
+    CountingServer,
+    dropped,
+    garbled,
+    short,
+    status,
+)
 from tests.distributed.launch import kill_ranks, run_ranks, start_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 

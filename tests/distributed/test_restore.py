@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from pretrain.engine.checkpoint_files import CheckpointError, newest_whole, read_full_state
+from pretrain.engine.checkpoint.files import CheckpointError, newest_whole, read_full_state
 from tests.distributed.launch import run_ranks, tails
 from tests.distributed.restore_worker import CELLS
 from tests.distributed.toy import toy_model

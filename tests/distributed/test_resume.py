@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.engine.checkpoint_files import newest_whole, read_full_state
+from pretrain.engine.checkpoint.files import newest_whole, read_full_state
 from tests.distributed.launch import (
     ROOT,
     kill_ranks,
@@ -288,7 +288,7 @@ def heldout_loss(checkpoint: Path, weights: str, data: Path) -> float:
     """Held-out loss of a checkpoint in this process, with weights read as an export reads them."""
     from pretrain.build import build_evaluation_loader
     from pretrain.objectives.objective import EvaluationContext
-    from tools.trained import open_captioner
+    from tools.support.trained import open_captioner
 
     captioner = open_captioner(checkpoint, weights=weights)
     loader = build_evaluation_loader(captioner.recipe, "caption", captioner.tokenizer)

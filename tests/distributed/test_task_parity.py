@@ -12,7 +12,7 @@ import torch
 
 from pretrain.models.init import initialise
 from tests.distributed.launch import run_ranks, tails
-from tools.parity_cells import (
+from tools.selfcheck.parity_cells import (
     OPTIMIZERS,
     SEED,
     Cell,
@@ -21,7 +21,7 @@ from tools.parity_cells import (
     plain_run,
     telling_cells,
 )
-from tools.parity_model import parity_model
+from tools.selfcheck.parity_model import parity_model
 
 BARE = [Cell(stage, offload, 3, "all", "sgd")
         for stage, offload in ((2, False), (2, True), (3, False), (3, True))]
@@ -38,7 +38,7 @@ def launched(request, tmp_path_factory):
     world, cells = request.param
     out = tmp_path_factory.mktemp(f"tasks_world{world}")
     arguments = [out, *(cell.name for cell in cells), "--no-guard", *(cell.name for cell in BARE)]
-    codes = run_ranks("tools.parity_cells", arguments, world, out, timeout_s=800)
+    codes = run_ranks("tools.selfcheck.parity_cells", arguments, world, out, timeout_s=800)
     assert codes == [0] * world, tails(out)
     return out, cells
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.engine.checkpoint_files import newest_whole, read_manifest
-from pretrain.engine.ownership import claim
+from pretrain.engine.checkpoint.files import newest_whole, read_manifest
+from pretrain.engine.control.ownership import claim
 from pretrain.engine.run_record import RunDirError
-from pretrain.overlay import RecipeError
+from pretrain.recipe.overlay import RecipeError
 from pretrain.train import main, parse_arguments, read_recipe
 from tests.distributed.launch import kill_ranks, run_ranks, start_ranks, tails
 from tests.distributed.test_resume import assert_same_run, metrics

@@ -3,7 +3,7 @@
 import torch
 
 from pretrain.models.multitask import MultiTaskModel
-from tools.parity_model import SAMPLES, TASKS, Head, Trunk, parity_batch, share_of
+from tools.selfcheck.parity_model import SAMPLES, TASKS, Head, Trunk, parity_batch, share_of
 
 __all__ = ["SAMPLES", "ToyEncoder", "ToyObjective", "share_of", "toy_batch", "toy_model"]
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from pretrain.engine.balance import TaskBalance
-from pretrain.engine.zero import accumulate_and_step, set_learning_rate
+from pretrain.engine.zero.balance import TaskBalance
+from pretrain.engine.zero.zero import accumulate_and_step, set_learning_rate
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.optim.groups import OptimizerSettings
 from tests.distributed.toy import ToyEncoder, ToyObjective, share_of, toy_batch

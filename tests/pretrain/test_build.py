@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline.boxes import BoxDataSettings
-from data_pipeline.labels import LabelDataSettings
-from data_pipeline.loader import MicroBatch, StepSampler, TaskStream
-from data_pipeline.order import Order
-from data_pipeline.pictures import PictureDataSettings
-from data_pipeline.reader import SampleReader
-from data_pipeline.shards import ShardSet
-from data_pipeline.text import TextDataSettings
-from data_pipeline.transforms import ImageSettings
+from data_pipeline.images.transforms import ImageSettings
+from data_pipeline.loader.loader import MicroBatch, StepSampler, TaskStream
+from data_pipeline.order.order import Order
+from data_pipeline.reading.reader import SampleReader
+from data_pipeline.samples.boxes import BoxDataSettings
+from data_pipeline.samples.labels import LabelDataSettings
+from data_pipeline.samples.pictures import PictureDataSettings
+from data_pipeline.samples.text import TextDataSettings
+from data_pipeline.shards.shard_set import ShardSet
 from pretrain.__main__ import main
 from pretrain.build import (
     build_evaluation_loader,
@@ -30,8 +30,8 @@ from pretrain.build import (
 from pretrain.check import state_bytes
 from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
-from pretrain.overlay import parse_yaml
-from pretrain.recipe_load import SHIPPED, load_recipe, validate
+from pretrain.recipe.load import SHIPPED, load_recipe, validate
+from pretrain.recipe.overlay import parse_yaml
 from pretrain.sampler import ledger_entries
 from tests.tiny_run import pack_scenes, three_tasks, tiny_recipe, write_recipe
 

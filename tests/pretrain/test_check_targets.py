@@ -4,18 +4,18 @@ import json
 
 import pytest
 
-from data_pipeline.boxes import BoxDataSettings, BoxProcessor
-from data_pipeline.order_plan import plan_order
-from data_pipeline.packer import ShardWriter
-from data_pipeline.reader import SampleReader
-from data_pipeline.shards import ShardSet
-from data_pipeline.sources import open_source
-from data_pipeline.stream import TaskStream
-from data_pipeline.targets import SPREAD, look
-from data_pipeline.transforms import ImageSettings
+from data_pipeline.images.transforms import ImageSettings
+from data_pipeline.loader.stream import TaskStream
+from data_pipeline.loader.targets import SPREAD, look
+from data_pipeline.order.plan import plan_order
+from data_pipeline.order.sources import open_source
+from data_pipeline.reading.reader import SampleReader
+from data_pipeline.samples.boxes import BoxDataSettings, BoxProcessor
+from data_pipeline.shards.packer import ShardWriter
+from data_pipeline.shards.shard_set import ShardSet
 from pretrain.build import build_evaluation_loader, build_stream, build_tokenizer
 from pretrain.check_targets import look_for_targets
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.load import load_recipe
 from tests.data_pipeline.photos import jpeg, picture
 from tests.distributed.test_m3i import tiny_m3i
 from tests.tiny_run import pack_scenes, three_tasks, write_recipe

@@ -13,19 +13,19 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline.packer import ShardWriter
-from data_pipeline.tokenizer import Tokenizer, train_byte_level_bpe
+from data_pipeline.samples.tokenizer import Tokenizer, train_byte_level_bpe
+from data_pipeline.shards.packer import ShardWriter
 from pretrain.build import build_evaluation_loader, build_model, evaluation_image
 from pretrain.models.init import initialise
 from pretrain.models.sample_draws import SampleDraws
-from pretrain.objectives.m3i_loss import m3i_losses
+from pretrain.objectives.m3i.loss import m3i_losses
 from pretrain.objectives.probing import linear_top1
-from pretrain.recipe_load import SHIPPED, load_recipe
+from pretrain.recipe.load import SHIPPED, load_recipe
 from tests.distributed.launch import run_ranks, tails
-from tests.pretrain.objectives.m3i_models import features_of
+from tests.pretrain.objectives.m3i.m3i_models import features_of
 from tools import probe
-from tools.digit_scenes import make_scene, scene_members
-from tools.trained import open_run
+from tools.make_shards.scenes import make_scene, scene_members
+from tools.support.trained import open_run
 
 pytestmark = pytest.mark.slow
 

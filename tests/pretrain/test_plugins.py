@@ -18,9 +18,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pretrain.engine.checkpoint_files import newest_whole, read_full_state
+from pretrain.engine.checkpoint.files import newest_whole, read_full_state
 from pretrain.models.build_context import BuildContext
-from pretrain.recipe_checks import _check_encoders
+from pretrain.recipe.checks import _check_encoders
 from tests.distributed.launch import ROOT, free_port, rank_environment
 from tests.pretrain.plugins.toy_data import ToyDataSettings
 from tests.pretrain.plugins.toy_encoder import ToyEncoderSettings, ToyRefinerSettings

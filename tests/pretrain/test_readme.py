@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.recipe_load import SHIPPED
+from pretrain.recipe.load import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 READMES = ["README.md", "pretrain/README.md"]

@@ -2,11 +2,11 @@
 
 import pytest
 
-from pretrain.overlay import RecipeError
-from pretrain.recipe import Recipe
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.load import load_recipe
+from pretrain.recipe.overlay import RecipeError
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.schema import reference
 from pretrain.resume_rules import FREE, RECORDED, check_changes, differences, matches
-from pretrain.schema import reference
 
 FIELDS = {field.path.replace("<name>", "x") for field in reference(Recipe)}
 

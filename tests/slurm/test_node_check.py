@@ -84,7 +84,7 @@ def test_processes(tmp_path, missing):
     """Three real processes add up; without the last one, rank 0 names it within the limit."""
     import os
 
-    from pretrain.engine.launch_environment import free_port
+    from pretrain.engine.launch.launch_environment import free_port
 
     base = os.environ | {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                          "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from pretrain.engine.control import ControlFolder
-from pretrain.engine.ownership import Ownership
-from pretrain.engine.slow_rank import SlowRank
+from pretrain.engine.control.control import ControlFolder
+from pretrain.engine.control.ownership import Ownership
+from pretrain.engine.report.slow_rank import SlowRank
 from slurm import status as module
 from slurm.goodput import seconds_of_kinds
 from slurm.status import describe, line_of, main, runs_of, seconds_a_step

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.samples.tokenizer import Tokenizer
 from pretrain.build import build_model
 from pretrain.models.init import initialise
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.load import load_recipe
 from tests.distributed.launch import run_ranks, tails
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
@@ -70,7 +70,7 @@ def run_dir(scenes, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def export(run_dir, tmp_path_factory) -> Path:
     """A verified export of it."""
-    from tools.convert import main
+    from tools.convert.__main__ import main
 
     out = tmp_path_factory.mktemp("exports") / "caption"
     assert main(["export-git", "--run", str(run_dir), "--out", str(out)]) == 0

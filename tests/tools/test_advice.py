@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.recipe import Recipe
-from pretrain.schema import reference
+from pretrain.recipe.recipe import Recipe
+from pretrain.recipe.schema import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.overlay import RecipeError
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.load import load_recipe
+from pretrain.recipe.overlay import RecipeError
 from tests.tools.finished_run import write_run
 from tools import compare_mixers
 from tools.compare_mixers import RECIPE, WAYS, changes, hits, losses, size_of
-from tools.experiment import Run
+from tools.support.experiment import Run
 
 
 def plan(tmp_path: Path, *more: str):

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.load import load_recipe
 from tests.tools.finished_run import write_run
 from tools import compare_tasks
 from tools.compare_tasks import TASKS, table
-from tools.experiment import Run
+from tools.support.experiment import Run
 
 
 def options(tmp_path: Path, *more: str):

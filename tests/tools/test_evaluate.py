@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.shards import Shard, ShardSet
+from data_pipeline.shards.shard_set import Shard, ShardSet
 from pretrain.build import build_evaluation_loader
-from pretrain.models.git import GitDecoder
+from pretrain.models.git.decoder import GitDecoder
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.objective import EvaluationContext
-from tools.captioner import evaluate
-from tools.convert import main as convert
+from tools.convert.__main__ import main as convert
+from tools.convert.captioner import evaluate
+from tools.convert.record import ExportRecord
 from tools.evaluate import main
-from tools.export_record import ExportRecord
-from tools.trained import open_captioner
-from tools.training_images import TrainingShards, seen_in_training
+from tools.support.trained import open_captioner
+from tools.support.training_images import TrainingShards, seen_in_training
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def subtitle(export, tmp_path, monkeypatch):
         drawn.append(subtitle)
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr("tools.contact_sheet.contact_sheet", sheet)
+    monkeypatch.setattr("tools.support.contact_sheet.contact_sheet", sheet)
 
     def of(*shards, folder=export, where: str | None = None) -> tuple[str, str]:
         report = tmp_path / "m.json"

@@ -10,8 +10,8 @@ from torch import nn
 
 from pretrain import __main__ as look
 from pretrain import train
-from pretrain.recipe_checks import TAKEN_NAMES
-from tools.benchmark import BENCHMARKS
+from pretrain.recipe.checks import TAKEN_NAMES
+from tools.benchmark.__main__ import BENCHMARKS
 
 QUICK = [
     ("pretrain.__main__", ["--help"], 0),

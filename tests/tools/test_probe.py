@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_pipeline.reader import SampleReader
-from data_pipeline.shards import ShardSet
-from data_pipeline.transforms import ImageSettings, ImageTransform
-from tests.pretrain.models.internimage_models import small_encoder
+from data_pipeline.images.transforms import ImageSettings, ImageTransform
+from data_pipeline.reading.reader import SampleReader
+from data_pipeline.shards.shard_set import ShardSet
+from tests.pretrain.models.internimage.internimage_models import small_encoder
 from tools import probe
-from tools.trained import open_run
+from tools.support.trained import open_run
 
 
 def test_probes_of_a_run(run_dir, scenes, tmp_path, capsys):

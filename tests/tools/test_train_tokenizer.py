@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.packer import ShardWriter
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.samples.tokenizer import Tokenizer
+from data_pipeline.shards.packer import ShardWriter
 from tests.data_pipeline.photos import caption, damage, pack
 from tools.train_tokenizer import main
 

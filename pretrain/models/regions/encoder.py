@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.models.channels_last import Conv
+from pretrain.models.internimage.channels_last import Conv
 from pretrain.models.regions.boxes import map_centres, map_code, places_in_image
 from pretrain.models.regions.layers import EncoderLayer, Sizes
 

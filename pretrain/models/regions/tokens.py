@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.models.internimage_heads import AttentionPool
+from pretrain.models.internimage.heads import AttentionPool
 from pretrain.models.regions.boxes import box_code, exact, places_in_image
 from pretrain.models.regions.decoder import Regions
 from pretrain.models.regions.encoder import averaging, resized, resized_flops

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_pipeline.boxes import BoxDataSettings, BoxProcessor
-from data_pipeline.loader import Part, StepWindow
-from data_pipeline.transforms import ImageSettings
+from data_pipeline.images.transforms import ImageSettings
+from data_pipeline.loader.loader import Part, StepWindow
+from data_pipeline.samples.boxes import BoxDataSettings, BoxProcessor
 from pretrain.engine import loop as loop_module
-from pretrain.engine.distributed import Ranks
+from pretrain.engine.launch.distributed import Ranks
 from pretrain.engine.loop import Loop, TrainerState
-from pretrain.engine.trainer import Trainer
 from pretrain.objectives.objective import Objective
+from pretrain.trainer import Trainer
 
 RANKS = Ranks(0, 1, 0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("group_of_one")

@@ -10,10 +10,10 @@ import torch
 
 from data_pipeline.activity import Span
 from pretrain.engine import memory_pictures
-from pretrain.engine.control import ControlFolder
-from pretrain.engine.distributed import Ranks
+from pretrain.engine.control.control import ControlFolder
+from pretrain.engine.control.ownership import claim
+from pretrain.engine.launch.distributed import Ranks
 from pretrain.engine.memory_pictures import MemoryHistory, leave_picture, watch_for_out_of_memory
-from pretrain.engine.ownership import claim
 from pretrain.engine.profiler import Profiler, Request, merged
 
 CPU = torch.device("cpu")

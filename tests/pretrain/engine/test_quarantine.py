@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.mixed_order import MixedOrder
-from data_pipeline.order import Order
-from data_pipeline.repeats import RepeatedOrder
-from data_pipeline.stream import Fault
-from pretrain.engine.distributed import Ranks
+from data_pipeline.loader.stream import Fault
+from data_pipeline.order.mixed_order import MixedOrder
+from data_pipeline.order.order import Order
+from data_pipeline.order.repeats import RepeatedOrder
+from pretrain.engine.launch.distributed import Ranks
 from pretrain.engine.loop import TrainerState
 from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.quarantine_files import Edit, append_edits, read_list

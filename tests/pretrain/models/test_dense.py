@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pretrain.models.init import initialise
-from pretrain.models.internimage_heads import AttentionPool
+from pretrain.models.internimage.heads import AttentionPool
 from pretrain.models.pooling import masked_mean
 from pretrain.models.vit import VisionTransformer
-from tests.pretrain.models.internimage_models import SMALL_PROJECTOR, small_encoder
+from tests.pretrain.models.internimage.internimage_models import SMALL_PROJECTOR, small_encoder
 
 
 def vit() -> VisionTransformer:

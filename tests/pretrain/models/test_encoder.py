@@ -7,7 +7,7 @@ from pretrain.models.encoder import Encoder
 from pretrain.models.init import initialise
 from pretrain.models.text import TextEncoder
 from pretrain.models.vit import VisionTransformer
-from tests.pretrain.models.internimage_models import SMALL_PROJECTOR, small_encoder
+from tests.pretrain.models.internimage.internimage_models import SMALL_PROJECTOR, small_encoder
 
 SIDES = (64, 96)
 OUTPUTS = {

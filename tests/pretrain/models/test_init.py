@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pretrain.models.init import initialise, load_weights
-from tests.pretrain.models.git_models import (
+from tests.pretrain.models.git.git_models import (
     loss_and_gradients,
     small_batch,
     small_model,

@@ -8,9 +8,9 @@ from pretrain.models.multitask import MultiTaskModel
 from pretrain.models.text import TextEncoderSettings
 from pretrain.models.vit import VitSettings
 from pretrain.objectives.classification import ClassificationSettings
-from pretrain.objectives.contrastive import ContrastiveSettings
+from pretrain.objectives.contrastive.contrastive import ContrastiveSettings
 from tests.pretrain.contexts import text_context
-from tests.pretrain.models.git_models import MEAN, STD
+from tests.pretrain.models.git.git_models import MEAN, STD
 
 WORDS, BOS, EOS, CLASSES = 40, 1, 2, 7
 

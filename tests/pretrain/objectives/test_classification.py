@@ -8,7 +8,7 @@ from pretrain.models.build_context import BuildContext
 from pretrain.models.init import initialise
 from pretrain.objectives.classification import ClassificationSettings
 from pretrain.objectives.objective import EvaluationContext
-from tests.pretrain.models.git_models import MEAN, STD
+from tests.pretrain.models.git.git_models import MEAN, STD
 from tests.pretrain.objectives.pair_models import (
     CLASSES,
     gradients,

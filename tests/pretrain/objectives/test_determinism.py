@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.engine.zero import to_device
+from pretrain.engine.zero.zero import to_device
 from pretrain.models.init import initialise
 from pretrain.models.operators import dcnv3_torch, ms_deform_attn_torch
 from pretrain.objectives.objective import EvaluationContext
 from tests.nondeterministic_operators import DOCUMENTED, NAMES, ON_CPUS, watched_order
-from tests.pretrain.models.git_models import Words, small_batch, small_model
-from tests.pretrain.objectives.m3i_models import m3i_batch, m3i_model
+from tests.pretrain.models.git.git_models import Words, small_batch, small_model
+from tests.pretrain.objectives.m3i.m3i_models import m3i_batch, m3i_model
 from tests.pretrain.objectives.pair_models import pair_batch, pair_model
 from tests.pretrain.objectives.test_on_a_device import CASES
 

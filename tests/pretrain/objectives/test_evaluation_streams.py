@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.faults import FaultLimits
-from data_pipeline.labels import LabelDataSettings, LabelProcessor
-from data_pipeline.loader import EvaluationLoader
-from data_pipeline.packer import ShardWriter
-from data_pipeline.reader import SampleReader
-from data_pipeline.selection import Selection
-from data_pipeline.shards import ShardSet
-from data_pipeline.stream import TaskStream
-from data_pipeline.transforms import ImageSettings
+from data_pipeline.filters.selection import Selection
+from data_pipeline.images.transforms import ImageSettings
+from data_pipeline.loader.faults import FaultLimits
+from data_pipeline.loader.loader import EvaluationLoader
+from data_pipeline.loader.stream import TaskStream
+from data_pipeline.reading.reader import SampleReader
+from data_pipeline.samples.labels import LabelDataSettings, LabelProcessor
+from data_pipeline.shards.packer import ShardWriter
+from data_pipeline.shards.shard_set import ShardSet
 from pretrain.objectives.objective import EvaluationContext
 from tests.data_pipeline.photos import jpeg, picture
 from tests.pretrain.objectives.pair_models import CLASSES, pair_model

@@ -8,13 +8,13 @@ from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.models.text import TextEncoderSettings
 from pretrain.models.vit_settings import VitSettings
-from pretrain.objectives.captioning import CaptioningSettings
+from pretrain.objectives.captioning.captioning import CaptioningSettings
 from pretrain.objectives.classification import ClassificationSettings
-from pretrain.objectives.contrastive import ContrastiveSettings
+from pretrain.objectives.contrastive.contrastive import ContrastiveSettings
 from pretrain.objectives.image_tokens import image_vectors, vector_flops, vector_width
 from tests.pretrain.contexts import text_context
-from tests.pretrain.models.git_models import MEAN, STD, Words
-from tests.pretrain.models.internimage_models import SMALL_PROJECTOR, small_encoder
+from tests.pretrain.models.git.git_models import MEAN, STD, Words
+from tests.pretrain.models.internimage.internimage_models import SMALL_PROJECTOR, small_encoder
 from tests.pretrain.objectives.pair_models import CLASSES, EOS, WORDS, pair_batch
 
 POSITIONS = torch.arange(20, 24)

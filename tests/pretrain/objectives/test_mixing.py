@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.objectives.mixing import mix_pairs
-from tests.pretrain.models.git_models import MEAN, STD
+from tests.pretrain.models.git.git_models import MEAN, STD
 from tests.pretrain.objectives.pair_models import CLASSES, pair_batch, pair_model
 
 MIXES = [

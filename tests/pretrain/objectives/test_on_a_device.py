@@ -6,21 +6,21 @@ from functools import partial
 import pytest
 import torch
 
-from pretrain.engine.zero import to_device
+from pretrain.engine.zero.zero import to_device
 from pretrain.models.build_context import BuildContext
-from pretrain.models.internimage import InternImageSettings
+from pretrain.models.internimage.internimage import InternImageSettings
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.classification import ClassificationSettings
 from pretrain.objectives.step_count import StepCount
 from tests.device_stand_in import DEVICE, on_stand_in, watched
-from tests.pretrain.models.git_models import (
+from tests.pretrain.models.git.git_models import (
     MEAN,
     STD,
     clips_of,
     small_batch,
     small_model_without_values,
 )
-from tests.pretrain.objectives.m3i_models import build_m3i, m3i_batch
+from tests.pretrain.objectives.m3i.m3i_models import build_m3i, m3i_batch
 from tests.pretrain.objectives.pair_models import CLASSES, build_pair_model, pair_batch
 
 

@@ -12,8 +12,8 @@ from pretrain.models.init import initialise
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.objectives.classification import ClassificationSettings
 from pretrain.objectives.resolutions import resized, scale_consistency, scaled_shapes
-from tests.pretrain.models.git_models import MEAN, STD
-from tests.pretrain.models.internimage_models import small_encoder
+from tests.pretrain.models.git.git_models import MEAN, STD
+from tests.pretrain.models.internimage.internimage_models import small_encoder
 from tests.pretrain.objectives.pair_models import CLASSES, pair_batch, pair_model
 
 

@@ -14,7 +14,7 @@ LINES = (
     "from tests.pretrain.plugins.toy_encoder import ToyEncoderSettings, ToyRefinerSettings",
     "from tests.pretrain.plugins.toy_objective import ToyObjectiveSettings",
 )
-KINDS = "pretrain.kinds"
+KINDS = "pretrain.recipe.kinds"
 
 
 def plug_in() -> None:

@@ -5,10 +5,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from data_pipeline.images import ImageDataSettings, ImageProcessor
-from data_pipeline.labels import NO_LABEL
-from data_pipeline.members import bad
-from data_pipeline.sample_processor import column
+from data_pipeline.samples.image_fields import ImageDataSettings, ImageProcessor
+from data_pipeline.samples.labels import NO_LABEL
+from data_pipeline.samples.members import bad
+from data_pipeline.samples.sample_processor import column
 from pretrain.models.build_context import BuildContext
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.classification_settings import ClassificationSettings

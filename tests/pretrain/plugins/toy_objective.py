@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.labels import NO_LABEL
+from data_pipeline.samples.labels import NO_LABEL
 from pretrain.models.build_context import BuildContext
 from pretrain.models.pixels import normalise_pixels
 from pretrain.objectives.evaluation_mode import evaluating, mean

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data_pipeline.workers
-from data_pipeline.loader import LoaderSettings, StepLoader
-from data_pipeline.mixed_order import MixedOrder
-from data_pipeline.order import Order
-from data_pipeline.order_plan import plan_order
-from data_pipeline.reader import SampleReader
-from data_pipeline.shards import ShardSet
-from data_pipeline.sources import Source, concatenated
-from data_pipeline.step_sampler import StepSampler
-from data_pipeline.stream import TaskStream
+import data_pipeline.loader.workers
+from data_pipeline.loader.loader import LoaderSettings, StepLoader
+from data_pipeline.loader.stream import TaskStream
+from data_pipeline.order.mixed_order import MixedOrder
+from data_pipeline.order.order import Order
+from data_pipeline.order.plan import plan_order
+from data_pipeline.order.sources import Source, concatenated
+from data_pipeline.order.step_sampler import StepSampler
+from data_pipeline.reading.reader import SampleReader
+from data_pipeline.shards.shard_set import ShardSet
 from pretrain.sampler import Stage, build_schedule
 from tests.data_pipeline.photos import damage, pack, stream
 
@@ -165,7 +165,7 @@ def test_windows_hold_whole_parts_and_the_same_bytes_everywhere(folders, mode):
 
 def test_one_data_loader_serves_all_tasks(folders):
     with mock.patch.object(
-        data_pipeline.workers, "DataLoader", wraps=data_pipeline.workers.DataLoader
+        data_pipeline.loader.workers, "DataLoader", wraps=data_pipeline.loader.workers.DataLoader
     ) as made:
         load(folders, "mixed", workers=1)
     assert made.call_count == 1

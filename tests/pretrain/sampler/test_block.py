@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.mixture import GOOD_ERROR, MAX_CYCLE, apportion
+from data_pipeline.order.mixture import GOOD_ERROR, MAX_CYCLE, apportion
 from pretrain.sampler import BlockSchedule as Schedule
 
 weights = st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6)

@@ -12,8 +12,8 @@ import torch
 triton = pytest.importorskip("triton")
 
 from pretrain.models.operators import sampling_triton  # noqa: E402
-from tools import bench_kernels  # noqa: E402
-from tools.machine_code import Code, compiled  # noqa: E402
+from tools.benchmark import kernels as bench_kernels  # noqa: E402
+from tools.benchmark.machine_code import Code, compiled  # noqa: E402
 
 CASES = Path(__file__).with_name("triton_cases.py")
 pytestmark = pytest.mark.skipif(

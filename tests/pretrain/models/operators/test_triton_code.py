@@ -23,7 +23,7 @@ from pretrain.models.operators.window import Window  # noqa: E402
 from tests.pretrain.models.operators import ptx  # noqa: E402
 from tests.pretrain.models.operators.dcnv3_cases import random_case  # noqa: E402
 from tests.pretrain.models.operators.test_ms_deform_attn import attention_case  # noqa: E402
-from tools.machine_code import compiled  # noqa: E402
+from tools.benchmark.machine_code import compiled  # noqa: E402
 
 BOUNDS = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
 pytestmark = pytest.mark.skipif(

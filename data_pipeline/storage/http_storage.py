@@ -1,0 +1,400 @@
+"""Files of web servers: ranges over connections that stay open."""
+
+import http.client
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from email.utils import parsedate_to_datetime
+from urllib.parse import urljoin, urlsplit
+
+from data_pipeline.storage.errors import ShardError
+from data_pipeline.storage.http_connections import (
+    Connection,
+    authorization,
+    host_of,
+    open_connection,
+)
+from data_pipeline.storage.limits import HostLimits
+from data_pipeline.storage.locations import without_secrets
+from data_pipeline.storage.retry import Interrupted, Patience, RetryPolicy, repeated, resumed
+from data_pipeline.storage.storage import FileState
+
+_PIECE = 1 << 18
+_MOST_REDIRECTS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
+_TRANSIENT = (408, 421, 425, 429, 500, 502, 503, 504, 507, 509)
+# A signed address may be refused while clocks differ or a proxy renews it; not for long.
+_ATTEMPTS_IF_REFUSED = 4
+# The name of a host that has not answered yet may be mistyped.
+_ATTEMPTS_IF_UNKNOWN = 6
+# What is left of an answer is read up to here, so that the connection can be used again.
+_LARGEST_REST = 64 * 1024
+_NETWORK_FAULTS = (OSError, http.client.HTTPException, ssl.SSLError)
+# How often a file is asked for that has another version than before, until the one before is seen.
+_LOOKS = 6
+_CUT_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+
+_log = logging.getLogger(__name__)
+
+
+class HttpStorage:
+    """A Storage for http and https.
+
+    Redirects are followed; proxies are those of the environment, credentials those of ~/.netrc
+    (or $NETRC), authorities those of the system (or $SSL_CERT_FILE, $SSL_CERT_DIR). For any number
+    of threads, but not across a fork.
+    """
+
+    def __init__(self, retry: RetryPolicy, limits: HostLimits) -> None:
+        """`limits` may be shared with other storages."""
+        self.retries = 0
+        self._retry, self._limits = retry, limits
+        self._lock = threading.Lock()
+        self._idle: dict[tuple[str, str], list[Connection]] = defaultdict(list)
+        self._mirrored: dict[str, set[str]] = defaultdict(set)
+        self.answered: set[tuple[str, str]] = set()
+        """(scheme, host and port) of those that did."""
+
+    def state(self, url: str, patient: bool = True) -> FileState:
+        """Size and version (entity tag or time of modification), by a request for one byte.
+
+        patient: as in Storage.
+
+        Raises:
+            FileNotFoundError, PermissionError, ShardError, TransientReadError
+        """
+        return repeated(
+            lambda timeout_s: self._state(url, timeout_s, patient), self._patience(url)
+        )
+
+    def read(self, url: str, begin: int, end: int, expected: FileState | None = None) -> bytes:
+        """Exactly the bytes [begin, end); errors as `state`, and ShardError if the file changed."""
+        return b"".join(self.chunks(url, begin, end, expected))
+
+    def chunks(
+        self, url: str, begin: int, end: int, expected: FileState | None = None
+    ) -> Iterator[bytes]:
+        """The bytes [begin, end) as they arrive, from one version of the file; errors as `read`."""
+        seen: list[FileState] = [] if expected is None else [expected]
+        return resumed(
+            lambda first, last, timeout_s: self._range(url, first, last, timeout_s, seen),
+            begin,
+            end,
+            self._patience(url),
+        )
+
+    def close(self) -> None:
+        """Close idle connections."""
+        with self._lock:
+            connections = [c for idle in self._idle.values() for c in idle]
+            self._idle.clear()
+        for connection in connections:
+            connection.close()
+
+    def _patience(self, url: str) -> Patience:
+        return Patience(url, self._retry, self._count_retry)
+
+    def _count_retry(self) -> None:
+        with self._lock:
+            self.retries += 1
+
+    def _state(self, url: str, timeout_s: float, patient: bool) -> FileState:
+        # By GET: an address that is signed for GET refuses HEAD.
+        headers = {"Range": "bytes=0-0"}
+        with closing(_Exchange(self, url, headers, timeout_s)) as exchange:
+            answer = exchange.answer
+            if answer.status == 416 and answer.headers.get("Content-Range") == "bytes */0":
+                return FileState(0, _version(answer))
+            if answer.status == 403 and not patient:
+                shown = without_secrets(url)
+                raise PermissionError(f"{shown}: HTTP 403 {answer.reason}: access is refused")
+            _raise_for_status(answer, url)
+            _, _, total = _content_range(answer, url, 0)
+            return FileState(total, _version(answer))
+
+    def _range(
+        self, url: str, begin: int, end: int, timeout_s: float, seen: list[FileState]
+    ) -> Iterator[bytes]:
+        """The bytes [begin, end) by one request; `seen` holds the state of the file once known."""
+        headers = {"Range": f"bytes={begin}-{end - 1}"}
+        with closing(_Exchange(self, url, headers, timeout_s)) as exchange:
+            answer = exchange.answer
+            if answer.status == 416:
+                raise _too_short(url, begin, end, answer.headers.get("Content-Range", ""))
+            _raise_for_status(answer, url)
+            first, behind, total = _content_range(answer, url, begin)
+            self._check_same(url, FileState(total, _version(answer)), seen, exchange)
+            if end > total:
+                raise _too_short(url, begin, end, f"bytes */{total}")
+            # A server without ranges sends all: good for the beginning of a file.
+            if first != begin or behind < end or (behind > end and answer.status != 200):
+                raise Interrupted(
+                    f"asked for the bytes {begin}-{end - 1}, the server sent {first}-{behind - 1}"
+                )
+            left = end - begin
+            while left:
+                piece = exchange.receive(min(left, _PIECE))
+                left -= len(piece)
+                yield piece
+
+    def _check_same(
+        self, url: str, found: FileState, seen: list[FileState], exchange: "_Exchange"
+    ) -> None:
+        """Compare with what is known of the file; what is seen first is what later answers must be.
+
+        Mirrors of one file may have versions of their own. If both are told in turn, sums decide.
+        """
+        if not seen:
+            seen.append(found)
+        known = seen[0]
+        if not known.version:
+            known = seen[0] = FileState(known.size, found.version)
+        if known.size == found.size:
+            if not found.version or known.version == found.version:
+                return
+            with self._lock:
+                if {known.version, found.version} <= self._mirrored[url]:
+                    return
+            exchange.close()  # or there may be no place for another request
+            if self._is_mirrored(url, known, found):
+                raise Interrupted("the server tells two versions of the file in turn")
+        raise ShardError(
+            f"{without_secrets(url)}: was replaced: it has {found.size} bytes and version "
+            f"{found.version or '?'}, expected were {known.size} and {known.version or '?'}. "
+            "Restore it, or begin a new run"
+        )
+
+    def _is_mirrored(self, url: str, known: FileState, found: FileState) -> bool:
+        """Whether the server tells both versions in turn."""
+        if not any(self.state(url) == known for _ in range(_LOOKS)):
+            return False
+        with self._lock:
+            self._mirrored[url] |= {known.version, found.version}
+        _log.warning(
+            "%s: two versions in turn, %s and %s, of the same size: mirrors? They are taken for "
+            "one file; the checksums of its index tell if they are not",
+            without_secrets(url), known.version, found.version,
+        )  # fmt: skip
+        return True
+
+    def take(self, key: tuple[str, str]) -> Connection | None:
+        """An idle connection to a (scheme, host and port), if there is one."""
+        with self._lock:
+            idle = self._idle[key]
+            return idle.pop() if idle else None
+
+    def give(self, key: tuple[str, str], connection: Connection) -> None:
+        """Keep a connection whose last answer was read to its end."""
+        with self._lock:
+            self._idle[key].append(connection)
+
+    @property
+    def limits(self) -> HostLimits:
+        """What this process may ask of a host."""
+        return self._limits
+
+
+class _Exchange:
+    """One request, redirects included, and its answer; holds a place at its host until closed."""
+
+    def __init__(
+        self, storage: HttpStorage, url: str, headers: dict[str, str], timeout_s: float
+    ) -> None:
+        self._storage, self._timeout_s = storage, timeout_s
+        self._place = ExitStack()
+        self._connection: Connection | None = None
+        self.answer: http.client.HTTPResponse
+        at = url
+        try:
+            for _ in range(_MOST_REDIRECTS + 1):
+                self._request(at, headers)
+                storage.answered.add(self._key)
+                target = self.answer.headers.get("Location")
+                if self.answer.status not in _REDIRECTS or not target:
+                    return
+                self.close()
+                at = _redirected(at, target)
+        except BaseException as error:
+            self._abandon()
+            if isinstance(error, http.client.InvalidURL):  # its text has the query in it
+                raise ShardError(f"{without_secrets(url)}: is no valid URL") from None
+            if isinstance(error, ssl.SSLCertVerificationError):
+                raise PermissionError(
+                    f"{without_secrets(url)}: the certificate of {self._key[1]} is not accepted "
+                    f"({error.verify_message}). If it is to be trusted, name a file with the "
+                    "certificates of its authority: SSL_CERT_FILE=FILE"
+                ) from error
+            if isinstance(error, ssl.SSLError) and not isinstance(error, _CUT_OFF):
+                refused = PermissionError(
+                    f"{without_secrets(url)}: no https with {self._key[1]}: {error}"
+                )
+                raise Interrupted(
+                    f"{type(error).__name__}: {error}",
+                    attempts=_ATTEMPTS_IF_REFUSED,
+                    otherwise=refused,
+                ) from error
+            if isinstance(error, _NETWORK_FAULTS):
+                nameless = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
+                raise Interrupted(
+                    f"{type(error).__name__}: {error}",
+                    attempts=_ATTEMPTS_IF_UNKNOWN
+                    if nameless and self._key not in storage.answered
+                    else None,
+                ) from error
+            raise
+        raise ShardError(f"{without_secrets(url)}: more than {_MOST_REDIRECTS} redirects")
+
+    def receive(self, size: int) -> bytes:
+        """At least one and at most `size` bytes of the answer."""
+        try:
+            piece = self.answer.read1(size)
+        except _NETWORK_FAULTS as error:
+            raise Interrupted(f"{type(error).__name__}: {error}") from error
+        if not piece:
+            raise Interrupted("the server closed the connection before the end of its answer")
+        self._storage.limits.received(self._key[1], len(piece))
+        return piece
+
+    def close(self) -> None:
+        """Give the connection back if it can be used again, and the place in any case."""
+        connection = self._connection
+        if connection is None:
+            return
+        if not self._read_to_end():
+            self._abandon()
+            return
+        self._connection = None
+        self._storage.give(self._key, connection)
+        self._place.close()
+
+    def _request(self, url: str, headers: dict[str, str]) -> None:
+        parts = urlsplit(url)
+        self._key = parts.scheme, host_of(parts)
+        self._place.enter_context(self._storage.limits.request(self._key[1]))
+        headers = {"Accept-Encoding": "identity", "User-Agent": "omnipretrain"} | headers
+        headers |= authorization(parts)
+        self._connection = self._storage.take(self._key)
+        if self._connection is not None:
+            try:
+                self.answer = self._connection.get(url, headers, self._timeout_s)
+                return
+            except (ConnectionError, http.client.BadStatusLine):
+                self._connection.close()  # the server had closed it meanwhile: no fault
+        self._connection = open_connection(parts, self._timeout_s)
+        self.answer = self._connection.get(url, headers, self._timeout_s)
+
+    def _read_to_end(self) -> bool:
+        """Whether the answer was, or could quickly be, read to its end."""
+        answer = self.answer
+        if answer.isclosed():
+            return not answer.will_close
+        if answer.will_close or answer.length is None or answer.length > _LARGEST_REST:
+            return False
+        try:
+            answer.read()
+        except _NETWORK_FAULTS:
+            return False
+        return True
+
+    def _abandon(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self._place.close()
+
+
+def _redirected(url: str, target: str) -> str:
+    """Where a redirect leads to."""
+    new = urljoin(url, target)
+    if urlsplit(new).scheme != "https" and new.split("://")[0] != urlsplit(url).scheme:
+        raise ShardError(
+            f"{without_secrets(url)}: is redirected to {without_secrets(new)}, which leaves https"
+        )
+    return new
+
+
+def _raise_for_status(answer: http.client.HTTPResponse, url: str) -> None:
+    """Sort answers that hold no data into what may heal and what will not."""
+    status, shown = answer.status, without_secrets(url)
+    if status in (200, 206):
+        return
+    text = f"HTTP {status} {answer.reason}"
+    if status in (404, 410):
+        raise FileNotFoundError(f"{shown}: {text}: there is no such file on the server")
+    if status in _TRANSIENT or status > 511:
+        raise Interrupted(text, retry_after_s=_retry_after(answer))
+    # Some stores answer 400 where a signature is out of date: that says nothing about the data.
+    refused = PermissionError(
+        f"{shown}: {text}: the server refuses access, also at {_ATTEMPTS_IF_REFUSED} attempts. "
+        "Is a signature in the URL out of date, or an entry missing in ~/.netrc?"
+    )
+    raise Interrupted(text, attempts=_ATTEMPTS_IF_REFUSED, otherwise=refused)
+
+
+def _retry_after(answer: http.client.HTTPResponse) -> float:
+    """Seconds that the server asks to wait; 0 if it says nothing that can be understood."""
+    value = answer.headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _content_range(
+    answer: http.client.HTTPResponse, url: str, begin: int
+) -> tuple[int, int, int]:
+    """First byte, byte behind the last, and size of the file, as the answer has them."""
+    shown = without_secrets(url)
+    if _encoded(answer):
+        raise ShardError(
+            f"{shown}: the server sends it compressed ({answer.headers['Content-Encoding']}), so "
+            "that bytes cannot be addressed"
+        )
+    length = answer.headers.get("Content-Length", "")
+    if answer.status == 200:
+        if begin == 0 and length.isdigit():
+            return 0, int(length), int(length)
+        raise Interrupted(
+            "the server sent the whole file in place of a range",
+            attempts=_ATTEMPTS_IF_REFUSED,
+            otherwise=ShardError(
+                f"{shown}: the server does not answer byte ranges; copy the shard, or read it as a "
+                "stream (data.stream)"
+            ),
+        )
+    try:
+        unit, _, rest = answer.headers["Content-Range"].partition(" ")
+        span, total = rest.split("/")
+        first, last = map(int, span.split("-"))
+        if unit != "bytes" or last < first:
+            raise ValueError
+        return first, last + 1, int(total)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise Interrupted(
+            f"an answer with Content-Range {answer.headers.get('Content-Range')!r}"
+        ) from None
+
+
+def _too_short(url: str, begin: int, end: int, content_range: str) -> ShardError:
+    total = content_range.rpartition("/")[2]
+    return ShardError(
+        f"{without_secrets(url)}: has {total or 'fewer'} bytes, the bytes {begin}-{end - 1} are "
+        "not there: truncated or replaced"
+    )
+
+
+def _version(answer: http.client.HTTPResponse) -> str:
+    """ETag or time of change; weak tags are as good here, since bytes have their own sums."""
+    tag = answer.headers.get("ETag", "").strip().removeprefix("W/")
+    return tag or answer.headers.get("Last-Modified") or ""
+
+
+def _encoded(answer: http.client.HTTPResponse) -> bool:
+    return answer.headers.get("Content-Encoding", "identity") != "identity"

@@ -1,0 +1,108 @@
+"""Commands of `tools.convert` that lie in modules of their own: their arguments, without torch."""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tools.support.arguments import add_run, add_weights, positive
+
+Command = Callable[[argparse.Namespace, Console], int]
+
+
+def add_internimage(commands: Any) -> None:
+    """Add import-internimage and export-internimage to the parsers of `tools.convert`."""
+    text = "InternImage weights of others under our names"
+    take = commands.add_parser("import-internimage", help=text, description=text)
+    take.set_defaults(run=_later("tools.convert.internimage", "import_command"))
+    take.add_argument("source", type=Path,
+                      help="official .pth (foreign objects in it are passed over, never made), "
+                           "transformers folder, or .safetensors file")
+    take.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    take.add_argument("--encoder", default="image", metavar="NAME",
+                      help="its name in model.encoders (default %(default)s)")
+    take.add_argument("--task", default="classify", metavar="NAME",
+                      help="name in tasks of the classification that has the linear layer "
+                           "(default %(default)s)")
+    take.add_argument("--weights", choices=("master", "ema"), default="master",
+                      help="ema: the moving average that the file has too (default %(default)s)")
+    take.add_argument("--settings", type=Path, metavar="FILE.yaml",
+                      help="settings of the encoder as in a recipe, for a model that is not "
+                           "published, without a config.json or NAME.settings.yaml beside it")
+    take.add_argument("--leave-out", action="append", default=[], metavar="PATTERN",
+                      help="official names of tensors that are not taken and may be missing, such "
+                           "as 'head.*' for other classes; may be given again")
+    take.add_argument("--head-rows", type=Path, metavar="FILE",
+                      help="rows of the linear layer to take, one number a line (as in the "
+                           "official map from ImageNet-22K to 1K)")
+    text = "a run's InternImage for the official code, its detectors, or transformers"
+    give = commands.add_parser("export-internimage", help=text, description=text)
+    give.set_defaults(run=_later("tools.convert.internimage", "export_command"))
+    add_run(give)
+    give.add_argument("--out", type=Path, required=True,
+                      help="file that ends in .pth; for transformers a folder that is not there")
+    give.add_argument("--format", choices=("official", "detection", "transformers", "m3i"),
+                      default="official",
+                      help="m3i: raw M3I checkpoint, both branches (default %(default)s)")
+    give.add_argument("--encoder", default="image", metavar="NAME",
+                      help="its name in model.encoders (default %(default)s)")
+    give.add_argument("--task", metavar="NAME",
+                      help="classification or m3i task whose linear layer goes along (default: "
+                           "none)")
+    give.add_argument("--classes", type=positive, metavar="N",
+                      help="with --format m3i, of a task that learns no classes: write a linear "
+                           "layer of zeros for so many, since the loader of that layout wants one")
+    add_weights(give)
+
+
+def add_graph(commands: Any) -> None:
+    """Add export-graph to the parsers of `tools.convert`."""
+    text = "a classifier, or the maps of an InternImage, as ONNX or torch.export graph"
+    give = commands.add_parser("export-graph", help=text, description=text)
+    give.set_defaults(run=_later("tools.convert.graph", "export"))
+    source = give.add_mutually_exclusive_group(required=True)
+    add_run(source, required=False)  # the group requires one of them
+    source.add_argument("--source", type=Path,
+                        help="InternImage weights that import-internimage reads, such as an "
+                             "official .pth")
+    give.add_argument("--out", type=Path, required=True, metavar="FILE",
+                      help="FILE.onnx (ONNX; weights above 2 GB beside it, in FILE.onnx.data) or "
+                           "FILE.pt2 (for torch.export.load)")
+    give.add_argument("--outputs", choices=("logits", "maps"), default="logits",
+                      help="logits (B, classes), or the maps (B, C, H, W) of the four stages of an "
+                           "InternImage (default %(default)s)")
+    give.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS",
+                      help="height and width, or one number for both; default for the logits of a "
+                           "run: as its recipe evaluates")
+    add_weights(give)
+    give.add_argument("--task", metavar="NAME",
+                      help="with --run and logits: classification task, if there are several")
+    give.add_argument("--encoder", metavar="NAME",
+                      help="with --run and maps: its name in model.encoders (default image)")
+    give.add_argument("--settings", type=Path, metavar="FILE.yaml",
+                      help="with --source: as in import-internimage")
+
+
+def add_weight_files(commands: Any) -> None:
+    """Add export-weights to the parsers of `tools.convert`."""
+    text = "a run's weights under our names, for initial_weights of another recipe"
+    give = commands.add_parser("export-weights", help=text, description=text)
+    give.set_defaults(run=_later("tools.convert.weights", "export"))
+    add_run(give)
+    give.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    give.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN",
+                      help="names to take, for example 'encoders.image.*' for a recipe with other "
+                           "tasks (default: all)")
+    add_weights(give)
+
+
+def _later(module: str, function: str) -> Command:
+    """A function that is imported when it is called: torch takes seconds, and --help needs none."""
+
+    def run(options: argparse.Namespace, console: Console) -> int:
+        return getattr(importlib.import_module(module), function)(options, console)
+
+    return run
