@@ -56,14 +56,16 @@ def command(
 
     log: file name in RUN/logs of each task's output, with SLURM's %j and %t.
 
-    SLURM owns every process, whatever starts the ranks of a node: nothing needs ssh.
+    SLURM owns every process, whatever starts the ranks of a node: nothing needs ssh. Each task sees
+    all GPUs that its node gives the job, and no other's: `--gpu-bind=none` would hide from it which
+    they are.
     """
     tasks = per_node if launcher == "srun" else 1
     step = [
         "srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks}",
         f"--ntasks-per-node={tasks}", "--distribution=block", "--kill-on-bad-exit=1",
         # A step that died with a rebooted node holds its place for minutes: steps may overlap.
-        "--overlap", "--wait=60", "--gpu-bind=none", f"--nodelist={','.join(nodes)}",
+        "--overlap", "--wait=60", f"--nodelist={','.join(nodes)}",
         f"--output={run / 'logs' / log}", "--open-mode=append",
     ]
     if launcher == "srun":

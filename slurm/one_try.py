@@ -141,7 +141,7 @@ class OneTry:
         ask = [
             "srun", f"--nodes={len(self.nodes)}", f"--ntasks={len(self.nodes)}",
             "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=60", "--overlap",
-            "--gpu-bind=none", f"--nodelist={','.join(self.nodes)}",
+            f"--nodelist={','.join(self.nodes)}",
             f"--output={self.run / 'logs' / f'health-%j-{number}-%t.log'}",
             sys.executable, "-m", "slurm.health", str(self.run), "--token", token,
             "--gpus", str(self.options.gpus),

@@ -12,11 +12,13 @@ import pytest
 from slurm.cluster import job_name
 from slurm.script import Job, render
 from slurm.site import Site
-from tests.slurm.conftest import ROOT, attempts, rank, steps, wait_for
+from tests.slurm.conftest import ROOT, attempts, dev_cluster, rank, steps, wait_for
 
 pytestmark = pytest.mark.slurm
 SITE = Site(gpus_per_node=0, ranks_per_node=2, signal_lead_s=60, python=sys.executable,
             memory=None, silent_minutes=0.15)  # fmt: skip
+EIGHT = "0,1,2,3,4,5,6,7"
+"""CUDA_VISIBLE_DEVICES of each rank: all that its node has."""
 
 
 @pytest.fixture(autouse=True)
@@ -106,11 +108,16 @@ def end_of(emulated, job: str, run: Path, *states: str, seconds: float = 90) -> 
         raise AssertionError(f"{error}\n{story(run)}") from None
 
 
-def test_a_node_that_reboots_without_a_word(emulated, tmp_path):
+@pytest.mark.parametrize("phase", ["start", "step"])
+def test_a_node_that_reboots_without_a_word(emulated, tmp_path, phase):
     """SLURM leaves the job RUNNING, with a step that holds the node; the run starts beside it."""
     run = tmp_path / "run"
-    job = submit(emulated, write_script(run, "--steps", "100000"))
-    make_steps(run)
+    job = submit(emulated, write_script(run, "--steps", "100000", "--start-s", "3"))
+    if phase == "start":
+        wait_for(lambda: len(list(run.glob("control/pids/rank_*"))) == 4, 60, lambda: story(run))
+        assert not (run / "control/heartbeat").exists()
+    else:
+        make_steps(run)
     host = rank(run, 2)["host"]
     assert host != rank(run, 0)["host"]  # the batch node is the first one
     emulated.do("kill-node", host)
@@ -161,6 +168,21 @@ def test_a_chain_goes_on_after_a_time_limit_and_is_over_when_the_run_is(emulated
     steps_are_whole(run)
 
 
+@pytest.mark.slow
+def test_a_chain_goes_on_after_a_link_that_was_lost_with_its_node(emulated, tmp_path):
+    """Nobody was left there to say what follows."""
+    run = tmp_path / "run"
+    jobs = chain(emulated, run, 2, "--steps", "100")
+    make_steps(run)
+    lost = rank(run, 0)["host"]
+    emulated.do("fail-node", lost)
+    end_of(emulated, jobs[0], run, "NODE_FAIL")
+    end_of(emulated, jobs[1], run, "COMPLETED", seconds=200)
+    emulated.do("start-node", lost)
+    assert [a["decision"] for a in attempts(run)] == ["none", "done"]
+    steps_are_whole(run)
+
+
 def test_a_run_that_gets_nowhere_ends_its_chain(emulated, tmp_path):
     run = tmp_path / "run"
     jobs = chain(emulated, run, 3, "--fail-at", "0", "--always-fail")
@@ -172,13 +194,8 @@ def test_a_run_that_gets_nowhere_ends_its_chain(emulated, tmp_path):
 
 
 def test_a_bad_node_is_named_and_the_next_job_keeps_away_from_it(emulated, tmp_path):
-    """nvidia-smi of one node shows a GPU too few."""
-    smi = tmp_path / "bin/nvidia-smi"
-    smi.parent.mkdir()
-    smi.write_text('#!/bin/sh\nfor n in 1 $([ "$(hostname)" = node1 ] || echo 2); do '
-                   "echo 80000, 81000; done\n")
-    smi.chmod(0o755)
-    site = replace(SITE, gpus_per_node=2, setup=[f'export PATH="{smi.parent}:$PATH"'])
+    """nvidia-smi of one node shows GPUs too few."""
+    site = replace(SITE, gpus_per_node=8, gres="gres", setup=smi(tmp_path, poor="node1"))
     run = tmp_path / "run"
     job = submit(emulated, write_script(run, "--steps", "20", site=site,
                                         script=run / "submit/001.sbatch"), "--nodelist=node1,node2")
@@ -186,14 +203,43 @@ def test_a_bad_node_is_named_and_the_next_job_keeps_away_from_it(emulated, tmp_p
     wait_for(lambda: len(attempts(run)) == 2, 60, lambda: story(run))
     first, second = attempts(run)
     assert (first["unfit"], first["code"]) == (["node1"], 12)
-    assert "node node1: 1 GPUs instead of 2" in first["reason"]
+    assert "node node1: 1 GPUs instead of 8" in first["reason"]
     assert second["decision"] == "done" and "node1" not in second["nodes"]
+    assert rank(run, 0)["gpus"] == rank(run, 3)["gpus"] == EIGHT
 
 
-def test_too_much_is_refused_before_it_waits(emulated, tmp_path):
-    for number, changes in enumerate(({"nodes": "5"}, {"site": replace(SITE, gpus_per_node=9)})):
-        script = write_script(tmp_path / str(number), **changes)
-        said = emulated.ask("sbatch", "--test-only", script, check=False)
-        assert not said
+@pytest.mark.parametrize("gres", ["gpus-per-node", "gres"])
+def test_what_a_cluster_has_is_taken_and_more_is_refused_before_it_waits(emulated, tmp_path, gres):
+    """However GPUs are spelled; an emulated node has eight."""
+    for name, nodes, gpus in (("all", "4", 8), ("nodes", "5", 8), ("gpus", "4", 9)):
+        site = replace(SITE, gpus_per_node=gpus, gres=gres)
+        script = write_script(tmp_path / name, nodes=nodes, site=site)
+        if name == "all":
+            emulated.ask("sbatch", "--test-only", script)
+            continue
         with pytest.raises(AssertionError, match=r"allocation failure|not available"):
             emulated.ask("sbatch", "--test-only", script)
+
+
+@pytest.mark.slow
+def test_64_nodes_of_8_ranks(tmp_path):
+    """The script of a large run, all ranks of which meet at every step."""
+    site = replace(SITE, ranks_per_node=8, gpus_per_node=8, silent_minutes=5, setup=smi(tmp_path))
+    with dev_cluster(64) as cluster:
+        run = tmp_path / "run"
+        job = submit(cluster, write_script(run, "--steps", "3", nodes="64", site=site))
+        end_of(cluster, job, run, "COMPLETED", seconds=400)
+        assert [a["decision"] for a in attempts(run)] == ["done"] and steps(run) == [1, 2, 3]
+        for number in range(512):
+            assert rank(run, number)["host"] == f"node{number // 8 + 1}"
+            assert rank(run, number)["gpus"] == EIGHT
+
+
+def smi(folder: Path, *, poor: str = "") -> list[str]:
+    """Shell lines that put an nvidia-smi of an eight-GPU node in place; node `poor` has one."""
+    path = folder / "bin/nvidia-smi"
+    path.parent.mkdir()
+    path.write_text(f'#!/bin/sh\nfor n in 1 $([ "$(hostname)" = "{poor}" ] || seq 7); do '
+                    "echo 80000, 81000; done\n")
+    path.chmod(0o755)
+    return [f'export PATH="{path.parent}:$PATH"']

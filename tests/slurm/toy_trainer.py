@@ -1,7 +1,7 @@
 """A trainer without torch that obeys the control files, for tests of what is around a run.
 
-    python -m tests.slurm.toy_trainer RUN --steps 100 [--step-s 0.05] [--fail-at 7] [--hang-at 7]
-           [--always-fail] [--deaf]
+    python -m tests.slurm.toy_trainer RUN --steps 100 [--step-s 0.05] [--start-s 0] [--fail-at 7]
+           [--hang-at 7] [--always-fail] [--deaf]
 
 Each task of a SLURM step, or each of --ranks processes, is a rank. All ranks meet at every step, as
 in a collective: one that is gone makes the others wait. Rank 0 keeps the run's files.
@@ -43,7 +43,9 @@ class Toy:
         launch = "{}.{}".format(*(os.environ.get(f"SLURM_{n}_ID", "x") for n in ("JOB", "STEP")))
         self.meeting = self.control / "meeting" / launch
         write(self.control / "pids" / f"rank_{self.rank}.json",
-              {"pid": os.getpid(), "host": os.uname().nodename})
+              {"pid": os.getpid(), "host": os.uname().nodename,
+               "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")})
+        time.sleep(options.start_s)
 
     def told_to_stop(self) -> str:
         """Why to save and leave, or ""."""
@@ -120,7 +122,8 @@ class Toy:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
-    for name, kind, default in (("steps", int, 100), ("step-s", float, 0.05), ("ranks", int, 1),
+    for name, kind, default in (("steps", int, 100), ("step-s", float, 0.05),
+                                ("start-s", float, 0), ("ranks", int, 1),
                                 ("fail-at", int, -1), ("hang-at", int, -1)):
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--always-fail", action="store_true")
