@@ -58,6 +58,43 @@ def add_internimage(commands: Any) -> None:
     add_weights(give)
 
 
+def add_clip(commands: Any) -> None:
+    """Add import-clip to the parsers of `tools.convert`."""
+    text = "CLIP of OpenAI, open_clip, transformers or timm under our names"
+    take = commands.add_parser("import-clip", help=text, description=text)
+    take.set_defaults(run=_later("tools.convert.import_clip", "command"))
+    take.add_argument("source", type=Path,
+                      help="folder of transformers, open_clip or timm, or a .safetensors or .pt "
+                           "file (foreign objects in it are passed over, never made)")
+    take.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    for option, what, name in (("--encoder", "model.encoders of the image encoder", "image"),
+                               ("--text-encoder", "model.encoders of the text encoder", "text"),
+                               ("--task", "tasks of the contrastive task", "contrast")):
+        take.add_argument(option, default=name, metavar="NAME",
+                          help=f"name in {what} (default %(default)s)")
+    take.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN",
+                      help="our names to take, for example 'encoders.image.*' for a recipe that "
+                           "has the image encoder alone (default: all)")
+    take.add_argument("--image-size", type=positive, metavar="PIXELS",
+                      help="make the position table for images of this size (default: as it is)")
+    take.add_argument("--heads", type=positive, metavar="N",
+                      help="attention heads of both towers, if no configuration lies beside the "
+                           "weights, which do not show it")
+    take.add_argument("--activation", choices=("quick_gelu", "gelu"),
+                      help="of both towers, likewise")
+
+
+def add_import(commands: Any) -> None:
+    """Add import, which finds out what it is given, to the parsers of `tools.convert`."""
+    text = "weights of others under our names, whatever they are"
+    more = ("Further options are those of the command for what it is: import-clip, import-git or "
+            "import-internimage.")
+    take = commands.add_parser("import", help=text, description=f"{text}. {more}")
+    take.add_argument("source", type=Path, help="folder or file")
+    take.add_argument("--from", dest="origin", choices=("clip", "git", "internimage"),
+                      help="what it is (default: seen from its names)")
+
+
 def add_graph(commands: Any) -> None:
     """Add export-graph to the parsers of `tools.convert`."""
     text = "a classifier, or the maps of an InternImage, as ONNX or torch.export graph"

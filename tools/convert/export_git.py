@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -16,6 +14,7 @@ from data_pipeline.samples.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokeniz
 from pretrain.build import evaluation_image
 from pretrain.engine.checkpoint.files import MANIFEST, file_entry
 from pretrain.models.vit import VitSettings
+from tools.convert.formats.clip import resize_positions
 from tools.convert.record import ExportRecord
 from tools.convert.transformers_git import SpecialIds, transformers_model, without_bars
 from tools.support.trained import TrainedCaptioner
@@ -116,11 +115,7 @@ def _at_size(
     if size == vit.image_size:
         return vit, weights
     name = f"encoders.{encoder}.embedding.positions"
-    old, new = vit.image_size // vit.patch_size, size // vit.patch_size
-    class_row, grid = weights[name][:1], weights[name][1:]
-    grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
-    weights[name] = torch.cat([class_row, grid.flatten(2)[0].T])
+    weights[name] = resize_positions(weights[name], size // vit.patch_size)
     return vit.model_copy(update={"image_size": size}), weights
 
 

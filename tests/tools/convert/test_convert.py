@@ -83,7 +83,7 @@ def test_the_record_says_where_the_export_came_from(export, run_dir) -> None:
 
 def test_round_trip_is_bitwise(export, run_dir, tmp_path, capsys) -> None:
     out = tmp_path / "back.safetensors"
-    assert run("import-git", export, "--out", out) == 0
+    assert run("import", "--encoder", "image", export, "--out", out) == 0  # sees that it is GIT
     weights = read_full_state(newest_whole(run_dir / "checkpoints"))
     expected = {
         name: tensor for name, tensor in weights.items()
