@@ -14,8 +14,8 @@
 `export-git` writes a folder for transformers' GitForCausalLM and AutoProcessor, reads it back with
 them, and compares their scores with ours. `import` sees what it is given and is the same as
 `import-clip` (CLIP of OpenAI, open_clip, transformers and timm), `import-git` or
-`import-internimage`, whose options it takes. `import-git` writes GIT weights of transformers or of the
-original repository under our names, for the recipe's `initial_weights`, and prints the settings
+`import-internimage`, whose options it takes. `import-git` writes GIT weights of transformers or of
+the original repository under our names, for the recipe's `initial_weights`, and prints the settings
 that a recipe needs for them. The next two do the same for InternImage, from and to the official
 code, its detectors, and transformers. `export-graph` writes a model that runs without this project,
 as ONNX or for torch.export.load, and compares its outputs with ours. `export-weights` writes what

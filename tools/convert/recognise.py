@@ -63,7 +63,8 @@ def _by_names(source: Path, names: Iterable[str]) -> str:
         pass
     if names_of(names):
         return "clip"
-    if any(mark in name for name in names for mark in ("levels.0.", "patch_embed.conv1", "levels0")):
+    marks = ("levels.0.", "levels0", "patch_embed.conv1")
+    if any(mark in name for name in names for mark in marks):
         return "internimage"
     if any(name.startswith(("encoders.", "objectives.")) for name in names):
         raise ValueError(f"{source} has our own names already: give it to initial_weights as it is")
