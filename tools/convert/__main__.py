@@ -1,5 +1,7 @@
 """Hand models over to other tools, and take theirs.
 
+    python -m tools.convert export --run runs/git_base --list
+    python -m tools.convert export --run runs/git_base --to timm --out exports/timm
     python -m tools.convert export-git --run runs/git_base --out exports/git_base
     python -m tools.convert import clip-vit-base-patch16/ --only 'encoders.image.*' \\
         --out clip.safetensors > settings.yaml
@@ -11,16 +13,18 @@
         --out t.pt2
     python -m tools.convert export-weights --run runs/m3i --only 'encoders.*' --out m3i.safetensors
 
-`export-git` writes a folder for transformers' GitForCausalLM and AutoProcessor, reads it back with
-them, and compares their scores with ours. `import` sees what it is given and is the same as
-`import-clip` (CLIP of OpenAI, open_clip, transformers and timm), `import-git` or
-`import-internimage`, whose options it takes. `import-git` writes GIT weights of transformers or of
-the original repository under our names, for the recipe's `initial_weights`, and prints the settings
-that a recipe needs for them. The next two do the same for InternImage, from and to the official
-code, its detectors, and transformers. `export-graph` writes a model that runs without this project,
-as ONNX or for torch.export.load, and compares its outputs with ours. `export-weights` writes what
-a run has learned for `initial_weights` of another recipe of ours. Exit codes: 0 done (and
-verified); 1 an error, or an export whose scores differ; 2 wrong usage.
+`export` writes any format that the run can be; with --list it says which those are. The commands
+that are named after a format are the same. `export-git` writes a folder for transformers'
+GitForCausalLM and AutoProcessor, reads it back with them, and compares their scores with ours.
+`import` sees what it is given and is the same as `import-clip` (CLIP of OpenAI, open_clip,
+transformers and timm), `import-git` or `import-internimage`, whose options it takes. `import-git`
+writes GIT weights of transformers or of the original repository under our names, for the recipe's
+`initial_weights`, and prints the settings that a recipe needs for them. The next two do the same
+for InternImage, from and to the official code, its detectors, and transformers. `export-graph`
+writes a model that runs without this project, as ONNX or for torch.export.load, and compares its
+outputs with ours. `export-weights` writes what a run has learned for `initial_weights` of another
+recipe of ours. Exit codes: 0 done (and verified); 1 an error, or an export whose scores differ; 2
+wrong usage.
 """
 
 import argparse
@@ -42,6 +46,7 @@ from pretrain.engine.checkpoint.files import CheckpointError
 from pretrain.recipe.overlay import to_yaml
 from tools.convert.arguments import (
     add_clip,
+    add_export,
     add_graph,
     add_import,
     add_internimage,
@@ -289,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     for tower in ("encoder", "decoder"):
         take.add_argument(f"--{tower}-heads", type=int, metavar="N",
                           help=f"attention heads of the {tower}, which weights alone do not show")
+    add_export(commands)
     add_import(commands)
     add_clip(commands)
     add_internimage(commands)

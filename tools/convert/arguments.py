@@ -44,8 +44,8 @@ def add_internimage(commands: Any) -> None:
     add_run(give)
     give.add_argument("--out", type=Path, required=True,
                       help="file that ends in .pth; for transformers a folder that is not there")
-    give.add_argument("--format", choices=("official", "detection", "transformers", "m3i"),
-                      default="official",
+    layouts = ("official", "detection", "bevformer", "transformers", "m3i")
+    give.add_argument("--format", choices=layouts, default="official",
                       help="m3i: raw M3I checkpoint, both branches (default %(default)s)")
     give.add_argument("--encoder", default="image", metavar="NAME",
                       help="its name in model.encoders (default %(default)s)")
@@ -93,6 +93,31 @@ def add_import(commands: Any) -> None:
     take.add_argument("source", type=Path, help="folder or file")
     take.add_argument("--from", dest="origin", choices=("clip", "git", "internimage"),
                       help="what it is (default: seen from its names)")
+
+
+def add_export(commands: Any) -> None:
+    """Add export, which knows every format, to the parsers of `tools.convert`."""
+    text = "what a run has learned, in any format that others load"
+    give = commands.add_parser("export", help=text, description=text)
+    give.set_defaults(run=_later("tools.convert.export", "command"))
+    add_run(give)
+    which = give.add_mutually_exclusive_group(required=True)
+    which.add_argument("--to", metavar="FORMAT", choices=EXPORTS,
+                       help=f"one of {', '.join(EXPORTS)}")
+    which.add_argument("--list", action="store_true",
+                       help="say of every format whether this run can be it, or why not")
+    give.add_argument("--out", type=Path, help="file or folder to write")
+    give.add_argument("--task", metavar="NAME", help="whose head or other tower goes along")
+    give.add_argument("--encoder", metavar="NAME", help="its name in model.encoders")
+    give.add_argument("--no-head", action="store_true", help="without the head of a task")
+    give.add_argument("--image-size", type=positive, metavar="PIXELS",
+                      help="side of the images (default: as the recipe evaluates)")
+    add_weights(give)
+
+
+EXPORTS = ("safetensors", "transformers", "timm", "clip", "uniformerv2", "internimage", "mmdet",
+           "bevformer", "m3i-raw", "onnx", "torch")  # fmt: skip
+"""As in tools/convert/formats/listing.py, which needs torch."""
 
 
 def add_graph(commands: Any) -> None:

@@ -70,7 +70,7 @@ def write_git(captioner: TrainedCaptioner, folder: Path, image_size: int | None)
     )
     with without_bars(), writing(folder):
         model.save_pretrained(folder)
-    _write_tokenizer(tokenizer, captioner.decoder.max_positions, folder)
+    write_tokenizer(tokenizer, captioner.decoder.max_positions, folder, tokenizer.eos_id)
     _write_json(folder / "preprocessor_config.json", image_processor(image, "GitProcessor"))
     (folder / "README.md").write_text(_usage(record), encoding="utf-8")
     record.write(folder)
@@ -143,10 +143,12 @@ def _record(
     )
 
 
-def _write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
+def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path, end: int) -> None:
+    """tokenizer.json that puts both ends around a text, and its configuration; end: the number that
+    stands for the end there."""
     definition = dict(tokenizer.definition)
-    if not _adds_both_ends(tokenizer):
-        definition["post_processor"] = _both_ends(tokenizer)
+    if end != tokenizer.eos_id or not _adds_both_ends(tokenizer):
+        definition["post_processor"] = _both_ends(tokenizer, end)
     if _begins_with_a_space(tokenizer):
         definition["decoder"] = _without_first_space(definition["decoder"])
     _write_json(folder / TOKENIZER_FILE, definition)
@@ -185,7 +187,7 @@ def _adds_both_ends(tokenizer: Tokenizer) -> bool:
     return backend.encode("").ids == [tokenizer.bos_id, tokenizer.eos_id]
 
 
-def _both_ends(tokenizer: Tokenizer) -> dict[str, Any]:
+def _both_ends(tokenizer: Tokenizer, end: int) -> dict[str, Any]:
     """A post-processor that does, as captions are in training."""
     bos, eos = tokenizer.specials["bos"], tokenizer.specials["eos"]
 
@@ -202,7 +204,7 @@ def _both_ends(tokenizer: Tokenizer) -> dict[str, Any]:
         "pair": [special(bos), text("A"), text("B"), special(eos)],
         "special_tokens": {
             token: {"id": token, "ids": [token_id], "tokens": [token]}
-            for token, token_id in ((bos, tokenizer.bos_id), (eos, tokenizer.eos_id))
+            for token, token_id in ((bos, tokenizer.bos_id), (eos, end))
         },
     }
 
