@@ -89,12 +89,13 @@ def write_open_clip(export: Export, folder: Path) -> str:
             "text_cfg": {"context_length": text.max_positions, "vocab_size": tokenizer.vocab_size,
                          "width": text.width, "heads": text.heads, "layers": text.layers,
                          "mlp_ratio": text.mlp_ratio, "pool_type": "eos",
-                         "eos_id": tokenizer.eos_id, "hf_tokenizer_name": "tokenizer.json",
-                         "tokenizer_kwargs": {"clean": "none"}},
+                         "eos_id": tokenizer.eos_id, "hf_tokenizer_name": "tokenizer.json"},
         },
         "preprocess_cfg": {"size": image.size, "mean": list(image.mean), "std": list(image.std),
                            "interpolation": "bicubic", "resize_mode": "shortest"},
     })  # fmt: skip
+    export.notes.append("open_clip joins white space and mends broken characters of a text before "
+                        "it is split into tokens")
     save(theirs, folder / "open_clip_model.safetensors")
     write_tokenizer(tokenizer, text.max_positions, folder, tokenizer.eos_id)
     back = load_file(folder / "open_clip_model.safetensors")
