@@ -424,7 +424,7 @@ def test_tokenizer_with_the_ends_in_its_own_file(tmp_path) -> None:
         source = source or Tokenizer.load(tmp_path / "0")
         folder = tmp_path / str(number)
         folder.mkdir()
-        tools.convert.export_git._write_tokenizer(source, 40, folder)
+        tools.convert.export_git.write_tokenizer(source, 40, folder, source.eos_id)
         loaded = AutoTokenizer.from_pretrained(folder)
         assert loaded("a red twos").input_ids == [2, 5, 6, 7, 8, 3]
         assert loaded.decode([2, 5, 6, 7, 8, 3], skip_special_tokens=True) == "a red twos"

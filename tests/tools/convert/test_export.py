@@ -15,6 +15,8 @@ from transformers import AutoImageProcessor, AutoProcessor, CLIPModel, CLIPVisio
 from tests.tiny_run import three_tasks, write_recipe
 from tests.tools.conftest import train
 from tools.convert.__main__ import main
+from tools.convert.arguments import EXPORTS
+from tools.convert.formats.listing import FORMATS
 from tools.support.trained import open_run
 
 
@@ -156,7 +158,7 @@ def test_the_readme_has_a_head_and_a_snippet_that_runs(exported, options, monkey
 def test_the_list_says_why_not(three, internimage_run, capsys) -> None:
     assert run("export", "--run", three, "--list") == 0
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().err.splitlines())
-    assert len(lines) == 11
+    assert tuple(lines) == EXPORTS == tuple(one.name for one in FORMATS)
     assert lines["mmdet"].startswith("not of this run: no encoder is a internimage")
     assert not lines["timm"].startswith("not of")
     assert run("export", "--run", internimage_run, "--list") == 0
