@@ -1,6 +1,10 @@
 """Hand models over to other tools, and take theirs.
 
+    python -m tools.convert export --run runs/git_base --list
+    python -m tools.convert export --run runs/git_base --to timm --out exports/timm
     python -m tools.convert export-git --run runs/git_base --out exports/git_base
+    python -m tools.convert import clip-vit-base-patch16/ --only 'encoders.image.*' \\
+        --out clip.safetensors > settings.yaml
     python -m tools.convert import-git git-base/ --out git_base.safetensors > settings.yaml
     python -m tools.convert import-internimage internimage_t_1k_224.pth --out t.safetensors
     python -m tools.convert export-internimage --run runs/t --out t.pth
@@ -9,14 +13,18 @@
         --out t.pt2
     python -m tools.convert export-weights --run runs/m3i --only 'encoders.*' --out m3i.safetensors
 
-`export-git` writes a folder for transformers' GitForCausalLM and AutoProcessor, reads it back with
-them, and compares their scores with ours. `import-git` writes GIT weights of transformers or of the
-original repository under our names, for the recipe's `initial_weights`, and prints the settings
-that a recipe needs for them. The next two do the same for InternImage, from and to the official
-code, its detectors, and transformers. `export-graph` writes a model that runs without this project,
-as ONNX or for torch.export.load, and compares its outputs with ours. `export-weights` writes what
-a run has learned for `initial_weights` of another recipe of ours. Exit codes: 0 done (and
-verified); 1 an error, or an export whose scores differ; 2 wrong usage.
+`export` writes any format that the run can be; with --list it says which those are. The commands
+that are named after a format are the same. `export-git` writes a folder for transformers'
+GitForCausalLM and AutoProcessor, reads it back with them, and compares their scores with ours.
+`import` sees what it is given and is the same as `import-clip` (CLIP of OpenAI, open_clip,
+transformers and timm), `import-git` or `import-internimage`, whose options it takes. `import-git`
+writes GIT weights of transformers or of the original repository under our names, for the recipe's
+`initial_weights`, and prints the settings that a recipe needs for them. The next two do the same
+for InternImage, from and to the official code, its detectors, and transformers. `export-graph`
+writes a model that runs without this project, as ONNX or for torch.export.load, and compares its
+outputs with ours. `export-weights` writes what a run has learned for `initial_weights` of another
+recipe of ours. Exit codes: 0 done (and verified); 1 an error, or an export whose scores differ; 2
+wrong usage.
 """
 
 import argparse
@@ -36,7 +44,14 @@ from data_pipeline.files import give_usual_access, sync_file, temporary_name
 from data_pipeline.storage.errors import ShardError
 from pretrain.engine.checkpoint.files import CheckpointError
 from pretrain.recipe.overlay import to_yaml
-from tools.convert.arguments import add_graph, add_internimage, add_weight_files
+from tools.convert.arguments import (
+    add_clip,
+    add_export,
+    add_graph,
+    add_import,
+    add_internimage,
+    add_weight_files,
+)
 from tools.support.arguments import add_run, add_weights
 
 if TYPE_CHECKING:  # --help and wrong arguments do without torch
@@ -49,13 +64,50 @@ console = Console(stderr=True)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     write_utf8()
-    options = parse_in_any_order(_parser(), arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        options = parse_in_any_order(_parser(), _named(words))
         return options.run(options, console)
     except (CheckpointError, ShardError, OSError, ValueError) as error:
         _say(f"error: {error}", style="red")
         return 1
+
+
+def _named(words: list[str]) -> list[str]:
+    """The command line with the command of the format in the place of `import`."""
+    if not words or words[0] != "import" or {"-h", "--help"} & set(words):
+        return words
+    from tools.convert.recognise import FORMATS, command_for
+
+    commands = _commands(_parser())
+    probe = commands["import"]
+    # Every option of any format, so that a value of one is not taken for the source.
+    for command in FORMATS.values():
+        for action in commands[command]._actions:
+            new = [o for o in action.option_strings if o not in probe._option_string_actions]
+            if new and len(new) == len(action.option_strings):
+                probe.add_argument(*new, nargs=action.nargs, dest=f"any_{action.dest}")
+    asked = probe.parse_intermixed_args(words[1:])
+    rest = [str(asked.source), *_without_from(words[1:], str(asked.source))]
+    return [command_for(asked), *rest]
+
+
+def _without_from(words: list[str], source: str) -> list[str]:
+    """The options without the source and without --from."""
+    kept = list(words)
+    kept.remove(source)
+    for place, word in enumerate(kept):
+        if word == "--from":
+            return kept[:place] + kept[place + 2:]
+        if word.startswith("--from="):
+            return kept[:place] + kept[place + 1:]
+    return kept
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Name -> parser of each command."""
+    return next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
 
 
 # ---- export ------------------------------------------------------------------------------------
@@ -242,6 +294,9 @@ def _parser() -> argparse.ArgumentParser:
     for tower in ("encoder", "decoder"):
         take.add_argument(f"--{tower}-heads", type=int, metavar="N",
                           help=f"attention heads of the {tower}, which weights alone do not show")
+    add_export(commands)
+    add_import(commands)
+    add_clip(commands)
     add_internimage(commands)
     add_graph(commands)
     add_weight_files(commands)

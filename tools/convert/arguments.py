@@ -44,8 +44,8 @@ def add_internimage(commands: Any) -> None:
     add_run(give)
     give.add_argument("--out", type=Path, required=True,
                       help="file that ends in .pth; for transformers a folder that is not there")
-    give.add_argument("--format", choices=("official", "detection", "transformers", "m3i"),
-                      default="official",
+    layouts = ("official", "detection", "bevformer", "transformers", "m3i")
+    give.add_argument("--format", choices=layouts, default="official",
                       help="m3i: raw M3I checkpoint, both branches (default %(default)s)")
     give.add_argument("--encoder", default="image", metavar="NAME",
                       help="its name in model.encoders (default %(default)s)")
@@ -56,6 +56,68 @@ def add_internimage(commands: Any) -> None:
                       help="with --format m3i, of a task that learns no classes: write a linear "
                            "layer of zeros for so many, since the loader of that layout wants one")
     add_weights(give)
+
+
+def add_clip(commands: Any) -> None:
+    """Add import-clip to the parsers of `tools.convert`."""
+    text = "CLIP of OpenAI, open_clip, transformers or timm under our names"
+    take = commands.add_parser("import-clip", help=text, description=text)
+    take.set_defaults(run=_later("tools.convert.import_clip", "command"))
+    take.add_argument("source", type=Path,
+                      help="folder of transformers, open_clip or timm, or a .safetensors or .pt "
+                           "file (foreign objects in it are passed over, never made)")
+    take.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    for option, what, name in (("--encoder", "model.encoders of the image encoder", "image"),
+                               ("--text-encoder", "model.encoders of the text encoder", "text"),
+                               ("--task", "tasks of the contrastive task", "contrast")):
+        take.add_argument(option, default=name, metavar="NAME",
+                          help=f"name in {what} (default %(default)s)")
+    take.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN",
+                      help="our names to take, for example 'encoders.image.*' for a recipe that "
+                           "has the image encoder alone (default: all)")
+    take.add_argument("--image-size", type=positive, metavar="PIXELS",
+                      help="make the position table for images of this size (default: as it is)")
+    take.add_argument("--heads", type=positive, metavar="N",
+                      help="attention heads of both towers, if no configuration lies beside the "
+                           "weights, which do not show it")
+    take.add_argument("--activation", choices=("quick_gelu", "gelu"),
+                      help="of both towers, likewise")
+
+
+def add_import(commands: Any) -> None:
+    """Add import, which finds out what it is given, to the parsers of `tools.convert`."""
+    text = "weights of others under our names, whatever they are"
+    more = ("Further options are those of the command for what it is: import-clip, import-git or "
+            "import-internimage.")
+    take = commands.add_parser("import", help=text, description=f"{text}. {more}")
+    take.add_argument("source", type=Path, help="folder or file")
+    take.add_argument("--from", dest="origin", choices=("clip", "git", "internimage"),
+                      help="what it is (default: seen from its names)")
+
+
+def add_export(commands: Any) -> None:
+    """Add export, which knows every format, to the parsers of `tools.convert`."""
+    text = "what a run has learned, in any format that others load"
+    give = commands.add_parser("export", help=text, description=text)
+    give.set_defaults(run=_later("tools.convert.export", "command"))
+    add_run(give)
+    which = give.add_mutually_exclusive_group(required=True)
+    which.add_argument("--to", metavar="FORMAT", choices=EXPORTS,
+                       help=f"one of {', '.join(EXPORTS)}")
+    which.add_argument("--list", action="store_true",
+                       help="say of every format whether this run can be it, or why not")
+    give.add_argument("--out", type=Path, help="file or folder to write")
+    give.add_argument("--task", metavar="NAME", help="whose head or other tower goes along")
+    give.add_argument("--encoder", metavar="NAME", help="its name in model.encoders")
+    give.add_argument("--no-head", action="store_true", help="without the head of a task")
+    give.add_argument("--image-size", type=positive, metavar="PIXELS",
+                      help="side of the images (default: as the recipe evaluates)")
+    add_weights(give)
+
+
+EXPORTS = ("safetensors", "transformers", "timm", "clip", "uniformerv2", "internimage", "mmdet",
+           "bevformer", "m3i-raw", "onnx", "torch")  # fmt: skip
+"""As in tools/convert/formats/listing.py, which needs torch."""
 
 
 def add_graph(commands: Any) -> None:

@@ -198,14 +198,14 @@ def export_command(options: argparse.Namespace, console: Console) -> int:
     ours = run.model.state_dict()
     if options.classes is not None:
         ours |= _zeros_for_classes(run, options)
-    if options.format == "detection":
+    if options.format in ("detection", "bevformer"):
         settings = settings.model_copy(update={"head": None})
     config_of_settings(settings, 0 if options.task is None else 1)  # or an error that says why not
     theirs = export_internimage(ours, options.format, options.encoder, options.task)
     if options.format == "transformers":
         _write_folder(options.out, theirs, _files_beside(run.recipe, settings, options, theirs))
     else:
-        wrapping = "state_dict" if options.format == "detection" else "model"
+        wrapping = "state_dict" if options.format in ("detection", "bevformer") else "model"
         _write_file(options.out, {wrapping: OrderedDict(theirs)})
         _write_settings(options.out, settings)
     _check_read_back(options, settings, ours)

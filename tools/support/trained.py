@@ -136,6 +136,11 @@ def _targets_in_place(
     return found
 
 
+def recipe_of(path: str | Path) -> Recipe:
+    """The recipe of what `open_run` would read, without reading a weight. Raises as it does."""
+    return load_resolved(_find(Path(path)) / "recipe.yaml")
+
+
 def _find(path: Path) -> Path:
     """The checkpoint folder that is meant."""
     if (path / MANIFEST).is_file():

@@ -83,7 +83,7 @@ def test_the_record_says_where_the_export_came_from(export, run_dir) -> None:
 
 def test_round_trip_is_bitwise(export, run_dir, tmp_path, capsys) -> None:
     out = tmp_path / "back.safetensors"
-    assert run("import-git", export, "--out", out) == 0
+    assert run("import", "--encoder", "image", export, "--out", out) == 0  # sees that it is GIT
     weights = read_full_state(newest_whole(run_dir / "checkpoints"))
     expected = {
         name: tensor for name, tensor in weights.items()
@@ -424,7 +424,7 @@ def test_tokenizer_with_the_ends_in_its_own_file(tmp_path) -> None:
         source = source or Tokenizer.load(tmp_path / "0")
         folder = tmp_path / str(number)
         folder.mkdir()
-        tools.convert.export_git._write_tokenizer(source, 40, folder)
+        tools.convert.export_git.write_tokenizer(source, 40, folder, source.eos_id)
         loaded = AutoTokenizer.from_pretrained(folder)
         assert loaded("a red twos").input_ids == [2, 5, 6, 7, 8, 3]
         assert loaded.decode([2, 5, 6, 7, 8, 3], skip_special_tokens=True) == "a red twos"
