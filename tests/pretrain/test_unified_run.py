@@ -43,7 +43,8 @@ def small_recipe(data, run_dir) -> dict:
         task |= {"global_batch": 8, "micro_batch": 4}
         if "image" in task["data"]:
             task["data"]["image"]["size"] = 32
-    recipe["tasks"]["mlm"]["evaluation"] = {"shards": [str(data / "text" / "train")], "max_samples": 12}
+    recipe["tasks"]["mlm"]["evaluation"] = {
+        "shards": [str(data / "text" / "train")], "max_samples": 12}
     recipe["checkpoint"]["every_steps"], recipe["schedule"]["warmup_steps"] = 4, 2
     recipe["logging"] = {"every_steps": 1, "tensorboard": False}
     return recipe
