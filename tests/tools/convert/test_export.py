@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -176,6 +177,18 @@ def test_the_old_commands_are_the_same_code(internimage_run, tmp_path) -> None:
     ours, theirs = (torch.load(f, weights_only=True)["model"] for f in (new, old))
     assert list(ours) == list(theirs) and "head.weight" in ours
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_torch_loads_a_distributed_checkpoint(internimage_run, tmp_path, capsys) -> None:
+    out = tmp_path / "dcp"
+    words = ("export", "--run", internimage_run, "--to", "dcp", "--weights", "ema", "--out", out)
+    assert run(*words) == 0
+    expected = dict(open_run(internimage_run, "ema").model.named_parameters())
+    state = {"model": {name: torch.zeros_like(one) for name, one in expected.items()}}
+    dcp.load(state, checkpoint_id=out, no_dist=True)
+    assert all(torch.equal(state["model"][name], one) for name, one in expected.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["dcp"]
+    assert run(*words) == 1 and "is there already" in capsys.readouterr().err
 
 
 def test_bevformer_by_its_loading_rules_reimplemented(internimage_run, tmp_path) -> None:

@@ -195,6 +195,8 @@ def _graph(recipe: Recipe, options: argparse.Namespace) -> Choice:
 FORMATS: Sequence[Format] = (
     Format("safetensors", "all weights under our names", "initial_weights=FILE",
            lambda recipe, options: Choice("safetensors", "", words=["export-weights"])),
+    Format("dcp", "all weights under our names", "torch.distributed.checkpoint.load(STATE, FOLDER)",
+           lambda recipe, options: Choice("dcp", "", words=["export-weights", "--format", "dcp"])),
     Format("transformers", "GIT, contrastive task, ViT or InternImage", "from_pretrained(FOLDER)",
            _transformers),
     Format("timm", "ViT, with the head of a classification",
