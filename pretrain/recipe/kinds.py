@@ -26,6 +26,12 @@ from pretrain.objectives.classification_settings import ClassificationSettings
 from pretrain.objectives.contrastive.settings import ContrastiveSettings
 from pretrain.objectives.m3i.settings import M3ISettings
 from pretrain.objectives.objective_settings import ObjectiveSettings
+from pretrain.objectives.unified.settings import (
+    UnifiedCaptionSettings,
+    UnifiedClassificationSettings,
+    UnifiedMlmSettings,
+    UnifiedRetrievalSettings,
+)
 
 
 def _kinds(base: type) -> tuple[type, ...]:

@@ -37,7 +37,7 @@ class Swin(MapBackbone):
             if table in module._parameters:
                 module.initial_std = {table: DEFAULT_STD}
         if gradient_checkpointing:
-            backbone.activation_checkpointing_enable({"use_reentrant": False})
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     def layer_names(self) -> list[tuple[str, ...]]:
         """As `Encoder.layer_names`; what halves a map belongs to the block before it."""

@@ -169,7 +169,8 @@ def test_every_fault_is_reported_at_once():
         (
             ["tasks.caption.objective.type=captoning"],
             "tasks.caption.objective.type: 'captoning' is not one of captioning, classification, "
-            "contrastive, m3i; did you mean 'captioning'?",
+            "contrastive, m3i, unified_caption, unified_classification, unified_mlm, "
+            "unified_retrieval; did you mean 'captioning'?",
         ),
         (
             ["model.encoders.image.heds=4"],
