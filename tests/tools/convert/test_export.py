@@ -208,6 +208,12 @@ def test_bevformer_by_its_loading_rules_reimplemented(internimage_run, tmp_path)
     (("--to", "mmdet"), "model.encoders.image.type is vit"),
     (("--to", "timm", "--encoder", "text"), "model.encoders.text.type is text, not vit"),
     (("--to", "timm", "--task", "contrast"), "no classification task"),
+    (("--to", "timm", "--task", "classify", "--no-head"), "give one of them"),
+    (("--to", "safetensors", "--task", "classify"), "--task means nothing to it"),
+    (("--to", "clip", "--no-head"), "--no-head means nothing to it"),
+    (("--to", "transformers", "--no-head"), "--no-head means nothing to it"),
+    (("--to", "transformers", "--weights", "target"), "take master or ema"),
+    (("--to", "transformers", "--task", "classify"), "give --encoder image in its place"),
 ])  # fmt: skip
 def test_what_cannot_be_is_told_before_the_checkpoint_is_read(
     three, options, words, monkeypatch, tmp_path, capsys
