@@ -115,8 +115,8 @@ def add_export(commands: Any) -> None:
     add_weights(give)
 
 
-EXPORTS = ("safetensors", "transformers", "timm", "clip", "uniformerv2", "internimage", "mmdet",
-           "bevformer", "m3i-raw", "onnx", "torch")  # fmt: skip
+EXPORTS = ("safetensors", "dcp", "transformers", "timm", "clip", "uniformerv2", "internimage",
+           "mmdet", "bevformer", "m3i-raw", "onnx", "torch")  # fmt: skip
 """As in tools/convert/formats/listing.py, which needs torch."""
 
 
@@ -167,6 +167,9 @@ def add_weight_files(commands: Any) -> None:
     give.set_defaults(run=_later("tools.convert.weights", "export"))
     add_run(give)
     give.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    give.add_argument("--format", choices=("safetensors", "dcp"), default="safetensors",
+                      help="dcp: a folder for torch.distributed.checkpoint, names under `model` "
+                           "(default %(default)s)")
     give.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN",
                       help="names to take, for example 'encoders.image.*' for a recipe with other "
                            "tasks (default: all)")

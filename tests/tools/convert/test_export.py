@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -178,6 +179,18 @@ def test_the_old_commands_are_the_same_code(internimage_run, tmp_path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_torch_loads_a_distributed_checkpoint(internimage_run, tmp_path, capsys) -> None:
+    out = tmp_path / "dcp"
+    words = ("export", "--run", internimage_run, "--to", "dcp", "--weights", "ema", "--out", out)
+    assert run(*words) == 0
+    expected = dict(open_run(internimage_run, "ema").model.named_parameters())
+    state = {"model": {name: torch.zeros_like(one) for name, one in expected.items()}}
+    dcp.load(state, checkpoint_id=out, no_dist=True)
+    assert all(torch.equal(state["model"][name], one) for name, one in expected.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["dcp"]
+    assert run(*words) == 1 and "is there already" in capsys.readouterr().err
+
+
 def test_bevformer_by_its_loading_rules_reimplemented(internimage_run, tmp_path) -> None:
     """mmcv takes `state_dict` and fills a detector whose image backbone is `img_backbone`."""
     out = tmp_path / "bev.pth"
@@ -195,6 +208,12 @@ def test_bevformer_by_its_loading_rules_reimplemented(internimage_run, tmp_path)
     (("--to", "mmdet"), "model.encoders.image.type is vit"),
     (("--to", "timm", "--encoder", "text"), "model.encoders.text.type is text, not vit"),
     (("--to", "timm", "--task", "contrast"), "no classification task"),
+    (("--to", "timm", "--task", "classify", "--no-head"), "give one of them"),
+    (("--to", "safetensors", "--task", "classify"), "--task means nothing to it"),
+    (("--to", "clip", "--no-head"), "--no-head means nothing to it"),
+    (("--to", "transformers", "--no-head"), "--no-head means nothing to it"),
+    (("--to", "transformers", "--weights", "target"), "take master or ema"),
+    (("--to", "transformers", "--task", "classify"), "give --encoder image in its place"),
 ])  # fmt: skip
 def test_what_cannot_be_is_told_before_the_checkpoint_is_read(
     three, options, words, monkeypatch, tmp_path, capsys

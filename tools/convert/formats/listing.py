@@ -41,6 +41,8 @@ class Format(NamedTuple):
     loads: str
     """The consumer's own call."""
     choose: Chooser
+    takes: str = ""
+    """Options that mean something to it, beside --weights."""
 
 
 def _encoder(recipe: Recipe, wanted: str | None, kind: str) -> str:
@@ -146,21 +148,30 @@ def _contrast(recipe: Recipe, options: argparse.Namespace, name: str) -> Choice:
 def _transformers(recipe: Recipe, options: argparse.Namespace) -> Choice:
     """GIT, CLIP, CLIP's vision tower or InternImage, by what the run has or --task names."""
     wanted = options.task and recipe.tasks.get(options.task)
+    if options.task and not wanted:
+        raise ValueError(f"no task {options.task!r} in tasks: {', '.join(recipe.tasks)}")
     kind = wanted.objective.type if wanted else None
     if options.encoder is None:
         if kind == "captioning" or (options.task is None and _tasks(recipe, "captioning")):
             task = _task(recipe, "captioning", options.task)
+            if options.weights == "target":
+                raise ValueError("--weights target: a captioner has no momentum target; take "
+                                 "master or ema")
+            _check_options(options, ("task", "image_size"))
             more = [] if options.image_size is None else ["--image-size", str(options.image_size)]
             return Choice("transformers", recipe.tasks[task].objective.encoder,
                           words=["export-git", "--task", task, *more])
         if kind == "contrastive" or (options.task is None and _tasks(recipe, "contrastive")):
+            _check_options(options, ("task", "image_size"))
             return _contrast(recipe, options, "transformers")
     types = [s.type for n, s in recipe.model.encoders.items() if options.encoder in (None, n)]
     if "vit" not in types and "internimage" in types:
+        _check_options(options, ("task", "encoder", "no_head"))
         return _internimage(recipe, options, "transformers")
     if options.task is not None:
-        raise ValueError(f"--task {options.task}: transformers' CLIPVisionModel has no head; leave "
-                         "--task out")
+        encoder = getattr(wanted.objective, "encoder", None) or "NAME"
+        raise ValueError(f"--task {options.task}: transformers' CLIPVisionModel has no head; give "
+                         f"--encoder {encoder} in its place")
     return _of_vit(recipe, options, "transformers")
 
 
@@ -195,32 +206,46 @@ def _graph(recipe: Recipe, options: argparse.Namespace) -> Choice:
 FORMATS: Sequence[Format] = (
     Format("safetensors", "all weights under our names", "initial_weights=FILE",
            lambda recipe, options: Choice("safetensors", "", words=["export-weights"])),
+    Format("dcp", "all weights under our names", "torch.distributed.checkpoint.load(STATE, FOLDER)",
+           lambda recipe, options: Choice("dcp", "", words=["export-weights", "--format", "dcp"])),
     Format("transformers", "GIT, contrastive task, ViT or InternImage", "from_pretrained(FOLDER)",
-           _transformers),
+           _transformers, "task encoder no_head image_size"),
     Format("timm", "ViT, with the head of a classification",
-           'timm.create_model("local-dir:FOLDER", pretrained=True)', _timm),
+           'timm.create_model("local-dir:FOLDER", pretrained=True)', _timm,
+           "task encoder no_head image_size"),
     Format("clip", "contrastive task",
            'open_clip.create_model_and_transforms("local-dir:FOLDER")',
-           lambda recipe, options: _contrast(recipe, options, "clip")),
-    Format("uniformerv2", "ViT", "its _MODELS path", _uniformer),
+           lambda recipe, options: _contrast(recipe, options, "clip"), "task image_size"),
+    Format("uniformerv2", "ViT", "its _MODELS path", _uniformer, "encoder image_size"),
     *(Format(name, "InternImage", loads,
-             lambda recipe, options, layout=layout: _internimage(recipe, options, layout))
-      for name, layout, loads in (
-          ("internimage", "official", "load_pretrained(FILE.pth)"),
-          ("mmdet", "detection", "load_from = FILE.pth"),
-          ("bevformer", "bevformer", "load_from = FILE.pth"),
-          ("m3i-raw", "m3i", "load_pretrained(FILE.pth)"),
+             lambda recipe, options, layout=layout: _internimage(recipe, options, layout), takes)
+      for name, layout, loads, takes in (
+          ("internimage", "official", "load_pretrained(FILE.pth)", "task encoder no_head"),
+          ("mmdet", "detection", "load_from = FILE.pth", "encoder"),
+          ("bevformer", "bevformer", "load_from = FILE.pth", "encoder"),
+          ("m3i-raw", "m3i", "load_pretrained(FILE.pth)", "task encoder"),
       )),
     Format("onnx", "image encoder: logits or maps", "onnxruntime.InferenceSession(FILE.onnx)",
-           _graph),
-    Format("torch", "image encoder: logits or maps", "torch.export.load(FILE.pt2)", _graph),
+           _graph, "task encoder image_size"),
+    Format("torch", "image encoder: logits or maps", "torch.export.load(FILE.pt2)", _graph,
+           "task encoder image_size"),
 )  # fmt: skip
+
+
+def _check_options(options: argparse.Namespace, takes: Sequence[str]) -> None:
+    """Raise ValueError for an option that would do nothing."""
+    for name in ("task", "encoder", "no_head", "image_size"):
+        if getattr(options, name) and name not in takes:
+            raise ValueError(f"--{name.replace('_', '-')} means nothing to it: leave it out")
+    if options.task and options.no_head:
+        raise ValueError("--task names a head that --no-head leaves out: give one of them")
 
 
 def choice_of(recipe: Recipe, options: argparse.Namespace) -> Choice:
     """What `--to` means for this run. Raises ValueError: it cannot be; the text names why."""
     chosen = next(one for one in FORMATS if one.name == options.to)
     try:
+        _check_options(options, chosen.takes.split())
         return chosen.choose(recipe, options)
     except ValueError as error:
         raise ValueError(f"--to {options.to}: {error}") from None
