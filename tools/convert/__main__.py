@@ -8,6 +8,7 @@
     python -m tools.convert import-git git-base/ --out git_base.safetensors > settings.yaml
     python -m tools.convert import-internimage internimage_t_1k_224.pth --out t.safetensors
     python -m tools.convert export-internimage --run runs/t --out t.pth
+    python -m tools.convert import-encoder roberta-base/ --encoder text --out text.safetensors
     python -m tools.convert export-graph --run runs/t --out t.onnx
     python -m tools.convert export-graph --source internimage_t_1k_224.pth --image-size 224 \\
         --out t.pt2
@@ -17,7 +18,8 @@
 that are named after a format are the same. `export-git` writes a folder for transformers'
 GitForCausalLM and AutoProcessor, reads it back with them, and compares their scores with ours.
 `import` sees what it is given and is the same as `import-clip` (CLIP of OpenAI, open_clip,
-transformers and timm), `import-git` or `import-internimage`, whose options it takes. `import-git`
+transformers and timm), `import-git`, `import-internimage` or `import-encoder` (BERT, RoBERTa, Swin
+and ResNet from a folder of transformers), whose options it takes. `import-git`
 writes GIT weights of transformers or of the original repository under our names, for the recipe's
 `initial_weights`, and prints the settings that a recipe needs for them. The next two do the same
 for InternImage, from and to the official code, its detectors, and transformers. `export-graph`
@@ -46,6 +48,7 @@ from pretrain.engine.checkpoint.files import CheckpointError
 from pretrain.recipe.overlay import to_yaml
 from tools.convert.arguments import (
     add_clip,
+    add_encoder,
     add_export,
     add_graph,
     add_import,
@@ -297,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_import(commands)
     add_clip(commands)
+    add_encoder(commands)
     add_internimage(commands)
     add_graph(commands)
     add_weight_files(commands)

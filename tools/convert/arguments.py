@@ -91,7 +91,7 @@ def add_import(commands: Any) -> None:
             "import-internimage.")
     take = commands.add_parser("import", help=text, description=f"{text}. {more}")
     take.add_argument("source", type=Path, help="folder or file")
-    take.add_argument("--from", dest="origin", choices=("clip", "git", "internimage"),
+    take.add_argument("--from", dest="origin", choices=("clip", "git", "internimage", "encoder"),
                       help="what it is (default: seen from its names)")
 
 
@@ -118,6 +118,18 @@ def add_export(commands: Any) -> None:
 EXPORTS = ("safetensors", "dcp", "transformers", "timm", "clip", "uniformerv2", "internimage",
            "mmdet", "bevformer", "m3i-raw", "onnx", "torch")  # fmt: skip
 """As in tools/convert/formats/listing.py, which needs torch."""
+
+
+def add_encoder(commands: Any) -> None:
+    """Add import-encoder to the parsers of `tools.convert`."""
+    text = "a BERT, RoBERTa, Swin or ResNet of transformers under our names"
+    take = commands.add_parser("import-encoder", help=text, description=text)
+    take.set_defaults(run=_later("tools.convert.formats.encoders", "import_command"))
+    take.add_argument("source", type=Path,
+                      help="local folder with config.json and model.safetensors")
+    take.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    take.add_argument("--encoder", default="image", metavar="NAME",
+                      help="its name in model.encoders (default %(default)s)")
 
 
 def add_graph(commands: Any) -> None:

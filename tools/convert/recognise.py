@@ -12,10 +12,12 @@ from tools.convert.formats.clip import names_of, plain
 from tools.convert.import_clip import clip_file
 from tools.support.weight_files import read_config, read_tensors
 
-FORMATS = {"clip": "import-clip", "git": "import-git", "internimage": "import-internimage"}
+FORMATS = {"clip": "import-clip", "git": "import-git", "internimage": "import-internimage",
+           "encoder": "import-encoder"}  # fmt: skip
 """--from -> the command that is meant."""
 _MODEL_TYPES = {"git": "git", "internimage": "internimage", "clip": "clip",
-                "clip_vision_model": "clip"}  # fmt: skip
+                "clip_vision_model": "clip", "bert": "encoder", "roberta": "encoder",
+                "swin": "encoder", "resnet": "encoder"}  # fmt: skip
 _WRAPPINGS = ("state_dict", "model", "module", "model_ema")
 
 

@@ -446,8 +446,8 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
     labels = "tasks.classify.data.type=labels"
     assert load_recipe("digits_multitask", [labels]) == load_recipe("digits_multitask")
     assert multi("tasks.contrast.data.type=labls") == (
-        "tasks.contrast.data.type: 'labls' is not one of boxes, captions, labels, m3i, images, "
-        "text; did you mean 'labels'?"
+        "tasks.contrast.data.type: 'labls' is not one of boxes, captions, labels, images, "
+        "text, m3i; did you mean 'labels'?"
     )
     shards = "{type: labels, shards: [x], classes: 3, image: {size: 64}}"
     (fault,) = faults(
