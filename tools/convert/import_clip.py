@@ -91,9 +91,20 @@ class Config:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{theirs} is damaged or no JSON: {error}") from None
         found = read_config(file) or {}
+        if "architecture" in found:
+            return cls.of_timm(found)
         if "vision_config" in found:
             return cls(found["vision_config"] or {}, found.get("text_config") or {})
         return cls(found if "hidden_act" in found else {}, {})
+
+    @classmethod
+    def of_timm(cls, content: Mapping[str, Any]) -> "Config":
+        """Of a folder of timm's, whose names of models tell the activation."""
+        args = content.get("model_args") or {}
+        quick = "quickgelu" in content["architecture"] or args.get("act_layer") == "quick_gelu"
+        heads = args.get("num_heads")
+        return cls({"hidden_act": "quick_gelu" if quick else "gelu",
+                    **({"num_attention_heads": heads} if heads else {})}, {})
 
     @classmethod
     def of_open_clip(cls, content: Mapping[str, Any]) -> "Config":

@@ -29,8 +29,6 @@ def command_for(options: argparse.Namespace) -> str:
     if options.origin:
         return FORMATS[options.origin]
     source: Path = options.source
-    if (source / "omnipretrain.json").is_file() and not (source / "config.json").is_file():
-        raise ValueError(f"{source} is an export without config.json: name its weight file")
     if source.is_dir() and (source / "checkpoints").is_dir():
         raise ValueError(f"{source} is a run of this project: `python -m tools.convert "
                          f"export-weights --run {source} --out FILE.safetensors` writes its "

@@ -118,6 +118,32 @@ def test_every_export_was_read_back(exported) -> None:
         assert 0 <= max(verification["differences"].values()) < 1e-5, (options, verification)
 
 
+@pytest.mark.parametrize(("options", "left"), [
+    (("timm",), "objectives."), (("clip",), "objectives.ca"),
+    (("transformers", "--encoder", "image"), "objectives."),
+    (("transformers", "--task", "contrast"), "objectives.ca"),
+])  # fmt: skip
+def test_what_went_out_comes_back(exported, three, options, left, tmp_path, capsys) -> None:
+    """Bit for bit, with the settings of the encoder (heads of 16 channels are not the usual ones);
+    the scale went through exp and log, and a vocabulary may have a row more."""
+    out = tmp_path / "back.safetensors"
+    assert run("import", exported(*options), "--out", out) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["encoders"]
+    taken = open_run(three)
+    for name, settings in printed.items():
+        ours = taken.recipe.model.encoders[name]
+        assert type(ours)(**settings) == ours, name
+    parameters, back = dict(taken.model.named_parameters()), load_file(out)
+    assert {n for n in parameters if n.startswith("encoders.image.")} <= set(back)
+    for name, tensor in back.items():
+        assert not name.startswith(left)
+        expected = parameters[name]
+        if name.endswith("log_scale"):
+            assert tensor.item() == pytest.approx(expected.item(), rel=1e-6)
+        else:
+            assert torch.equal(tensor[:len(expected)], expected), name
+
+
 def test_uniformerv2_by_its_loader_reimplemented(exported, model) -> None:
     """Its loader asks its model for each name of the file; a table of another size stops it."""
     file = exported("uniformerv2", "--image-size", "48")

@@ -218,3 +218,27 @@ def test_settings_that_ours_has_not_are_refused(clip, tmp_path, capsys) -> None:
         (copy / "config.json").write_text(json.dumps(changed), encoding="utf-8")
         assert run("import", copy, "--out", tmp_path / "o.safetensors") == 1
         assert f"its {key} is {value}" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("architecture", "activation"), [
+    ("vit_base_patch16_clip_224", "gelu"), ("vit_base_patch16_clip_quickgelu_224", "quick_gelu"),
+])  # fmt: skip
+def test_the_name_of_a_model_of_timm_tells_its_activation(
+    clip, architecture, activation, tmp_path, capsys
+) -> None:
+    """Weights do not, and the wrong one would be off without a word."""
+    _, folder = clip
+    whole, theirs = tmp_path / "whole.safetensors", tmp_path / "timm"
+    assert run("import", folder, "--out", whole) == 0
+    ours = {n: t for n, t in load_file(whole).items() if n.startswith("encoders.image.")}
+    names = vision_map("timm", "image").to_theirs(ours)
+    theirs.mkdir()
+    save_file({n: turned(n, t).contiguous() for n, t in names.items()},
+              theirs / "model.safetensors")  # fmt: skip
+    (theirs / "config.json").write_text(json.dumps({"architecture": architecture}))
+    capsys.readouterr()
+    assert run("import", theirs, "--heads", 2, "--out", tmp_path / "back.safetensors") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["encoders"]["image"]["activation"] == activation
+    back = load_file(tmp_path / "back.safetensors")
+    assert all(torch.equal(back[name], tensor) for name, tensor in ours.items())
