@@ -6,6 +6,7 @@ is compared is the output at `<SPE>`, but for words of a text, which have places
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.models.bert.bert import Bert
 from pretrain.models.build_context import BuildContext
+from pretrain.models.encoder import Encoder
 from pretrain.models.frozen import training_flops
 from pretrain.models.general.attributes import Attribute
 from pretrain.models.general.decoder import Family, GeneralDecoder, Part
@@ -73,7 +75,7 @@ class UnifiedParts:
             seen and training_flops(seen, seen.flops),
             training_flops(reader, reader.flops),
             training_flops(shared, shared.flops),
-            getattr(seen, "tokens", None) or (lambda height, width: 0),
+            partial(_tokens, seen),
         )  # fmt: skip
 
     def image_part(
@@ -143,6 +145,16 @@ class UnifiedParts:
         """The modules that are read."""
         names = (self.image, self.text, self.decoder)
         return [modules[name] for name in names if name is not None]
+
+
+def _tokens(encoder: Encoder | None, height: int, width: int) -> int:
+    """Tokens of an image, for FLOPs: as the encoder says, or the places of its last map."""
+    if hasattr(encoder, "tokens"):
+        return encoder.tokens(height, width)
+    if encoder is None or not encoder.map_grids():
+        return 0
+    rows, columns = encoder.map_grids()[-1].sides(height, width)
+    return rows * columns
 
 
 def noise_of(draws: StepDraws | None) -> torch.Generator | None:

@@ -157,3 +157,12 @@ def test_labels_that_are_not_there_count_for_nothing(model):
     found = model("classify", "undivided", batch, {"images": 13, "labels": 0}, step=0)
     assert found["loss"] == 0 and found["labelled"] == 0
     found["loss"].backward()
+
+
+def test_flops_count_the_places_of_maps():
+    """An encoder that does not say how many tokens it makes has those of its last map."""
+    from pretrain.models.backbones.settings import SwinSettings
+    from pretrain.objectives.unified.parts import _tokens
+
+    swin = SwinSettings(channels=8, depths=(1, 1, 1, 1), heads=(1, 1, 1, 1), window=4).build()
+    assert _tokens(swin, 64, 65) == swin.eval()(torch.zeros(1, 3, 64, 65)).shape[1] == 6
