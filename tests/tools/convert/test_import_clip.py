@@ -220,6 +220,14 @@ def test_settings_that_ours_has_not_are_refused(clip, tmp_path, capsys) -> None:
         assert f"its {key} is {value}" in " ".join(capsys.readouterr().err.split())
 
 
+def test_torchscript_is_code_and_is_not_opened(tmp_path, capsys, monkeypatch) -> None:
+    file = tmp_path / "ViT-B-32.pt"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(file))
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("opened"))
+    assert run("import", file, "--out", tmp_path / "o.safetensors") == 1
+    assert "is a TorchScript archive" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("architecture", "activation"), [
     ("vit_base_patch16_clip_224", "gelu"), ("vit_base_patch16_clip_quickgelu_224", "quick_gelu"),
 ])  # fmt: skip
