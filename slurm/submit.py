@@ -106,7 +106,7 @@ def submit_runs(options: argparse.Namespace, site: Site) -> int:
         write_json(folder / "submit" / "job.json",
                    {"name": job.name, "element": number if grid else None})
         control(folder, "stop").unlink(missing_ok=True)  # a person's, of the time before
-    write_script(job, script)
+    write_script(job, script, options.words)
     jobs = hand_over(job, options.chain or 1)
     each = f", {len(grid)} runs" if grid else ""
     print(f"submitted: {', '.join(jobs)} ({job.name}), {world} ranks{each}, run directory {run}\n"
@@ -141,12 +141,12 @@ def lay_out(run: Path, name: str, recipe: dict) -> None:
     (run / "submit" / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
-def write_script(job: Job, script: str) -> None:
-    """Write the script, the typed command, and the copy of the code."""
+def write_script(job: Job, script: str, words: Sequence[str]) -> None:
+    """Write the script, the typed command (of these words), and the copy of the code."""
     job.script.parent.mkdir(parents=True, exist_ok=True)
     job.script.write_text(script, encoding="utf-8")
-    words = shlex.join([sys.executable, "-m", "slurm.submit", *sys.argv[1:]])
-    job.script.with_suffix(".command").write_text(words + "\n", encoding="utf-8")
+    command = shlex.join([sys.executable, "-m", "slurm.submit", *words])
+    job.script.with_suffix(".command").write_text(command + "\n", encoding="utf-8")
     if job.code is not None:
         copy_code(job.code)
 
@@ -172,7 +172,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-code-copy", dest="copy_code", action="store_false",
                         help="run the code where it lies, not a copy in the run directory")
     parser.add_argument("--dry-run", action="store_true", help="print the script, write nothing")
-    options = parser.parse_intermixed_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_intermixed_args(words)
+    options.words = words
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", options.nodes):
         parser.error(f"--nodes {options.nodes}: a number, or a span like 1-2")
     if options.sweep and options.chain:

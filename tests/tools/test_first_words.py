@@ -12,6 +12,7 @@ from pretrain import __main__ as look
 from pretrain import train
 from pretrain.recipe.checks import TAKEN_NAMES
 from tools.benchmark.__main__ import BENCHMARKS
+from tools.omnipretrain import MODULES
 
 QUICK = [
     ("pretrain.__main__", ["--help"], 0),
@@ -27,14 +28,14 @@ QUICK = [
     ("pretrain.train", ["--resume", "/no/such/run"], 2),
 ]
 ROOT = Path(__file__).parents[2]
-# No entry points for people: ranks of another tool, and what `pretrain.__main__` calls.
-INNER = {"parity_cells"}
 # Arguments that lack something, or of which one is wrong; of every tool.
 WRONG = {
     "benchmark": ["no_such_benchmark"], "compare_mixers": [], "compare_tasks": ["--steps", "x"],
     "convert": ["export-graph", "--out", "x.onnx"], "demo": ["--no-such-option"],
+    "fetch_checkpoint": [],
     "evaluate": ["export", "--shards", "x", "--device", "abacus"], "make_shards": ["coco"],
-    "probe": ["run", "--train", "x"], "selfcheck": ["--world", "0"], "shards": ["repack"],
+    "omnipretrain": ["chekc"], "probe": ["run", "--train", "x"], "selfcheck": ["--world", "0"],
+    "shards": ["repack"],
     "train_tokenizer": ["out"], "watch_memory": [],
 }
 HELP = [
@@ -44,15 +45,20 @@ HELP = [
     )),
     *(("make_shards", source) for source in ("scenes", "folder", "coco", "table", "voc", "text")),
     *(("benchmark", name) for name in BENCHMARKS),
+    *(("omnipretrain", verb) for verb in MODULES),
     *(("shards", command) for command in ("verify", "stats", "sheet", "repack", "plan", "bench")),
 ]
-TOOLS = sorted(
-    path.stem for path in (ROOT / "tools").glob("*.py")
-    if "__main__" in path.read_text(encoding="utf-8") and path.stem not in INNER
-)
-QUICK += [(f"tools.{tool}", ["--help"], 0) for tool in TOOLS]
-QUICK += [(f"tools.{tool}", [command, "--help"], 0) for tool, command in HELP]
-QUICK += [(f"tools.{tool}", words, 2) for tool, words in WRONG.items()]
+TOOLS = {
+    path.stem: f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+}
+TOOLS |= {
+    path.parent.name: f"tools.{path.parent.name}.__main__"
+    for path in (ROOT / "tools").glob("*/__main__.py")
+}
+QUICK += [(module, ["--help"], 0) for module in TOOLS.values()]
+QUICK += [(TOOLS[tool], [command, "--help"], 0) for tool, command in HELP]
+QUICK += [(TOOLS[tool], words, 2) for tool, words in WRONG.items()]
 SLOW_MODULES = ("torch", "deepspeed", "transformers")
 
 _RUN = """
@@ -82,7 +88,7 @@ def test_first_words_need_no_torch():
 
 
 def test_every_tool_is_asked_for_nonsense():
-    assert sorted(WRONG) == TOOLS
+    assert sorted(WRONG) == sorted(TOOLS)
 
 
 def test_names_that_torch_takes():
