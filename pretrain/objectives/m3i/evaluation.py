@@ -19,7 +19,7 @@ from pretrain.objectives.retrieval import gathered_recalls
 
 
 class Evaluated(Protocol):
-    """What is asked of an M3I: see `m3i_module.M3I`."""
+    """What is asked of an M3I: see `module.M3I`."""
 
     encoder: str
     text_encoder: str | None

@@ -1,4 +1,4 @@
-"""M3I pretraining (arXiv 2211.09807): settings; what they build is in `m3i_module`."""
+"""M3I pretraining (arXiv 2211.09807): settings; what they build is in `module.py`."""
 
 from __future__ import annotations
 
