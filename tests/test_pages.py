@@ -21,9 +21,11 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("pretrain", "data_pipeline", "ds_configs", "slurm", "tools")
 PAGES = [
     path.relative_to(ROOT).as_posix()
-    for path in (*ROOT.glob("*.md"), *(p for top in (*ROOMS, "tests")
-                                       for p in (ROOT / top).rglob("*.md")))
-]  # fmt: skip
+    for path in (
+        *ROOT.glob("*.md"),
+        *(p for top in (*ROOMS, "tests") for p in (ROOT / top).rglob("*.md")),
+    )
+]
 LONGEST_PARAGRAPH = 500
 LONGEST_FIRST_PAGE = 150
 
@@ -95,10 +97,13 @@ def test_commands_and_recipes_are_there(page):
     assert [name for name in recipes if not (SHIPPED / f"{name}.yaml").is_file()] == []
 
 
-@pytest.mark.parametrize(("page", "tool", "shown_as"), [
-    ("tools/make_shards/README.md", make_shards, "make_shards {} "),
-    ("tools/shards/README.md", shards, "| `{} "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("page", "tool", "shown_as"),
+    [
+        ("tools/make_shards/README.md", make_shards, "make_shards {} "),
+        ("tools/shards/README.md", shards, "| `{} "),
+    ],
+)
 def test_every_command_is_shown(page, tool, shown_as):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):

@@ -82,7 +82,9 @@ def run_cell(ranks, stage: int, micro_batch: int, dropout: float, out: Path) -> 
         torch.manual_seed(100 * step + ranks.rank)
         set_learning_rate(engine, SGD.lr, 1.0)
         shares = accumulate_and_step(
-            engine, "contrast", [rows_of(batch, rows) for rows in dealt],
+            engine,
+            "contrast",
+            [rows_of(batch, rows) for rows in dealt],
             {"pairs": torch.tensor(float(GLOBAL_BATCH))},
         )
         values = torch.stack([shares[name].double() for name in sorted(shares)])
@@ -132,8 +134,11 @@ SHARED_CELLS += [Shared(s, n, model="unified") for s in (1, 3) for n in (1, 3)]
 
 def micro_batch_for(samples: int, world: int, micro_steps: int) -> int:
     """Largest micro-batch that gives so many micro-steps."""
-    return next(size for size in range(samples + 1, 0, -1)
-                if len(deal(samples, size, 0, world)) == micro_steps)
+    return next(
+        size
+        for size in range(samples + 1, 0, -1)
+        if len(deal(samples, size, 0, world)) == micro_steps
+    )
 
 
 def shared_settings(cell: Shared) -> dict:

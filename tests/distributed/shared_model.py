@@ -28,7 +28,6 @@ def totals_of(step: int) -> dict[str, float]:
     return {"samples": float(SAMPLES)}
 
 
-
 class Block(nn.Module):
     """The decoder that images and texts pass, so that it runs twice in one backward pass."""
 

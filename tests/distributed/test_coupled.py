@@ -54,8 +54,9 @@ def plain_steps(dropout: float, micro_batch: int):
         totals = {"pairs": GLOBAL_BATCH}
         torch.manual_seed(100 * step)
         parts = [
-            model("contrast", "features",
-                  rows_of(batch, range(s, min(s + micro_batch, GLOBAL_BATCH))))
+            model(
+                "contrast", "features", rows_of(batch, range(s, min(s + micro_batch, GLOBAL_BATCH)))
+            )
             for s in range(0, GLOBAL_BATCH, micro_batch)
         ]
         features = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
@@ -80,7 +81,10 @@ def compare(out, results, cell, reference):
         assert results[cell_name(*cell)]["metrics"][step] == pytest.approx(metrics, abs=1e-6)
         for name, gradient in wanted.items():
             torch.testing.assert_close(
-                tensors[f"gradient{step}.{name}"], gradient.flatten(), rtol=1e-5, atol=1e-6,
+                tensors[f"gradient{step}.{name}"],
+                gradient.flatten(),
+                rtol=1e-5,
+                atol=1e-6,
                 msg=lambda m, where=f"gradient of {name} at step {step}": f"{where}: {m}",
             )
     for name, weight in weights.items():
@@ -160,13 +164,28 @@ def test_shared_features_get_their_whole_gradient(
 def test_the_shared_comparison_has_teeth(shared_reference):
     """Names, temperature and bias have a gradient far above the tolerance, draws have a part."""
     for step, task in enumerate(shared_model.TASKS[:3]):
-        for name in (f"objectives.{task}.temperature.log_scale", f"objectives.{task}.bias",
-                     "encoders.text.words.weight", "encoders.decoder.up.weight"):
+        for name in (
+            f"objectives.{task}.temperature.log_scale",
+            f"objectives.{task}.bias",
+            "encoders.text.words.weight",
+            "encoders.decoder.up.weight",
+        ):
             assert shared_reference[f"gradient{step}.{name}"].abs().max() > 1e-3, (step, name)
     model, batch = shared_model.build(), shared_model.whole_batch(0)
     initialise(model, SEED)
     names = [model("classify", "shared", step=step)["names"] for step in (0, 0, 1)]
     assert torch.equal(names[0], names[1]) and (names[0] - names[2]).abs().max() > 1e-2
-    losses = [model("classify", "losses_in_pass", batch, shared_model.totals_of(0),
-                    model("classify", "shared"), 0, None, step=step)["loss"] for step in (0, 1)]
+    losses = [
+        model(
+            "classify",
+            "losses_in_pass",
+            batch,
+            shared_model.totals_of(0),
+            model("classify", "shared"),
+            0,
+            None,
+            step=step,
+        )["loss"]
+        for step in (0, 1)
+    ]
     assert abs(losses[0] - losses[1]) > 1e-2

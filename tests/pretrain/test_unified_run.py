@@ -44,7 +44,9 @@ def small_recipe(data, run_dir) -> dict:
         if "image" in task["data"]:
             task["data"]["image"]["size"] = 32
     recipe["tasks"]["mlm"]["evaluation"] = {
-        "shards": [str(data / "text" / "train")], "max_samples": 12}
+        "shards": [str(data / "text" / "train")],
+        "max_samples": 12,
+    }
     recipe["checkpoint"]["every_steps"], recipe["schedule"]["warmup_steps"] = 4, 2
     recipe["logging"] = {"every_steps": 1, "tensorboard": False}
     return recipe
@@ -52,9 +54,13 @@ def small_recipe(data, run_dir) -> dict:
 
 def train(*arguments) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pretrain.train", *map(str, arguments)], cwd=ROOT,
-        env=rank_environment(0, 1, free_port()), text=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-m", "pretrain.train", *map(str, arguments)],
+        cwd=ROOT,
+        env=rank_environment(0, 1, free_port()),
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -63,9 +69,24 @@ def test_all_tasks_train_evaluate_and_resume(tmp_path):
     data, run = tmp_path / "data", tmp_path / "run"
     pack_scenes(data)
     (data / "captions.txt").write_text(captions_as_text(data), encoding="utf-8")
-    assert make_shards(["text", "--input", str(data / "captions.txt"), "--tokenizer",
-                        str(data / "tokenizer"), "--tokens", "32", "--out", str(data / "text"),
-                        "--licence", "CC0-1.0"]) == 0
+    assert (
+        make_shards(
+            [
+                "text",
+                "--input",
+                str(data / "captions.txt"),
+                "--tokenizer",
+                str(data / "tokenizer"),
+                "--tokens",
+                "32",
+                "--out",
+                str(data / "text"),
+                "--licence",
+                "CC0-1.0",
+            ]
+        )
+        == 0
+    )
     train(write_recipe(tmp_path / "recipe.yaml", small_recipe(data, run)))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = {line["task"] for line in lines if line["kind"] == "train"}

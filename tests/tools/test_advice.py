@@ -21,25 +21,57 @@ FILES = [
     path for room in ("pretrain", "data_pipeline", "tools") for path in (ROOT / room).rglob("*.py")
 ]
 PAGES = [
-    page for room in (".", "pretrain", "data_pipeline", "tools", "ds_configs", "slurm", "tests")
+    page
+    for room in (".", "pretrain", "data_pipeline", "tools", "ds_configs", "slurm", "tests")
     for page in (ROOT / room).glob("*.md" if room == "." else "**/*.md")
-]  # fmt: skip
+]
 SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
 FIELDS = [field.path.split(".") for field in reference(Recipe)]
 
 # Of launchers, shells and drivers, whose own pages have them.
 FOREIGN_OPTIONS = {
-    "--nproc-per-node", "--num", "--ntasks-per-node", "--untracked-files", "--gpus-per-task",
-    "--cpus-per-task", "--numa-binding", "--distribution", "--master", "--sort", "--logdir",
-    "--no-build-isolation", "--ignore-zeros", "--help", "--local", "--nnodes", "--max-restarts",
-    "--standalone", "--multi", "--mixed", "--dynamo", "--rdzv-backend", "--rdzv-endpoint",
-    "--rdzv-id", "--gpus-per-node", "--gpu-bind", "--kill-on-bad-exit", "--hostfile", "--prefix",
+    "--nproc-per-node",
+    "--num",
+    "--ntasks-per-node",
+    "--untracked-files",
+    "--gpus-per-task",
+    "--cpus-per-task",
+    "--numa-binding",
+    "--distribution",
+    "--master",
+    "--sort",
+    "--logdir",
+    "--no-build-isolation",
+    "--ignore-zeros",
+    "--help",
+    "--local",
+    "--nnodes",
+    "--max-restarts",
+    "--standalone",
+    "--multi",
+    "--mixed",
+    "--dynamo",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--rdzv-id",
+    "--gpus-per-node",
+    "--gpu-bind",
+    "--kill-on-bad-exit",
+    "--hostfile",
+    "--prefix",
     "--output",
-}  # fmt: skip
+}
 FOREIGN_VARIABLES = {
-    "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "FSSPEC_S3_ANON", "LC_ALL", "MASTER_ADDR",
-    "MASTER_PORT", "PYTHONUTF8", "CXX", "TRITON_INTERPRET",
-}  # fmt: skip
+    "CUDA_VISIBLE_DEVICES",
+    "DS_ACCELERATOR",
+    "FSSPEC_S3_ANON",
+    "LC_ALL",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PYTHONUTF8",
+    "CXX",
+    "TRITON_INTERPRET",
+}
 
 FOREIGN_KEYS = {"checkpoint.tag_validation"}  # DeepSpeed's
 
@@ -63,9 +95,11 @@ MESSAGES = list(messages())
 
 def missing(pattern: str, exists) -> list[str]:
     return [
-        f"{place}: {match[0]}" for place, text in MESSAGES
-        for match in re.finditer(pattern, text) if not exists(*match.groups())
-    ]  # fmt: skip
+        f"{place}: {match[0]}"
+        for place, text in MESSAGES
+        for match in re.finditer(pattern, text)
+        if not exists(*match.groups())
+    ]
 
 
 def test_modules_and_commands():
@@ -95,7 +129,8 @@ def test_keys_of_recipes():
     def exists(key: str) -> bool:
         names = key.split(".")
         return importlib.util.find_spec(names[0]) is not None or any(
-            len(field) >= len(names) and all(
+            len(field) >= len(names)
+            and all(
                 have == name or have.startswith("<") or name in ("{}", "*", "%s")
                 for have, name in zip(field, names, strict=False)
             )
@@ -119,8 +154,8 @@ def test_packages_are_those_of_the_project():
     """By their own names: the project itself is on no index."""
     known = (ROOT / "pyproject.toml").read_text(encoding="utf-8") + "DCNv4 s3fs gcsfs adlfs"
     assert not missing(
-        r"pip install (?:--[a-z-]+ )*'?([\w.\[\]-]+)", lambda name: re.search(rf"\b{name}\b", known)
-        is not None and "[" not in name,
+        r"pip install (?:--[a-z-]+ )*'?([\w.\[\]-]+)",
+        lambda name: re.search(rf"\b{name}\b", known) is not None and "[" not in name,
     )
 
 

@@ -68,41 +68,56 @@ def test_unknown_verbs(capsys):
 def test_it_starts_at_once():
     """Half a second of CPU is what a person does not notice."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", "tools.omnipretrain", "--help"], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.omnipretrain", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and "register-python-argcomplete" in done.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
-@pytest.mark.parametrize(("line", "offered"), [
-    ("omnipretrain ", {"recipes", "check", "train", "shards", "pack", "convert", "submit"}),
-    ("omnipretrain be", {"benchmark "}),
-    ("omnipretrain check m3i_", {"m3i_digits", "m3i_vit_b"}),
-    ("omnipretrain check git_digits --w", {"--world "}),
-    ("omnipretrain train --res", {"--resume "}),
-    ("omnipretrain shards ver", {"verify "}),
-    ("omnipretrain shards repack data --wh", {"--where "}),
-    ("omnipretrain convert import FOLDER --fr", {"--from "}),
-    ("omnipretrain submit git_digits --no", {"--nodes", "--no-code-copy"}),
-    ("omnipretrain submit git_digits --launcher s", {"srun "}),
-    ("omnipretrain supervise --max-f", {"--max-fruitless "}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("omnipretrain ", {"recipes", "check", "train", "shards", "pack", "convert", "submit"}),
+        ("omnipretrain be", {"benchmark "}),
+        ("omnipretrain check m3i_", {"m3i_digits", "m3i_vit_b"}),
+        ("omnipretrain check git_digits --w", {"--world "}),
+        ("omnipretrain train --res", {"--resume "}),
+        ("omnipretrain shards ver", {"verify "}),
+        ("omnipretrain shards repack data --wh", {"--where "}),
+        ("omnipretrain convert import FOLDER --fr", {"--from "}),
+        ("omnipretrain submit git_digits --no", {"--nodes", "--no-code-copy"}),
+        ("omnipretrain submit git_digits --launcher s", {"srun "}),
+        ("omnipretrain supervise --max-f", {"--max-fruitless "}),
+    ],
+)
 def test_completion(line, offered, monkeypatch, tmp_path):
     """What a shell asks, answered by the parsers themselves."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    for owner, name in [(console, "parse_in_any_order"),
-                        (argparse.ArgumentParser, "parse_args"),
-                        (argparse.ArgumentParser, "parse_intermixed_args")]:  # fmt: skip
+    for owner, name in [
+        (console, "parse_in_any_order"),
+        (argparse.ArgumentParser, "parse_args"),
+        (argparse.ArgumentParser, "parse_intermixed_args"),
+    ]:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
     answer = io.StringIO()
-    monkeypatch.setattr(argcomplete, "autocomplete", functools.partial(
-        argcomplete.autocomplete, exit_method=sys.exit, output_stream=answer
-    ))  # fmt: skip
-    for name, value in {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line,
-                        "COMP_POINT": str(len(line))}.items():  # fmt: skip
+    monkeypatch.setattr(
+        argcomplete,
+        "autocomplete",
+        functools.partial(argcomplete.autocomplete, exit_method=sys.exit, output_stream=answer),
+    )
+    for name, value in {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }.items():
         monkeypatch.setitem(os.environ, name, value)
     with pytest.raises(SystemExit) as end:
         omnipretrain.main()

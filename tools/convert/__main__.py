@@ -102,9 +102,9 @@ def _without_from(words: list[str], source: str) -> list[str]:
     kept.remove(source)
     for place, word in enumerate(kept):
         if word == "--from":
-            return kept[:place] + kept[place + 2:]
+            return kept[:place] + kept[place + 2 :]
         if word.startswith("--from="):
-            return kept[:place] + kept[place + 1:]
+            return kept[:place] + kept[place + 1 :]
     return kept
 
 
@@ -183,14 +183,18 @@ def _report(out: Path, record: "ExportRecord", verification: "Verification") -> 
 
     averaged = ", averaged weights" if record.weights == "ema" else ""
     _say(f"{out}: recipe {record.recipe}, step {record.step}, task {record.task}{averaged}")
-    _say(f"read back by transformers {verification.transformers}; "
-         "largest difference of log-probabilities:")
+    _say(
+        f"read back by transformers {verification.transformers}; "
+        "largest difference of log-probabilities:"
+    )
     for kind, difference in verification.differences.items():
         _say(f"  {kind}: {difference:.1e}")
     if verification.preprocessing:
-        _say("held-out images through the exported image processor: they differ from ours by "
-             f"{verification.preprocessing['mean']:.2g} levels of 255 on average, at most "
-             f"{verification.preprocessing['largest']:.0f}")
+        _say(
+            "held-out images through the exported image processor: they differ from ours by "
+            f"{verification.preprocessing['mean']:.2g} levels of 255 on average, at most "
+            f"{verification.preprocessing['largest']:.0f}"
+        )
     else:
         _say("no held-out sample could be read: verified on random images only")
     for note in record.notes:
@@ -198,8 +202,11 @@ def _report(out: Path, record: "ExportRecord", verification: "Verification") -> 
     if verification.passed:
         _say(f"verified: all differences are at most {verification.tolerance:g}", style="green")
         return 0
-    _say(f"NOT VERIFIED: a difference exceeds {verification.tolerance:g}. The folder is kept for "
-         f"inspection ({RECORD} says so); do not hand it on", style="red")
+    _say(
+        f"NOT VERIFIED: a difference exceeds {verification.tolerance:g}. The folder is kept for "
+        f"inspection ({RECORD} says so); do not hand it on",
+        style="red",
+    )
     return 1
 
 
@@ -221,12 +228,16 @@ def _import_git(options: argparse.Namespace, _: Console) -> int:
     )
     save_tensors(imported.tensors, options.out, imported.format)
     count = sum(tensor.numel() for tensor in imported.tensors.values())
-    _say(f"{options.out}: {len(imported.tensors)} tensors, {count / 1e6:,.1f} M values, from the "
-         f"{imported.format} format")
+    _say(
+        f"{options.out}: {len(imported.tensors)} tensors, {count / 1e6:,.1f} M values, from the "
+        f"{imported.format} format"
+    )
     for note in imported.notes:
         _say(f"assumed: {note}")
-    _say(f"the tokenizer must have {imported.vocab_size:,} entries (largest id + 1); settings for "
-         "a recipe:")
+    _say(
+        f"the tokenizer must have {imported.vocab_size:,} entries (largest id + 1); settings for "
+        "a recipe:"
+    )
     print(_settings(options, source.path.parent, imported), end="")
     return 0
 
@@ -251,12 +262,25 @@ def _settings(options: argparse.Namespace, folder: Path, imported: "Imported") -
 
 # Other settings of the towers say how to train, not what the weights are.
 _ENCODER_SHAPE = (
-    "type", "image_size", "patch_size", "width", "layers", "heads", "mlp_ratio", "activation",
-)  # fmt: skip
+    "type",
+    "image_size",
+    "patch_size",
+    "width",
+    "layers",
+    "heads",
+    "mlp_ratio",
+    "activation",
+)
 _DECODER_SHAPE = (
-    "width", "layers", "heads", "mlp_width", "max_positions", "dropout", "tied_output",
+    "width",
+    "layers",
+    "heads",
+    "mlp_width",
+    "max_positions",
+    "dropout",
+    "tied_output",
     "embedding_norm_eps",
-)  # fmt: skip
+)
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -277,26 +301,44 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export-git", help=text, description=text)
     export.set_defaults(run=_export_git)
     add_run(export)
-    export.add_argument("--out", type=Path, required=True,
-                        help="folder to write; an earlier export there is replaced")
+    export.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder to write; an earlier export there is replaced",
+    )
     export.add_argument("--task", help="captioning task, if the run has several")
     add_weights(export, targets=False)
-    export.add_argument("--image-size", type=int, metavar="PIXELS",
-                        help="side of the images; default: as the recipe evaluates")
+    export.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the images; default: as the recipe evaluates",
+    )
     text = "GIT weights of others under our names"
     take = commands.add_parser("import-git", help=text, description=text)
     take.set_defaults(run=_import_git)
-    take.add_argument("source", type=Path,
-                      help="transformers folder, .safetensors file, or .pt / .bin file")
+    take.add_argument(
+        "source", type=Path, help="transformers folder, .safetensors file, or .pt / .bin file"
+    )
     take.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
     take.add_argument("--format", choices=("auto", "original", "transformers"), default="auto")
-    take.add_argument("--encoder", default="image", metavar="NAME",
-                      help="its name in model.encoders (default %(default)s)")
-    take.add_argument("--task", default="caption", metavar="NAME",
-                      help="its name in tasks (default %(default)s)")
+    take.add_argument(
+        "--encoder",
+        default="image",
+        metavar="NAME",
+        help="its name in model.encoders (default %(default)s)",
+    )
+    take.add_argument(
+        "--task", default="caption", metavar="NAME", help="its name in tasks (default %(default)s)"
+    )
     for tower in ("encoder", "decoder"):
-        take.add_argument(f"--{tower}-heads", type=int, metavar="N",
-                          help=f"attention heads of the {tower}, which weights alone do not show")
+        take.add_argument(
+            f"--{tower}-heads",
+            type=int,
+            metavar="N",
+            help=f"attention heads of the {tower}, which weights alone do not show",
+        )
     add_export(commands)
     add_import(commands)
     add_clip(commands)

@@ -27,8 +27,17 @@ def command(options: argparse.Namespace, console: Console) -> int:
         return write(options, console)
     from tools.convert.__main__ import main
 
-    return main([*choice.words, "--run", str(options.run_dir), "--out", str(options.out),
-                 "--weights", options.weights])
+    return main(
+        [
+            *choice.words,
+            "--run",
+            str(options.run_dir),
+            "--out",
+            str(options.out),
+            "--weights",
+            options.weights,
+        ]
+    )
 
 
 def _list(recipe: Recipe, options: argparse.Namespace, console: Console) -> None:

@@ -22,8 +22,10 @@ _LEGACY_END = 2
 
 def write_transformers(export: Export, folder: Path) -> str:
     """CLIPVisionModel of an encoder, CLIPModel of a contrastive task."""
-    write_json(folder / "preprocessor_config.json",
-               image_processor(export.image, "CLIPProcessor" if export.choice.task else None))
+    write_json(
+        folder / "preprocessor_config.json",
+        image_processor(export.image, "CLIPProcessor" if export.choice.task else None),
+    )
     if export.choice.task is None:
         return _vision_model(export, folder)
     objective, text = _text_part(export)
@@ -33,16 +35,23 @@ def write_transformers(export: Export, folder: Path) -> str:
     tokenizer = export.run.tokenizer
     if end != tokenizer.eos_id:
         theirs[words] = torch.cat([theirs[words], theirs[words][tokenizer.eos_id][None]])
-        export.notes.append(f"the end of a text has number {end}, a copy of {tokenizer.eos_id}, "
-                            "which transformers takes for another meaning")
+        export.notes.append(
+            f"the end of a text has number {end}, a copy of {tokenizer.eos_id}, "
+            "which transformers takes for another meaning"
+        )
     config = CLIPConfig(
         vision_config=_vision_config(export),
-        text_config={**_tower(text), "vocab_size": len(theirs[words]),
-                     "max_position_embeddings": text.max_positions,
-                     "bos_token_id": tokenizer.bos_id, "eos_token_id": end,
-                     "pad_token_id": tokenizer.pad_id, "projection_dim": objective.width},
+        text_config={
+            **_tower(text),
+            "vocab_size": len(theirs[words]),
+            "max_position_embeddings": text.max_positions,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": end,
+            "pad_token_id": tokenizer.pad_id,
+            "projection_dim": objective.width,
+        },
         projection_dim=objective.width,
-    )  # fmt: skip
+    )
     model = CLIPModel(config)
     model.load_state_dict(theirs)
     with without_bars():
@@ -50,12 +59,15 @@ def write_transformers(export: Export, folder: Path) -> str:
     write_tokenizer(tokenizer, text.max_positions, folder, end)
     twin = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     texts = _texts(export, text)
-    out = twin(pixel_values=export.pixels(),
-               input_ids=texts.masked_fill(texts == tokenizer.eos_id, end))
+    out = twin(
+        pixel_values=export.pixels(), input_ids=texts.masked_fill(texts == tokenizer.eos_id, end)
+    )
     _compare(export, out.image_embeds, out.text_embeds, twin.logit_scale.exp(), texts)
-    return ("from transformers import AutoProcessor, CLIPModel\n"
-            'model = CLIPModel.from_pretrained(".")\n'
-            'processor = AutoProcessor.from_pretrained(".")\n')  # fmt: skip
+    return (
+        "from transformers import AutoProcessor, CLIPModel\n"
+        'model = CLIPModel.from_pretrained(".")\n'
+        'processor = AutoProcessor.from_pretrained(".")\n'
+    )
 
 
 def _vision_model(export: Export, folder: Path) -> str:
@@ -68,9 +80,11 @@ def _vision_model(export: Export, folder: Path) -> str:
     twin = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     ours = export.run.model.encoders[export.choice.encoder](export.pixels())
     export.compare("class token", twin.eval()(export.pixels()).pooler_output, ours[:, 0])
-    return ("from transformers import AutoImageProcessor, CLIPVisionModel\n"
-            'model = CLIPVisionModel.from_pretrained(".")\n'
-            'processor = AutoImageProcessor.from_pretrained(".")\n')  # fmt: skip
+    return (
+        "from transformers import AutoImageProcessor, CLIPVisionModel\n"
+        'model = CLIPVisionModel.from_pretrained(".")\n'
+        'processor = AutoImageProcessor.from_pretrained(".")\n'
+    )
 
 
 def write_open_clip(export: Export, folder: Path) -> str:
@@ -80,32 +94,58 @@ def write_open_clip(export: Export, folder: Path) -> str:
     theirs = {n: turned(n, t) for n, t in _towers(export, "openai", ("visual.", "")).items()}
     quick = vit.activation == "quick_gelu"
     image = export.image
-    write_json(folder / "open_clip_config.json", {
-        "model_cfg": {
-            "embed_dim": objective.width, "quick_gelu": quick,
-            "vision_cfg": {"image_size": vit.image_size, "patch_size": vit.patch_size,
-                           "layers": vit.layers, "width": vit.width, "mlp_ratio": vit.mlp_ratio,
-                           "head_width": vit.width // vit.heads},
-            "text_cfg": {"context_length": text.max_positions, "vocab_size": tokenizer.vocab_size,
-                         "width": text.width, "heads": text.heads, "layers": text.layers,
-                         "mlp_ratio": text.mlp_ratio, "pool_type": "eos",
-                         "eos_id": tokenizer.eos_id, "hf_tokenizer_name": "tokenizer.json"},
+    write_json(
+        folder / "open_clip_config.json",
+        {
+            "model_cfg": {
+                "embed_dim": objective.width,
+                "quick_gelu": quick,
+                "vision_cfg": {
+                    "image_size": vit.image_size,
+                    "patch_size": vit.patch_size,
+                    "layers": vit.layers,
+                    "width": vit.width,
+                    "mlp_ratio": vit.mlp_ratio,
+                    "head_width": vit.width // vit.heads,
+                },
+                "text_cfg": {
+                    "context_length": text.max_positions,
+                    "vocab_size": tokenizer.vocab_size,
+                    "width": text.width,
+                    "heads": text.heads,
+                    "layers": text.layers,
+                    "mlp_ratio": text.mlp_ratio,
+                    "pool_type": "eos",
+                    "eos_id": tokenizer.eos_id,
+                    "hf_tokenizer_name": "tokenizer.json",
+                },
+            },
+            "preprocess_cfg": {
+                "size": image.size,
+                "mean": list(image.mean),
+                "std": list(image.std),
+                "interpolation": "bicubic",
+                "resize_mode": "shortest",
+            },
         },
-        "preprocess_cfg": {"size": image.size, "mean": list(image.mean), "std": list(image.std),
-                           "interpolation": "bicubic", "resize_mode": "shortest"},
-    })  # fmt: skip
-    export.notes.append("open_clip joins white space and mends broken characters of a text before "
-                        "it is split into tokens")
+    )
+    export.notes.append(
+        "open_clip joins white space and mends broken characters of a text before "
+        "it is split into tokens"
+    )
     save(theirs, folder / "open_clip_model.safetensors")
     write_tokenizer(tokenizer, text.max_positions, folder, tokenizer.eos_id)
     back = load_file(folder / "open_clip_model.safetensors")
-    tokens = read_tokens(back, export.pixels(), names="openai", heads=vit.heads, quick=quick,
-                         start="visual.")  # fmt: skip
+    tokens = read_tokens(
+        back, export.pixels(), names="openai", heads=vit.heads, quick=quick, start="visual."
+    )
     image_vectors = torch.nn.functional.normalize(tokens[:, 0] @ back["visual.proj"], dim=1)
     _compare(export, image_vectors, None, back["logit_scale"].exp(), _texts(export, text))
-    return ("import open_clip\n"
-            'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:.")\n'
-            'tokenizer = open_clip.get_tokenizer("local-dir:.")\n')  # fmt: skip
+    return (
+        "import open_clip\n"
+        'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:.")\n'
+        'tokenizer = open_clip.get_tokenizer("local-dir:.")\n'
+    )
 
 
 def _text_part(export: Export) -> tuple[Any, TextEncoderSettings]:
@@ -114,8 +154,10 @@ def _text_part(export: Export) -> tuple[Any, TextEncoderSettings]:
     objective = export.run.recipe.tasks[export.choice.task].objective
     tokenizer = export.run.tokenizer
     if tokenizer.bos_id == tokenizer.eos_id:
-        raise ValueError(f"--to {export.choice.format}: the tokenizer begins and ends texts with "
-                         "the same token, which would be taken for the end")
+        raise ValueError(
+            f"--to {export.choice.format}: the tokenizer begins and ends texts with "
+            "the same token, which would be taken for the end"
+        )
     return objective, export.run.recipe.model.encoders[objective.text_encoder]
 
 
@@ -141,9 +183,13 @@ def _vision_config(export: Export) -> dict[str, Any]:
 
 
 def _tower(settings: Any) -> dict[str, Any]:
-    return {"hidden_size": settings.width, "num_hidden_layers": settings.layers,
-            "num_attention_heads": settings.heads, "hidden_act": settings.activation,
-            "intermediate_size": round(settings.width * settings.mlp_ratio)}  # fmt: skip
+    return {
+        "hidden_size": settings.width,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "hidden_act": settings.activation,
+        "intermediate_size": round(settings.width * settings.mlp_ratio),
+    }
 
 
 def _end(export: Export) -> int:
@@ -159,8 +205,9 @@ def _texts(export: Export, text: TextEncoderSettings) -> Tensor:
     length = min(text.max_positions, 16)
     words = torch.randint(0, tokenizer.vocab_size, (8, length), generator=generator)
     specials = torch.tensor([tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id])
-    words = words.masked_fill(torch.isin(words, specials), int(set(range(4)).difference(
-        specials.tolist()).pop()))  # fmt: skip
+    words = words.masked_fill(
+        torch.isin(words, specials), int(set(range(4)).difference(specials.tolist()).pop())
+    )
     words[:, 0] = tokenizer.bos_id
     ends = torch.arange(length) >= torch.randint(2, length, (8, 1), generator=generator)
     return words.masked_fill(ends, tokenizer.eos_id)

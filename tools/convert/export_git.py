@@ -119,9 +119,7 @@ def _at_size(
     return vit.model_copy(update={"image_size": size}), weights
 
 
-def _record(
-    captioner: TrainedCaptioner, image: ImageSettings, notes: list[str]
-) -> ExportRecord:
+def _record(captioner: TrainedCaptioner, image: ImageSettings, notes: list[str]) -> ExportRecord:
     data = captioner.task.data
     return ExportRecord(
         recipe=captioner.recipe.name,

@@ -58,8 +58,12 @@ def _writer(choice: Choice) -> Callable[[Export, Path], str]:
     # transformers takes seconds to import.
     from tools.convert.export_clip import write_open_clip, write_transformers
 
-    return {"timm": _write_timm, "uniformerv2": _write_uniformer, "clip": write_open_clip,
-            "transformers": write_transformers}[choice.format]  # fmt: skip
+    return {
+        "timm": _write_timm,
+        "uniformerv2": _write_uniformer,
+        "clip": write_open_clip,
+        "transformers": write_transformers,
+    }[choice.format]
 
 
 def _open(options: argparse.Namespace, choice: Choice) -> Export:
@@ -67,22 +71,30 @@ def _open(options: argparse.Namespace, choice: Choice) -> Export:
     vit = run.recipe.model.encoders[choice.encoder]
     source = choice.task or choice.image_task
     image = evaluation_image(run.recipe.tasks[source])
-    image = image.model_copy(update={
-        "size": options.image_size or image.size, "mode": "center_crop", "max_size": None,
-        "mean": run.recipe.tasks[source].data.image.mean,
-        "std": run.recipe.tasks[source].data.image.std,
-    })  # fmt: skip
+    image = image.model_copy(
+        update={
+            "size": options.image_size or image.size,
+            "mode": "center_crop",
+            "max_size": None,
+            "mean": run.recipe.tasks[source].data.image.mean,
+            "std": run.recipe.tasks[source].data.image.std,
+        }
+    )
     if image.size % vit.patch_size:
-        raise ValueError(f"images of {image.size} pixels are no multiple of patch_size "
-                         f"{vit.patch_size}: choose --image-size")
+        raise ValueError(
+            f"images of {image.size} pixels are no multiple of patch_size "
+            f"{vit.patch_size}: choose --image-size"
+        )
     tensors = {name: tensor.detach() for name, tensor in run.model.state_dict().items()}
     export = Export(run, choice, vit, tensors, image)
     if image.size != vit.image_size:
         name = f"encoders.{choice.encoder}.embedding.positions"
         tensors[name] = resize_positions(tensors[name], image.size // vit.patch_size)
         export.vit = vit.model_copy(update={"image_size": image.size})
-        export.notes.append(f"the position table is resized from {vit.image_size} to {image.size} "
-                            "pixels, bicubic, as our encoder does for every image")
+        export.notes.append(
+            f"the position table is resized from {vit.image_size} to {image.size} "
+            "pixels, bicubic, as our encoder does for every image"
+        )
     return export
 
 
@@ -102,20 +114,41 @@ def _write_timm(export: Export, folder: Path) -> str:
             theirs[f"head.{part}"] = export.tensors[f"objectives.{choice.task}.head.{part}"]
         classes = len(theirs["head.bias"])
     quick = vit.activation == "quick_gelu"
-    args = {"img_size": vit.image_size, "patch_size": vit.patch_size, "embed_dim": vit.width,
-            "depth": vit.layers, "num_heads": vit.heads, "mlp_ratio": vit.mlp_ratio,
-            "global_pool": pool, "pool_include_prefix": pool == "avg", "fc_norm": False}
+    args = {
+        "img_size": vit.image_size,
+        "patch_size": vit.patch_size,
+        "embed_dim": vit.width,
+        "depth": vit.layers,
+        "num_heads": vit.heads,
+        "mlp_ratio": vit.mlp_ratio,
+        "global_pool": pool,
+        "pool_include_prefix": pool == "avg",
+        "fc_norm": False,
+    }
     image, size = export.image, [3, export.image.size, export.image.size]
-    write_json(folder / "config.json", {
-        "architecture": f"vit_base_patch16_clip_{'quickgelu_' if quick else ''}224",
-        "num_classes": classes, "num_features": vit.width, "global_pool": pool, "model_args": args,
-        "pretrained_cfg": {
-            "num_classes": classes, "input_size": size, "fixed_input_size": True,
-            "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
-            "mean": list(image.mean), "std": list(image.std), "pool_size": None,
-            "first_conv": "patch_embed.proj", "classifier": "head",
+    write_json(
+        folder / "config.json",
+        {
+            "architecture": f"vit_base_patch16_clip_{'quickgelu_' if quick else ''}224",
+            "num_classes": classes,
+            "num_features": vit.width,
+            "global_pool": pool,
+            "model_args": args,
+            "pretrained_cfg": {
+                "num_classes": classes,
+                "input_size": size,
+                "fixed_input_size": True,
+                "interpolation": "bicubic",
+                "crop_pct": 1.0,
+                "crop_mode": "center",
+                "mean": list(image.mean),
+                "std": list(image.std),
+                "pool_size": None,
+                "first_conv": "patch_embed.proj",
+                "classifier": "head",
+            },
         },
-    })  # fmt: skip
+    )
     save(theirs, folder / "model.safetensors")
     back = load_file(folder / "model.safetensors")
     tokens = read_tokens(back, export.pixels(), names="timm", heads=vit.heads, quick=quick)
@@ -139,8 +172,10 @@ def _write_uniformer(export: Export, folder: Path) -> str:
     theirs = vision_map("openai", choice.encoder).to_theirs(of(export.tensors, start))
     theirs = {name: t.clone() for name, t in theirs.items() if not name.startswith("ln_post.")}
     torch.save(theirs, folder / choice.file)
-    export.notes.append("norm_after is left out: UniFormerV2 has no ln_post, and its loader stops "
-                        "at a name that it does not know")
+    export.notes.append(
+        "norm_after is left out: UniFormerV2 has no ln_post, and its loader stops "
+        "at a name that it does not know"
+    )
     back = torch.load(folder / choice.file, weights_only=True)
     tokens = read_tokens(back, export.pixels(), names="openai", heads=export.vit.heads, quick=True)
     encoder = export.run.model.encoders[choice.encoder]
@@ -155,17 +190,28 @@ def _finish(export: Export, folder: Path, loading: str) -> None:
     """Record and README; then everything is safe on the disk."""
     choice, run = export.choice, export.run
     record = {
-        "format": "omnipretrain.encoder", "version": 1, "to": choice.format,
-        "recipe": run.recipe.name, "step": run.manifest["step"], "weights": run.state,
+        "format": "omnipretrain.encoder",
+        "version": 1,
+        "to": choice.format,
+        "recipe": run.recipe.name,
+        "step": run.manifest["step"],
+        "weights": run.state,
         "checkpoint_sha256": file_entry(run.checkpoint / MANIFEST)["sha256"],
-        "encoder": choice.encoder, "task": choice.task,
+        "encoder": choice.encoder,
+        "task": choice.task,
         "image": export.image.model_dump(mode="json"),
-        "training_shards": [one.model_dump(mode="json") for one in training_shards(
-            task.data for task in run.recipe.tasks.values())],
-        "left_out": choice.left_out, "notes": export.notes,
-        "verification": {"passed": _passed(export), "tolerance": TOLERANCE,
-                         "differences": export.differences},
-    }  # fmt: skip
+        "training_shards": [
+            one.model_dump(mode="json")
+            for one in training_shards(task.data for task in run.recipe.tasks.values())
+        ],
+        "left_out": choice.left_out,
+        "notes": export.notes,
+        "verification": {
+            "passed": _passed(export),
+            "tolerance": TOLERANCE,
+            "differences": export.differences,
+        },
+    }
     write_atomically(folder / RECORD, [json.dumps(record, indent=1).encode()])
     if loading:
         text = card(record, loading, run.checkpoint)
@@ -185,8 +231,10 @@ def _report(out: Path, export: Export, console: Console) -> int:
 
     choice = export.choice
     with_task = f", task {choice.task}" if choice.task else ""
-    say(f"{out}: {choice.format}, recipe {export.run.recipe.name}, step "
-        f"{export.run.manifest['step']}, encoder {choice.encoder}{with_task}")
+    say(
+        f"{out}: {choice.format}, recipe {export.run.recipe.name}, step "
+        f"{export.run.manifest['step']}, encoder {choice.encoder}{with_task}"
+    )
     for name, why in choice.left_out.items():
         say(f"left out: {name}: {why}")
     for note in export.notes:
@@ -196,6 +244,9 @@ def _report(out: Path, export: Export, console: Console) -> int:
     if _passed(export):
         say(f"verified: all differences are at most {TOLERANCE:g}", "green")
         return 0
-    say(f"NOT VERIFIED: a difference exceeds {TOLERANCE:g}. The export is kept for inspection; do "
-        "not hand it on", "red")
+    say(
+        f"NOT VERIFIED: a difference exceeds {TOLERANCE:g}. The export is kept for inspection; do "
+        "not hand it on",
+        "red",
+    )
     return 1

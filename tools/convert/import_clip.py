@@ -103,8 +103,13 @@ class Config:
         args = content.get("model_args") or {}
         quick = "quickgelu" in content["architecture"] or args.get("act_layer") == "quick_gelu"
         heads = args.get("num_heads")
-        return cls({"hidden_act": "quick_gelu" if quick else "gelu",
-                    **({"num_attention_heads": heads} if heads else {})}, {})
+        return cls(
+            {
+                "hidden_act": "quick_gelu" if quick else "gelu",
+                **({"num_attention_heads": heads} if heads else {}),
+            },
+            {},
+        )
 
     @classmethod
     def of_open_clip(cls, content: Mapping[str, Any]) -> "Config":
@@ -155,21 +160,29 @@ def import_clip(
         turn = {name: turned(name, tensor) for name, tensor in groups["task"].items()}
         ours |= task_map(names, options.task).to_ours(turn)
         found.objective = {
-            "type": "contrastive", "encoder": options.encoder, "text_encoder": options.text_encoder,
+            "type": "contrastive",
+            "encoder": options.encoder,
+            "text_encoder": options.text_encoder,
             "pool": "class_token",
             "width": len(ours[f"objectives.{options.task}.image_projection.weight"]),
-        }  # fmt: skip
+        }
     else:
-        found.table += [(name, "left out: of no use without the text tower")
-                        for name in sorted(groups["task"])]
+        found.table += [
+            (name, "left out: of no use without the text tower") for name in sorted(groups["task"])
+        ]
     _choose(ours, options, found)
     return found
 
 
 def _groups(state: Mapping[str, Tensor], names: Names) -> dict[str, dict[str, Tensor]]:
     """The tensors of each part: vision, text, task, other."""
-    task = {"visual.proj", "text_projection", "visual_projection.weight", "text_projection.weight",
-            "logit_scale"}  # fmt: skip
+    task = {
+        "visual.proj",
+        "text_projection",
+        "visual_projection.weight",
+        "text_projection.weight",
+        "logit_scale",
+    }
     parts: dict[str, dict[str, Tensor]] = {"vision": {}, "text": {}, "task": {}, "other": {}}
     whole = any(name.startswith(("visual.", "vision_model.")) for name in state)
     for name, tensor in state.items():
@@ -209,27 +222,42 @@ def _vit(
     if size != grid * patch:
         ours[positions] = resize_positions(ours[positions], size // patch)
         found.table.append((positions, f"resized from {grid * patch} to {size} pixels (bicubic)"))
-    return {"type": "vit", "image_size": size, "patch_size": patch, "width": width,
-            **_tower(ours, start, width, config, options, found)}  # fmt: skip
+    return {
+        "type": "vit",
+        "image_size": size,
+        "patch_size": patch,
+        "width": width,
+        **_tower(ours, start, width, config, options, found),
+    }
 
 
 def _text(
-    ours: Mapping[str, Tensor], config: Mapping[str, Any], options: argparse.Namespace,
+    ours: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    options: argparse.Namespace,
     found: Imported,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     start = f"encoders.{options.text_encoder}."
     words = ours[f"{start}embedding.words.weight"]
     found.notes.append(f"the tokenizer must have {len(words):,} entries (largest id + 1)")
-    return {"type": "text", "width": words.shape[1],
-            "max_positions": len(ours[f"{start}embedding.positions"]),
-            "causal": True, "pool": "end",
-            **_tower(ours, start, words.shape[1], config, options, found)}  # fmt: skip
+    return {
+        "type": "text",
+        "width": words.shape[1],
+        "max_positions": len(ours[f"{start}embedding.positions"]),
+        "causal": True,
+        "pool": "end",
+        **_tower(ours, start, words.shape[1], config, options, found),
+    }
 
 
 def _tower(
-    ours: Mapping[str, Tensor], start: str, width: int, config: Mapping[str, Any],
-    options: argparse.Namespace, found: Imported,
-) -> dict[str, Any]:  # fmt: skip
+    ours: Mapping[str, Tensor],
+    start: str,
+    width: int,
+    config: Mapping[str, Any],
+    options: argparse.Namespace,
+    found: Imported,
+) -> dict[str, Any]:
     """What both towers have: depth, heads, MLP, activation."""
     of_encoder = start.removesuffix(".")
     epsilon = config.get("layer_norm_eps", _EPSILON)
@@ -238,20 +266,23 @@ def _tower(
     heads = options.heads or config.get("num_attention_heads")
     if not heads:
         heads = max(1, width // _HEAD_WIDTH)
-        found.notes.append(f"{of_encoder}: {heads} heads of {width // heads} channels, which "
-                           "weights do not show (--heads)")
+        found.notes.append(
+            f"{of_encoder}: {heads} heads of {width // heads} channels, which "
+            "weights do not show (--heads)"
+        )
     activation = options.activation or config.get("hidden_act")
     if not activation:
         activation = "quick_gelu"
-        found.notes.append(f"{of_encoder}: quick_gelu as in OpenAI's models, which weights do not "
-                           "show; many models of open_clip have gelu (--activation)")
+        found.notes.append(
+            f"{of_encoder}: quick_gelu as in OpenAI's models, which weights do not "
+            "show; many models of open_clip have gelu (--activation)"
+        )
     if activation not in ("quick_gelu", "gelu"):
         raise ValueError(f"{of_encoder}: its hidden_act is {activation}, ours quick_gelu or gelu")
     hidden = len(ours[f"{start}blocks.0.mlp.expand.weight"])
     pattern = re.compile(re.escape(start) + r"blocks\.(\d+)\.")
     layers = 1 + max(int(match[1]) for name in ours if (match := pattern.match(name)))
-    return {"layers": layers, "heads": heads, "mlp_ratio": hidden / width,
-            "activation": activation}  # fmt: skip
+    return {"layers": layers, "heads": heads, "mlp_ratio": hidden / width, "activation": activation}
 
 
 def _choose(ours: dict[str, Tensor], options: argparse.Namespace, found: Imported) -> None:
@@ -260,8 +291,9 @@ def _choose(ours: dict[str, Tensor], options: argparse.Namespace, found: Importe
     for pattern in options.only:
         if not any(fnmatchcase(name, pattern) for name in ours):
             parts = sorted({".".join(name.split(".")[:2]) for name in ours})
-            raise ValueError(f"--only {pattern!r} names no tensor; there are those of "
-                             f"{', '.join(parts)}")
+            raise ValueError(
+                f"--only {pattern!r} names no tensor; there are those of {', '.join(parts)}"
+            )
     kept = {name for name in ours if any(fnmatchcase(name, p) for p in options.only)}
     found.tensors = {name: tensor for name, tensor in ours.items() if name in kept}
     for part in dict.fromkeys(".".join(name.split(".")[:2]) for name in ours):
@@ -282,9 +314,12 @@ def _recipe(found: Imported, file: Path, options: argparse.Namespace) -> str:
         recipe["model"] = {"encoders": found.encoders}
     if found.objective:
         mean, std = _statistics(file)
-        recipe["tasks"] = {options.task: {
-            "objective": found.objective, "data": {"image": {"mean": mean, "std": std}},
-        }}  # fmt: skip
+        recipe["tasks"] = {
+            options.task: {
+                "objective": found.objective,
+                "data": {"image": {"mean": mean, "std": std}},
+            }
+        }
     if options.text_encoder in found.encoders and (file.parent / "tokenizer.json").is_file():
         recipe["tokenizer"] = {"path": str(file.parent)}
     return to_yaml(recipe)

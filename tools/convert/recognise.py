@@ -12,12 +12,23 @@ from tools.convert.formats.clip import names_of, plain
 from tools.convert.import_clip import clip_file
 from tools.support.weight_files import read_config, read_tensors
 
-FORMATS = {"clip": "import-clip", "git": "import-git", "internimage": "import-internimage",
-           "encoder": "import-encoder"}  # fmt: skip
+FORMATS = {
+    "clip": "import-clip",
+    "git": "import-git",
+    "internimage": "import-internimage",
+    "encoder": "import-encoder",
+}
 """--from -> the command that is meant."""
-_MODEL_TYPES = {"git": "git", "internimage": "internimage", "clip": "clip",
-                "clip_vision_model": "clip", "bert": "encoder", "roberta": "encoder",
-                "swin": "encoder", "resnet": "encoder"}  # fmt: skip
+_MODEL_TYPES = {
+    "git": "git",
+    "internimage": "internimage",
+    "clip": "clip",
+    "clip_vision_model": "clip",
+    "bert": "encoder",
+    "roberta": "encoder",
+    "swin": "encoder",
+    "resnet": "encoder",
+}
 _WRAPPINGS = ("state_dict", "model", "module", "model_ema")
 
 
@@ -30,16 +41,20 @@ def command_for(options: argparse.Namespace) -> str:
         return FORMATS[options.origin]
     source: Path = options.source
     if source.is_dir() and (source / "checkpoints").is_dir():
-        raise ValueError(f"{source} is a run of this project: `python -m tools.convert "
-                         f"export-weights --run {source} --out FILE.safetensors` writes its "
-                         "weights for initial_weights")
+        raise ValueError(
+            f"{source} is a run of this project: `python -m tools.convert "
+            f"export-weights --run {source} --out FILE.safetensors` writes its "
+            "weights for initial_weights"
+        )
     file = clip_file(source)
     model_type = (read_config(file) or {}).get("model_type")
     if model_type in _MODEL_TYPES:
         return FORMATS[_MODEL_TYPES[model_type]]
     if model_type:
-        raise ValueError(f"{source}: a model of type {model_type}, which none of our encoders is; "
-                         f"what can be taken: {', '.join(FORMATS)}")
+        raise ValueError(
+            f"{source}: a model of type {model_type}, which none of our encoders is; "
+            f"what can be taken: {', '.join(FORMATS)}"
+        )
     return FORMATS[_by_names(source, plain(dict.fromkeys(_names(file))))]
 
 
@@ -74,5 +89,7 @@ def _by_names(source: Path, names: Iterable[str]) -> str:
             "ours normalises its tokens before the first block: it would compute something else. "
             "timm's vit_*_clip_* have it and can be taken"
         )
-    raise ValueError(f"{source}: none of the formats that can be taken ({', '.join(FORMATS)}); it "
-                     f"has {', '.join(sorted(names)[:5]) or 'no tensors'}")
+    raise ValueError(
+        f"{source}: none of the formats that can be taken ({', '.join(FORMATS)}); it "
+        f"has {', '.join(sorted(names)[:5]) or 'no tensors'}"
+    )

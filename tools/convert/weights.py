@@ -34,8 +34,12 @@ def export(options: argparse.Namespace, console: Console) -> int:
     else:
         save_tensors(tensors, options.out, f"omnipretrain {run.recipe.name}")
     count = sum(tensor.numel() for tensor in tensors.values())
-    console.print(f"{options.out}: {len(tensors)} tensors, {count / 1e6:,.1f} M values, of "
-                  f"{run.checkpoint}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{options.out}: {len(tensors)} tensors, {count / 1e6:,.1f} M values, of {run.checkpoint}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -84,9 +88,12 @@ def chosen_tensors(model: MultiTaskModel, patterns: Sequence[str]) -> dict[str, 
     found = {name: tensor.detach() for name, tensor in found.items() if name not in targets}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in found):
-            raise ValueError(f"--only {pattern}: there is no such weight; names are like "
-                             f"{', '.join(list(found)[:3])}")
+            raise ValueError(
+                f"--only {pattern}: there is no such weight; names are like "
+                f"{', '.join(list(found)[:3])}"
+            )
     return {
-        name: tensor for name, tensor in found.items()
+        name: tensor
+        for name, tensor in found.items()
         if any(fnmatchcase(name, pattern) for pattern in patterns)
     }

@@ -123,8 +123,11 @@ def _targets_in_place(
     found: dict[str, torch.Tensor] = {}
     for task in declared_targets(model):
         for target, online in module_pairs(model, task):
-            moved = {online + name.removeprefix(target): tensor.clone()
-                     for name, tensor in state.items() if name.startswith(f"{target}.")}
+            moved = {
+                online + name.removeprefix(target): tensor.clone()
+                for name, tensor in state.items()
+                if name.startswith(f"{target}.")
+            }
             if found.keys() & moved.keys():
                 raise ValueError(
                     f"weights target: {online} has momentum targets in several tasks, {task} among "

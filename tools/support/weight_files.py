@@ -1,5 +1,5 @@
-"""Weights of others from whatever file they come in: transformers folders, safetensors, torch.save.
-"""
+"""Weights of others from whatever file they come in: transformers folders, safetensors,
+torch.save."""
 
 import contextlib
 import json

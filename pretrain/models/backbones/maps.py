@@ -75,9 +75,12 @@ def loaded(kind: type[nn.Module], folder: Path, may_miss: tuple[str, ...]) -> nn
             raise ValueError(f"it is a {_model_type(folder)}, and not a {expected}")
         config.out_features = STAGES
         model, report = kind.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True,
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
             output_loading_info=True,
-        )  # fmt: skip
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from error
     missing = sorted(n for n in report["missing_keys"] if not n.startswith(may_miss))

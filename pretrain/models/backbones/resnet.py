@@ -20,8 +20,11 @@ class FrozenNorm(nn.Module):
         super().__init__()
         self.eps = eps
         for name, value in (
-            ("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)
-        ):  # fmt: skip
+            ("weight", 1.0),
+            ("bias", 0.0),
+            ("running_mean", 0.0),
+            ("running_var", 1.0),
+        ):
             self.register_buffer(name, torch.full((channels,), value))
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -44,9 +47,12 @@ class ResNet(MapBackbone):
         stride_in_first: bool = False,
     ) -> None:
         config = ResNetConfig(
-            embedding_size=stem, hidden_sizes=list(channels), depths=list(depths),
-            downsample_in_bottleneck=stride_in_first, out_features=STAGES,
-        )  # fmt: skip
+            embedding_size=stem,
+            hidden_sizes=list(channels),
+            depths=list(depths),
+            downsample_in_bottleneck=stride_in_first,
+            out_features=STAGES,
+        )
         backbone = ResNetBackbone(config)
         super().__init__(backbone, tuple(channels))
         self.depths, self.stem = tuple(depths), stem
@@ -60,9 +66,12 @@ class ResNet(MapBackbone):
         """As `Encoder.layer_names`."""
         return [
             ("backbone.embedder",),
-            *((f"backbone.encoder.stages.{stage}.layers.{number}",)
-              for stage, depth in enumerate(self.depths) for number in range(depth)),
-        ]  # fmt: skip
+            *(
+                (f"backbone.encoder.stages.{stage}.layers.{number}",)
+                for stage, depth in enumerate(self.depths)
+                for number in range(depth)
+            ),
+        ]
 
     def flops(self, height: int, width: int, want: Output = "tokens") -> int:
         """As `Encoder.flops`; strides are taken to be in the second convolution."""
@@ -102,13 +111,19 @@ def load_folder(folder: Path) -> tuple[ResNetSettings, dict[str, Tensor]]:
     """
     model = loaded(ResNetBackbone, folder, ())
     config = model.config
-    fixed = {"layer_type": "bottleneck", "num_channels": 3, "hidden_act": "relu",
-             "downsample_in_first_stage": False}
+    fixed = {
+        "layer_type": "bottleneck",
+        "num_channels": 3,
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+    }
     if other := {n: getattr(config, n) for n, v in fixed.items() if getattr(config, n) != v}:
         raise ValueError(f"{folder}: a ResNet with {other} is not known here, only with {fixed}")
     settings = ResNetSettings(
-        depths=config.depths, channels=config.hidden_sizes, stem=config.embedding_size,
+        depths=config.depths,
+        channels=config.hidden_sizes,
+        stem=config.embedding_size,
         stride_in_first=config.downsample_in_bottleneck,
-    )  # fmt: skip
+    )
     freeze_norms(model)
     return settings, {f"backbone.{name}": t for name, t in model.state_dict().items()}

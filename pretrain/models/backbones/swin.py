@@ -25,10 +25,15 @@ class Swin(MapBackbone):
         gradient_checkpointing: bool = False,
     ) -> None:
         config = SwinConfig(
-            embed_dim=channels, depths=list(depths), num_heads=list(heads), window_size=window,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, drop_path_rate=0.0,
+            embed_dim=channels,
+            depths=list(depths),
+            num_heads=list(heads),
+            window_size=window,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            drop_path_rate=0.0,
             out_features=STAGES,
-        )  # fmt: skip
+        )
         backbone = SwinBackbone(config)
         super().__init__(backbone, tuple(channels * 2**stage for stage in range(4)))
         self.depths, self.window = tuple(depths), window
@@ -69,12 +74,21 @@ def load_folder(folder: Path) -> tuple[SwinSettings, dict[str, Tensor]]:
     """
     model = loaded(SwinBackbone, folder, ("hidden_states_norms.", "swin.layernorm."))
     config = model.config
-    fixed = {"patch_size": 4, "num_channels": 3, "mlp_ratio": 4.0, "qkv_bias": True,
-             "hidden_act": "gelu", "use_absolute_embeddings": False, "layer_norm_eps": 1e-5}
+    fixed = {
+        "patch_size": 4,
+        "num_channels": 3,
+        "mlp_ratio": 4.0,
+        "qkv_bias": True,
+        "hidden_act": "gelu",
+        "use_absolute_embeddings": False,
+        "layer_norm_eps": 1e-5,
+    }
     if other := {n: getattr(config, n) for n, v in fixed.items() if getattr(config, n) != v}:
         raise ValueError(f"{folder}: a Swin with {other} is not known here, only with {fixed}")
     settings = SwinSettings(
-        channels=config.embed_dim, depths=config.depths, heads=config.num_heads,
+        channels=config.embed_dim,
+        depths=config.depths,
+        heads=config.num_heads,
         window=config.window_size,
-    )  # fmt: skip
+    )
     return settings, {f"backbone.{name}": p.data for name, p in model.named_parameters()}

@@ -69,11 +69,15 @@ class GeneralDecoder(Encoder):
         self.special = SpecialToken(width, max_queries)
         self.layers = nn.ModuleList(
             GeneralLayer(
-                width, heads, hidden, norm, layer_scale,
+                width,
+                heads,
+                hidden,
+                norm,
+                layer_scale,
                 experts if experts is not None and number % experts.every == 0 else None,
             )
             for number in range(layers)
-        )  # fmt: skip
+        )
         self.output = OutputProjection(width)
         self.scales = nn.ModuleDict(
             {name: Scale(temperature, max_scale) for name in get_args(Family)}
@@ -90,9 +94,7 @@ class GeneralDecoder(Encoder):
         self.unwanted(want, ("tokens",))
         return Encoded(tokens=self(inputs, draws))
 
-    def run(
-        self, parts: Sequence[Part], generator: torch.Generator | None = None
-    ) -> list[Tensor]:
+    def run(self, parts: Sequence[Part], generator: torch.Generator | None = None) -> list[Tensor]:
         """Outputs (B, N, width) of every part.
 
         generator: of the step (`StepDraws.generator`), for the noise on the choice of experts; it
@@ -118,10 +120,12 @@ class GeneralDecoder(Encoder):
         found = []
         for number, layer in enumerate(self.layers):
             arguments = (
-                tokens, numbers, masks,
+                tokens,
+                numbers,
+                masks,
                 None if seen is None else seen[number],
                 None if noise is None else noise[number],
-            )  # fmt: skip
+            )
             if recompute:
                 tokens, keys_values = checkpoint(
                     layer, *arguments, use_reentrant=False, preserve_rng_state=False
@@ -163,9 +167,7 @@ class SpecialToken(nn.Module):
         self.initial_std = {"vector": 0.02, "positions": 0.02}
         self.max_queries = max_queries
 
-    def forward(
-        self, batch: int, queries: int | None = None, start: int = 0
-    ) -> Tensor:
+    def forward(self, batch: int, queries: int | None = None, start: int = 0) -> Tensor:
         """(batch, 1, width): what begins a sequence. With `queries`, that many instead, which ask
         for the words of a text from place `start` on.
 
@@ -245,8 +247,9 @@ def folded(decoder: GeneralDecoder, attributes: Sequence[Attribute]) -> GeneralD
     result = copy.deepcopy(decoder)
     for layer in result.layers:
         for router, names in (
-            ("attention_router", ("qkv", "output")), ("mlp_router", ("expand", "reduce"))
-        ):  # fmt: skip
+            ("attention_router", ("qkv", "output")),
+            ("mlp_router", ("expand", "reduce")),
+        ):
             chooses = getattr(layer, router)
             if not isinstance(chooses, Router):
                 continue

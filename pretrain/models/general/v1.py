@@ -129,4 +129,3 @@ def _linear_rules(
     if not count:
         return [(f"{ours}.{{p}}", f"{theirs}.{{p}}")]
     return [(f"{ours}.{{p}}", tuple(f"{experts}.{e}.{{p}}" for e in range(count)))]
-

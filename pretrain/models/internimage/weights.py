@@ -223,10 +223,12 @@ def _check_complete(
     complaints = [
         f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
         for names, what in (
-            (missing, "are missing"), (unknown, "are unknown"), (other, "have another shape"),
+            (missing, "are missing"),
+            (unknown, "are unknown"),
+            (other, "have another shape"),
         )
         if names
-    ]  # fmt: skip
+    ]
     if complaints:
         raise ValueError(
             f"of the tensors {'; '.join(complaints)}; those that shall not be taken, or may be "

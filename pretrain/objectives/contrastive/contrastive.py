@@ -74,7 +74,10 @@ class PairContrast(CoupledObjective):
         self.labels_match = labels_match or ("prompts" if identical_captions_match else "never")
 
     def image_features(
-        self, modules: Modules, images: Tensor, draws: SampleDraws | None = None,
+        self,
+        modules: Modules,
+        images: Tensor,
+        draws: SampleDraws | None = None,
         step_draws: StepDraws | None = None,
     ) -> Tensor:
         """images: (B, 3, H, W) uint8. Returns (B, width) float32 of unit length."""
@@ -232,7 +235,10 @@ class Contrastive(PairContrast):
         return {"scale": self.temperature()}
 
     def image_features(
-        self, modules: Modules, images: Tensor, draws: SampleDraws | None = None,
+        self,
+        modules: Modules,
+        images: Tensor,
+        draws: SampleDraws | None = None,
         step_draws: StepDraws | None = None,
     ) -> Tensor:
         """images: (B, 3, H, W) uint8. Returns (B, width) float32 of unit length."""

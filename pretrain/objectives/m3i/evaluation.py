@@ -120,9 +120,12 @@ def _texts_and_images(
     image = nn.functional.normalize(vectors.float(), dim=1)
     row_of = batch["row"][:, None].expand(present.shape)
     found = {
-        "image": image[has], "row": batch["row"][has], "text": text[present.flatten()],
-        "caption_id": caption_ids(tokens, mask)[present], "row_of": row_of[present],
-    }  # fmt: skip
+        "image": image[has],
+        "row": batch["row"][has],
+        "text": text[present.flatten()],
+        "caption_id": caption_ids(tokens, mask)[present],
+        "row_of": row_of[present],
+    }
     return {name: value.cpu() for name, value in found.items()}
 
 

@@ -31,13 +31,18 @@ class UnifiedCaption(WordObjective):
     """
 
     def __init__(
-        self, parts: UnifiedParts, vocabulary: Any, label_smoothing: float = 0.0,
+        self,
+        parts: UnifiedParts,
+        vocabulary: Any,
+        label_smoothing: float = 0.0,
         max_new_tokens: int = 40,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(parts, vocabulary.vocab_size, "caption", label_smoothing)
         self.eos_id, self.bos_id, self.pad_id = (
-            vocabulary.eos_id, vocabulary.bos_id, vocabulary.pad_id
-        )  # fmt: skip
+            vocabulary.eos_id,
+            vocabulary.bos_id,
+            vocabulary.pad_id,
+        )
         self.max_new_tokens = max_new_tokens
 
     def counts(self, batch: Batch) -> dict[str, int]:
@@ -100,9 +105,12 @@ class UnifiedCaption(WordObjective):
 
     @torch.no_grad()
     def generate(
-        self, modules: Modules, images: Tensor, shared: Mapping[str, Tensor],
+        self,
+        modules: Modules,
+        images: Tensor,
+        shared: Mapping[str, Tensor],
         agree: Callable[[bool], bool] = alone,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Greedy captions of images (B, 3, H, W) uint8: ids (B, 1 + n) int64, BOS, words, EOS, then
         padding. Keys and values of what has been seen are kept.
 

@@ -35,13 +35,17 @@ class UnifiedClassification(Objective):
     """
 
     counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
-        **{name: ("labels",) for name in ("loss", *_NAMES)}, "labelled": ("images",)
-    }  # fmt: skip
+        **{name: ("labels",) for name in ("loss", *_NAMES)},
+        "labelled": ("images",),
+    }
 
     def __init__(
-        self, parts: UnifiedParts, vocabulary: Any, class_names: Sequence[str],
+        self,
+        parts: UnifiedParts,
+        vocabulary: Any,
+        class_names: Sequence[str],
         label_smoothing: float = 0.1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         if not class_names:
             raise ValueError("the data have no class_names, which images are compared with")

@@ -71,15 +71,22 @@ class UnifiedParts:
                     " make them equal"
                 )
         return cls(
-            image, text, decoder, tuple(context.image_mean), tuple(context.image_std),
+            image,
+            text,
+            decoder,
+            tuple(context.image_mean),
+            tuple(context.image_std),
             seen and training_flops(seen, seen.flops),
             training_flops(reader, reader.flops),
             training_flops(shared, shared.flops),
             partial(_tokens, seen),
-        )  # fmt: skip
+        )
 
     def image_part(
-        self, modules: Modules, images: Tensor, attribute: Attribute,
+        self,
+        modules: Modules,
+        images: Tensor,
+        attribute: Attribute,
         draws: SampleDraws | None = None,
     ) -> Part:
         """[SPE, tokens] of images (B, 3, H, W), uint8 or normalised."""
@@ -89,7 +96,11 @@ class UnifiedParts:
         return self._begun(modules, encoder(images, draws), attribute)
 
     def text_part(
-        self, modules: Modules, tokens: Tensor, attribute: Attribute, present: Tensor | None = None,
+        self,
+        modules: Modules,
+        tokens: Tensor,
+        attribute: Attribute,
+        present: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Part:
         """[SPE, text] of texts (B, T) int64; further arguments as of `Bert.sequence`."""
@@ -109,7 +120,11 @@ class UnifiedParts:
         return modules[self.decoder].scales[family]()
 
     def targets(
-        self, modules: Modules, tokens: Tensor, present: Tensor, attribute: Attribute,
+        self,
+        modules: Modules,
+        tokens: Tensor,
+        present: Tensor,
+        attribute: Attribute,
         draws: StepDraws | None,
     ) -> Tensor:
         """All targets of a set, (N, width) float32 of unit length. A collective.

@@ -25,9 +25,12 @@ class UnifiedRetrieval(PairContrast):
         return {"scale": self.parts.scale(modules, "retrieval")}
 
     def image_features(
-        self, modules: Modules, images: Tensor, draws: SampleDraws | None = None,
+        self,
+        modules: Modules,
+        images: Tensor,
+        draws: SampleDraws | None = None,
         step_draws: StepDraws | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """As of `PairContrast`."""
         part = self.parts.image_part(modules, images, "image", draws)
         return self.parts.compared(modules, part, step_draws)

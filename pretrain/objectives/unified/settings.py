@@ -59,8 +59,10 @@ class UnifiedClassificationSettings(UnifiedSettings):
 
     data_type: ClassVar[str] = "labels"
     encoder_fields: ClassVar[dict[str, str]] = {
-        "encoder": "images", "text_encoder": "text", "decoder": "features"
-    }  # fmt: skip
+        "encoder": "images",
+        "text_encoder": "text",
+        "decoder": "features",
+    }
     type: Literal["unified_classification"] = "unified_classification"
     """Selects this objective among the kinds that a recipe may name."""
     encoder: str = "image"
@@ -158,9 +160,10 @@ class UnifiedCaptionSettings(UnifiedSettings):
         found += [
             f"{key}={length} exceeds {limit}={most}: raise {limit.rpartition('.')[2]} or lower "
             f"{key.rpartition('.')[2]}"
-            for key, length in lengths.items() for limit, most in limits.items()
+            for key, length in lengths.items()
+            for limit, most in limits.items()
             if most is not None and length > most
-        ]  # fmt: skip
+        ]
         if task.data.frames is not None:
             found.append(f"{where}.data.frames: {self.type} reads images: remove frames")
         return found

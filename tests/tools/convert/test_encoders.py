@@ -18,8 +18,7 @@ def test_a_folder_becomes_initial_weights_and_settings(kind, tmp_path, capsys):
     model = theirs(kind) if kind in ("swin", "resnet") else oracle(kind)
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "out.safetensors"
-    assert main(["import", str(tmp_path / "model"), "--encoder", "e", "--out",
-                 str(out)]) == 0
+    assert main(["import", str(tmp_path / "model"), "--encoder", "e", "--out", str(out)]) == 0
     recipe = yaml.safe_load(capsys.readouterr().out)
     assert recipe["initial_weights"] == str(out)
     fields = recipe["model"]["encoders"]["e"]

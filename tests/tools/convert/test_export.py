@@ -30,9 +30,12 @@ def three(scenes, tmp_path_factory) -> Path:
     """A run of captioning, classification and contrast on one encoder."""
     folder = tmp_path_factory.mktemp("three")
     recipe = three_tasks(
-        scenes, folder / "run", steps=6, optimizer__lr=2e-2,
+        scenes,
+        folder / "run",
+        steps=6,
+        optimizer__lr=2e-2,
         tasks__contrast__objective__pool="class_token",
-    )  # fmt: skip
+    )
     train(write_recipe(folder / "recipe.yaml", recipe), folder / "logs")
     return folder / "run"
 
@@ -65,8 +68,9 @@ def record(folder: Path) -> dict:
 def inputs(model, task: str):
     objective = model.objectives[task]
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    mean, std = (torch.tensor(v)[:, None, None] for v in
-                 (objective.image_mean, objective.image_std))  # fmt: skip
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (objective.image_mean, objective.image_std)
+    )
     return objective, images, (images / 255 - mean) / std
 
 
@@ -111,18 +115,26 @@ def test_a_head_goes_along_unless_it_is_left_out(exported, model, capsys) -> Non
 
 
 def test_every_export_was_read_back(exported) -> None:
-    for options in (("timm",), ("clip",), ("transformers", "--task", "contrast"),
-                    ("transformers", "--encoder", "image")):  # fmt: skip
+    for options in (
+        ("timm",),
+        ("clip",),
+        ("transformers", "--task", "contrast"),
+        ("transformers", "--encoder", "image"),
+    ):
         verification = record(exported(*options))["verification"]
         assert verification["passed"], options
         assert 0 <= max(verification["differences"].values()) < 1e-5, (options, verification)
 
 
-@pytest.mark.parametrize(("options", "left"), [
-    (("timm",), "objectives."), (("clip",), "objectives.ca"),
-    (("transformers", "--encoder", "image"), "objectives."),
-    (("transformers", "--task", "contrast"), "objectives.ca"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        (("timm",), "objectives."),
+        (("clip",), "objectives.ca"),
+        (("transformers", "--encoder", "image"), "objectives."),
+        (("transformers", "--task", "contrast"), "objectives.ca"),
+    ],
+)
 def test_what_went_out_comes_back(exported, three, options, left, tmp_path, capsys) -> None:
     """Bit for bit, with the settings of the encoder (heads of 16 channels are not the usual ones);
     the scale went through exp and log, and a vocabulary may have a row more."""
@@ -141,18 +153,30 @@ def test_what_went_out_comes_back(exported, three, options, left, tmp_path, caps
         if name.endswith("log_scale"):
             assert tensor.item() == pytest.approx(expected.item(), rel=1e-6)
         else:
-            assert torch.equal(tensor[:len(expected)], expected), name
+            assert torch.equal(tensor[: len(expected)], expected), name
 
 
 def test_uniformerv2_by_its_loader_reimplemented(exported, model) -> None:
     """Its loader asks its model for each name of the file; a table of another size stops it."""
     file = exported("uniformerv2", "--image-size", "48")
     state = torch.load(file, weights_only=True)
-    block = ["attn.in_proj_weight", "attn.in_proj_bias",
-             *(f"{part}.{p}" for part in ("attn.out_proj", "ln_1", "mlp.c_fc", "mlp.c_proj", "ln_2")
-               for p in ("weight", "bias"))]  # fmt: skip
-    theirs = {"class_embedding", "positional_embedding", "conv1.weight", "ln_pre.weight",
-              "ln_pre.bias", *(f"transformer.resblocks.{b}.{n}" for b in (0, 1) for n in block)}
+    block = [
+        "attn.in_proj_weight",
+        "attn.in_proj_bias",
+        *(
+            f"{part}.{p}"
+            for part in ("attn.out_proj", "ln_1", "mlp.c_fc", "mlp.c_proj", "ln_2")
+            for p in ("weight", "bias")
+        ),
+    ]
+    theirs = {
+        "class_embedding",
+        "positional_embedding",
+        "conv1.weight",
+        "ln_pre.weight",
+        "ln_pre.bias",
+        *(f"transformer.resblocks.{b}.{n}" for b in (0, 1) for n in block),
+    }
     assert set(state) == theirs
     assert state["positional_embedding"].shape == (37, 32)
     # 2-D to 3-D: the kernel at the middle frame sees a still clip as the image.
@@ -164,9 +188,13 @@ def test_uniformerv2_by_its_loader_reimplemented(exported, model) -> None:
     assert (patches - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("options", [
-    ("transformers", "--task", "contrast"), ("transformers", "--encoder", "image"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("transformers", "--task", "contrast"),
+        ("transformers", "--encoder", "image"),
+    ],
+)
 def test_the_readme_has_a_head_and_a_snippet_that_runs(exported, options, monkeypatch) -> None:
     folder = exported(*options)
     text = (folder / "README.md").read_text(encoding="utf-8")
@@ -198,8 +226,9 @@ def test_the_old_commands_are_the_same_code(internimage_run, tmp_path) -> None:
     """And the head of the one classification goes along."""
     new, old = tmp_path / "new.pth", tmp_path / "old.pth"
     assert run("export", "--run", internimage_run, "--to", "internimage", "--out", new) == 0
-    assert run("export-internimage", "--run", internimage_run, "--task", "classify",
-               "--out", old) == 0  # fmt: skip
+    assert (
+        run("export-internimage", "--run", internimage_run, "--task", "classify", "--out", old) == 0
+    )
     ours, theirs = (torch.load(f, weights_only=True)["model"] for f in (new, old))
     assert list(ours) == list(theirs) and "head.weight" in ours
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -229,18 +258,21 @@ def test_bevformer_by_its_loading_rules_reimplemented(internimage_run, tmp_path)
     assert all(torch.equal(state[f"img_backbone.{n}"], t) for n, t in backbone.items())
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (("--to", "transformers", "--task", "nothing"), "nothing"),
-    (("--to", "mmdet"), "model.encoders.image.type is vit"),
-    (("--to", "timm", "--encoder", "text"), "model.encoders.text.type is text, not vit"),
-    (("--to", "timm", "--task", "contrast"), "no classification task"),
-    (("--to", "timm", "--task", "classify", "--no-head"), "give one of them"),
-    (("--to", "safetensors", "--task", "classify"), "--task means nothing to it"),
-    (("--to", "clip", "--no-head"), "--no-head means nothing to it"),
-    (("--to", "transformers", "--no-head"), "--no-head means nothing to it"),
-    (("--to", "transformers", "--weights", "target"), "take master or ema"),
-    (("--to", "transformers", "--task", "classify"), "give --encoder image in its place"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--to", "transformers", "--task", "nothing"), "nothing"),
+        (("--to", "mmdet"), "model.encoders.image.type is vit"),
+        (("--to", "timm", "--encoder", "text"), "model.encoders.text.type is text, not vit"),
+        (("--to", "timm", "--task", "contrast"), "no classification task"),
+        (("--to", "timm", "--task", "classify", "--no-head"), "give one of them"),
+        (("--to", "safetensors", "--task", "classify"), "--task means nothing to it"),
+        (("--to", "clip", "--no-head"), "--no-head means nothing to it"),
+        (("--to", "transformers", "--no-head"), "--no-head means nothing to it"),
+        (("--to", "transformers", "--weights", "target"), "take master or ema"),
+        (("--to", "transformers", "--task", "classify"), "give --encoder image in its place"),
+    ],
+)
 def test_what_cannot_be_is_told_before_the_checkpoint_is_read(
     three, options, words, monkeypatch, tmp_path, capsys
 ) -> None:
@@ -255,8 +287,8 @@ def test_what_cannot_be_is_told_before_the_checkpoint_is_read(
 needs_timm = pytest.mark.skipif(
     importlib.util.find_spec("torchvision") is None or importlib.util.find_spec("timm") is None,
     reason="timm and open_clip need torchvision, which breaks other tests: an environment of its "
-           "own has them",
-)  # fmt: skip
+    "own has them",
+)
 
 
 @needs_timm
@@ -286,7 +318,7 @@ def test_open_clip_loads_the_folder(exported, model, three) -> None:
     tokens = open_clip.get_tokenizer(folder)(texts)
     tokenizer = open_run(three).tokenizer
     ours = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-    assert [row[:len(one)].tolist() for row, one in zip(tokens, ours, strict=True)] == ours
+    assert [row[: len(one)].tolist() for row, one in zip(tokens, ours, strict=True)] == ours
     image = twin.encode_image(pixels, normalize=True)
     text = twin.encode_text(tokens, normalize=True)
     assert (image - objective.image_features(model.encoders, images)).abs().max() < 1e-5

@@ -32,16 +32,31 @@ def vocabulary(scenes) -> Tokenizer:
 @pytest.fixture(scope="module")
 def clip(vocabulary, tmp_path_factory) -> tuple[CLIPModel, Path]:
     """A model of transformers with weights that tell images apart, and its folder."""
-    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "intermediate_size": 128, "hidden_act": "quick_gelu"}  # fmt: skip
-    ids = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id,
-           "pad_token_id": vocabulary.pad_id}  # fmt: skip
+    tower = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "hidden_act": "quick_gelu",
+    }
+    ids = {
+        "bos_token_id": vocabulary.bos_id,
+        "eos_token_id": vocabulary.eos_id,
+        "pad_token_id": vocabulary.pad_id,
+    }
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(
-        vision_config={**tower, "image_size": 32, "patch_size": 8}, projection_dim=16,
-        text_config={**tower, "vocab_size": vocabulary.vocab_size, "max_position_embeddings": 24,
-                     **ids},
-    )).eval()  # fmt: skip
+    model = CLIPModel(
+        CLIPConfig(
+            vision_config={**tower, "image_size": 32, "patch_size": 8},
+            projection_dim=16,
+            text_config={
+                **tower,
+                "vocab_size": vocabulary.vocab_size,
+                "max_position_embeddings": 24,
+                **ids,
+            },
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -104,14 +119,17 @@ def test_both_towers_projections_and_temperature(
     objective = ours.objectives["contrast"]
     assert objective.pool == "class_token"
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    mean, std = (torch.tensor(v)[:, None, None] for v in
-                 (objective.image_mean, objective.image_std))  # fmt: skip
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (objective.image_mean, objective.image_std)
+    )
     words = torch.randint(10, 200, (4, 9))
     words[:, 0], words[:, 7:] = vocabulary.bos_id, vocabulary.eos_id
     their_words = words.masked_fill(words == vocabulary.eos_id, vocabulary.vocab_size - 1)
     theirs = model(pixel_values=(images / 255 - mean) / std, input_ids=their_words)
-    image, text = (objective.image_features(ours.encoders, images),
-                   objective.text_features(ours.encoders, words))  # fmt: skip
+    image, text = (
+        objective.image_features(ours.encoders, images),
+        objective.text_features(ours.encoders, words),
+    )
     assert (image - theirs.image_embeds).abs().max() < 1e-5
     assert (text - theirs.text_embeds).abs().max() < 1e-5
     assert objective.temperature().item() == pytest.approx(model.logit_scale.exp().item())
@@ -140,8 +158,11 @@ def test_every_way_of_naming_gives_the_same_tensors(clip, tmp_path) -> None:
     assert theirs["visual.proj"].shape == (32, 16) and theirs["logit_scale"].shape == ()
     plain, trained = tmp_path / "a.safetensors", tmp_path / "epoch_1.pt"
     save_file(theirs, plain)
-    wrapped = {"epoch": 1, "args": Namespace(lr=1e-3),
-               "state_dict": {f"module.{name}": tensor for name, tensor in theirs.items()}}
+    wrapped = {
+        "epoch": 1,
+        "args": Namespace(lr=1e-3),
+        "state_dict": {f"module.{name}": tensor for name, tensor in theirs.items()},
+    }
     torch.save(wrapped, trained)
     for source in (plain, trained):
         assert run("import", "--from=clip", "--heads", 2, source, "--out", out) == 0
@@ -152,8 +173,10 @@ def test_every_way_of_naming_gives_the_same_tensors(clip, tmp_path) -> None:
     bare, older = tmp_path / "bare", tmp_path / "older"
     CLIPVisionModel(model.config.vision_config).save_pretrained(bare)
     older.mkdir()
-    save_file({f"vision_model.{n}": t for n, t in model.vision_model.state_dict().items()},
-              older / "model.safetensors")  # fmt: skip
+    save_file(
+        {f"vision_model.{n}": t for n, t in model.vision_model.state_dict().items()},
+        older / "model.safetensors",
+    )
     save_file(dict(model.vision_model.state_dict()), bare / "model.safetensors")
     (older / "config.json").write_bytes((bare / "config.json").read_bytes())
     for source in (bare, older):
@@ -172,20 +195,28 @@ def test_positions_are_resized_as_the_encoder_does_it(clip, tmp_path, capsys) ->
     encoders = []
     for file, size in ((out, 32), (larger, 48)):
         encoder = VitSettings(image_size=size, patch_size=8, width=32, layers=2, heads=2).build()
-        state = {n.removeprefix("encoders.image."): t for n, t in load_file(file).items()
-                 if n.startswith("encoders.image.")}  # fmt: skip
+        state = {
+            n.removeprefix("encoders.image."): t
+            for n, t in load_file(file).items()
+            if n.startswith("encoders.image.")
+        }
         encoder.load_state_dict(state)
         encoders.append(encoder.eval())
     pixels = torch.randn(2, 3, 48, 48)
     assert (encoders[0](pixels) - encoders[1](pixels)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda s: s.pop("visual.ln_pre.weight"), "1 tensors are missing (visual.ln_pre.weight)"),
-    (lambda s: s.update({"visual.attnpool.x": torch.zeros(1)}),
-     "1 tensors are unknown (visual.attnpool.x)"),
-    (lambda s: [s.pop(n) for n in list(s) if n != "logit_scale"], "none of the formats"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("visual.ln_pre.weight"), "1 tensors are missing (visual.ln_pre.weight)"),
+        (
+            lambda s: s.update({"visual.attnpool.x": torch.zeros(1)}),
+            "1 tensors are unknown (visual.attnpool.x)",
+        ),
+        (lambda s: [s.pop(n) for n in list(s) if n != "logit_scale"], "none of the formats"),
+    ],
+)
 def test_what_is_no_clip_is_refused_by_name(clip, change, words, tmp_path, capsys) -> None:
     _, folder = clip
     out, broken = tmp_path / "out.safetensors", tmp_path / "broken.safetensors"
@@ -200,8 +231,13 @@ def test_what_is_no_clip_is_refused_by_name(clip, change, words, tmp_path, capsy
 
 
 def test_a_transformer_without_the_first_norm_is_refused(tmp_path, capsys) -> None:
-    names = {"cls_token": (1, 1, 8), "pos_embed": (1, 5, 8), "blocks.0.norm1.weight": (8,),
-             "mask_token": (1, 1, 8), "decoder_pred.weight": (3, 3)}  # fmt: skip
+    names = {
+        "cls_token": (1, 1, 8),
+        "pos_embed": (1, 5, 8),
+        "blocks.0.norm1.weight": (8,),
+        "mask_token": (1, 1, 8),
+        "decoder_pred.weight": (3, 3),
+    }
     save_file({n: torch.zeros(s) for n, s in names.items()}, tmp_path / "mae.safetensors")
     assert run("import", tmp_path / "mae.safetensors", "--out", tmp_path / "o.safetensors") == 1
     assert "without norm_pre" in capsys.readouterr().err
@@ -228,9 +264,13 @@ def test_torchscript_is_code_and_is_not_opened(tmp_path, capsys, monkeypatch) ->
     assert "is a TorchScript archive" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("architecture", "activation"), [
-    ("vit_base_patch16_clip_224", "gelu"), ("vit_base_patch16_clip_quickgelu_224", "quick_gelu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("architecture", "activation"),
+    [
+        ("vit_base_patch16_clip_224", "gelu"),
+        ("vit_base_patch16_clip_quickgelu_224", "quick_gelu"),
+    ],
+)
 def test_the_name_of_a_model_of_timm_tells_its_activation(
     clip, architecture, activation, tmp_path, capsys
 ) -> None:
@@ -241,8 +281,9 @@ def test_the_name_of_a_model_of_timm_tells_its_activation(
     ours = {n: t for n, t in load_file(whole).items() if n.startswith("encoders.image.")}
     names = vision_map("timm", "image").to_theirs(ours)
     theirs.mkdir()
-    save_file({n: turned(n, t).contiguous() for n, t in names.items()},
-              theirs / "model.safetensors")  # fmt: skip
+    save_file(
+        {n: turned(n, t).contiguous() for n, t in names.items()}, theirs / "model.safetensors"
+    )
     (theirs / "config.json").write_text(json.dumps({"architecture": architecture}))
     capsys.readouterr()
     assert run("import", theirs, "--heads", 2, "--out", tmp_path / "back.safetensors") == 0

@@ -21,11 +21,19 @@ def card(record: Mapping[str, Any], loading: str, checkpoint: Path) -> str:
     task = "zero-shot-image-classification" if contrast else "image-feature-extraction"
     if record["to"] == "timm" and record["task"]:
         task = "image-classification"
-    head = to_yaml({"library_name": _LIBRARY[record["to"]], "pipeline_tag": task,
-                    "license": "unknown", "tags": ["omnipretrain", record["recipe"]]})
+    head = to_yaml(
+        {
+            "library_name": _LIBRARY[record["to"]],
+            "pipeline_tag": task,
+            "license": "unknown",
+            "tags": ["omnipretrain", record["recipe"]],
+        }
+    )
     shards = "\n".join(f"- {', '.join(one['shards'])}" for one in record["training_shards"])
-    notes = [*record["notes"],
-             *(f"left out: {name}: {why}" for name, why in record["left_out"].items())]
+    notes = [
+        *record["notes"],
+        *(f"left out: {name}: {why}" for name, why in record["left_out"].items()),
+    ]
     different = "\n".join(f"- {note}" for note in notes) or "- nothing"
     image = record["image"]
     return f"""\
@@ -68,9 +76,13 @@ def _metrics(checkpoint: Path) -> str:
             known = last.get(row.get("task"), {})
             if "task" in row and (row["kind"] == "evaluation" or known.get("kind") != "evaluation"):
                 last[row["task"]] = row
-    return "\n".join(
-        f"- {task} ({row['kind']}, step {row.get('step')}): " + ", ".join(
-            f"{key} {value:.4g}" for key, value in row.items()
-            if isinstance(value, float))
-        for task, row in last.items()
-    ) or "- none"  # fmt: skip
+    return (
+        "\n".join(
+            f"- {task} ({row['kind']}, step {row.get('step')}): "
+            + ", ".join(
+                f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float)
+            )
+            for task, row in last.items()
+        )
+        or "- none"
+    )

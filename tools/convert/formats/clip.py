@@ -23,33 +23,55 @@ _Q_K_V = ("q", "k", "v")
 # Ours, openai, transformers, timm. <E> is our encoder; <V> is what stands before the names of a
 # vision tower, <X> before those of a text tower, either perhaps nothing.
 _VISION: tuple[tuple[str, str, str | tuple[str, ...], str], ...] = (
-    ("<E>.embedding.class_token", "<V>class_embedding", "<V>embeddings.class_embedding",
-     "cls_token"),
-    ("<E>.embedding.positions", "<V>positional_embedding",
-     "<V>embeddings.position_embedding.weight", "pos_embed"),
-    ("<E>.embedding.patches.weight", "<V>conv1.weight", "<V>embeddings.patch_embedding.weight",
-     "patch_embed.proj.weight"),
+    (
+        "<E>.embedding.class_token",
+        "<V>class_embedding",
+        "<V>embeddings.class_embedding",
+        "cls_token",
+    ),
+    (
+        "<E>.embedding.positions",
+        "<V>positional_embedding",
+        "<V>embeddings.position_embedding.weight",
+        "pos_embed",
+    ),
+    (
+        "<E>.embedding.patches.weight",
+        "<V>conv1.weight",
+        "<V>embeddings.patch_embedding.weight",
+        "patch_embed.proj.weight",
+    ),
     ("<E>.norm_before.{p}", "<V>ln_pre.{p}", "<V>pre_layrnorm.{p}", "norm_pre.{p}"),
     ("<E>.norm_after.{p}", "<V>ln_post.{p}", "<V>post_layernorm.{p}", "norm.{p}"),
-)  # fmt: skip
+)
 _TEXT: tuple[tuple[str, str, str], ...] = (
-    ("<T>.embedding.words.weight", "token_embedding.weight",
-     "<X>embeddings.token_embedding.weight"),
+    (
+        "<T>.embedding.words.weight",
+        "token_embedding.weight",
+        "<X>embeddings.token_embedding.weight",
+    ),
     ("<T>.embedding.positions", "positional_embedding", "<X>embeddings.position_embedding.weight"),
     ("<T>.norm.{p}", "ln_final.{p}", "<X>final_layer_norm.{p}"),
-)  # fmt: skip
+)
 # One row a part of a block: ours, openai, transformers, timm.
 _BLOCK: tuple[tuple[str, str, str | tuple[str, ...], str], ...] = (
-    ("attention.qkv.{p}", "attn.in_proj_{p}", tuple(f"self_attn.{x}_proj.{{p}}" for x in _Q_K_V),
-     "attn.qkv.{p}"),
+    (
+        "attention.qkv.{p}",
+        "attn.in_proj_{p}",
+        tuple(f"self_attn.{x}_proj.{{p}}" for x in _Q_K_V),
+        "attn.qkv.{p}",
+    ),
     ("attention.output.{p}", "attn.out_proj.{p}", "self_attn.out_proj.{p}", "attn.proj.{p}"),
     ("norm_attention.{p}", "ln_1.{p}", "layer_norm1.{p}", "norm1.{p}"),
     ("norm_mlp.{p}", "ln_2.{p}", "layer_norm2.{p}", "norm2.{p}"),
     ("mlp.expand.{p}", "mlp.c_fc.{p}", "mlp.fc1.{p}", "mlp.fc1.{p}"),
     ("mlp.reduce.{p}", "mlp.c_proj.{p}", "mlp.fc2.{p}", "mlp.fc2.{p}"),
-)  # fmt: skip
-_LAYERS = {"openai": "transformer.resblocks.{n}.", "transformers": "encoder.layers.{n}.",
-           "timm": "blocks.{n}."}  # fmt: skip
+)
+_LAYERS = {
+    "openai": "transformer.resblocks.{n}.",
+    "transformers": "encoder.layers.{n}.",
+    "timm": "blocks.{n}.",
+}
 # The head of a contrastive task: ours, openai, transformers.
 _TASK = (
     ("<C>.image_projection.weight", "visual.proj", "visual_projection.weight"),
@@ -58,8 +80,13 @@ _TASK = (
 )
 
 # Held by some files, but no part of what the model computes.
-IGNORED = ("embeddings.position_ids", "attn_mask", "input_resolution", "context_length",
-           "vocab_size")  # fmt: skip
+IGNORED = (
+    "embeddings.position_ids",
+    "attn_mask",
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+)
 
 
 def vision_map(names: Names, encoder: str, before: str = "") -> KeyMap:
@@ -90,8 +117,9 @@ def _blocks(names: Names, ours: str, before: str, mark: str) -> list:
         theirs = row[_COLUMN[names]]
         parts = (theirs,) if isinstance(theirs, str) else theirs
         spelled = tuple(start + part for part in parts)
-        rules.append((f"{ours}.blocks.{{{mark}}}.{row[0]}",
-                      spelled if len(spelled) > 1 else spelled[0]))
+        rules.append(
+            (f"{ours}.blocks.{{{mark}}}.{row[0]}", spelled if len(spelled) > 1 else spelled[0])
+        )
     return rules
 
 
@@ -113,8 +141,15 @@ def plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, tensor in state.items():
         name = name.removeprefix("module.")
-        if name.startswith(("text.transformer.", "text.token_", "text.positional_", "text.ln_",
-                            "text.text_projection")):  # fmt: skip
+        if name.startswith(
+            (
+                "text.transformer.",
+                "text.token_",
+                "text.positional_",
+                "text.ln_",
+                "text.text_projection",
+            )
+        ):
             name = name.removeprefix("text.")
         if not name.endswith(IGNORED):
             found[name] = tensor

@@ -32,13 +32,17 @@ def import_command(options: argparse.Namespace, console: Console) -> int:
     settings, weights = importlib.import_module(_READERS[kind]).load_folder(options.source)
     save_tensors(
         {f"encoders.{options.encoder}.{name}": t.contiguous() for name, t in weights.items()},
-        options.out, kind,
-    )  # fmt: skip
+        options.out,
+        kind,
+    )
     count = sum(tensor.numel() for tensor in weights.values())
     console.print(
         f"{options.out}: {len(weights)} tensors, {count / 1e6:,.1f} M values, of a {kind}; "
-        "settings for a recipe:", markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        "settings for a recipe:",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     shape = settings.model_dump(mode="json", exclude={"gradient_checkpointing"})
     recipe = {
         "initial_weights": str(options.out),

@@ -59,14 +59,19 @@ def _encoder(recipe: Recipe, wanted: str | None, kind: str) -> str:
         types = ", ".join(f"model.encoders.{name}.type is {one}" for name, one in encoders.items())
         raise ValueError(f"no encoder is a {kind}: {types}")
     if len(fitting) > 1:
-        raise ValueError(f"several encoders are a {kind}: choose with --encoder "
-                         f"{' or --encoder '.join(fitting)}")
+        raise ValueError(
+            f"several encoders are a {kind}: choose with --encoder {' or --encoder '.join(fitting)}"
+        )
     return fitting[0]
 
 
 def _tasks(recipe: Recipe, kind: str, encoder: str | None = None) -> list[str]:
-    return [name for name, task in recipe.tasks.items() if task.objective.type == kind
-            and encoder in (None, getattr(task.objective, "encoder", None))]  # fmt: skip
+    return [
+        name
+        for name, task in recipe.tasks.items()
+        if task.objective.type == kind
+        and encoder in (None, getattr(task.objective, "encoder", None))
+    ]
 
 
 def _task(recipe: Recipe, kind: str, wanted: str | None, encoder: str | None = None) -> str | None:
@@ -74,8 +79,9 @@ def _task(recipe: Recipe, kind: str, wanted: str | None, encoder: str | None = N
     names = _tasks(recipe, kind, encoder)
     if wanted is not None and wanted not in names:
         there = ", ".join(f"{n} ({t.objective.type})" for n, t in recipe.tasks.items())
-        raise ValueError(f"--task {wanted} is no {kind} task that this format could take; the run "
-                         f"has {there}")
+        raise ValueError(
+            f"--task {wanted} is no {kind} task that this format could take; the run has {there}"
+        )
     if wanted is None and len(names) > 1:
         raise ValueError(f"several {kind} tasks: choose with --task {' or --task '.join(names)}")
     return wanted or (names[0] if names else None)
@@ -84,15 +90,26 @@ def _task(recipe: Recipe, kind: str, wanted: str | None, encoder: str | None = N
 def _of_vit(recipe: Recipe, options: argparse.Namespace, form: str) -> Choice:
     """A ViT alone; what of the run stays behind."""
     encoder = _encoder(recipe, options.encoder, "vit")
-    reading = [name for name, task in recipe.tasks.items()
-               if getattr(task.objective, "encoder", None) == encoder]
+    reading = [
+        name
+        for name, task in recipe.tasks.items()
+        if getattr(task.objective, "encoder", None) == encoder
+    ]
     if not reading:
-        raise ValueError(f"no task reads model.encoders.{encoder}, so that nobody says how its "
-                         "images are prepared")
-    left = {f"encoders.{other}": f"{form} has the encoder {encoder} alone"
-            for other in recipe.model.encoders if other != encoder}  # fmt: skip
-    left |= {f"objectives.{task}": f"{form} has no place for a {recipe.tasks[task].objective.type} "
-             "objective" for task in recipe.tasks}  # fmt: skip
+        raise ValueError(
+            f"no task reads model.encoders.{encoder}, so that nobody says how its "
+            "images are prepared"
+        )
+    left = {
+        f"encoders.{other}": f"{form} has the encoder {encoder} alone"
+        for other in recipe.model.encoders
+        if other != encoder
+    }
+    left |= {
+        f"objectives.{task}": f"{form} has no place for a {recipe.tasks[task].objective.type} "
+        "objective"
+        for task in recipe.tasks
+    }
     return Choice(form, encoder, image_task=reading[0], left_out=left)
 
 
@@ -112,8 +129,10 @@ def _uniformer(recipe: Recipe, options: argparse.Namespace) -> Choice:
     choice = _of_vit(recipe, options, "uniformerv2")
     activation = recipe.model.encoders[choice.encoder].activation
     if activation != "quick_gelu":
-        raise ValueError(f"model.encoders.{choice.encoder}.activation is {activation}; UniFormerV2 "
-                         "has quick_gelu built in")
+        raise ValueError(
+            f"model.encoders.{choice.encoder}.activation is {activation}; UniFormerV2 "
+            "has quick_gelu built in"
+        )
     choice.file = "uniformerv2.pyth"
     return choice
 
@@ -122,9 +141,12 @@ def _contrast(recipe: Recipe, options: argparse.Namespace, name: str) -> Choice:
     """Both towers of a contrastive task."""
     task = _task(recipe, "contrastive", options.task)
     if task is None:
-        raise ValueError("no task is contrastive: "
-                         + ", ".join(f"tasks.{n}.objective.type is {t.objective.type}"
-                                     for n, t in recipe.tasks.items()))
+        raise ValueError(
+            "no task is contrastive: "
+            + ", ".join(
+                f"tasks.{n}.objective.type is {t.objective.type}" for n, t in recipe.tasks.items()
+            )
+        )
     objective = recipe.tasks[task].objective
     encoder = _encoder(recipe, objective.encoder, "vit")
     where = f"model.encoders.{objective.text_encoder}"
@@ -133,9 +155,10 @@ def _contrast(recipe: Recipe, options: argparse.Namespace, name: str) -> Choice:
         raise ValueError(f"{where}.type is {text.type}, not text")
     for key, found, wanted in (
         (f"tasks.{task}.objective.pool", objective.pool, "class_token"),
-        (f"{where}.pool", text.pool, "end"), (f"{where}.causal", text.causal, True),
+        (f"{where}.pool", text.pool, "end"),
+        (f"{where}.causal", text.causal, True),
         (f"{where}.activation", text.activation, recipe.model.encoders[encoder].activation),
-    ):  # fmt: skip
+    ):
         if found != wanted:
             raise ValueError(f"{key} is {found}; {name} needs {wanted}")
     used = {f"encoders.{encoder}", f"encoders.{objective.text_encoder}", f"objectives.{task}"}
@@ -155,12 +178,16 @@ def _transformers(recipe: Recipe, options: argparse.Namespace) -> Choice:
         if kind == "captioning" or (options.task is None and _tasks(recipe, "captioning")):
             task = _task(recipe, "captioning", options.task)
             if options.weights == "target":
-                raise ValueError("--weights target: a captioner has no momentum target; take "
-                                 "master or ema")
+                raise ValueError(
+                    "--weights target: a captioner has no momentum target; take master or ema"
+                )
             _check_options(options, ("task", "image_size"))
             more = [] if options.image_size is None else ["--image-size", str(options.image_size)]
-            return Choice("transformers", recipe.tasks[task].objective.encoder,
-                          words=["export-git", "--task", task, *more])
+            return Choice(
+                "transformers",
+                recipe.tasks[task].objective.encoder,
+                words=["export-git", "--task", task, *more],
+            )
         if kind == "contrastive" or (options.task is None and _tasks(recipe, "contrastive")):
             _check_options(options, ("task", "image_size"))
             return _contrast(recipe, options, "transformers")
@@ -170,8 +197,10 @@ def _transformers(recipe: Recipe, options: argparse.Namespace) -> Choice:
         return _internimage(recipe, options, "transformers")
     if options.task is not None:
         encoder = getattr(wanted.objective, "encoder", None) or "NAME"
-        raise ValueError(f"--task {options.task}: transformers' CLIPVisionModel has no head; give "
-                         f"--encoder {encoder} in its place")
+        raise ValueError(
+            f"--task {options.task}: transformers' CLIPVisionModel has no head; give "
+            f"--encoder {encoder} in its place"
+        )
     return _of_vit(recipe, options, "transformers")
 
 
@@ -204,32 +233,70 @@ def _graph(recipe: Recipe, options: argparse.Namespace) -> Choice:
 
 
 FORMATS: Sequence[Format] = (
-    Format("safetensors", "all weights under our names", "initial_weights=FILE",
-           lambda recipe, options: Choice("safetensors", "", words=["export-weights"])),
-    Format("dcp", "all weights under our names", "torch.distributed.checkpoint.load(STATE, FOLDER)",
-           lambda recipe, options: Choice("dcp", "", words=["export-weights", "--format", "dcp"])),
-    Format("transformers", "GIT, contrastive task, ViT or InternImage", "from_pretrained(FOLDER)",
-           _transformers, "task encoder no_head image_size"),
-    Format("timm", "ViT, with the head of a classification",
-           'timm.create_model("local-dir:FOLDER", pretrained=True)', _timm,
-           "task encoder no_head image_size"),
-    Format("clip", "contrastive task",
-           'open_clip.create_model_and_transforms("local-dir:FOLDER")',
-           lambda recipe, options: _contrast(recipe, options, "clip"), "task image_size"),
+    Format(
+        "safetensors",
+        "all weights under our names",
+        "initial_weights=FILE",
+        lambda recipe, options: Choice("safetensors", "", words=["export-weights"]),
+    ),
+    Format(
+        "dcp",
+        "all weights under our names",
+        "torch.distributed.checkpoint.load(STATE, FOLDER)",
+        lambda recipe, options: Choice("dcp", "", words=["export-weights", "--format", "dcp"]),
+    ),
+    Format(
+        "transformers",
+        "GIT, contrastive task, ViT or InternImage",
+        "from_pretrained(FOLDER)",
+        _transformers,
+        "task encoder no_head image_size",
+    ),
+    Format(
+        "timm",
+        "ViT, with the head of a classification",
+        'timm.create_model("local-dir:FOLDER", pretrained=True)',
+        _timm,
+        "task encoder no_head image_size",
+    ),
+    Format(
+        "clip",
+        "contrastive task",
+        'open_clip.create_model_and_transforms("local-dir:FOLDER")',
+        lambda recipe, options: _contrast(recipe, options, "clip"),
+        "task image_size",
+    ),
     Format("uniformerv2", "ViT", "its _MODELS path", _uniformer, "encoder image_size"),
-    *(Format(name, "InternImage", loads,
-             lambda recipe, options, layout=layout: _internimage(recipe, options, layout), takes)
-      for name, layout, loads, takes in (
-          ("internimage", "official", "load_pretrained(FILE.pth)", "task encoder no_head"),
-          ("mmdet", "detection", "load_from = FILE.pth", "encoder"),
-          ("bevformer", "bevformer", "load_from = FILE.pth", "encoder"),
-          ("m3i-raw", "m3i", "load_pretrained(FILE.pth)", "task encoder"),
-      )),
-    Format("onnx", "image encoder: logits or maps", "onnxruntime.InferenceSession(FILE.onnx)",
-           _graph, "task encoder image_size"),
-    Format("torch", "image encoder: logits or maps", "torch.export.load(FILE.pt2)", _graph,
-           "task encoder image_size"),
-)  # fmt: skip
+    *(
+        Format(
+            name,
+            "InternImage",
+            loads,
+            lambda recipe, options, layout=layout: _internimage(recipe, options, layout),
+            takes,
+        )
+        for name, layout, loads, takes in (
+            ("internimage", "official", "load_pretrained(FILE.pth)", "task encoder no_head"),
+            ("mmdet", "detection", "load_from = FILE.pth", "encoder"),
+            ("bevformer", "bevformer", "load_from = FILE.pth", "encoder"),
+            ("m3i-raw", "m3i", "load_pretrained(FILE.pth)", "task encoder"),
+        )
+    ),
+    Format(
+        "onnx",
+        "image encoder: logits or maps",
+        "onnxruntime.InferenceSession(FILE.onnx)",
+        _graph,
+        "task encoder image_size",
+    ),
+    Format(
+        "torch",
+        "image encoder: logits or maps",
+        "torch.export.load(FILE.pt2)",
+        _graph,
+        "task encoder image_size",
+    ),
+)
 
 
 def _check_options(options: argparse.Namespace, takes: Sequence[str]) -> None:

@@ -9,17 +9,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _OPENAI = {
-    "class": "class_embedding", "positions": "positional_embedding", "patches": "conv1.weight",
-    "before": "ln_pre", "after": "ln_post", "block": "transformer.resblocks.{}.",
-    "norm1": "ln_1", "qkv": "attn.in_proj_", "out": "attn.out_proj", "norm2": "ln_2",
-    "up": "mlp.c_fc", "down": "mlp.c_proj",
-}  # fmt: skip
+    "class": "class_embedding",
+    "positions": "positional_embedding",
+    "patches": "conv1.weight",
+    "before": "ln_pre",
+    "after": "ln_post",
+    "block": "transformer.resblocks.{}.",
+    "norm1": "ln_1",
+    "qkv": "attn.in_proj_",
+    "out": "attn.out_proj",
+    "norm2": "ln_2",
+    "up": "mlp.c_fc",
+    "down": "mlp.c_proj",
+}
 _TIMM = {
-    "class": "cls_token", "positions": "pos_embed", "patches": "patch_embed.proj.weight",
-    "before": "norm_pre", "after": "norm", "block": "blocks.{}.",
-    "norm1": "norm1", "qkv": "attn.qkv.", "out": "attn.proj", "norm2": "norm2",
-    "up": "mlp.fc1", "down": "mlp.fc2",
-}  # fmt: skip
+    "class": "cls_token",
+    "positions": "pos_embed",
+    "patches": "patch_embed.proj.weight",
+    "before": "norm_pre",
+    "after": "norm",
+    "block": "blocks.{}.",
+    "norm1": "norm1",
+    "qkv": "attn.qkv.",
+    "out": "attn.proj",
+    "norm2": "norm2",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
 
 
 def read_tokens(

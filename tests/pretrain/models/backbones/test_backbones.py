@@ -22,21 +22,28 @@ def theirs(kind: str):
     torch.manual_seed(0)
     shape = SMALL[kind]
     if kind == "swin":
-        return t.SwinForImageClassification(t.SwinConfig(
-            embed_dim=8, depths=list(shape["depths"]), num_heads=list(shape["heads"]),
-            window_size=4, drop_path_rate=0.1,
-        )).eval()  # fmt: skip
-    model = t.ResNetForImageClassification(t.ResNetConfig(
-        embedding_size=8, hidden_sizes=list(shape["channels"]), depths=list(shape["depths"])
-    )).train()  # fmt: skip
+        return t.SwinForImageClassification(
+            t.SwinConfig(
+                embed_dim=8,
+                depths=list(shape["depths"]),
+                num_heads=list(shape["heads"]),
+                window_size=4,
+                drop_path_rate=0.1,
+            )
+        ).eval()
+    model = t.ResNetForImageClassification(
+        t.ResNetConfig(
+            embedding_size=8, hidden_sizes=list(shape["channels"]), depths=list(shape["depths"])
+        )
+    ).train()
     for _ in range(3):  # statistics that are not those of nothing
         model(2 * torch.randn(4, 3, 64, 64) + 1)
     return model.eval()
 
 
 @pytest.mark.parametrize(
-    ("changes", "count"), [({}, 86_882_424), ({"channels": 192, "heads": (6, 12, 24, 48)},
-                                              195_204_276)]
+    ("changes", "count"),
+    [({}, 86_882_424), ({"channels": 192, "heads": (6, 12, 24, 48)}, 195_204_276)],
 )
 def test_swin_has_its_parameters(changes, count):
     with torch.device("meta"):

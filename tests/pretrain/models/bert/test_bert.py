@@ -14,15 +14,27 @@ WORDS, PAD, EOS = 40, 1, 2
 def oracle(layout: str):
     from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
-    shape = {"vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.3,
-             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    shape = {
+        "vocab_size": WORDS,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "initializer_range": 0.3,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
     if layout == "bert":
         return BertModel(BertConfig(**shape, max_position_embeddings=12, pad_token_id=PAD)).eval()
-    return RobertaModel(RobertaConfig(
-        **shape, max_position_embeddings=14, type_vocab_size=1, pad_token_id=PAD,
-        layer_norm_eps=1e-5,
-    )).eval()  # fmt: skip
+    return RobertaModel(
+        RobertaConfig(
+            **shape,
+            max_position_embeddings=14,
+            type_vocab_size=1,
+            pad_token_id=PAD,
+            layer_norm_eps=1e-5,
+        )
+    ).eval()
 
 
 def texts() -> torch.Tensor:

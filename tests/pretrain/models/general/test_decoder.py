@@ -24,8 +24,10 @@ def caption_parts(before: int, length: int, present=None) -> list[Part]:
     masks = caption_masks(length, before, present)
     sizes = (before, length, length)
     names = ("caption_image", "caption_text", "caption_text")
-    return [Part(torch.randn(2, n, 16), name, mask)
-            for n, name, mask in zip(sizes, names, masks, strict=True)]
+    return [
+        Part(torch.randn(2, n, 16), name, mask)
+        for n, name, mask in zip(sizes, names, masks, strict=True)
+    ]
 
 
 def test_dense_layers_are_those_of_bert():
@@ -33,13 +35,23 @@ def test_dense_layers_are_those_of_bert():
     from transformers.models.bert.modeling_bert import BertEncoder
 
     decoder = small(experts=None)
-    theirs = BertEncoder(BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        layer_norm_eps=1e-5, attn_implementation="eager",
-    )).eval()  # fmt: skip
-    names = {"attention.output.dense": "output", "attention.output.LayerNorm": "norm_attention",
-             "intermediate.dense": "expand", "output.dense": "reduce",
-             "output.LayerNorm": "norm_mlp"}
+    theirs = BertEncoder(
+        BertConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            layer_norm_eps=1e-5,
+            attn_implementation="eager",
+        )
+    ).eval()
+    names = {
+        "attention.output.dense": "output",
+        "attention.output.LayerNorm": "norm_attention",
+        "intermediate.dense": "expand",
+        "output.dense": "reduce",
+        "output.LayerNorm": "norm_mlp",
+    }
     ours, weights = decoder.state_dict(), {}
     for layer in range(2):
         for leaf in ("weight", "bias"):
@@ -140,8 +152,10 @@ def test_decoding_with_a_cache_is_the_one_pass():
         torch.testing.assert_close(found[0][:, 0], whole[:, word], rtol=1e-5, atol=1e-5)
         known = Part(parts[1].tokens[:, word : word + 1], "caption_text")
         _, (added,) = decoder.run_cached([known], seen)
-        seen = [tuple(torch.cat(pair, dim=2) for pair in zip(*both, strict=True))
-                for both in zip(seen, added, strict=True)]
+        seen = [
+            tuple(torch.cat(pair, dim=2) for pair in zip(*both, strict=True))
+            for both in zip(seen, added, strict=True)
+        ]
 
 
 def test_every_parameter_belongs_to_one_layer():

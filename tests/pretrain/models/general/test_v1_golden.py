@@ -31,9 +31,15 @@ class V1:
         if kind == "moe":
             experts = ExpertSettings(number=4, chosen=2, every=2, attention=True)
         self.decoder = GeneralDecoderSettings(
-            width=32, layers=2, heads=4, hidden=64, norm="before", layer_scale=0.5,
-            experts=experts, max_queries=16,
-        ).build()  # fmt: skip
+            width=32,
+            layers=2,
+            heads=4,
+            hidden=64,
+            norm="before",
+            layer_scale=0.5,
+            experts=experts,
+            max_queries=16,
+        ).build()
         self.text = BertSettings(
             layout="bert", width=32, layers=0, heads=4, max_positions=16, token_types=2
         ).build(text_context(64, 62))

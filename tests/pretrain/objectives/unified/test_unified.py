@@ -22,8 +22,10 @@ def test_micro_batches_with_padding_add_up_to_the_batch(model, step):
     shared = model(task, "shared", step=step)
     whole = model(task, "losses", batch, totals, shared, step=step)
     parts = [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, -1, -1], [-1, -1]]
-    found = [model(task, "losses", tiny.rows_of(batch, rows), totals, shared, step=step)
-             for rows in parts]
+    found = [
+        model(task, "losses", tiny.rows_of(batch, rows), totals, shared, step=step)
+        for rows in parts
+    ]
     assert whole["loss"] > 0.5
     for name, value in whole.items():
         total = sum(part[name] for part in found)
@@ -37,13 +39,18 @@ def test_every_parameter_of_a_task_learns(model, step):
     task = tiny.TASKS[step]
     model.zero_grad()
     model(task, "undivided", tiny.whole_batch(step), tiny.totals_of(step), step=step)[
-        "loss"].backward()
+        "loss"
+    ].backward()
     learned = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     family = {"classify": "classification", "retrieve": "retrieval"}.get(task, task)
     scales = {n for n in learned if ".scales." in n}
     assert scales == {f"encoders.general.scales.{family}.log_scale"}
-    for part in ("text.embedding.words.weight", "general.special.vector",
-                 "general.layers.0.expand.weight", "general.output.linear.weight"):
+    for part in (
+        "text.embedding.words.weight",
+        "general.special.vector",
+        "general.layers.0.expand.weight",
+        "general.output.linear.weight",
+    ):
         assert f"encoders.{part}" in learned
     assert ("encoders.general.special.positions" in learned) == (task == "caption")
     assert any(n.startswith("encoders.image.") for n in learned) == (task != "mlm")
@@ -131,10 +138,16 @@ def test_documents_of_a_row_do_not_see_each_other(model):
 @pytest.mark.parametrize("step", range(4))
 def test_evaluation_counts_what_there_is(model, step):
     task, batch = tiny.TASKS[step], tiny.whole_batch(step)
-    extra = {"row": batch["position"], "key": [str(i) for i in range(tiny.SAMPLES)],
-             "captions": [["3 4", "5"]] * tiny.SAMPLES}
-    loader = [batch | extra, tiny.rows_of(batch, [-1, -1]) | {
-        "row": torch.tensor([-1, -1]), "key": ["", ""], "captions": [[], []]}]
+    extra = {
+        "row": batch["position"],
+        "key": [str(i) for i in range(tiny.SAMPLES)],
+        "captions": [["3 4", "5"]] * tiny.SAMPLES,
+    }
+    loader = [
+        batch | extra,
+        tiny.rows_of(batch, [-1, -1])
+        | {"row": torch.tensor([-1, -1]), "key": ["", ""], "captions": [[], []]},
+    ]
     context = EvaluationContext(torch.device("cpu"), tiny.Words())
     found = model.objectives[task].evaluate(model.encoders, loader, context).metrics
     assert model.training and found["images"] == tiny.SAMPLES

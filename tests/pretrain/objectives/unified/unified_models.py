@@ -43,23 +43,35 @@ class Words:
 
 def build() -> MultiTaskModel:
     context = BuildContext(
-        vocabulary=Words(), image_mean=(0.5,) * 3, image_std=(0.3,) * 3,
-        classes=CLASSES, class_names=["a", "bob", "cc", "dede", "e"],
-    )  # fmt: skip
+        vocabulary=Words(),
+        image_mean=(0.5,) * 3,
+        image_std=(0.3,) * 3,
+        classes=CLASSES,
+        class_names=["a", "bob", "cc", "dede", "e"],
+    )
     encoders = {
         "image": VitSettings(image_size=16, patch_size=8, width=16, layers=1, heads=2).build(),
-        "text": BertSettings(
-            width=16, layers=1, heads=2, hidden=32, max_positions=8
-        ).build(context),
+        "text": BertSettings(width=16, layers=1, heads=2, hidden=32, max_positions=8).build(
+            context
+        ),
         "general": GeneralDecoderSettings(
-            width=16, layers=2, heads=2, hidden=32, max_queries=8,
-            experts=ExpertSettings(number=3, chosen=2), temperature=0.2,
+            width=16,
+            layers=2,
+            heads=2,
+            hidden=32,
+            max_queries=8,
+            experts=ExpertSettings(number=3, chosen=2),
+            temperature=0.2,
         ).build(),
-    }  # fmt: skip
+    }
     context = BuildContext(
-        encoders, context.vocabulary, context.image_mean, context.image_std, CLASSES,
+        encoders,
+        context.vocabulary,
+        context.image_mean,
+        context.image_std,
+        CLASSES,
         context.class_names,
-    )  # fmt: skip
+    )
     objectives = {name: settings.build(context) for name, settings in OBJECTIVES.items()}
     return MultiTaskModel(encoders, objectives, seed=SEED)
 
@@ -89,9 +101,10 @@ def whole_batch(step: int) -> dict[str, torch.Tensor]:
         mask = places <= ends
         documents = ((places > 2) & (torch.arange(SAMPLES) % 2 == 0)[:, None]).long()
         return common | {
-            "tokens": tokens.masked_fill(~mask, PAD), "mask": mask,
+            "tokens": tokens.masked_fill(~mask, PAD),
+            "mask": mask,
             "documents": documents.masked_fill(~mask, -1),
-        }  # fmt: skip
+        }
     images = torch.randint(0, 256, (SAMPLES, 3, 16, 16), generator=generator).to(torch.uint8)
     if TASKS[step] == "classify":
         labels = torch.randint(0, CLASSES, (SAMPLES,), generator=generator)
@@ -100,10 +113,11 @@ def whole_batch(step: int) -> dict[str, torch.Tensor]:
     tokens = tokens.masked_fill(places > ends, PAD).masked_fill(places == ends, EOS)
     tokens[:, 0] = BOS
     return common | {
-        "images": images, "tokens": tokens[:, None],
+        "images": images,
+        "tokens": tokens[:, None],
         "loss_mask": ((places > 0) & (places <= ends))[:, None],
         "prompt_class": torch.full((SAMPLES,), NO_LABEL),
-    }  # fmt: skip
+    }
 
 
 def rows_of(batch: dict[str, torch.Tensor], rows) -> dict[str, torch.Tensor]:
