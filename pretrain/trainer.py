@@ -1,7 +1,6 @@
 """The parts of a run on this rank: set up, restore, loop, evaluate, save, report."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from functools import partial
@@ -9,15 +8,11 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.loader.loader import StepLoader, TaskStream
-from data_pipeline.rng import keyed_u64
 from data_pipeline.samples.tokenizer import Tokenizer
 from pretrain import build
 from pretrain.announcement import announce
 from pretrain.check_targets import targets_may_miss
-from pretrain.data_start import look_at_data
 from pretrain.ds_config import engine_config, offloads_optimizer
-from pretrain.engine.agreement import Agreement
 from pretrain.engine.checkpoint.background_save import BackgroundCheckpoints
 from pretrain.engine.checkpoint.copies import Copies
 from pretrain.engine.checkpoint.engine_state import fill_masters
@@ -25,13 +20,11 @@ from pretrain.engine.checkpoint.saves import Saves
 from pretrain.engine.control.control import ControlFolder, StopSignals
 from pretrain.engine.control.ownership import Ownership
 from pretrain.engine.control.watchdog import Watchdog
-from pretrain.engine.data_record import data_entries
 from pretrain.engine.hardware import require_hardware
 from pretrain.engine.launch.distributed import Ranks
 from pretrain.engine.loop import Loop, TrainerState, TrainingFailed
 from pretrain.engine.memory_pictures import watch_for_out_of_memory
 from pretrain.engine.profiler import FOLDER, Profiler
-from pretrain.engine.quarantine import Quarantine
 from pretrain.engine.report.data_metrics import DataMetrics
 from pretrain.engine.report.device_peak import choose_peak
 from pretrain.engine.report.metrics_log import MetricsLog, shown
@@ -53,7 +46,7 @@ from pretrain.evaluator import Evaluator
 from pretrain.optim.schedule import lr_factor
 from pretrain.recipe.recipe import Recipe
 from pretrain.resume_rules import RECIPE, Turn, way_back
-from pretrain.sampler import Schedule, ledger_entries
+from pretrain.run_data import RunData
 
 log = logging.getLogger("omnipretrain.train")
 
@@ -196,27 +189,26 @@ class Trainer:
         )
 
     def _train(self) -> None:
-        recipe, state = self.recipe, self.state
-        self.notes.enter("opening shards")
-        streams = build.build_streams(recipe, self.tokenizer)
-        self.notes.enter("looking at shards and samples")
-        look_at_data(recipe, self.ranks, streams, self.tokenizer)
-        fingerprints = {name: stream.fingerprint for name, stream in streams.items()}
-        with_rows = {name: s for name, s in streams.items() if isinstance(s, TaskStream)}
-        state.ledger += data_entries(
-            fingerprints,
-            {name: stream.reader.shards.known_by_headers for name, stream in with_rows.items()},
-            state.ledger,
-            state.step,
-            lambda task, shards: (
-                with_rows[task].fingerprint_by_headers(shards) if task in with_rows else ""
-            ),
-        )
-        self.schedule = schedule = self._schedule(
-            {name: stream.n_rows for name, stream in streams.items() if stream.n_rows is not None}
-        )
-        self.quarantine = Quarantine(self.run_dir, self.ranks, state, with_rows)
-        self.agreement = self._agreement(fingerprints)
+        state = self.state
+        self.data = RunData(self.recipe, self.ranks, self.tokenizer, state, self.notes.enter)
+        loop = self._loop()
+        stopped, self.loader = None, None
+        if not self.evaluator.catch_up(state.step):
+            stopped = loop.agreed_reason()
+        elif state.step < self.recipe.steps:
+            stopped = self._run(loop)
+        if self.loader is not None and self.saves.step != state.step:
+            self.data.look_after_bad_samples(self.loader, self.ownership.holds)
+        self.saves.finish()
+        self.checkpoints.close()
+        if self.copies is not None:
+            with self._during("save"):
+                self.copies.finish(lambda: self.watchdog.enter("save"))
+        self.ownership.require()
+        self._say_how_it_ended(stopped)
+
+    def _loop(self) -> Loop:
+        recipe = self.recipe
         peak, said = choose_peak(
             recipe.logging.peak_tflops_per_device, self.ranks.device, recipe.precision
         )
@@ -227,7 +219,8 @@ class Trainer:
         self.profiler = Profiler(
             self.run_dir, self.ranks, self.control, lambda: self.loader.spans()
         )
-        loop = Loop(
+        schedule = self.data.schedule
+        return Loop(
             self.engine,
             self.ranks,
             recipe.seed,
@@ -237,7 +230,7 @@ class Trainer:
             self.control,
             self.signals,
             schedule.loss_weights,
-            self.agreement,
+            self.data.agreement,
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self._after_update,
             way_back=lambda step: way_back(recipe, step),
@@ -247,80 +240,36 @@ class Trainer:
             own_time=OwnTime(self.engine.module, self.ranks.device),
             on_profile=self.profiler.begin,
         )
-        stopped, self.loader = None, None
-        if not self.evaluator.catch_up(state.step):
-            stopped = loop.agreed_reason()
-        elif state.step < recipe.steps:
-            self.loader = StepLoader(
-                streams,
-                schedule,
-                recipe.loader,
-                rank=self.ranks.rank,
-                world=self.ranks.world,
-                start_step=state.step,
-                stop_step=recipe.steps,
-                pin_memory=self.ranks.device.type == "cuda",
-                fault_file=self.faults,
-                node_ranks=self.ranks.of_node,
+
+    def _run(self, loop: Loop) -> str | None:
+        """Steps, until the recipe's last one or a stop, whose reason is returned."""
+        self.loader = self.data.loader(self.faults)
+        self.data_metrics = DataMetrics(self.ranks, self.loader)
+        self._enter_step()
+        try:
+            stopped = loop.run(
+                self.loader,
+                self.state,
+                wants_report=self._wants_report,
+                on_report=self._on_report,
+                after_step=self._after_step,
             )
-            self.data_metrics = DataMetrics(self.ranks, self.loader)
-            self._enter_step()
-            try:
-                stopped = loop.run(
-                    self.loader,
-                    state,
-                    wants_report=self._wants_report,
-                    on_report=self._on_report,
-                    after_step=self._after_step,
-                )
-            except TrainingFailed:  # of all ranks alike; what was begun before is good
-                self.saves.wait()
-                raise
-            self.profiler.close()
-        if self.loader is not None and self.saves.step != state.step:
-            self._look_after_bad_samples()
-        self.saves.finish()
-        self.checkpoints.close()
-        if self.copies is not None:
-            with self._during("save"):
-                self.copies.finish(lambda: self.watchdog.enter("save"))
-        self.ownership.require()
+        except TrainingFailed:  # of all ranks alike; what was begun before is good
+            self.saves.wait()
+            raise
+        self.profiler.close()
+        return stopped
+
+    def _say_how_it_ended(self, stopped: str | None) -> None:
+        step = self.state.step
         if self.ranks.leads:
-            self.control.status("stopped" if stopped else "finished", state.step, stopped or "")
+            self.control.status("stopped" if stopped else "finished", step, stopped or "")
         if stopped:
             log.info(
-                "stopped after step %d (%s); go on with --resume %s",
-                state.step,
-                stopped,
-                self.run_dir,
+                "stopped after step %d (%s); go on with --resume %s", step, stopped, self.run_dir
             )
         else:
-            log.info("finished %d steps; checkpoint %s", state.step, self.run_dir / "checkpoints")
-
-    def _schedule(self, sizes: dict[str, int]) -> Schedule:
-        """Which tasks run when; what the ledger says of the past stays, whatever the recipe says.
-
-        sizes: task -> samples of its data, where they are known.
-        """
-        planned = build.plan_sampling(self.recipe, sizes)
-        entries = ledger_entries(planned, self.state.ledger, self.state.step)
-        self.state.ledger += entries
-        schedule = build.build_schedule(self.recipe, self.state.ledger, sizes)
-        if entries and len(self.recipe.tasks) > 1:
-            for line in schedule.describe().splitlines():
-                log.info("schedule: %s", line)
-        return schedule
-
-    def _agreement(self, fingerprints: dict[str, str]) -> Agreement:
-        """The check that ranks run the same, on the same data: task -> fingerprint of its data."""
-        common = {f"data of {name}": found[:16] for name, found in fingerprints.items()} | {
-            "world": str(self.ranks.world),
-            "ledger": self._ledger_digest(),
-        }
-        return Agreement(self.ranks, self.recipe.sampling.check_every_steps, common)
-
-    def _ledger_digest(self) -> str:
-        return f"{keyed_u64(json.dumps(self.state.ledger, sort_keys=True)):016x}"
+            log.info("finished %d steps; checkpoint %s", step, self.run_dir / "checkpoints")
 
     # ---- between steps ---------------------------------------------------------------------------
 
@@ -335,7 +284,7 @@ class Trainer:
         metrics = self.throughput.describe(report)
         metrics |= self.loader.streams[report.task].epochs(state.samples[report.task])
         metrics["skipped_steps"] = state.skipped_steps
-        metrics |= self.quarantine.metrics(report.task)
+        metrics |= self.data.quarantine.metrics(report.task)
         metrics |= self.data_metrics.describe(report.task)
         self.log.log(state.step, report.task, metrics)
         if self.ranks.leads:
@@ -366,7 +315,7 @@ class Trainer:
         self.log.progress(state.step, getattr(self, "status_line", ""))
         whole = self.evaluator.evaluate_if_due(state.step)
         if self.saves.due(state.step, save_asked):
-            self._look_after_bad_samples()
+            self.data.look_after_bad_samples(self.loader, self.ownership.holds)
             self.saves.save(save_asked)
         if self.copies is not None:
             self.copies.look()
@@ -392,22 +341,6 @@ class Trainer:
             self.control.beat()
             stop = stop or self.ownership.lost or self.control.stop_requested() is not None
         return stop
-
-    def _look_after_bad_samples(self) -> None:
-        """Before a checkpoint, which has to hold what ranks agree on: see `engine.quarantine`."""
-        faults, planned = self.loader.take_faults(), self.recipe.checkpoint.every_steps
-        if not self.recipe.loader.quarantine:
-            return
-        self.quarantine.gather(faults)
-        if self.state.step % planned == 0:  # at the last step too: the run may be made longer
-            visits = self.schedule.visits(self.state.step)
-            samples = {n: v * self.recipe.tasks[n].global_batch for n, v in visits.items()}
-            if self.quarantine.revise(samples):
-                self.agreement.common["ledger"] = self._ledger_digest()
-                if self.state.step < self.recipe.steps:
-                    self.loader.restart()
-        if self.ownership.holds():
-            self.quarantine.write_list()
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
