@@ -7,7 +7,7 @@ from data_pipeline.cache.cache import source_of
 from data_pipeline.images.transforms import ImageSettings
 from data_pipeline.loader.faults import FaultFile
 from data_pipeline.loader.loader import EvaluationLoader, TaskStream
-from data_pipeline.loader.weak_stream import WeakStream
+from data_pipeline.loader.sequential_stream import SequentialStream
 from data_pipeline.order.order import RowOrder
 from data_pipeline.order.plan import plan_order
 from data_pipeline.order.sources import ShardedData, Source, concatenated, open_source, open_sources
@@ -93,7 +93,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer | None) -> MultiTaskModel:
 
 def build_streams(
     recipe: Recipe, tokenizer: Tokenizer | None
-) -> dict[str, TaskStream | WeakStream]:
+) -> dict[str, TaskStream | SequentialStream]:
     """Training data of every task, in its own order; no rank or position is part of it.
 
     Opens the shards (and indexes foreign ones). Raises FileNotFoundError, ShardError.
@@ -101,11 +101,13 @@ def build_streams(
     return {name: build_stream(recipe, name, tokenizer) for name in recipe.tasks}
 
 
-def build_stream(recipe: Recipe, name: str, tokenizer: Tokenizer | None) -> TaskStream | WeakStream:
+def build_stream(
+    recipe: Recipe, name: str, tokenizer: Tokenizer | None
+) -> TaskStream | SequentialStream:
     """Training data of task `name`, as `build_streams`."""
     task = recipe.tasks[name]
     if task.data.stream is not None:
-        return WeakStream(
+        return SequentialStream(
             name,
             task.data.stream.urls(),
             task.data.processor(tokenizer, train=True),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from data_pipeline.loader.weak_stream import PROMISES_NOT
+from data_pipeline.loader.sequential_stream import PROMISES_NOT
 from data_pipeline.order.mixed_order import MixedOrder
 from data_pipeline.order.sources import Source, concatenated, open_source, open_sources
 from data_pipeline.order.step_sampler import MicroBatch, deal
@@ -181,7 +181,7 @@ def _training_data(recipe: Recipe, name: str, task: TaskSettings, visits: int) -
     order = plan_task_order(task, sources, recipe.seed, name)
     if isinstance(order.images, MixedOrder):
         yield f"tasks.{name}: sources in a {order.images.describe()}"
-        epochs = order.epochs(visits * task.global_batch)
+        epochs = order.epochs_by_source(visits * task.global_batch)
         for source in sources:
             yield (
                 f"tasks.{name}: source {source.name}: {_kept_of(source)}, read "

@@ -4,9 +4,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from data_pipeline.loader.sequential_stream import SequentialStream
 from data_pipeline.loader.stream import TaskStream
 from data_pipeline.loader.targets import Look, look
-from data_pipeline.loader.weak_stream import WeakStream
 from data_pipeline.samples.target import Target
 from pretrain.recipe.recipe import Recipe, TaskSettings
 
@@ -23,7 +23,7 @@ class Findings:
 
 
 def look_for_targets(
-    recipe: Recipe, name: str, stream: TaskStream | WeakStream, held_out: bool = False
+    recipe: Recipe, name: str, stream: TaskStream | SequentialStream, held_out: bool = False
 ) -> Findings:
     """Look at some samples of task `name`.
 
@@ -52,10 +52,10 @@ def look_for_targets(
     return found
 
 
-def wanted_targets(task: TaskSettings, stream: TaskStream | WeakStream) -> list[Target]:
+def wanted_targets(task: TaskSettings, stream: TaskStream | SequentialStream) -> list[Target]:
     """What samples may teach, as far as the objective reads it."""
     unread = task.objective.unread_targets
-    return [target for target in stream.fields.targets() if target.kind not in unread]
+    return [target for target in stream.processor.targets() if target.kind not in unread]
 
 
 def targets_may_miss(task: TaskSettings) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import torch.distributed as dist
 
+from data_pipeline.loader.sequential_stream import SequentialStream
 from data_pipeline.loader.stream import TaskStream
-from data_pipeline.loader.weak_stream import WeakStream
 from data_pipeline.samples.tokenizer import Tokenizer
 from data_pipeline.shards.presence import changed_shards, listed
 from data_pipeline.storage.storage import TransientReadError
@@ -29,7 +29,7 @@ class DataFault(RuntimeError):
 def look_at_data(
     recipe: Recipe,
     ranks: Ranks,
-    streams: Mapping[str, TaskStream | WeakStream],
+    streams: Mapping[str, TaskStream | SequentialStream],
     tokenizer: Tokenizer | None,
 ) -> None:
     """Look at the shards of each node and, on rank 0, at samples; log warnings. A collective.
@@ -64,7 +64,7 @@ def held_out_streams(recipe: Recipe, tokenizer: Tokenizer | None) -> dict[str, T
     }
 
 
-def changed_data(*groups: Mapping[str, TaskStream | WeakStream]) -> str | None:
+def changed_data(*groups: Mapping[str, TaskStream | SequentialStream]) -> str | None:
     """What is wrong with shards that this node sees, if anything is."""
     shards = {
         shard.path: shard
@@ -85,7 +85,7 @@ def changed_data(*groups: Mapping[str, TaskStream | WeakStream]) -> str | None:
 
 def look_at_samples(
     recipe: Recipe,
-    streams: Mapping[str, TaskStream | WeakStream],
+    streams: Mapping[str, TaskStream | SequentialStream],
     held_out: Mapping[str, TaskStream],
 ) -> Findings:
     """What `look_for_targets` finds in all tasks; storage that fails now is left to the loader."""

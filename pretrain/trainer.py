@@ -35,12 +35,12 @@ from pretrain.engine.report.throughput import Throughput
 from pretrain.engine.run_dir import open_fault_file, record_start
 from pretrain.engine.run_record import RunDirError
 from pretrain.engine.spikes import SpikeWatch
-from pretrain.engine.zero.balance import TaskBalance
 from pretrain.engine.zero.ema import Ema
 from pretrain.engine.zero.loss_scale import loss_scale_state, restore_loss_scale
 from pretrain.engine.zero.momentum import TargetNetworks
 from pretrain.engine.zero.momentum_pairs import declared_targets, require_weights_in_memory
 from pretrain.engine.zero.stale_gradients import require_verified
+from pretrain.engine.zero.step_preparation import StepPreparation
 from pretrain.engine.zero.zero import start_engine
 from pretrain.evaluator import Evaluator
 from pretrain.optim.schedule import lr_factor
@@ -231,7 +231,7 @@ class Trainer:
             self.signals,
             schedule.loss_weights,
             self.data.agreement,
-            before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
+            before_step=StepPreparation(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self._after_update,
             way_back=lambda step: way_back(recipe, step),
             meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
@@ -282,7 +282,7 @@ class Trainer:
 
     def _on_report(self, state: TrainerState, report: StepReport) -> None:
         metrics = self.throughput.describe(report)
-        metrics |= self.loader.streams[report.task].epochs(state.samples[report.task])
+        metrics |= self.loader.streams[report.task].epoch_metrics(state.samples[report.task])
         metrics["skipped_steps"] = state.skipped_steps
         metrics |= self.data.quarantine.metrics(report.task)
         metrics |= self.data_metrics.describe(report.task)

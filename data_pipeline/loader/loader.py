@@ -5,7 +5,7 @@ schedule order: more tasks never mean more worker pools, and the loader has no s
 position is the step it was started at.
 
     loader = StepLoader(streams, schedule, settings, rank, world, start_step, stop_step)
-    for window in loader:           # all micro-batches of one optimizer step
+    for step_batch in loader:  # all micro-batches of one optimizer step
         ...
 """
 
@@ -20,12 +20,12 @@ from data_pipeline.activity import ActivityBoard, Span
 from data_pipeline.cache.prefetch import Prefetcher
 from data_pipeline.loader.evaluation import EvaluationLoader
 from data_pipeline.loader.faults import FaultCount, FaultFile, FaultPolicy
+from data_pipeline.loader.sequential_stream import SequentialStream
 from data_pipeline.loader.settings import (
     LoaderSettings,
 )
 from data_pipeline.loader.stall import StallWatch, describe_stall
 from data_pipeline.loader.stream import DataError, Fault, TaskStream
-from data_pipeline.loader.weak_stream import WeakStream
 from data_pipeline.loader.workers import Requests, load_batches
 from data_pipeline.order.step_sampler import MicroBatch, Schedule, StepSampler
 
@@ -36,15 +36,15 @@ __all__ = [
     "FaultCount",
     "LoaderSettings",
     "MicroBatch",
-    "Part",
+    "StepBatch",
     "StepLoader",
     "StepSampler",
-    "StepWindow",
+    "TaskMicroBatches",
     "TaskStream",
 ]
 
 
-class Part(NamedTuple):
+class TaskMicroBatches(NamedTuple):
     """What a step runs of one task on one rank."""
 
     task: str
@@ -54,11 +54,11 @@ class Part(NamedTuple):
 
 
 @dataclass
-class StepWindow:
+class StepBatch:
     """Everything one rank needs for one optimizer step."""
 
     step: int
-    parts: list[Part]
+    parts: list[TaskMicroBatches]
     """One, unless the schedule mixes tasks."""
     seconds: dict[str, float]
     """Worker time by stage (read, decode, transform, collate), and wait: the trainer's own."""
@@ -78,11 +78,11 @@ class StepWindow:
 
 
 class StepLoader:
-    """Iterates the StepWindows of one rank from `start_step` to `stop_step`, once."""
+    """Iterates the StepBatches of one rank from `start_step` to `stop_step`, once."""
 
     def __init__(
         self,
-        streams: Mapping[str, TaskStream | WeakStream],
+        streams: Mapping[str, TaskStream | SequentialStream],
         schedule: Schedule,
         settings: LoaderSettings,
         rank: int,
@@ -119,7 +119,7 @@ class StepLoader:
         self._counters: dict[str, Counter[str]] = {task: Counter() for task in self.streams}
 
     def counters(self, task: str) -> Mapping[str, int]:
-        """What storage has done for the windows of a task, on this rank, since the start:
+        """What storage has done for the batches of a task, on this rank, since the start:
         bytes_read and retries (both with the read-ahead of the node's cache), cache_hits,
         cache_misses."""
         return self._counters[task]
@@ -133,28 +133,28 @@ class StepLoader:
         return self._policy.counts
 
     def take_faults(self) -> list[Fault]:
-        """One fault of each row that was bad in a window given out since the last call."""
+        """One fault of each row that was bad in a batch given out since the last call."""
         return self._policy.take_rows()
 
     def restart(self) -> None:
-        """Start workers anew before the next window: a stream's order has changed."""
+        """Start workers anew before the next step: a stream's order has changed."""
         self._restart = True
 
-    def __iter__(self) -> Iterator[StepWindow]:
+    def __iter__(self) -> Iterator[StepBatch]:
         step = self.sampler.start_step
         while step < self.sampler.stop_step:
             self._restart = False
-            with closing(self._windows(self.sampler.from_step(step))) as windows:
-                for window in windows:
-                    yield window
-                    step = window.step + 1
+            with closing(self._step_batches(self.sampler.from_step(step))) as step_batches:
+                for step_batch in step_batches:
+                    yield step_batch
+                    step = step_batch.step + 1
                     if self._restart:
                         break
 
-    def _windows(self, sampler: StepSampler) -> Iterator[StepWindow]:
+    def _step_batches(self, sampler: StepSampler) -> Iterator[StepBatch]:
         settings = self.settings
         for stream in self.streams.values():
-            if isinstance(stream, WeakStream):
+            if isinstance(stream, SequentialStream):
                 stream.start(self.rank, self._world, sampler.start_step)
         requests = Requests(sampler)
         board = self._board = ActivityBoard(settings.workers, settings.start_method)
@@ -177,7 +177,7 @@ class StepLoader:
             for step in range(sampler.start_step, sampler.stop_step):
                 for task, done in (ahead.advance(step) if ahead else {}).items():
                     self._counters[task].update(done)
-                yield self._window(step, batches, requests, watch)
+                yield self._step_batch(step, batches, requests, watch)
 
     def _read_ahead(self, sampler: StepSampler) -> AbstractContextManager[Prefetcher | None]:
         """What fills the node's cache, on the rank that does so."""
@@ -189,18 +189,20 @@ class StepLoader:
         rows = {name: stream.order.rows for name, stream in ordered.items()}
         return Prefetcher(shards, rows, sampler, ranks, cache, self.settings.start_method)
 
-    def _window(
+    def _step_batch(
         self,
         step: int,
         batches: Iterator[dict[str, Any]],
         requests: Requests,
         watch: StallWatch,
-    ) -> StepWindow:
+    ) -> StepBatch:
         parts = self.sampler.parts(step)
         if self._fault_file is not None:
             self._fault_file.step = step + 1
-        window = StepWindow(step, [Part(task, []) for task, _ in parts], {"wait": 0.0}, dict(parts))
-        for part in window.parts:
+        step_batch = StepBatch(
+            step, [TaskMicroBatches(task, []) for task, _ in parts], {"wait": 0.0}, dict(parts)
+        )
+        for part in step_batch.parts:
             for _ in range(self._micro_steps[part.task]):
                 started = time.perf_counter()
                 with watch.waiting():
@@ -208,8 +210,8 @@ class StepLoader:
                 requests.waiting.popleft()
                 seconds = batch.pop("seconds") | {"wait": time.perf_counter() - started}
                 for stage, spent in seconds.items():
-                    window.seconds[stage] = window.seconds.get(stage, 0.0) + spent
+                    step_batch.seconds[stage] = step_batch.seconds.get(stage, 0.0) + spent
                 self._counters[part.task].update(batch.pop("counters"))
                 self._policy.record(part.task, batch)
                 part.micro_batches.append(batch)
-        return window
+        return step_batch

@@ -58,7 +58,7 @@ class TaskStream:
         name: str,
         reader: SampleReader,
         order: RowOrder | None,
-        fields: SampleProcessor,
+        processor: SampleProcessor,
         seed: int,
         global_batch: int,
         micro_batch: int,
@@ -76,10 +76,10 @@ class TaskStream:
             micro_batch: most samples per forward pass on one rank.
             selection: rows that take part in evaluation, None for all; an order knows its own.
         """
-        self.name, self.reader, self.order, self.fields = name, reader, order, fields
+        self.name, self.reader, self.order, self.processor = name, reader, order, processor
         self.seed, self.global_batch, self.micro_batch = seed, global_batch, micro_batch
         self.selection = selection
-        self._extensions = fields.extensions
+        self._extensions = processor.extensions
         self._counted: dict[str, int] = {}
         if order is not None and selection is not None:
             raise ValueError(f"task {name}: a selection belongs to its order, or to evaluation")
@@ -108,16 +108,16 @@ class TaskStream:
         return self._fingerprint(self.reader.shards.fingerprint_by_headers(numbers))
 
     def _fingerprint(self, of_shards: str) -> str:
-        return sha256(f"{of_shards}\n{self.order.taking_part}".encode()).hexdigest()
+        return sha256(f"{of_shards}\n{self.order.selection_fingerprint}".encode()).hexdigest()
 
-    def epochs(self, samples: int) -> dict[str, float]:
+    def epoch_metrics(self, samples: int) -> dict[str, float]:
         """Metrics after `samples` samples of this task: `epoch` is samples per sample that there
         is; with several sources `epoch_NAME` is the passes over each, which is what repeats."""
         if self.order is None:
             return {"epoch": samples / self.n_rows}
-        parts = self.order.epochs(samples)
+        parts = self.order.epochs_by_source(samples)
         named = {f"epoch_{name}": passes for name, passes in parts.items()}
-        return {"epoch": self.order.passes(samples)} | named
+        return {"epoch": self.order.epochs(samples)} | named
 
     def load(self, request: MicroBatch, allocate: Allocate | None = None) -> dict[str, Any]:
         """Read, decode and collate one micro-batch.
@@ -136,8 +136,8 @@ class TaskStream:
             DataError: nothing usable could be found for a position.
             TransientReadError: storage failed and stayed so.
         """
-        fields = self.fields.of_step(self.seed, self.name, request.step)
-        batch = load_batch(request, fields, self._expected_rows, self._usable, allocate)
+        processor = self.processor.of_step(self.seed, self.name, request.step)
+        batch = load_batch(request, processor, self._expected_rows, self._usable, allocate)
         return batch | {"counters": self._count()}
 
     def _count(self) -> dict[str, int]:
@@ -164,7 +164,7 @@ class TaskStream:
 
     def _usable(
         self,
-        fields: SampleProcessor,
+        processor: SampleProcessor,
         position: int,
         row: int,
         out: dict[str, np.ndarray] | None,
@@ -189,7 +189,7 @@ class TaskStream:
                 sample = self._read(row, position)
                 clock.lap("read")
                 activity.decoding(position, row, attempt)
-                item = fields_of(fields, self.name, sample, position, rng_for, out, clock)
+                item = processed(processor, self.name, sample, position, rng_for, out, clock)
                 return item, row, sample.key
             except BadSample as bad:
                 clock.lap("read")
@@ -225,13 +225,13 @@ class TaskStream:
 Usable = Callable[
     [SampleProcessor, int, int, dict[str, np.ndarray] | None, StageClock, list[Fault]], Found | None
 ]
-"""(fields, position, row, arrays to write to, clock, list that takes the faults) -> what is usable
-there; None leaves the place empty."""
+"""(processor, position, row, arrays to write to, clock, list that takes the faults) -> what is
+usable there; None leaves the place empty."""
 
 
 def load_batch(
     request: MicroBatch,
-    fields: SampleProcessor,
+    processor: SampleProcessor,
     rows_of: Callable[[np.ndarray], np.ndarray],
     usable: Usable,
     allocate: Allocate | None,
@@ -240,7 +240,7 @@ def load_batch(
 
     Args:
         request: positions, and which of them are padding.
-        fields: of the step of the request.
+        processor: of the step of the request.
         rows_of: positions (n,) int64 -> rows (n,) int64.
         usable: what stands at a position; see Usable.
         allocate: gives memory for the arrays that are written in place.
@@ -253,7 +253,7 @@ def load_batch(
     wanted = np.flatnonzero(request.valid)
     rows[wanted] = rows_of(positions[wanted])
     clock.lap("read")
-    buffers = (allocate or empty)(fields.buffers(len(positions)))
+    buffers = (allocate or empty)(processor.buffers(len(positions)))
     arrays = {name: buffer.numpy() for name, buffer in buffers.items()}
     clock.lap("collate")
     items: list[dict[str, Any] | None] = [None] * len(positions)
@@ -262,13 +262,13 @@ def load_batch(
     for place in wanted.tolist():
         out = {name: array[place] for name, array in arrays.items()} or None
         where = int(positions[place]), int(rows[place])
-        found = usable(fields.of_place(place), *where, out, clock, faults)
+        found = usable(processor.of_place(place), *where, out, clock, faults)
         if found is None:
             rows[place] = -1
         else:
             items[place], rows[place], keys[place] = found
     activity.collating()
-    batch = fields.collate(items, [item is not None for item in items], buffers)
+    batch = processor.collate(items, [item is not None for item in items], buffers)
     positions[rows < 0] = -1
     batch |= {
         "position": torch.from_numpy(positions),
@@ -281,8 +281,8 @@ def load_batch(
     return batch
 
 
-def fields_of(
-    fields: SampleProcessor,
+def processed(
+    processor: SampleProcessor,
     task: str,
     sample: Sample,
     position: int,
@@ -292,7 +292,7 @@ def fields_of(
 ) -> dict[str, Any]:
     """Arrays of one sample. Raises BadSample; DataError, which says where, for a defect."""
     try:
-        return fields.sample(sample, rng_for, out, clock)
+        return processor.sample(sample, rng_for, out, clock)
     except BadSample:
         raise
     except Exception as error:  # a defect, not a bad sample: say where, and stop

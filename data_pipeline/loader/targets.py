@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data_pipeline.loader.sequential_stream import SequentialStream
 from data_pipeline.loader.stream import TaskStream
-from data_pipeline.loader.weak_stream import WeakStream
 from data_pipeline.reading.reader import BadSample, Sample, SampleReader
 from data_pipeline.reading.webdataset_reader import ShardFault, streamed_samples
 from data_pipeline.samples.members import AbsentValue, about_dots
@@ -63,7 +63,7 @@ class Look:
         return f"{found}; did you mean {near[0]}?" if near else found
 
 
-def look(stream: TaskStream | WeakStream, targets: Sequence[Target]) -> dict[str, Look]:
+def look(stream: TaskStream | SequentialStream, targets: Sequence[Target]) -> dict[str, Look]:
     """Look at a spread of samples of each data set of a stream; name of the data set -> found.
 
     Reads the members that hold targets, and of a few samples that lack some all the others. Without
@@ -72,7 +72,7 @@ def look(stream: TaskStream | WeakStream, targets: Sequence[Target]) -> dict[str
 
     Raises TransientReadError if storage fails.
     """
-    if isinstance(stream, WeakStream):
+    if isinstance(stream, SequentialStream):
         return {"": _judged(_streamed(stream), targets)}
     # A reader of its own: a cache would fetch a block, or a whole shard, for each of these samples.
     limit = stream.reader.max_member_bytes
@@ -155,7 +155,7 @@ def _read(reader: SampleReader, rows: list[int], targets: Sequence[Target]):
             continue
 
 
-def _streamed(stream: WeakStream):
+def _streamed(stream: SequentialStream):
     """The first samples of some shards of a stream, which has no rows."""
     shards = _places(len(stream.urls))[:: max(1, len(stream.urls) // _STREAMED_SHARDS)]
     for shard in shards[:_STREAMED_SHARDS].tolist():

@@ -16,8 +16,8 @@ from data_pipeline import activity
 from data_pipeline.activity import ActivityBoard
 from data_pipeline.child_signals import held_back, ignore_signals
 from data_pipeline.loader.arena import Arena, InArena
+from data_pipeline.loader.sequential_stream import SequentialStream
 from data_pipeline.loader.stream import DataError, TaskStream, empty
-from data_pipeline.loader.weak_stream import WeakStream
 from data_pipeline.order.step_sampler import MicroBatch
 from data_pipeline.reading.reader import TransientReadError
 
@@ -44,7 +44,7 @@ class RequestDataset(Dataset):
 
     def __init__(
         self,
-        streams: Mapping[str, TaskStream | WeakStream],
+        streams: Mapping[str, TaskStream | SequentialStream],
         rank: int,
         arena: Arena | None,
         board: ActivityBoard,
@@ -105,7 +105,7 @@ class Requests:
 
 
 def load_batches(
-    streams: Mapping[str, TaskStream | WeakStream],
+    streams: Mapping[str, TaskStream | SequentialStream],
     requests: Iterable[MicroBatch],
     rank: int,
     *,
@@ -171,9 +171,11 @@ def start_worker(worker_number: int) -> None:
     ignore_signals()
 
 
-def _arena(streams: Iterable[TaskStream | WeakStream], workers: int, slots: int) -> Arena | None:
+def _arena(
+    streams: Iterable[TaskStream | SequentialStream], workers: int, slots: int
+) -> Arena | None:
     needed = max(
-        sum(int(np.prod(shape)) for shape in stream.fields.buffers(stream.micro_batch).values())
+        sum(int(np.prod(shape)) for shape in stream.processor.buffers(stream.micro_batch).values())
         for stream in streams
     )
     return Arena(workers, slots, needed) if needed and Arena.supported() else None

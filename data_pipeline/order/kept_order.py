@@ -28,13 +28,13 @@ class KeptOrder(RowOrder):
         """As `RowOrder.can_avoid`."""
         return self.order.can_avoid(batch, position)
 
-    def passes(self, samples: int) -> float:
-        """As `RowOrder.passes`."""
-        return self.order.passes(samples)
+    def epochs(self, samples: int) -> float:
+        """As `RowOrder.epochs`."""
+        return self.order.epochs(samples)
 
     @property
-    def taking_part(self) -> str:
-        """As `RowOrder.taking_part`."""
+    def selection_fingerprint(self) -> str:
+        """As `RowOrder.selection_fingerprint`."""
         return self.selection.digest
 
     def describe(self) -> dict[str, int]:

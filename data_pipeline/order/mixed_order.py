@@ -64,20 +64,22 @@ class MixedOrder(RowOrder):
         own = places[:-1][choices[:-1] == choices[-1]]
         return list(self.orders.values())[choices[-1]].can_avoid(own, int(places[-1]))
 
-    def passes(self, samples: int) -> float:
+    def epochs(self, samples: int) -> float:
         """Samples per sample that there is."""
         return samples / self.n_rows
 
-    def epochs(self, samples: int) -> dict[str, float]:
+    def epochs_by_source(self, samples: int) -> dict[str, float]:
         """Passes over each source after `samples` samples of the task."""
         return {
-            name: self.orders[name].passes(places) for name, places in self.taken(samples).items()
+            name: self.orders[name].epochs(places) for name, places in self.taken(samples).items()
         }
 
     @property
-    def taking_part(self) -> str:
-        """As `RowOrder.taking_part`."""
-        return " ".join(f"{name}: {order.taking_part}" for name, order in self.orders.items())
+    def selection_fingerprint(self) -> str:
+        """As `RowOrder.selection_fingerprint`."""
+        return " ".join(
+            f"{name}: {order.selection_fingerprint}" for name, order in self.orders.items()
+        )
 
     def describe(self) -> str:
         """One line for people: how pairs are dealt to sources."""

@@ -64,15 +64,15 @@ class RowOrder(ABC):
         positions: one that holds more than half of a data set cannot avoid repeating its rows."""
 
     @abstractmethod
-    def passes(self, samples: int) -> float:
+    def epochs(self, samples: int) -> float:
         """Epochs that `samples` samples from the start are."""
 
     @property
     @abstractmethod
-    def taking_part(self) -> str:
+    def selection_fingerprint(self) -> str:
         """Tells which rows of the data set take part: equal exactly if they are the same."""
 
-    def epochs(self, samples: int) -> dict[str, float]:
+    def epochs_by_source(self, samples: int) -> dict[str, float]:
         """Passes over named parts of the data, after so many samples; there may be none."""
         return {}
 
@@ -171,13 +171,13 @@ class Order(RowOrder):
         """As `RowOrder.can_avoid`."""
         return self.n_rows >= 2 * len(batch)
 
-    def passes(self, samples: int) -> float:
-        """As `RowOrder.passes`."""
+    def epochs(self, samples: int) -> float:
+        """As `RowOrder.epochs`."""
         return samples / self.n_rows
 
     @property
-    def taking_part(self) -> str:
-        """As `RowOrder.taking_part`."""
+    def selection_fingerprint(self) -> str:
+        """As `RowOrder.selection_fingerprint`."""
         return f"all {self.n_rows}"
 
     def describe(self) -> dict[str, int]:

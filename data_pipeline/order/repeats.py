@@ -56,19 +56,19 @@ class RepeatedOrder(RowOrder):
         (place,) = self.places(np.array([position])).tolist()
         return self.images.can_avoid(np.unique(self.places(batch)), place)
 
-    def epochs(self, samples: int) -> dict[str, float]:
+    def epochs_by_source(self, samples: int) -> dict[str, float]:
         """As `RowOrder.epochs`, over images."""
+        return self.images.epochs_by_source(self.images_of(samples))
+
+    def epochs(self, samples: int) -> float:
+        """Epochs over images that `samples` views are."""
         return self.images.epochs(self.images_of(samples))
 
-    def passes(self, samples: int) -> float:
-        """Epochs over images that `samples` views are."""
-        return self.images.passes(self.images_of(samples))
-
     @property
-    def taking_part(self) -> str:
-        """As `RowOrder.taking_part`, and how often: a run cannot go on with another number, since a
-        step would then stand for other images."""
-        return f"{self.images.taking_part}, {self.repeats} times"
+    def selection_fingerprint(self) -> str:
+        """As `RowOrder.selection_fingerprint`, and how often: a run cannot go on with another
+        number, since a step would then stand for other images."""
+        return f"{self.images.selection_fingerprint}, {self.repeats} times"
 
     @property
     def images(self) -> RowOrder:

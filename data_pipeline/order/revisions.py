@@ -95,7 +95,7 @@ class RevisedOrder(RowOrder):
         """As `RowOrder.can_avoid`."""
         return self._at(position).order.can_avoid(batch, position)
 
-    def passes(self, samples: int) -> float:
+    def epochs(self, samples: int) -> float:
         """Epochs that `samples` samples are, each over the rows that took part in it."""
         ends = [*self._starts[1:], samples]
         return sum(
@@ -104,9 +104,10 @@ class RevisedOrder(RowOrder):
         )
 
     @property
-    def taking_part(self) -> str:
-        """As `RowOrder.taking_part`, before any revision: those are of the run, not of its data."""
-        return self.base.taking_part
+    def selection_fingerprint(self) -> str:
+        """As `RowOrder.selection_fingerprint`, before any revision: these belong to the run, not
+        to its data."""
+        return self.base.selection_fingerprint
 
     def next_border(self, position: int) -> int:
         """First position at or behind `position` where a new revision may begin."""

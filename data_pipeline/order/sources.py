@@ -34,7 +34,7 @@ class SourceSettings(Settings):
 
 
 class StreamSettings(Settings):
-    """Shards that have no addresses; see weak_stream.py for what reading them does not promise."""
+    """Shards without addresses; sequential_stream.py says what reading them does not promise."""
 
     shards: list[str] = Field(min_length=1)
     """`pipe:` commands, URLs or paths of tars, plain or compressed, as the webdataset library opens

@@ -16,7 +16,7 @@ from data_pipeline.images.transforms import View
 from data_pipeline.images.warps import joined
 from data_pipeline.reading.reader import Sample
 from data_pipeline.samples.class_names import ClassNames, check_class_names
-from data_pipeline.samples.image_fields import ImageDataSettings, ImageProcessor
+from data_pipeline.samples.images import ImageDataSettings, ImageProcessor
 from data_pipeline.samples.labels import NO_LABEL
 from data_pipeline.samples.masks import mask_boxes, segmentation_mask, shown_mask
 from data_pipeline.samples.members import AbsentValue, bad, check_source

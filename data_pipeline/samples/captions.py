@@ -16,7 +16,7 @@ from data_pipeline.samples.caption_texts import (
     CleaningSettings,
     SampleTexts,
 )
-from data_pipeline.samples.image_fields import ImageDataSettings, ImageProcessor
+from data_pipeline.samples.images import ImageDataSettings, ImageProcessor
 from data_pipeline.samples.labels import NO_LABEL
 from data_pipeline.samples.sample_processor import Item, RngFor, column
 from data_pipeline.samples.target import Target

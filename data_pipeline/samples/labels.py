@@ -13,7 +13,7 @@ from data_pipeline.images.mixing import MixingSettings, collate_mixes, draw_mix
 from data_pipeline.images.transforms import ImageSettings
 from data_pipeline.reading.reader import Sample
 from data_pipeline.samples.class_names import ClassNames, check_class_names
-from data_pipeline.samples.image_fields import ImageDataSettings, ImageProcessor
+from data_pipeline.samples.images import ImageDataSettings, ImageProcessor
 from data_pipeline.samples.members import AbsentValue, MemberSource, bad, check_source
 from data_pipeline.samples.sample_processor import Item, RngFor, column
 from data_pipeline.samples.target import Target

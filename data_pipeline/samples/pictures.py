@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from data_pipeline.samples.image_fields import ImageDataSettings, ImageProcessor
+from data_pipeline.samples.images import ImageDataSettings, ImageProcessor
 
 if TYPE_CHECKING:
     from data_pipeline.samples.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from fsspec.exceptions import FSTimeoutError
 from data_pipeline.storage.errors import ShardError
 from data_pipeline.storage.limits import HostLimits
 from data_pipeline.storage.locations import without_secrets
-from data_pipeline.storage.retry import Interrupted, Patience, RetryPolicy, repeated, resumed
+from data_pipeline.storage.retry import Interrupted, Retrier, RetryPolicy, repeated, resumed
 from data_pipeline.storage.storage import FileState
 
 _PIECE = 1 << 20
@@ -88,8 +88,8 @@ class FsspecStorage:
 
         patient: as in Storage.
         """
-        patience = self._patience(url)
-        return repeated(lambda _: self._state(url, patience.left_s, patient), patience)
+        retrier = self._retrier(url)
+        return repeated(lambda _: self._state(url, retrier.left_s, patient), retrier)
 
     def read(self, url: str, begin: int, end: int, expected: FileState | None = None) -> bytes:
         """Exactly the bytes [begin, end); errors as `state`, and ShardError if the file changed."""
@@ -103,7 +103,7 @@ class FsspecStorage:
         Drivers do not say which version a range is of, so the state is asked before and, after
         more than one request, behind them.
         """
-        patience = self._patience(url)
+        retrier = self._retrier(url)
         expected = self._same(url, expected)
         if end > expected.size:
             raise ShardError(
@@ -111,17 +111,17 @@ class FsspecStorage:
                 "are not there: truncated or replaced"
             )
         yield from resumed(
-            lambda first, last, _: self._range(url, first, last, patience), begin, end, patience
+            lambda first, last, _: self._range(url, first, last, retrier), begin, end, retrier
         )
         if end - begin > _REQUEST:
             self._same(url, expected)
 
     def glob(self, pattern: str) -> list[str]:
         """URLs that match a pattern, sorted; errors as `state`."""
-        return repeated(lambda _: sorted(self._call(pattern, "glob")), self._patience(pattern))
+        return repeated(lambda _: sorted(self._call(pattern, "glob")), self._retrier(pattern))
 
-    def _patience(self, url: str) -> Patience:
-        return Patience(url, self._retry, self._count_retry)
+    def _retrier(self, url: str) -> Retrier:
+        return Retrier(url, self._retry, self._count_retry)
 
     def _count_retry(self) -> None:
         with self._lock:
@@ -148,10 +148,10 @@ class FsspecStorage:
         version = next((info[name] for name in _VERSIONS if info.get(name)), "")
         return FileState(int(info["size"]), str(version))
 
-    def _range(self, url: str, begin: int, end: int, patience: Patience) -> Iterator[bytes]:
+    def _range(self, url: str, begin: int, end: int, retrier: Retrier) -> Iterator[bytes]:
         while begin < end:
             stop = min(begin + _REQUEST, end)
-            data = self._call(url, "cat_file", patience.left_s, start=begin, end=stop)
+            data = self._call(url, "cat_file", retrier.left_s, start=begin, end=stop)
             if len(data) > stop - begin:
                 raise Interrupted(f"asked for {stop - begin} bytes, the driver gave {len(data)}")
             for at in range(0, len(data), _PIECE):

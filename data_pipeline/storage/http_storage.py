@@ -21,7 +21,7 @@ from data_pipeline.storage.http_connections import (
 )
 from data_pipeline.storage.limits import HostLimits
 from data_pipeline.storage.locations import without_secrets
-from data_pipeline.storage.retry import Interrupted, Patience, RetryPolicy, repeated, resumed
+from data_pipeline.storage.retry import Interrupted, Retrier, RetryPolicy, repeated, resumed
 from data_pipeline.storage.storage import FileState
 
 _PIECE = 1 << 18
@@ -68,7 +68,7 @@ class HttpStorage:
         Raises:
             FileNotFoundError, PermissionError, ShardError, TransientReadError
         """
-        return repeated(lambda timeout_s: self._state(url, timeout_s, patient), self._patience(url))
+        return repeated(lambda timeout_s: self._state(url, timeout_s, patient), self._retrier(url))
 
     def read(self, url: str, begin: int, end: int, expected: FileState | None = None) -> bytes:
         """Exactly the bytes [begin, end); errors as `state`, and ShardError if the file changed."""
@@ -83,7 +83,7 @@ class HttpStorage:
             lambda first, last, timeout_s: self._range(url, first, last, timeout_s, seen),
             begin,
             end,
-            self._patience(url),
+            self._retrier(url),
         )
 
     def close(self) -> None:
@@ -94,8 +94,8 @@ class HttpStorage:
         for connection in connections:
             connection.close()
 
-    def _patience(self, url: str) -> Patience:
-        return Patience(url, self._retry, self._count_retry)
+    def _retrier(self, url: str) -> Retrier:
+        return Retrier(url, self._retry, self._count_retry)
 
     def _count_retry(self) -> None:
         with self._lock:

@@ -50,7 +50,7 @@ class Interrupted(Exception):
         self.retry_after_s, self.attempts, self.otherwise = retry_after_s, attempts, otherwise
 
 
-class Patience:
+class Retrier:
     """The attempts of one read."""
 
     def __init__(self, url: str, policy: RetryPolicy, on_retry: Callable[[], None]) -> None:
@@ -110,7 +110,7 @@ class Patience:
 
 
 def resumed(
-    fetch: Callable[[int, int, float], Iterator[bytes]], begin: int, end: int, patience: Patience
+    fetch: Callable[[int, int, float], Iterator[bytes]], begin: int, end: int, retrier: Retrier
 ) -> Iterator[bytes]:
     """Yield the bytes [begin, end), asking again from the byte where an answer was cut.
 
@@ -120,20 +120,20 @@ def resumed(
     """
     while begin < end:
         try:
-            for piece in fetch(begin, end, patience.timeout_s):
+            for piece in fetch(begin, end, retrier.timeout_s):
                 begin += len(piece)
                 yield piece
-                patience.progress()  # afterwards: what the caller took its time for is no fault
+                retrier.progress()  # afterwards: what the caller took its time for is no fault
             if begin < end:
                 raise Interrupted(f"the answer ended at byte {begin} of {end}")
         except Interrupted as fault:
-            patience.wait(fault)
+            retrier.wait(fault)
 
 
-def repeated(attempt: Callable[[float], T], patience: Patience) -> T:
+def repeated(attempt: Callable[[float], T], retrier: Retrier) -> T:
     """Return the first result of `attempt` (timeout in seconds -> result) that raises nothing."""
     while True:
         try:
-            return attempt(patience.timeout_s)
+            return attempt(retrier.timeout_s)
         except Interrupted as fault:
-            patience.wait(fault)
+            retrier.wait(fault)

@@ -56,13 +56,13 @@ class Agreement:
         self._steps += 1
         return (self._steps - 1) % self.every_steps == 0
 
-    def numbers(self, window) -> list[float]:
+    def numbers(self, step_batch) -> list[float]:
         """What this rank adds to the sums, (LENGTH,)."""
-        digest = keyed_u64("agreement", *map(str, self._facts(window).items()))
+        digest = keyed_u64("agreement", *map(str, self._facts(step_batch).items()))
         chunks = [digest >> _CHUNK_BITS * i & (1 << _CHUNK_BITS) - 1 for i in range(_CHUNKS)]
-        return [*chunks, *(chunk**2 for chunk in chunks), self._hash(window, _loaded)]
+        return [*chunks, *(chunk**2 for chunk in chunks), self._hash(step_batch, _loaded)]
 
-    def check(self, window, sums: list[float]) -> None:
+    def check(self, step_batch, sums: list[float]) -> None:
         """Judge the sums of `numbers` over all ranks; a collective only if something is wrong.
 
         Raises:
@@ -71,32 +71,34 @@ class Agreement:
         whole = [int(value) for value in sums]
         pairs = zip(whole[:_CHUNKS], whole[_CHUNKS : 2 * _CHUNKS], strict=True)
         if any(self.ranks.world * square != chunk**2 for chunk, square in pairs):
-            facts = self._gather(self._facts(window))
+            facts = self._gather(self._facts(step_batch))
             raise RanksDisagree(
                 "the ranks disagree on what to run: "
                 + "; ".join(_differences(facts))
                 + ". They must all see the same recipe, run directory and shards"
             )
-        if whole[-1] % (1 << _HASH_BITS) != self._hash(window, _expected):
-            loaded = self._gather({t: _loaded(window, t).tolist() for t in window.positions})
+        if whole[-1] % (1 << _HASH_BITS) != self._hash(step_batch, _expected):
+            loaded = self._gather(
+                {t: _loaded(step_batch, t).tolist() for t in step_batch.positions}
+            )
             raise RanksDisagree(
-                f"step {window.step}: the ranks together have not loaded the global batch: "
-                + "; ".join(_misdealt(window, loaded))
+                f"step {step_batch.step}: the ranks together have not loaded the global batch: "
+                + "; ".join(_misdealt(step_batch, loaded))
             )
 
-    def _facts(self, window) -> dict[str, str]:
+    def _facts(self, step_batch) -> dict[str, str]:
         """What must be equal on all ranks, in words."""
         parts = [
-            f"{part.task} in {len(part.micro_batches)} micro-steps" + _span(window, part.task)
-            for part in window.parts
+            f"{part.task} in {len(part.micro_batches)} micro-steps" + _span(step_batch, part.task)
+            for part in step_batch.parts
         ]
-        return {"step": str(window.step), "parts": " + ".join(parts), **self.common}
+        return {"step": str(step_batch.step), "parts": " + ".join(parts), **self.common}
 
-    def _hash(self, window, positions: Callable[[Any, str], np.ndarray]) -> int:
+    def _hash(self, step_batch, positions: Callable[[Any, str], np.ndarray]) -> int:
         total = 0
-        for task in window.positions:
+        for task in step_batch.positions:
             key = np.uint64(keyed_u64("agreement", task))
-            hashes = mix64(positions(window, task).astype(np.uint64) + key)
+            hashes = mix64(positions(step_batch, task).astype(np.uint64) + key)
             total += int((hashes >> np.uint64(64 - _HASH_BITS)).sum(dtype=np.uint64))
         return total % (1 << _HASH_BITS)
 
@@ -106,19 +108,19 @@ class Agreement:
         return everyone
 
 
-def _span(window, task: str) -> str:
-    span = window.positions.get(task)
+def _span(step_batch, task: str) -> str:
+    span = step_batch.positions.get(task)
     return "" if span is None else f", positions {span.start} to {span.stop - 1}"
 
 
-def _expected(window, task: str) -> np.ndarray:
-    span = window.positions[task]
+def _expected(step_batch, task: str) -> np.ndarray:
+    span = step_batch.positions[task]
     return np.arange(span.start, span.stop)
 
 
-def _loaded(window, task: str) -> np.ndarray:
+def _loaded(step_batch, task: str) -> np.ndarray:
     """Positions of this rank's samples of a task; padding rows (-1) are left out."""
-    batches = [b for part in window.parts if part.task == task for b in part.micro_batches]
+    batches = [b for part in step_batch.parts if part.task == task for b in part.micro_batches]
     positions = np.concatenate([batch["position"].numpy() for batch in batches])
     return positions[positions >= 0]
 
@@ -137,10 +139,10 @@ def _differences(facts: list[dict[str, str]]) -> list[str]:
     return found
 
 
-def _misdealt(window, loaded: list[dict[str, list[int]]]) -> list[str]:
+def _misdealt(step_batch, loaded: list[dict[str, list[int]]]) -> list[str]:
     """One text per part of which positions are missing, doubled or foreign."""
     found = []
-    for task, span in window.positions.items():
+    for task, span in step_batch.positions.items():
         owners: dict[int, list[int]] = {}
         for rank, own in enumerate(loaded):
             for position in own[task]:

@@ -1,6 +1,6 @@
 """The training loop: the same task, or the same mixture of tasks, on every rank in every step.
 
-The loop knows no objective, no model and no data format. A step is a `StepWindow` from the loader:
+The loop knows no objective, no model and no data format. A step is a `StepBatch` from the loader:
 the micro-batches of one task's global batch that fall to this rank (of several tasks' batches, if
 the schedule mixes them). Whatever ranks must agree on (the counts that scale the losses, requests
 to stop or save, now and then what it is that they run) travels in one all-reduce a step.
@@ -25,7 +25,7 @@ from pretrain.engine.report.counted import TargetWatch, has_targets, with_absenc
 from pretrain.engine.report.own_time import OwnTime
 from pretrain.engine.report.step_report import StepReport
 from pretrain.engine.zero.update_size import mean_square_share
-from pretrain.engine.zero.zero import TaskWindow, accumulate_parts, set_learning_rate, to_device
+from pretrain.engine.zero.zero import TaskBatch, accumulate_parts, set_learning_rate, to_device
 
 log = logging.getLogger("omnipretrain.loop")
 
@@ -127,17 +127,17 @@ class Loop:
 
     def run(
         self,
-        windows: Iterable,
+        step_batches: Iterable,
         state: TrainerState,
         *,
         wants_report: Callable[[int, bool], bool],
         on_report: Callable[[TrainerState, StepReport], None],
         after_step: Callable[[TrainerState, bool], bool | None],
     ) -> str | None:
-        """Take one step per window until the windows end or somebody asks to stop.
+        """Take one step for each of `step_batches`, until they end or somebody asks to stop.
 
         Args:
-            windows: `StepWindow`s from step `state.step` on.
+            step_batches: from step `state.step` on.
             state: updated in place.
             wants_report: (step, whether the run stops with it) -> whether its metrics are reduced
                 and reported; the same on all ranks.
@@ -146,7 +146,7 @@ class Loop:
                 all ranks have agreed meanwhile to stop.
 
         Returns:
-            Why the run was stopped, or None when the windows ended.
+            Why the run was stopped, or None when they ended.
 
         Raises:
             TrainingFailed: too many steps in a row had a non-finite gradient.
@@ -154,8 +154,8 @@ class Loop:
             RanksDisagree: on every rank, if they do not run the same.
         """
         self._begin_mark = time.perf_counter()
-        for window in windows:
-            reports, requests = self._step(window, state, wants_report)
+        for step_batch in step_batches:
+            reports, requests = self._step(step_batch, state, wants_report)
             if self.ranks.leads:
                 self.control.beat()
             for report in reports:
@@ -174,39 +174,39 @@ class Loop:
     # ---- one step ------------------------------------------------------------------------------
 
     def _step(
-        self, window, state: TrainerState, wants_report: Callable[[int, bool], bool]
+        self, step_batch, state: TrainerState, wants_report: Callable[[int, bool], bool]
     ) -> tuple[list[StepReport], tuple]:
         waited = time.perf_counter()
-        totals, agreed = self._agree(window)
+        totals, agreed = self._agree(step_batch)
         # Element-wise draws (dropout) belong to (seed, step, rank): a resume repeats them.
-        torch.manual_seed(keyed_u64(self.seed, "dropout", window.step, self.ranks.rank) >> 1)
-        rate = self.rate_factor(window.step)
+        torch.manual_seed(keyed_u64(self.seed, "dropout", step_batch.step, self.ranks.rank) >> 1)
+        rate = self.rate_factor(step_batch.step)
         set_learning_rate(self.engine, self.base_rate, rate)
-        if len(window.parts) == 1:
-            self.before_step(window.step, window.parts[0].task)
-        weights = self._weights(window)
-        clocked = self.own_time if wants_report(window.step, False) else None
+        if len(step_batch.parts) == 1:
+            self.before_step(step_batch.step, step_batch.parts[0].task)
+        weights = self._weights(step_batch)
+        clocked = self.own_time if wants_report(step_batch.step, False) else None
         with clocked or contextlib.nullcontext():
             shares = accumulate_parts(
                 self.engine,
                 [
-                    TaskWindow(
+                    TaskBatch(
                         part.task,
                         self._on_device(part),
                         totals[part.task],
                         weights[part.task],
-                        window.step,
+                        step_batch.step,
                     )
-                    for part in window.parts
+                    for part in step_batch.parts
                 ],
             )
         applied = self.engine.was_step_applied()
         if applied:
             self.after_update(state.step - state.skipped_steps)
-        state.step = window.step + 1
+        state.step = step_batch.step + 1
         state.skipped_steps += not applied
         state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
-        for part in window.parts:
+        for part in step_batch.parts:
             samples = state.samples.get(part.task, 0) + self.global_batches[part.task]
             state.samples[part.task] = samples
         # Here the host waits until the device has stepped: `seconds` are those of the whole step,
@@ -216,17 +216,17 @@ class Loop:
             self._leave_lost_run()
         requests = stop > 0, save > 0, profile > 0, writing > 0
         counts, taught = _by_task(totals, sums), False
-        for part in window.parts:
+        for part in step_batch.parts:
             objective = self.engine.module.objectives[part.task]
             self.targets.observe(state.step, part.task, objective, counts[part.task])
             taught = taught or has_targets(objective, counts[part.task])
         now = time.perf_counter()
-        seconds = {**window.seconds, "wait": waited - self._begin_mark, "step": now - waited}
+        seconds = {**step_batch.seconds, "wait": waited - self._begin_mark, "step": now - waited}
         seconds["total"] = now - self._begin_mark
-        data_s = window.seconds.get("wait", 0.0)  # without what rank 0 writes between steps
+        data_s = step_batch.seconds.get("wait", 0.0)  # without what rank 0 writes between steps
         seconds["own"] = data_s + (clocked.seconds() if clocked else 0.0)
         self._begin_mark = now
-        if not wants_report(window.step, stop > 0):
+        if not wants_report(step_batch.step, stop > 0):
             return [], requests
         if applied and (size := mean_square_share(self.engine, self.ranks.device)) is not None:
             shares[""] = {"update_size": size}
@@ -248,7 +248,7 @@ class Loop:
                 | self._sizes(part, weights),
                 seconds,
             )
-            for part in window.parts
+            for part in step_batch.parts
         ], requests
 
     def _on_device(self, part) -> list[dict]:
@@ -259,10 +259,10 @@ class Loop:
             for batch in part.micro_batches
         ]
 
-    def _weights(self, window) -> Mapping[str, float]:
+    def _weights(self, step_batch) -> Mapping[str, float]:
         if self.loss_weights is None:
-            return {part.task: 1.0 for part in window.parts}
-        return self.loss_weights(window.step)
+            return {part.task: 1.0 for part in step_batch.parts}
+        return self.loss_weights(step_batch.step)
 
     def _sizes(self, part, weights: Mapping[str, float]) -> dict[str, float]:
         objective = self.engine.module.objectives[part.task]
@@ -273,7 +273,7 @@ class Loop:
         weight = weights[part.task]
         return sizes if weight == 1.0 else sizes | {"loss_weight": weight}
 
-    def _agree(self, window) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
+    def _agree(self, step_batch) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
         """Sum over all ranks: the counts of each part, flags (`_FLAGS`), the check.
 
         Returns:
@@ -281,7 +281,7 @@ class Loop:
             in the order of `_by_task`, for the host when it waits for the device anyway.
         """
         counts: dict[tuple[str, str], int] = {}
-        for part in window.parts:
+        for part in step_batch.parts:
             objective = self.engine.module.objectives[part.task]
             for batch in part.micro_batches:
                 for name, count in objective.counts(batch).items():
@@ -295,7 +295,7 @@ class Loop:
             lost = self.control.ownership.lost
         names = sorted(counts)
         checked = self.agreement.due()
-        check = self.agreement.numbers(window) if checked else [0] * LENGTH
+        check = self.agreement.numbers(step_batch) if checked else [0] * LENGTH
         spare = [0] * (-len(names) % _COUNT_SLOTS)
         values = torch.tensor(
             [
@@ -313,8 +313,8 @@ class Loop:
         )
         dist.all_reduce(values)
         if checked:
-            self.agreement.check(window, values[:LENGTH].tolist())
-        totals: dict[str, dict[str, torch.Tensor]] = {part.task: {} for part in window.parts}
+            self.agreement.check(step_batch, values[:LENGTH].tolist())
+        totals: dict[str, dict[str, torch.Tensor]] = {part.task: {} for part in step_batch.parts}
         summed = values[LENGTH + _FLAGS :].float().unbind()
         for (task, name), total in zip(names, summed, strict=False):
             totals[task][name] = total

@@ -30,7 +30,7 @@ Shares = dict[str, Tensor]
 """Name -> 0-dim float32: a share of the loss ("loss", with a graph) or of a metric. Summed over all
 micro-batches and ranks each is the value for the global batch."""
 
-Part = Literal["shared", "losses_in_pass", "targets", "features", "undivided"]
+Method = Literal["shared", "losses_in_pass", "targets", "features", "undivided"]
 """Methods that read parameters; the engine calls them by these names, through `forward`."""
 
 
@@ -148,9 +148,9 @@ class Objective(nn.Module, ABC):
         """`losses` of a micro-batch that is all that this rank has of the global batch."""
         return self.losses(modules, batch, totals, self.shared(modules, batch["step_draws"]))
 
-    def forward(self, modules: Modules, part: Part, *arguments: Any) -> dict[str, Tensor]:
-        """One part, within the module's own call: there ZeRO-3 gathers the parameters."""
-        return getattr(self, part)(modules, *arguments)
+    def forward(self, modules: Modules, method: Method, *arguments: Any) -> dict[str, Tensor]:
+        """One method, within the module's own call: there ZeRO-3 gathers the parameters."""
+        return getattr(self, method)(modules, *arguments)
 
 
 class CoupledObjective(Objective):

@@ -105,7 +105,7 @@ class MTAdamW(torch.optim.Optimizer):
         if self.normalise and self.gradient_norm is None:
             raise RuntimeError(
                 "MTAdamW needs gradient_norm, the norm of the whole gradient, before step(); under "
-                "ZeRO pretrain.engine.zero.balance.TaskBalance sets it"
+                "ZeRO pretrain.engine.zero.step_preparation.StepPreparation sets it"
             )
         for group in self.param_groups:
             # Tensors that have seen the same steps share their scalars, and one call.

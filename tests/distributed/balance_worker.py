@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pretrain.engine.launch.distributed import init_distributed, leave, shutdown
-from pretrain.engine.zero.balance import TaskBalance
 from pretrain.engine.zero.ema import Ema
 from pretrain.engine.zero.partitions import gathered, list_partitions
+from pretrain.engine.zero.step_preparation import StepPreparation
 from pretrain.engine.zero.update_size import mean_square_share
 from pretrain.engine.zero.zero import accumulate_and_step, set_learning_rate, start_engine
 from pretrain.optim.ema import EmaSettings
@@ -107,7 +107,7 @@ def golden_cell(ranks, path: Path, stage: int, out: Path) -> dict:
     inner.normalise, inner.compensate = hyper["normalise"], hyper["compensate"]
     inner.bias_correction = hyper["bias_corr"]
     ratios = {str(k): s for k, s in enumerate(golden["sampling_ratio"].tolist())}
-    balance = TaskBalance(engine, settings, lambda step: ratios)
+    balance = StepPreparation(engine, settings, lambda step: ratios)
     share = (ranks.rank + 1) / sum(range(1, ranks.world + 1))
     saved: dict[str, list] = {name: [] for name in hyper["groups"]}
     for step, task in enumerate(golden["task_id"].tolist()):

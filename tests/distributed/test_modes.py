@@ -52,8 +52,8 @@ def plain_losses(data, tmp_path_factory):
         STEPS,
     )
     losses = []
-    for window in loader:
-        (batch,) = window.micro_batches
+    for step_batch in loader:
+        (batch,) = step_batch.micro_batches
         totals = {
             k: torch.tensor(float(v)) for k, v in model.objectives["caption"].counts(batch).items()
         }
@@ -62,7 +62,7 @@ def plain_losses(data, tmp_path_factory):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
         for group in optimizer.param_groups:
-            factor = lr_factor(window.step, recipe.schedule, recipe.steps)
+            factor = lr_factor(step_batch.step, recipe.schedule, recipe.steps)
             group["lr"] = recipe.optimizer.lr * group["lr_multiplier"] * factor
         optimizer.step()
         losses.append(loss.item())

@@ -2,7 +2,7 @@
 
 import torch
 
-from pretrain.engine.zero.balance import TaskBalance
+from pretrain.engine.zero.step_preparation import StepPreparation
 from pretrain.engine.zero.zero import accumulate_and_step, set_learning_rate
 from pretrain.models.multitask import MultiTaskModel
 from pretrain.optim.groups import OptimizerSettings
@@ -49,8 +49,8 @@ def task_of(step: int) -> str:
     return TASKS[step % len(TASKS)]
 
 
-def balance_for(engine, settings: OptimizerSettings) -> TaskBalance:
-    return TaskBalance(engine, settings, lambda step: RATIOS)
+def balance_for(engine, settings: OptimizerSettings) -> StepPreparation:
+    return StepPreparation(engine, settings, lambda step: RATIOS)
 
 
 def take_step(engine, balance, settings, ranks, step: int, micro_steps: int = 1) -> torch.Tensor:

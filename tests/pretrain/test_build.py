@@ -198,7 +198,7 @@ def test_check_counts_images_however_often_they_are_repeated(data, recipe_file, 
     recipe = load_recipe(recipe_file, repeats)
     stream = build_streams(recipe, build_tokenizer(recipe))["caption"]
     rows = stream.order.rows(np.arange(8)).reshape(2, 4)
-    assert (rows[0] == rows[1]).all() and stream.epochs(96) == {"epoch": 0.8}
+    assert (rows[0] == rows[1]).all() and stream.epoch_metrics(96) == {"epoch": 0.8}
 
 
 def test_check_tells_what_a_cache_will_do(recipe_file, tmp_path, capsys):
@@ -256,7 +256,7 @@ def test_conditions_decide_what_is_read_and_check_tells(data, recipe_file, capsy
     tokenizer = build_tokenizer(recipe)
     stream = build_streams(recipe, tokenizer)["caption"]
     assert sorted(stream.order.rows(np.arange(24)).tolist()) == list(range(24))
-    assert stream.epochs(36) == {"epoch": 1.5}
+    assert stream.epoch_metrics(36) == {"epoch": 1.5}
     loaders = [build_evaluation_loader(recipe, "caption", tokenizer, rank, 2) for rank in range(2)]
     keys = [key for loader in loaders for batch in loader for key in batch["key"]]
     assert sorted(filter(None, keys)) == [f"{n:06d}" for n in range(4, 10)]

@@ -152,7 +152,7 @@ class DataBench:
         self.image = ImageSettings(size=size, flip_probability=0.5, scaled_decode_margin=None)
         self.tokenizer = train_byte_level_bpe([CAPTION.decode()] * 2, 300)
         data = CaptionDataSettings(shards=["unused"], image=self.image)
-        self.fields = CaptionProcessor(data, self.tokenizer, train=True)
+        self.processor = CaptionProcessor(data, self.tokenizer, train=True)
         self.transform = ImageTransform(self.image)
         self.big_order = Order.plan(10**9, 0, 1024)
         urls = [shard.path for shard in shards.shards]
@@ -169,7 +169,9 @@ class DataBench:
 
     def _loader(self, start: int, stop: int, workers: int) -> Iterator[dict[str, Any]]:
         order = Order.plan(self.samples, 0, BATCH)
-        stream = TaskStream("bench", SampleReader(self.shards), order, self.fields, 0, BATCH, BATCH)
+        stream = TaskStream(
+            "bench", SampleReader(self.shards), order, self.processor, 0, BATCH, BATCH
+        )
         settings = LoaderSettings(workers=workers, prefetch_batches=2)
         loader = StepLoader(
             {"bench": stream}, lambda step: ("bench", step), settings, 0, 1, start, stop
@@ -179,7 +181,7 @@ class DataBench:
     def decode_fast(self, sample: dict[str, Any]) -> dict[str, Any]:
         """The very code that the loader of this project runs on a sample."""
         key, members = sample["__key__"], {"jpg": sample["jpg"], "txt": sample["txt"]}
-        return self.fields.sample(Sample(0, "", key, members), self._rng_for(key))
+        return self.processor.sample(Sample(0, "", key, members), self._rng_for(key))
 
     def limit(self, work: Callable[[range], None]) -> float:
         """Work on images in memory in as many processes, keeping nothing."""
@@ -216,7 +218,7 @@ class DataBench:
         return calls * 128
 
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.fields.collate(items, [True] * len(items))
+        return self.processor.collate(items, [True] * len(items))
 
     def _rng_for(self, key: str):
         return lambda purpose: sample_rng(0, "bench", int(key), purpose)

@@ -191,13 +191,13 @@ def _tell_task(engine, task: str) -> None:
 
 
 def _ours(args: argparse.Namespace, engine, batches: dict[str, list], ranks, folder: Path):
-    from data_pipeline.loader.loader import Part, StepWindow
+    from data_pipeline.loader.loader import StepBatch, TaskMicroBatches
     from pretrain.engine.control.control import ControlFolder, StopSignals
     from pretrain.engine.control.ownership import claim
     from pretrain.engine.loop import Loop, TrainerState
     from pretrain.engine.report.metrics_log import LoggingSettings, MetricsLog
     from pretrain.engine.report.throughput import Throughput
-    from pretrain.engine.zero.balance import TaskBalance
+    from pretrain.engine.zero.step_preparation import StepPreparation
 
     control = ControlFolder(folder, claim(folder, {}))
     throughput = Throughput(ranks, peak_tflops_per_device=None)
@@ -212,19 +212,19 @@ def _ours(args: argparse.Namespace, engine, batches: dict[str, list], ranks, fol
         control,
         StopSignals(),
         schedule.loss_weights,
-        before_step=TaskBalance(engine, _settings(args), schedule.ratio).before_step,
+        before_step=StepPreparation(engine, _settings(args), schedule.ratio).before_step,
     )
     settings = LoggingSettings(every_steps=args.log_every)
     log = MetricsLog(folder, ranks.rank, 0, args.steps, settings)
 
-    def windows():
+    def step_batches():
         for step in range(args.steps):
             task, _ = schedule(step)
-            yield StepWindow(step, [Part(task, batches[task])], {"wait": 0.0})
+            yield StepBatch(step, [TaskMicroBatches(task, batches[task])], {"wait": 0.0})
 
     def case() -> int:
         loop.run(
-            windows(),
+            step_batches(),
             TrainerState(),
             wants_report=lambda step, stops: log.due(step + 1, args.steps),
             on_report=lambda state, report: log.log(

@@ -59,7 +59,7 @@ class RemoteBench:
         size = sum(shard.bytes for shard in local.shards)
         self.cache = CacheSettings(folder=str(cache), max_gib=0.7 * size / 2**30)
         data = CaptionDataSettings(shards=["unused"], image=ImageSettings())
-        self.fields = CaptionProcessor(
+        self.processor = CaptionProcessor(
             data, train_byte_level_bpe([CAPTION.decode()] * 2, 300), train=True
         )
         self.waits: dict[str, list[list[float]]] = {case: [] for case in self.shards}
@@ -71,7 +71,7 @@ class RemoteBench:
         shards, cache = self.shards[case], self.cache if case == CACHED else None
         reader = SampleReader(shards, source=CachedShards(shards, cache) if cache else None)
         order = Order.plan(len(shards), 0, BATCH)
-        stream = TaskStream("bench", reader, order, self.fields, 0, BATCH, BATCH)
+        stream = TaskStream("bench", reader, order, self.processor, 0, BATCH, BATCH)
         loader = StepLoader(
             {"bench": stream},
             lambda step: ("bench", step),

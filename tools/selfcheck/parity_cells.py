@@ -227,7 +227,7 @@ def refusal(ranks, cell: Cell) -> dict[str, str]:
 def run_cell(ranks, cell: Cell, out: Path) -> dict[str, list]:
     """Train STEPS steps; losses, gradient norms and what went wrong; all tensors into a file."""
     from pretrain.engine.zero.zero import (
-        TaskWindow,
+        TaskBatch,
         accumulate_parts,
         set_learning_rate,
         start_engine,
@@ -250,7 +250,7 @@ def run_cell(ranks, cell: Cell, out: Path) -> dict[str, list]:
         parts = cell.parts(step)
         given = [dict(mapping) for mapping in (*micro, totals)]
         shares = accumulate_parts(
-            engine, [TaskWindow(task, micro, totals, weight) for task, weight in parts.items()]
+            engine, [TaskBatch(task, micro, totals, weight) for task, weight in parts.items()]
         )
         for mapping, before in zip((*micro, totals), given, strict=True):
             wrong += [

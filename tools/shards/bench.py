@@ -16,7 +16,7 @@ from data_pipeline.images.transforms import ImageSettings
 from data_pipeline.order.order import Order
 from data_pipeline.reading.reader import BadSample, Sample, SampleReader
 from data_pipeline.rng import sample_rng
-from data_pipeline.samples.image_fields import ImageProcessor
+from data_pipeline.samples.images import ImageProcessor
 from data_pipeline.samples.members import AbsentValue, bad
 from data_pipeline.samples.pictures import PictureDataSettings
 from data_pipeline.shards.shard_set import ShardSet
@@ -79,7 +79,7 @@ class ShardBench:
         self.rows = self.order.rows(np.arange(min(samples, len(shards)))).tolist()
         settings = ImageSettings(size=size, flip_probability=0.5)
         self.settings = PictureDataSettings(shards=["unused"], image=settings)
-        self.fields = ImageProcessor(self.settings, train=True)
+        self.processor = ImageProcessor(self.settings, train=True)
         self.images = 0
         """Rows whose image can be decoded."""
 
@@ -129,15 +129,15 @@ class ShardBench:
 
     def decode(self) -> float:
         """The image in full."""
-        for sample in self._samples(self.fields.extensions):
+        for sample in self._samples(self.processor.extensions):
             self._decoded(sample)
         return len(self.rows)
 
     def crop(self) -> float:
         """A random-resized crop, as in training; scaled decoding where the crop allows it."""
-        for sample in self._samples(self.fields.extensions):
+        for sample in self._samples(self.processor.extensions):
             draws = partial(sample_rng, 0, "bench", sample.row)
-            self.fields.load_image(sample, draws, None, None)
+            self.processor.load_image(sample, draws, None, None)
         return len(self.rows)
 
     def load(self, workers: int) -> float:
@@ -145,7 +145,7 @@ class ShardBench:
         from data_pipeline.loader.loader import LoaderSettings, StepLoader, TaskStream
 
         stream = TaskStream(
-            "bench", SampleReader(self.shards), self.order, self.fields, 0, _BATCH, _BATCH
+            "bench", SampleReader(self.shards), self.order, self.processor, 0, _BATCH, _BATCH
         )
         settings = LoaderSettings(workers=workers, max_bad_fraction=1.0)
         steps = max(1, len(self.rows) // _BATCH)

@@ -26,7 +26,7 @@ _NAME_BYTES = 100
 
 
 @dataclass
-class Part:
+class Archive:
     """One archive of those that a file holds."""
 
     members: list[Member] = field(default_factory=list)
@@ -85,12 +85,12 @@ def salvage(path: str, folder: Path) -> Salvage:
 # ---- members -------------------------------------------------------------------------------------
 
 
-def _parts(file: BinaryIO, content: mmap.mmap, shard: str) -> list[Part]:
+def _parts(file: BinaryIO, content: mmap.mmap, shard: str) -> list[Archive]:
     """The archives in a file that stand one behind the other, with what is lost of each.
 
     Errors: ShardError if the file is compressed.
     """
-    parts, position, end = [Part()], 0, len(content)
+    parts, position, end = [Archive()], 0, len(content)
     while position < end:
         try:
             for member in iter_members(file, shard, end, position):
@@ -113,20 +113,20 @@ def _parts(file: BinaryIO, content: mmap.mmap, shard: str) -> list[Part]:
             whole = at - error.marker >= 2 * BLOCK
             if not whole:  # else a header may have been overwritten
                 parts[-1].damage.append((len(parts[-1].members), error.marker, error.marker))
-            parts.append(Part(damage=[] if whole else [(0, error.marker, error.marker)]))
+            parts.append(Archive(damage=[] if whole else [(0, error.marker, error.marker)]))
     return parts
 
 
-def _swallowed(parts: list[Part], member: Member, inner: int) -> int:
+def _swallowed(parts: list[Archive], member: Member, inner: int) -> int:
     """A cut member in front of another archive, whose headers lie in its payload."""
     part = parts[-1]
     part.lost[member.name] = f"byte {member.begin}: {member.name!r} is cut: an archive follows"
     part.damage.append((len(part.members), member.begin, member.begin))
-    parts.append(Part())
+    parts.append(Archive())
     return inner
 
 
-def _behind_damage(content: mmap.mmap, parts: list[Part], at: int, error: ShardError) -> int:
+def _behind_damage(content: mmap.mmap, parts: list[Archive], at: int, error: ShardError) -> int:
     """Note the damage at byte `at`; return where the next header lies, or the end of the file."""
     part, end = parts[-1], len(content)
     last = part.members[-1] if part.members else None
@@ -191,7 +191,9 @@ class _Group:
     """Why it is not whole."""
 
 
-def _index(file: BinaryIO, path: str, part: Part, known: set[str], lost: list[str]) -> ShardIndex:
+def _index(
+    file: BinaryIO, path: str, part: Archive, known: set[str], lost: list[str]
+) -> ShardIndex:
     """Index the whole samples of an archive; append a line to `lost` for whatever is not whole.
 
     known: all extensions in the file.
@@ -234,7 +236,7 @@ def _groups(members: list[Member]) -> list[_Group]:
     return groups
 
 
-def _judge(groups: list[_Group], part: Part, known: set[str]) -> None:
+def _judge(groups: list[_Group], part: Archive, known: set[str]) -> None:
     """Give a reason to each group that is no whole sample."""
     keys = {split[0]: why for name, why in part.lost.items() if (split := split_name(name))}
     seen: dict[str, set[str]] = {}

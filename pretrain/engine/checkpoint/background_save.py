@@ -30,7 +30,7 @@ class BackgroundCheckpoints(Checkpoints):
 
     def __init__(self, *more, device: torch.device, limit_s: float = float("inf"), **named) -> None:
         super().__init__(*more, **named)
-        self._part = BackgroundPart(device, limit_s)
+        self._part = BackgroundWriter(device, limit_s)
         self._saving: Saving | None = None
         self._committer = ThreadPoolExecutor(1, "checkpoint")
         self._committed: Future | None = None
@@ -108,7 +108,7 @@ class BackgroundCheckpoints(Checkpoints):
         self._part.close()
 
 
-class BackgroundPart:
+class BackgroundWriter:
     """This rank's part: one snapshot at a time, and its writer; both are made with the first.
 
     Args:

@@ -115,7 +115,7 @@ def set_learning_rate(engine, base: float, factor: float) -> None:
         group["lr"] = base * group["lr_multiplier"] * factor
 
 
-class TaskWindow(NamedTuple):
+class TaskBatch(NamedTuple):
     """What one step runs of one task on this rank."""
 
     task: str
@@ -136,10 +136,10 @@ def accumulate_and_step(
     step: int = 0,
 ) -> Shares:
     """`accumulate_parts` for a step of one task; returns its metrics."""
-    return accumulate_parts(engine, [TaskWindow(task, micro_batches, totals, step=step)])[task]
+    return accumulate_parts(engine, [TaskBatch(task, micro_batches, totals, step=step)])[task]
 
 
-def accumulate_parts(engine, parts: Sequence[TaskWindow]) -> dict[str, Shares]:
+def accumulate_parts(engine, parts: Sequence[TaskBatch]) -> dict[str, Shares]:
     """Forward and backward over all micro-batches of one step, then the optimizer.
 
     The gradient is that of one process with the whole global batches, for the loss
@@ -151,7 +151,7 @@ def accumulate_parts(engine, parts: Sequence[TaskWindow]) -> dict[str, Shares]:
         micro-batches; losses without their weight.
     """
     sums = {
-        part.task: accumulate_window(engine, part, ends_step=index == len(parts) - 1)
+        part.task: accumulate_task(engine, part, ends_step=index == len(parts) - 1)
         for index, part in enumerate(parts)
     }
     engine.step()
@@ -159,7 +159,7 @@ def accumulate_parts(engine, parts: Sequence[TaskWindow]) -> dict[str, Shares]:
     return sums
 
 
-def accumulate_window(engine, window: TaskWindow, ends_step: bool = True) -> Shares:
+def accumulate_task(engine, task_batch: TaskBatch, ends_step: bool = True) -> Shares:
     """Forward and backward of one task's micro-batches; the optimizer is not stepped.
 
     Args:
@@ -170,58 +170,58 @@ def accumulate_window(engine, window: TaskWindow, ends_step: bool = True) -> Sha
     """
     # The engine is handed copies of mappings: ZeRO-3 puts other tensors into the dicts that a
     # module is given, and what is read from them afterwards would have no gradient.
-    objective = engine.module.objectives[window.task]
-    run = partial(engine, window.task, step=window.step)
-    factor = dist.get_world_size() * window.weight
-    if len(window.micro_batches) == 1 and objective.passes(window.micro_batches[0]) == 1:
+    objective = engine.module.objectives[task_batch.task]
+    run = partial(engine, task_batch.task, step=task_batch.step)
+    factor = dist.get_world_size() * task_batch.weight
+    if len(task_batch.micro_batches) == 1 and objective.passes(task_batch.micro_batches[0]) == 1:
         engine.set_gradient_accumulation_boundary(ends_step)
-        (batch,) = window.micro_batches
-        shares = run("undivided", dict(batch), dict(window.totals))
-        run_backward(engine, shares["loss"] * factor, window.task)
+        (batch,) = task_batch.micro_batches
+        shares = run("undivided", dict(batch), dict(task_batch.totals))
+        run_backward(engine, shares["loss"] * factor, task_batch.task)
         return {name: value.detach() for name, value in shares.items()}
     engine.set_gradient_accumulation_boundary(False)
     values = run("shared") if shares_features(objective) else {}
-    coupled = isinstance(objective, CoupledObjective) and len(window.micro_batches) > 1
+    coupled = isinstance(objective, CoupledObjective) and len(task_batch.micro_batches) > 1
     # What the leaves gather in a coupled loss, `engine.backward` has not scaled.
     held = HeldFeatures(values, 1.0 if coupled else engine.optimizer.loss_scale)
     divided = _coupled_losses if coupled else _summed_losses
-    return divided(engine, run, window, held, factor, ends_step)
+    return divided(engine, run, task_batch, held, factor, ends_step)
 
 
 def _coupled_losses(
-    engine, run: Callable, window: TaskWindow, held: HeldFeatures, factor: float, ends_step: bool
+    engine, run: Callable, task_batch: TaskBatch, held: HeldFeatures, factor: float, ends_step: bool
 ) -> Shares:
-    """`accumulate_window` of a loss in which the samples of several micro-batches meet."""
-    cached = CachedFeatures(run, window.micro_batches, engine.device)
-    objective = engine.module.objectives[window.task]
-    shares = cached.loss(objective, held.leaves, window.totals, factor)
-    last = len(window.micro_batches) - 1
+    """`accumulate_task` of a loss in which the samples of several micro-batches meet."""
+    cached = CachedFeatures(run, task_batch.micro_batches, engine.device)
+    objective = engine.module.objectives[task_batch.task]
+    shares = cached.loss(objective, held.leaves, task_batch.totals, factor)
+    last = len(task_batch.micro_batches) - 1
     for index in range(last + 1):
         engine.set_gradient_accumulation_boundary(ends_step and index == last)
         surrogate = cached.surrogate(index)
         if index == last:
             surrogate = surrogate + held.owed()
-        run_backward(engine, surrogate, window.task, "last" if index == last else 0)
+        run_backward(engine, surrogate, task_batch.task, "last" if index == last else 0)
     return shares
 
 
 def _summed_losses(
-    engine, run: Callable, window: TaskWindow, held: HeldFeatures, factor: float, ends_step: bool
+    engine, run: Callable, task_batch: TaskBatch, held: HeldFeatures, factor: float, ends_step: bool
 ) -> Shares:
-    """`accumulate_window` of losses that add up, over micro-batches and their passes. A pass hands
+    """`accumulate_task` of losses that add up, over micro-batches and their passes. A pass hands
     the next one no more than a tensor without gradient."""
-    objective = engine.module.objectives[window.task]
+    objective = engine.module.objectives[task_batch.task]
     sums: Shares = {}
-    for index, batch in enumerate(window.micro_batches):
+    for index, batch in enumerate(task_batch.micro_batches):
         count, carried = objective.passes(batch), None
         for number in range(count):
-            last = index == len(window.micro_batches) - 1 and number == count - 1
+            last = index == len(task_batch.micro_batches) - 1 and number == count - 1
             engine.set_gradient_accumulation_boundary(ends_step and last)
             shares = dict(
                 run(
                     "losses_in_pass",
                     dict(batch),
-                    dict(window.totals),
+                    dict(task_batch.totals),
                     held.seen(last),
                     number,
                     carried,
@@ -231,7 +231,7 @@ def _summed_losses(
             loss = shares["loss"] * factor
             if last:
                 loss = loss + held.owed()
-            run_backward(engine, loss, window.task, "last" if last else number)
+            run_backward(engine, loss, task_batch.task, "last" if last else number)
             for name, value in shares.items():
                 value = value.detach()
                 sums[name] = sums[name] + value if name in sums else value

@@ -31,7 +31,7 @@ Family = Literal["classification", "caption", "mlm", "retrieval", "regions"]
 """Tasks of a family share a temperature."""
 
 
-class Part(NamedTuple):
+class Segment(NamedTuple):
     """Tokens of one kind."""
 
     tokens: Tensor
@@ -85,7 +85,7 @@ class GeneralDecoder(Encoder):
 
     def forward(self, inputs: Tensor, draws: SampleDraws | None = None) -> Tensor:
         """Tokens (B, N, width) that all see each other, as an image that is to be classified."""
-        return self.run([Part(inputs, "image")])[0]
+        return self.run([Segment(inputs, "image")])[0]
 
     def encode(
         self, inputs: Tensor, want: Collection[Output], draws: SampleDraws | None = None, **_
@@ -94,7 +94,9 @@ class GeneralDecoder(Encoder):
         self.unwanted(want, ("tokens",))
         return Encoded(tokens=self(inputs, draws))
 
-    def run(self, parts: Sequence[Part], generator: torch.Generator | None = None) -> list[Tensor]:
+    def run(
+        self, parts: Sequence[Segment], generator: torch.Generator | None = None
+    ) -> list[Tensor]:
         """Outputs (B, N, width) of every part.
 
         generator: of the step (`StepDraws.generator`), for the noise on the choice of experts; it
@@ -104,7 +106,7 @@ class GeneralDecoder(Encoder):
 
     def run_cached(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[Segment],
         seen: Sequence[KeysValues] | None,
         generator: torch.Generator | None = None,
     ) -> tuple[list[Tensor], list[list[KeysValues]]]:
@@ -220,7 +222,7 @@ def caption_masks(
     and itself alone of all queries. Nobody before the text sees it.
 
     length: tokens of the text. before: tokens before it. present: (B, before) bool, those that are
-    there; None: all. Returns masks as of `Part`: (B, 1, 1, before) or None, (B or 1, 1, length,
+    there; None: all. Returns masks as of `Segment`: (B, 1, 1, before) or None, (B or 1, 1, length,
     before + length), (B or 1, 1, length, before + 2 * length).
     """
     if present is not None:

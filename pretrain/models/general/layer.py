@@ -65,7 +65,7 @@ class GeneralLayer(nn.Module):
         noise: Tensor | None = None,
     ) -> tuple[list[Tensor], list[KeysValues]]:
         """parts: (B, n_i, width) each. attributes: number of each part's attribute. masks: as in
-        `Part`, over `seen` too. seen: keys and values of tokens that came before. noise: (2,
+        `Segment`, over `seen` too. seen: keys and values of tokens that came before. noise: (2,
         attributes, experts), for attention and MLP.
 
         Returns the parts, and keys and values of each.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.models.general.decoder import Part, caption_masks
+from pretrain.models.general.decoder import Segment, caption_masks
 from pretrain.models.git.generation import alone
 from pretrain.objectives.captioning.evaluation import evaluate_captions
 from pretrain.objectives.evaluation_mode import evaluating
@@ -80,9 +80,9 @@ class UnifiedCaption(WordObjective):
         queries = decoder.special(len(texts), length).to(prefix.dtype)
         found = decoder.run(
             [
-                Part(prefix, "caption_image", masks[0]),
-                Part(words, "caption_text", masks[1]),
-                Part(queries, "caption_text", masks[2]),
+                Segment(prefix, "caption_image", masks[0]),
+                Segment(words, "caption_text", masks[1]),
+                Segment(queries, "caption_text", masks[2]),
             ],
             noise_of(step),
         )[2].flatten(0, 1)
@@ -126,7 +126,7 @@ class UnifiedCaption(WordObjective):
         ended, parts = torch.zeros(batch, dtype=torch.bool, device=device), []
         for place in range(self.max_new_tokens):
             query = decoder.special(batch, 1, place).to(prefix.tokens.dtype)
-            found, kept = decoder.run_cached([*parts, Part(query, "caption_text")], seen)
+            found, kept = decoder.run_cached([*parts, Segment(query, "caption_text")], seen)
             if parts:
                 seen = [
                     tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
@@ -139,7 +139,7 @@ class UnifiedCaption(WordObjective):
                 break
             known = ids[:, 1 : place + 2]
             words, _ = text.sequence(known, torch.ones_like(known, dtype=torch.bool), causal=True)
-            parts = [Part(words[:, -1:], "caption_text")]
+            parts = [Segment(words[:, -1:], "caption_text")]
         return ids[:, : place + 2]
 
     def evaluate(

@@ -20,7 +20,7 @@ from pretrain.models.build_context import BuildContext
 from pretrain.models.encoder import Encoder
 from pretrain.models.frozen import training_flops
 from pretrain.models.general.attributes import Attribute
-from pretrain.models.general.decoder import Family, GeneralDecoder, Part
+from pretrain.models.general.decoder import Family, GeneralDecoder, Segment
 from pretrain.models.pixels import normalise_pixels
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.models.step_draws import StepDraws
@@ -88,7 +88,7 @@ class UnifiedParts:
         images: Tensor,
         attribute: Attribute,
         draws: SampleDraws | None = None,
-    ) -> Part:
+    ) -> Segment:
         """[SPE, tokens] of images (B, 3, H, W), uint8 or normalised."""
         encoder = modules[self.image]
         if images.dtype == torch.uint8:
@@ -102,14 +102,14 @@ class UnifiedParts:
         attribute: Attribute,
         present: Tensor | None = None,
         documents: Tensor | None = None,
-    ) -> Part:
+    ) -> Segment:
         """[SPE, text] of texts (B, T) int64; further arguments as of `Bert.sequence`."""
         found, present = modules[self.text].sequence(tokens, present, documents=documents)
         mask = F.pad(present, (1, 0), value=True)[:, None, None]
         return self._begun(modules, found, attribute)._replace(mask=mask)
 
     def compared(
-        self, modules: Modules, part: Part, draws: StepDraws | None, at: int | slice = 0
+        self, modules: Modules, part: Segment, draws: StepDraws | None, at: int | slice = 0
     ) -> Tensor:
         """What is held against others, of the outputs at `at`: float32 of unit length."""
         decoder = modules[self.decoder]
@@ -152,9 +152,9 @@ class UnifiedParts:
                 found.append(encode(*piece))
         return gather_rows(torch.cat(found))[:count]
 
-    def _begun(self, modules: Modules, tokens: Tensor, attribute: Attribute) -> Part:
+    def _begun(self, modules: Modules, tokens: Tensor, attribute: Attribute) -> Segment:
         special = modules[self.decoder].special(len(tokens))
-        return Part(torch.cat([special.to(tokens.dtype), tokens], dim=1), attribute)
+        return Segment(torch.cat([special.to(tokens.dtype), tokens], dim=1), attribute)
 
     def all_of(self, modules: Modules) -> list[nn.Module]:
         """The modules that are read."""

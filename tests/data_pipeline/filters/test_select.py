@@ -151,7 +151,7 @@ def test_sources_read_kept_rows_only(tmp_path, shards):
     assert len(of_a) == 6 * 19 and (of_a % 5 == 2).all()
     assert np.array_equal(np.bincount(of_a)[2::5], np.full(19, 6))  # six whole epochs
     assert sorted(set(rows[rows >= SAMPLES].tolist())) == [SAMPLES + n for n in (1, 2, 3)]
-    assert order.epochs(8 * 19) == {"a": 6.0, "b": 38 / 3}
+    assert order.epochs_by_source(8 * 19) == {"a": 6.0, "b": 38 / 3}
     substitutes = order.rows(np.arange(50), attempt=1)
     assert (substitutes[substitutes < SAMPLES] % 5 == 2).all()
 
@@ -162,7 +162,7 @@ def test_what_takes_part_is_told_apart(shards):
         for where in (None, "width > 50", "width > 51", "50 < width", "width > 0")
     ]
     assert isinstance(orders[1], KeptOrder) and not isinstance(orders[4], KeptOrder)
-    told = [order.taking_part for order in orders]
+    told = [order.selection_fingerprint for order in orders]
     assert told[0] == told[4] and told[1] == told[3]
     assert len(set(told)) == 3
 

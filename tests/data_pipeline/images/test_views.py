@@ -17,7 +17,7 @@ from data_pipeline.order.order import Order
 from data_pipeline.reading.reader import Sample, SampleReader
 from data_pipeline.rng import sample_rng
 from data_pipeline.samples.captions import CaptionDataSettings
-from data_pipeline.samples.image_fields import ImageProcessor
+from data_pipeline.samples.images import ImageProcessor
 from data_pipeline.samples.pictures import PictureDataSettings
 from tests.data_pipeline.photos import encoded, jpeg, pack, photograph, picture
 

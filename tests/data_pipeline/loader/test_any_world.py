@@ -199,7 +199,11 @@ def test_epochs_of_sources_are_exact_with_conditions(folders):
     rows = task.order.rows(np.arange(samples))
     of_x, of_y = rows[rows < SIZES["x"]], rows[rows >= SIZES["x"]]
     assert (len(of_x), len(of_y)) == (240, 80)
-    assert task.epochs(samples) == {"epoch": samples / 55, "epoch_x": 240 / 45, "epoch_y": 8.0}
+    assert task.epoch_metrics(samples) == {
+        "epoch": samples / 55,
+        "epoch_x": 240 / 45,
+        "epoch_y": 8.0,
+    }
     assert set(np.bincount(of_x)[[n for n in range(60) if n % 4]].tolist()) == {5, 6}
     assert np.bincount(of_y - SIZES["x"]).tolist() == [8] * 10
 

@@ -174,4 +174,4 @@ def test_storage_that_fails_ends_the_run_and_changes_no_data(tmp_path, workers):
 def test_an_order_for_another_data_set_is_refused(damaged, tmp_path):
     task = stream(pack(tmp_path, 20), 12, 4)
     with pytest.raises(ValueError, match="planned for 20 samples, the shards hold 103"):
-        type(task)("a", stream(damaged).reader, task.order, task.fields, 0, 12, 4)
+        type(task)("a", stream(damaged).reader, task.order, task.processor, 0, 12, 4)

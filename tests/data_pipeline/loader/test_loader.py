@@ -183,11 +183,11 @@ def test_leaving_early_ends_the_workers(shards):
 class Slow:
     """Fields that take a nap at one row."""
 
-    def __init__(self, fields: CaptionProcessor, row: int, seconds: float) -> None:
-        self.fields, self.row, self.seconds = fields, row, seconds
+    def __init__(self, processor: CaptionProcessor, row: int, seconds: float) -> None:
+        self.processor, self.row, self.seconds = processor, row, seconds
 
     def __getattr__(self, name: str):
-        return getattr(self.__dict__["fields"], name)
+        return getattr(self.__dict__["processor"], name)
 
     def of_step(self, *step):
         return self
@@ -198,14 +198,14 @@ class Slow:
     def sample(self, sample, *arguments):
         if sample.row == self.row:
             time.sleep(self.seconds)
-        return self.fields.sample(sample, *arguments)
+        return self.processor.sample(sample, *arguments)
 
 
 def test_a_stall_names_what_is_being_processed(shards, caplog):
     slow = loader(shards, stop=3, workers=1, stall_seconds=0.2)
     sleepy = slow.streams["a"]
     row = int(sleepy.order.rows(np.array([5]))[0])
-    sleepy.fields = Slow(sleepy.fields, row, 1.0)
+    sleepy.processor = Slow(sleepy.processor, row, 1.0)
     with caplog.at_level(logging.WARNING, "omnipretrain.data"):
         assert len(list(slow)) == 3
     stalls = [r.getMessage() for r in caplog.records if "no batch for" in r.getMessage()]
@@ -220,7 +220,7 @@ def test_what_storage_did_is_counted_by_task(shards):
         for batch in window.micro_batches:
             rows[window.task] += batch["row"][batch["valid"]].tolist()
     for task, read in rows.items():
-        extensions = loads.streams[task].fields.extensions
+        extensions = loads.streams[task].processor.extensions
         wanted = 0
         for row in read:
             members = shards.index(row // 25).members(row % 25)
@@ -237,13 +237,13 @@ def test_a_defect_says_where_it_happened(shards):
         def sample(self, sample, *arguments):
             if sample.row == self.row:
                 raise ZeroDivisionError("a defect")
-            return self.fields.sample(sample, *arguments)
+            return self.processor.sample(sample, *arguments)
 
     for workers in (0, 1):
         broken = loader(shards, rank=1, world=2, workers=workers)
         task = broken.streams["a"]
         row = int(task.order.rows(np.array([6]))[0])
-        task.fields = Broken(task.fields, row, 0)
+        task.processor = Broken(task.processor, row, 0)
         with pytest.raises(Exception, match="ZeroDivisionError: a defect") as caught:
             list(broken)
         # The workers are gone although the traceback, held here, still knows the DataLoader.

@@ -106,11 +106,11 @@ def test_substitutes_stay_in_their_source_and_out_of_the_batch():
 
 def test_epochs_of_each_source():
     order = mixed({"big": 100, "small": 10}, [3.0, 1.0])
-    assert order.epochs(8) == {"big": 0.06, "small": 0.2}
+    assert order.epochs_by_source(8) == {"big": 0.06, "small": 0.2}
     for samples in (0, 7, 8, 123):
         choices, _ = order.locate(np.arange(samples))
         expected = {"big": (choices == 0).sum() / 100, "small": (choices == 1).sum() / 10}
-        assert order.epochs(samples) == expected
+        assert order.epochs_by_source(samples) == expected
 
 
 def test_cost_does_not_depend_on_the_position():

@@ -78,11 +78,14 @@ def test_epochs_count_images():
     assert np.bincount(rows, minlength=N).tolist() == [72] * N
     for epoch in range(72):
         assert len(set(rows[epoch * N : (epoch + 1) * N].tolist())) == N
-    assert order.passes(steps * BATCH) == 72.0
+    assert order.epochs(steps * BATCH) == 72.0
     # Of a batch that has begun its first part is new, its others are not.
     assert [order.images_of(n) for n in (0, 5, 8, 9, 24, 25, 48)] == [0, 5, 8, 8, 8, 9, 16]
     both = RepeatedOrder(mixed(), BATCH, REPEATS)
-    assert both.epochs(9 * BATCH) == mixed().epochs(72) and both.passes(BATCH) == 8 / N
+    assert (
+        both.epochs_by_source(9 * BATCH) == mixed().epochs_by_source(72)
+        and both.epochs(BATCH) == 8 / N
+    )
 
 
 def test_copies_share_their_substitutes_which_are_not_in_the_batch():
@@ -158,7 +161,7 @@ def shards(tmp_path_factory) -> ShardSet:
 def repeated(shards: ShardSet, micro_batch: int = 4, repeats: int = REPEATS) -> TaskStream:
     task = stream(shards, BATCH, micro_batch)
     order = plan_order([Source("", shards, 1.0)], BATCH, 7, task.name, repeats)
-    return TaskStream(task.name, task.reader, order, task.fields, task.seed, BATCH, micro_batch)
+    return TaskStream(task.name, task.reader, order, task.processor, task.seed, BATCH, micro_batch)
 
 
 def load(shards: ShardSet, world: int, workers: int, start: int = 0) -> dict[int, tuple]:
@@ -224,7 +227,7 @@ def test_worker_processes_and_epoch(shards, alone):
     rows.pop(-1, None)
     assert len(rows) == 3 * BATCH // 2
     assert all(alone[position][0] == row for position, row in rows.items())
-    assert task.epochs(3 * BATCH) == {"epoch": 24 / N} and task.n_rows == N
+    assert task.epoch_metrics(3 * BATCH) == {"epoch": 24 / N} and task.n_rows == N
 
 
 def test_the_cache_reads_ahead_what_batches_read(shards, alone):

@@ -71,7 +71,7 @@ def test_revisions_add_up_and_rows_can_come_back():
     )
     assert epoch(order, 20, 17) == sorted(set(range(20)) - {1, 2, 7})
     assert epoch(order, 54, 17) == sorted(set(range(20)) - {2, 7, 9})
-    assert order.passes(20) == 1 and order.passes(37) == 2 and order.passes(54 + 34) == 5
+    assert order.epochs(20) == 1 and order.epochs(37) == 2 and order.epochs(54 + 34) == 5
     assert [order.next_border(p) for p in (0, 54, 55, 71, 72)] == [54, 54, 71, 71, 88]
     assert next_border(Order(20, seed=1), 0) == next_border(Order(20, seed=1), 20) == 20
 
@@ -110,7 +110,7 @@ def test_each_source_of_a_mixture_has_borders_of_its_own():
     own = after[of_b] - 30
     assert np.array_equal(own[:border], before[of_b][:border] - 30)
     assert sorted(own[border : border + 10].tolist()) == [0, 1, *range(4, 12)]
-    assert revised.epochs(400)["b"] > mixed.epochs(400)["b"]
+    assert revised.epochs_by_source(400)["b"] > mixed.epochs_by_source(400)["b"]
     assert [rows.tolist() for rows in mixed.split(np.array([3, 29, 30, 41])).values()] == [
         [3, 29],
         [0, 11],

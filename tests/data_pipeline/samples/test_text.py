@@ -167,11 +167,11 @@ def rows(tmp_path_factory, documents, tokenizer) -> ShardSet:
 
 
 def stream(rows: ShardSet, tokenizer: Path, length: int = LENGTH) -> TaskStream:
-    fields = TextProcessor(
+    processor = TextProcessor(
         TextDataSettings(shards=["unused"], text_length=length), Tokenizer.load(tokenizer)
     )
     order = Order.plan(len(rows), 0, 4)
-    return TaskStream("words", SampleReader(rows), order, fields, 0, 4, 4)
+    return TaskStream("words", SampleReader(rows), order, processor, 0, 4, 4)
 
 
 def test_a_loader_gives_batches_of_rows(rows, tokenizer):
@@ -193,7 +193,7 @@ def test_a_loader_gives_batches_of_rows(rows, tokenizer):
             mask = batch["mask"][place]
             assert mask.tolist() == [n < len(ids) for n in range(length)]
             assert batch["tokens"][place, mask].tolist() == ids
-            assert (batch["tokens"][place, ~mask] == task.fields.tokenizer.pad_id).all()
+            assert (batch["tokens"][place, ~mask] == task.processor.tokenizer.pad_id).all()
             numbers = batch["documents"][place].tolist()
             assert numbers[len(ids) :] == [-1] * (length - len(ids))
             inner = [n for n in range(1, len(ids)) if numbers[n] != numbers[n - 1]]
@@ -203,8 +203,8 @@ def test_a_loader_gives_batches_of_rows(rows, tokenizer):
 
 
 def test_padding_rows_have_no_tokens(rows, tokenizer):
-    fields = stream(rows, tokenizer).fields
-    batch = fields.collate([None], [False])
+    processor = stream(rows, tokenizer).processor
+    batch = processor.collate([None], [False])
     assert not batch["mask"].any() and not batch["valid"].any()
     assert (batch["documents"] == -1).all()
 
@@ -233,7 +233,7 @@ def made(tokenizer: Path, ids: bytes | None, record: object) -> Sample:
 )
 def test_damaged_rows_are_bad_samples(rows, tokenizer, ids, record, message):
     with pytest.raises(BadSample, match=message):
-        stream(rows, tokenizer).fields.sample(made(tokenizer, ids, record), None)
+        stream(rows, tokenizer).processor.sample(made(tokenizer, ids, record), None)
 
 
 def test_rows_of_another_tokenizer_or_length_stop_the_run(tmp_path, rows, tokenizer):

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from data_pipeline.storage.retry import Interrupted, Patience, RetryPolicy, repeated, resumed
+from data_pipeline.storage.retry import Interrupted, Retrier, RetryPolicy, repeated, resumed
 from data_pipeline.storage.storage import TransientReadError
 
 
@@ -24,14 +24,14 @@ def clock(monkeypatch) -> Clock:
 
 def test_waits_double_up_to_the_longest_with_jitter(clock):
     retries = []
-    patience = Patience("u", RetryPolicy(1000, 30, 0.5, 8), lambda: retries.append(1))
+    retrier = Retrier("u", RetryPolicy(1000, 30, 0.5, 8), lambda: retries.append(1))
     for _ in range(7):
-        patience.wait(Interrupted("x"))
+        retrier.wait(Interrupted("x"))
     for wait, longest in zip(clock.waits, [0.5, 1, 2, 4, 8, 8, 8], strict=True):
         assert longest / 2 <= wait <= longest
     assert len(set(clock.waits)) == 7 and len(retries) == 7
-    patience.progress()
-    patience.wait(Interrupted("x"))
+    retrier.progress()
+    retrier.wait(Interrupted("x"))
     assert clock.waits[-1] <= 0.5
 
 
@@ -46,7 +46,7 @@ def test_the_deadline_counts_from_the_last_byte(clock):
         raise Interrupted("cut")
 
     # Every attempt brings a byte: a hundred seconds pass without an end.
-    assert b"".join(resumed(fetch, 0, 15, Patience("u", policy, int))) == b"a" * 15
+    assert b"".join(resumed(fetch, 0, 15, Retrier("u", policy, int))) == b"a" * 15
     assert [begin for begin, _ in asked] == list(range(15))
     assert all(timeout_s <= 10 for _, timeout_s in asked)
 
@@ -56,7 +56,7 @@ def test_the_deadline_counts_from_the_last_byte(clock):
 
     started = clock.now
     with pytest.raises(TransientReadError, match=r"^u: away \(tried \d times in .* deadline 10 s"):
-        repeated(dead, Patience("u", policy, int))
+        repeated(dead, Retrier("u", policy, int))
     assert clock.now - started <= 10
 
 
@@ -68,7 +68,7 @@ def test_a_slow_reader_does_not_use_up_the_deadline(clock):
         if faults:
             raise faults.pop()
 
-    pieces = resumed(fetch, 0, 4, Patience("u", RetryPolicy(10, 30, 1, 1), int))
+    pieces = resumed(fetch, 0, 4, Retrier("u", RetryPolicy(10, 30, 1, 1), int))
     found = []
     for piece in pieces:
         found.append(piece)
@@ -84,19 +84,19 @@ def test_other_errors_are_not_met_with_patience(clock):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        repeated(broken, Patience("u", RetryPolicy(), int))
+        repeated(broken, Retrier("u", RetryPolicy(), int))
     assert len(calls) == 1 and not clock.waits
 
 
 def test_refusals_are_counted_in_a_row_and_the_last_reason_is_told(clock):
     refused = Interrupted("403", attempts=2, otherwise=PermissionError("no entry"))
-    patience = Patience("u", RetryPolicy(1000, 30, 0.5, 8), int)
+    retrier = Retrier("u", RetryPolicy(1000, 30, 0.5, 8), int)
     for fault in [Interrupted("503")] * 5 + [refused, Interrupted("503"), refused]:
-        patience.wait(fault)
+        retrier.wait(fault)
     with pytest.raises(PermissionError, match="no entry"):
-        patience.wait(refused)
-    patience = Patience("u", RetryPolicy(5, 30, 0.5, 0.5), int)
-    patience.wait(Interrupted("503"))
+        retrier.wait(refused)
+    retrier = Retrier("u", RetryPolicy(5, 30, 0.5, 0.5), int)
+    retrier.wait(Interrupted("503"))
     clock.sleep(5)
     with pytest.raises(TransientReadError, match=r"^u: no answer in time, before: 503 \(tried 2"):
-        patience.wait(Interrupted("no answer in time"))
+        retrier.wait(Interrupted("no answer in time"))

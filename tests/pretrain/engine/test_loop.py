@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_pipeline.images.transforms import ImageSettings
-from data_pipeline.loader.loader import Part, StepWindow
+from data_pipeline.loader.loader import StepBatch, TaskMicroBatches
 from data_pipeline.samples.boxes import BoxDataSettings, BoxProcessor
 from pretrain.engine import loop as loop_module
 from pretrain.engine.launch.distributed import Ranks
@@ -63,7 +63,7 @@ def test_fields_of_the_data_reach_the_objective_as_they_are():
         ownership=SimpleNamespace(lost=False),
     )
     loop = make_loop(engine, control)
-    totals, _ = loop._agree(StepWindow(0, [Part("detect", [batch])], {}))
+    totals, _ = loop._agree(StepBatch(0, [TaskMicroBatches("detect", [batch])], {}))
     assert totals["detect"]["boxes"] == 5
     assert batch.keys() == fields.keys()
     assert all(batch[name] is value for name, value in fields.items())
@@ -104,9 +104,11 @@ def test_a_run_that_stops_early_reports_a_step(monkeypatch, begin, stop_at, eval
         evaluator=SimpleNamespace(is_due=lambda step: bool(evaluation) and step % evaluation == 0),
         log=SimpleNamespace(due=lambda step, total: step % 10 == 0),
     )
-    windows = (StepWindow(n, [Part("detect", [box_batch()])], {}) for n in range(begin, 100))
+    step_batches = (
+        StepBatch(n, [TaskMicroBatches("detect", [box_batch()])], {}) for n in range(begin, 100)
+    )
     reason = make_loop(engine, control).run(
-        windows,
+        step_batches,
         state,
         wants_report=partial(Trainer._wants_report, trainer),
         on_report=lambda state, report: found.append(state.step),

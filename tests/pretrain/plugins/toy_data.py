@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from data_pipeline.samples.image_fields import ImageDataSettings, ImageProcessor
+from data_pipeline.samples.images import ImageDataSettings, ImageProcessor
 from data_pipeline.samples.labels import NO_LABEL
 from data_pipeline.samples.members import bad
 from data_pipeline.samples.sample_processor import column

@@ -120,7 +120,7 @@ def streams(folders) -> dict[str, TaskStream]:
         "both",
         SampleReader(concatenated(sources)),
         plan_order(sources, 12, 7, "both"),
-        both.fields,
+        both.processor,
         7,
         12,
         4,
@@ -198,7 +198,7 @@ def test_faults_name_the_shard_of_the_source_and_substitutes_come_from_it(folder
         if task == "both":
             choices, _ = order.locate(np.array([position]))
             assert (row >= 60) == bool(choices[0])
-    assert loader.streams["both"].epochs(72) == {
+    assert loader.streams["both"].epoch_metrics(72) == {
         "epoch": 1.0,
         "epoch_x": 48 / 60,
         "epoch_y": 24 / 12,

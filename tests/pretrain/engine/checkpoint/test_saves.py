@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pretrain.engine.checkpoint.background_save import BackgroundPart
+from pretrain.engine.checkpoint.background_save import BackgroundWriter
 from pretrain.engine.checkpoint.saves import Saves
 
 
@@ -126,7 +126,7 @@ def test_files_are_those_of_the_library(tmp_path):
         for name in (f"{name}.{dtype}",)
     }
     save_file(tensors, tmp_path / "library")
-    background = BackgroundPart(torch.device("cpu"))
+    background = BackgroundWriter(torch.device("cpu"))
     try:
         for number, size in enumerate((1, 3, 2)):  # the memory grows once
             folder = tmp_path / str(number)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pretrain.engine.zero.balance import TaskBalance
 from pretrain.engine.zero.gradient_norm import hand_over_gradient_norm
+from pretrain.engine.zero.step_preparation import StepPreparation
 from pretrain.optim.groups import OptimizerSettings
 from pretrain.optim.mt_adamw import MTAdamW
 
@@ -45,7 +45,7 @@ def test_a_loss_scale_does_not_change_mt_adamw():
     for scale, divided_by in ((1.0, 1.0), (256.0, 256.0), (256.0, 512.0)):
         p = torch.ones(2)
         zero = FakeZero(MTAdamW([p], lr=0.1), divided_by)
-        balance = TaskBalance(
+        balance = StepPreparation(
             SimpleNamespace(optimizer=zero),
             settings("mt_adamw", clip_norm=None),
             lambda step: RATIOS,
@@ -62,14 +62,16 @@ def test_a_loss_scale_does_not_change_mt_adamw():
 def test_each_task_is_clipped_by_its_own_norm():
     zero = FakeZero(torch.optim.AdamW([torch.ones(2)]))
     own = settings("adamw", clip_norm=1.0, task_clip_norms={"b": 5.0})
-    balance = TaskBalance(SimpleNamespace(optimizer=zero), own, lambda step: RATIOS)
+    balance = StepPreparation(SimpleNamespace(optimizer=zero), own, lambda step: RATIOS)
     clips = []
     for step, task in enumerate("aba"):
         balance.before_step(step, task)
         clips.append(zero.clip_grad)
     assert clips == [1.0, 5.0, 1.0]
     only_b = settings("adamw", clip_norm=None, task_clip_norms={"b": 5.0})
-    TaskBalance(SimpleNamespace(optimizer=zero), only_b, lambda step: RATIOS).before_step(0, "a")
+    StepPreparation(SimpleNamespace(optimizer=zero), only_b, lambda step: RATIOS).before_step(
+        0, "a"
+    )
     assert zero.clip_grad == 0.0
 
 

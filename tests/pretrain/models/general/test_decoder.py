@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pretrain.models.general.attributes import ATTRIBUTES, BITS
-from pretrain.models.general.decoder import Part, caption_masks, folded
+from pretrain.models.general.decoder import Segment, caption_masks, folded
 from pretrain.models.general.settings import ExpertSettings, GeneralDecoderSettings, PatchesSettings
 from pretrain.models.init import initialise
 from pretrain.models.step_draws import StepDraws
@@ -20,12 +20,12 @@ def small(**changes):
     return decoder
 
 
-def caption_parts(before: int, length: int, present=None) -> list[Part]:
+def caption_parts(before: int, length: int, present=None) -> list[Segment]:
     masks = caption_masks(length, before, present)
     sizes = (before, length, length)
     names = ("caption_image", "caption_text", "caption_text")
     return [
-        Part(torch.randn(2, n, 16), name, mask)
+        Segment(torch.randn(2, n, 16), name, mask)
         for n, name, mask in zip(sizes, names, masks, strict=True)
     ]
 
@@ -80,7 +80,7 @@ def test_sizes_are_those_of_bert_base():
 
 def test_folding_keeps_outputs_and_takes_one_matrix_per_attribute():
     decoder = small().eval()
-    one, parts = folded(decoder, ["regions"]), [Part(torch.randn(2, 5, 16), "regions")]
+    one, parts = folded(decoder, ["regions"]), [Segment(torch.randn(2, 5, 16), "regions")]
     torch.testing.assert_close(one.run(parts), decoder.run(parts), rtol=1e-6, atol=1e-6)
     count = {d: sum(p.numel() for p in d.layers.parameters()) for d in (decoder, one)}
     assert count[one] == sum(p.numel() for p in small(experts=None).layers.parameters())
@@ -99,7 +99,7 @@ def test_attributes_choose_experts_that_share_out_one():
 
 
 def test_noise_is_that_of_the_step_and_only_in_training():
-    decoder, parts = small(), [Part(torch.randn(2, 3, 16), "image")]
+    decoder, parts = small(), [Segment(torch.randn(2, 3, 16), "image")]
     draws = [StepDraws(1, "caption", step).generator("experts") for step in (4, 4, 5)]
     same, again, other = (decoder.run(parts, generator)[0] for generator in draws)
     assert torch.equal(same, again)
@@ -147,10 +147,10 @@ def test_decoding_with_a_cache_is_the_one_pass():
     whole = decoder.run(parts)[2]
     _, (seen,) = decoder.run_cached([parts[0]], None)
     for word in range(4):
-        query = Part(parts[2].tokens[:, word : word + 1], "caption_text")
+        query = Segment(parts[2].tokens[:, word : word + 1], "caption_text")
         found, _ = decoder.run_cached([query], seen)
         torch.testing.assert_close(found[0][:, 0], whole[:, word], rtol=1e-5, atol=1e-5)
-        known = Part(parts[1].tokens[:, word : word + 1], "caption_text")
+        known = Segment(parts[1].tokens[:, word : word + 1], "caption_text")
         _, (added,) = decoder.run_cached([known], seen)
         seen = [
             tuple(torch.cat(pair, dim=2) for pair in zip(*both, strict=True))

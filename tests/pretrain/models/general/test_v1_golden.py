@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from pretrain.models.bert.settings import BertSettings
-from pretrain.models.general.decoder import Part, caption_masks, folded
+from pretrain.models.general.decoder import Segment, caption_masks, folded
 from pretrain.models.general.settings import (
     ExpertSettings,
     GeneralDecoderSettings,
@@ -62,7 +62,7 @@ class V1:
             there = self.data[pads] == 0
         tokens, _ = self.text.sequence(ids, there)
         mask = F.pad(there, (1, 0), value=True)[:, None, None]
-        return self.decoder.run([Part(self.spe(tokens), attribute, mask)])[0]
+        return self.decoder.run([Segment(self.spe(tokens), attribute, mask)])[0]
 
     def logits(self, vectors: torch.Tensor, others: torch.Tensor, family: str) -> torch.Tensor:
         compared = self.decoder.compared(vectors) @ self.decoder.compared(others).T
@@ -70,7 +70,7 @@ class V1:
 
     def task_logits(self) -> dict[str, torch.Tensor]:
         prefix = self.spe(self.image(self.data["image"]))
-        image = self.decoder.run([Part(prefix, "image")])[0][:, 0]
+        image = self.decoder.run([Segment(prefix, "image")])[0][:, 0]
         classes = self.texts("class_tokens", "class_pad", "text")[:, 0]
         words = self.texts("vocab_tokens", None, "words")[:, 0]
         captions = self.texts("caption_tokens", "caption_pad", "text")[:, 0]
@@ -82,9 +82,9 @@ class V1:
         queries = self.decoder.special(2, 4)
         found = self.decoder.run(
             [
-                Part(prefix, "caption_image", masks[0]),
-                Part(text, "caption_text", masks[1]),
-                Part(queries, "caption_text", masks[2]),
+                Segment(prefix, "caption_image", masks[0]),
+                Segment(text, "caption_text", masks[1]),
+                Segment(queries, "caption_text", masks[2]),
             ]
         )[2]
         asked = self.data["coco_caption.target_idx"] != -1

@@ -22,8 +22,8 @@ from data_pipeline.loader.stream import (
     DataError,
     Fault,
     Found,
-    fields_of,
     load_batch,
+    processed,
 )
 from data_pipeline.order.step_sampler import MicroBatch
 from data_pipeline.reading.reader import BadSample, Sample
@@ -31,7 +31,7 @@ from data_pipeline.reading.webdataset_reader import ShardFault, label_of, stream
 from data_pipeline.rng import sample_rng
 from data_pipeline.samples.sample_processor import SampleProcessor
 from data_pipeline.shards.shard_set import MAX_MEMBER_BYTES
-from data_pipeline.storage.retry import Interrupted, Patience, RetryPolicy
+from data_pipeline.storage.retry import Interrupted, Retrier, RetryPolicy
 from data_pipeline.timing import StageClock
 
 PROMISES_NOT = (
@@ -45,7 +45,7 @@ _FIRST_SAMPLES = 100
 logger = logging.getLogger("omnipretrain.data")
 
 
-class WeakStream:
+class SequentialStream:
     """Loads micro-batches of one task from shards that can only be read from begin to end.
 
     Answers what a TaskStream answers. Its iterators live in the process that loads.
@@ -57,7 +57,7 @@ class WeakStream:
         self,
         name: str,
         urls: Sequence[str],
-        fields: SampleProcessor,
+        processor: SampleProcessor,
         seed: int,
         global_batch: int,
         micro_batch: int,
@@ -70,14 +70,14 @@ class WeakStream:
         """Assemble a stream; nothing is opened.
 
         Args:
-            name, fields, seed, global_batch, micro_batch: as of a TaskStream.
+            name, processor, seed, global_batch, micro_batch: as of a TaskStream.
             urls: what webdataset can open: `pipe:` commands, addresses, paths.
             samples: how many there are in all, for metrics, if somebody knows.
             shuffle_samples: samples that each process holds to shuffle them.
             retry: patience with shards that all fail.
             max_member_bytes: a sample with a larger member is a bad one.
         """
-        self.name, self.fields, self.seed = name, fields, seed
+        self.name, self.processor, self.seed = name, processor, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.urls, self.n_rows = list(urls), samples
         self.shuffle_samples, self.retry = shuffle_samples, retry or RetryPolicy()
@@ -115,7 +115,7 @@ class WeakStream:
                     step,
                 )
 
-    def epochs(self, samples: int) -> dict[str, float]:
+    def epoch_metrics(self, samples: int) -> dict[str, float]:
         """Metrics after `samples` samples: `epoch`, if the number of samples is known."""
         return {} if self.n_rows is None else {"epoch": samples / self.n_rows}
 
@@ -125,8 +125,8 @@ class WeakStream:
 
     def load(self, request: MicroBatch, allocate: Allocate | None = None) -> dict[str, Any]:
         """As TaskStream.load; `row` is 0 for a sample, and that of a Fault -1."""
-        fields = self.fields.of_step(self.seed, self.name, request.step)
-        batch = load_batch(request, fields, np.zeros_like, self._usable, allocate)
+        processor = self.processor.of_step(self.seed, self.name, request.step)
+        batch = load_batch(request, processor, np.zeros_like, self._usable, allocate)
         bytes_read, self._bytes_read = self._bytes_read, 0
         return batch | {"counters": {"bytes_read": bytes_read}}
 
@@ -141,7 +141,7 @@ class WeakStream:
 
     def _usable(
         self,
-        fields: SampleProcessor,
+        processor: SampleProcessor,
         position: int,
         row: int,
         out: dict[str, np.ndarray] | None,
@@ -164,7 +164,7 @@ class WeakStream:
             )
             self._skipped.clear()
             try:
-                item = fields_of(fields, self.name, sample, position, rng_for, out, clock)
+                item = processed(processor, self.name, sample, position, rng_for, out, clock)
                 return item, row, sample.key
             except BadSample as bad:
                 faults.append(
@@ -203,7 +203,7 @@ class WeakStream:
 
         Raises TransientReadError if no shard of a pass gives a sample, again and again.
         """
-        patience = Patience(f"task {self.name}", self.retry, lambda: None)
+        retrier = Retrier(f"task {self.name}", self.retry, lambda: None)
         number = 0
         while True:
             found = False
@@ -218,12 +218,12 @@ class WeakStream:
                     yield sample
             number += 1
             if found:
-                patience.progress()
+                retrier.progress()
                 continue
             last = self._skipped[-1] if self._skipped else None
             reason = f"{last.shard}: {last.reason}" if last else "its shards hold no samples"
             del self._skipped[:-1]
-            patience.wait(Interrupted(f"no sample in a whole pass; last: {reason}"))
+            retrier.wait(Interrupted(f"no sample in a whole pass; last: {reason}"))
 
     def _of_shard(self, number: int, turn: int, sharers: int) -> Iterator[Sample]:
         url = self.urls[number]
@@ -237,7 +237,7 @@ class WeakStream:
 
     def _wanted(self, sample: Sample) -> Sample | None:
         """A sample with the members that are needed; None, and a fault, if one is too large."""
-        members = {e: data for e, data in sample.members.items() if e in self.fields.extensions}
+        members = {e: data for e, data in sample.members.items() if e in self.processor.extensions}
         for extension, data in members.items():
             if len(data) > self.max_member_bytes:
                 reason = (

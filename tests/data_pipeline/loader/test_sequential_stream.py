@@ -17,7 +17,7 @@ import pytest
 
 from data_pipeline.images.transforms import ImageSettings
 from data_pipeline.loader.loader import DataError, LoaderSettings, StepLoader
-from data_pipeline.loader.weak_stream import WeakStream, part_of
+from data_pipeline.loader.sequential_stream import SequentialStream, part_of
 from data_pipeline.reading.webdataset_reader import ShardFault, streamed_samples
 from data_pipeline.samples.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.shards.packer import ShardWriter
@@ -41,14 +41,14 @@ def urls(folder: Path) -> list[str]:
     return [str(path) for path in sorted(folder.glob("*.tar"))]
 
 
-def stream(shards: list[str], batch: int = 12, micro: int = 4, **options) -> WeakStream:
+def stream(shards: list[str], batch: int = 12, micro: int = 4, **options) -> SequentialStream:
     settings = CaptionDataSettings(shards=["unused"], image=ImageSettings(size=16))
-    fields = CaptionProcessor(settings, tokenizer(), True)
+    processor = CaptionProcessor(settings, tokenizer(), True)
     options = {"shuffle_samples": 5, "retry": QUICK} | options
-    return WeakStream("t", shards, fields, 7, batch, micro, **options)
+    return SequentialStream("t", shards, processor, 7, batch, micro, **options)
 
 
-def windows(weak: WeakStream, steps: int, rank=0, world=1, start=0, **options) -> list:
+def windows(weak: SequentialStream, steps: int, rank=0, world=1, start=0, **options) -> list:
     settings = LoaderSettings(**{"workers": 0, "max_bad_fraction": 1.0, **options})
     loader = StepLoader(
         {"t": weak}, lambda step: ("t", step), settings, rank, world, start, start + steps

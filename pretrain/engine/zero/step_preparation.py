@@ -7,7 +7,7 @@ from pretrain.optim.groups import OptimizerSettings
 from pretrain.optim.mt_adamw import MTAdamW
 
 
-class TaskBalance:
+class StepPreparation:
     """Prepares each optimizer step for its task: MT-AdamW's scales, or the task's own clipping.
 
     Args:
@@ -26,17 +26,17 @@ class TaskBalance:
         self.settings = settings
         self.ratios = ratios
         inner = self.zero.optimizer
-        self.balanced = inner if isinstance(inner, MTAdamW) else None
-        if self.balanced is not None:
+        self.mt_adamw = inner if isinstance(inner, MTAdamW) else None
+        if self.mt_adamw is not None:
             hand_over_gradient_norm(self.zero, self._note_norm)
 
     def before_step(self, step: int, task: str) -> None:
         """Tell the optimizer that step `step` (from 0) runs `task`."""
-        if self.balanced is not None:
-            self.balanced.begin_step(task, self.ratios(step)[task])
+        if self.mt_adamw is not None:
+            self.mt_adamw.begin_step(task, self.ratios(step)[task])
         elif self.settings.task_clip_norms:
             own = self.settings.task_clip_norms
             set_clip_norm(self.zero, own.get(task, self.settings.clip_norm))
 
     def _note_norm(self, norm) -> None:
-        self.balanced.gradient_norm = norm
+        self.mt_adamw.gradient_norm = norm
