@@ -84,7 +84,9 @@ def _warn_of_folder_sync(folder: str, why: str) -> None:
         _folder_sync_refused = True
         logger.warning(
             "the file system of %s cannot sync folders (%s): files are whole or absent all the "
-            "same, but a power cut may take the newest of them", folder, why,
+            "same, but a power cut may take the newest of them",
+            folder,
+            why,
         )
 
 

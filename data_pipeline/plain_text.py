@@ -122,9 +122,7 @@ def json_bytes(record: Mapping[str, Any]) -> bytes:
 
 
 def _dumped(record: Any, ascii_only: bool = False) -> str:
-    return json.dumps(
-        record, ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False
-    )
+    return json.dumps(record, ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
 
 
 def without_infinities(value: Any) -> Any:

@@ -15,9 +15,13 @@ log = logging.getLogger("omnipretrain.train")
 
 
 def announce(
-    recipe: Recipe, ranks: Ranks, engine, passed_over: Sequence[str], turn: Turn,
+    recipe: Recipe,
+    ranks: Ranks,
+    engine,
+    passed_over: Sequence[str],
+    turn: Turn,
     restored: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """Say it to the log.
 
     Args:
@@ -37,9 +41,14 @@ def announce(
     count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
     log.info(
-        "%s: %.1f M parameters%s, ZeRO-%d, %s, %d process(es) on %s%s; %s", recipe.name,
-        count / 1e6, f" ({trained / 1e6:.1f} M trained)" if trained < count else "",
-        engine.zero_optimization_stage(), recipe.precision, ranks.world, ranks.device.type,
+        "%s: %.1f M parameters%s, ZeRO-%d, %s, %d process(es) on %s%s; %s",
+        recipe.name,
+        count / 1e6,
+        f" ({trained / 1e6:.1f} M trained)" if trained < count else "",
+        engine.zero_optimization_stage(),
+        recipe.precision,
+        ranks.world,
+        ranks.device.type,
         ", deterministic" if recipe.deterministic else "",
         f"resumed from {restored.name}" if restored else "from the start",
     )

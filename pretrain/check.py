@@ -90,8 +90,13 @@ def report(recipe: Recipe, world: int, ranks_per_node: int) -> list[Finding]:
     if recipe.loader.cache is not None:
         attempt("cache", lambda: cache_lines(recipe, world, ranks_per_node))
     if zero and not tokenizers:
-        findings.append(Finding(True, f"model: without the tokenizer, sizes are those with an "
-                                f"assumed vocabulary of {AssumedVocabulary.vocab_size:,} entries"))
+        findings.append(
+            Finding(
+                True,
+                f"model: without the tokenizer, sizes are those with an "
+                f"assumed vocabulary of {AssumedVocabulary.vocab_size:,} entries",
+            )
+        )
     if zero:
         tokenizer = tokenizers[0] if tokenizers else AssumedVocabulary()
         attempt("model", lambda: _model(recipe, tokenizer, zero[0], world))
@@ -162,9 +167,7 @@ def _streamed_data(name: str, task: TaskSettings, visits: int) -> Iterator[str]:
         )
 
 
-def _training_data(
-    recipe: Recipe, name: str, task: TaskSettings, visits: int
-) -> Iterator[str]:
+def _training_data(recipe: Recipe, name: str, task: TaskSettings, visits: int) -> Iterator[str]:
     sources = open_sources(task.data, recipe.loader.remote)
     shards = concatenated(sources)
     samples = sum(source.samples for source in sources)
@@ -260,12 +263,16 @@ def _model(
     following = sum(sizes[name] for name in moving_targets(model))
     if trained < total:
         targets = f", of them {_millions(following)} in momentum targets" if following else ""
-        yield (f"model: {_millions(trained)} parameters are trained, {_millions(total - trained)} "
-               f"are not{targets}")
+        yield (
+            f"model: {_millions(trained)} parameters are trained, {_millions(total - trained)} "
+            f"are not{targets}"
+        )
     if frozen_names:
-        yield (f"model: {_millions(sum(sizes[name] for name in frozen_names))} parameters in "
-               f"{len(frozen_names)} tensors are frozen by optimizer.frozen"
-               + ("" if recipe.initial_weights else ", at their random first values"))
+        yield (
+            f"model: {_millions(sum(sizes[name] for name in frozen_names))} parameters in "
+            f"{len(frozen_names)} tensors are frozen by optimizer.frozen"
+            + ("" if recipe.initial_weights else ", at their random first values")
+        )
     if recipe.initial_weights is not None:
         yield from _check_initial_weights(model, recipe.initial_weights, frozen_names)
     groups = parameter_groups(model, recipe.optimizer)
@@ -274,9 +281,15 @@ def _model(
     )
     momenta = _momenta(recipe)
     size = state_bytes(
-        trained, zero["stage"], world, recipe.precision, momenta, zero.get("sub_group_size"),
-        frozen=total - trained, following=following,
-    )  # fmt: skip
+        trained,
+        zero["stage"],
+        world,
+        recipe.precision,
+        momenta,
+        zero.get("sub_group_size"),
+        frozen=total - trained,
+        following=following,
+    )
     yield (
         f"memory per rank: about {size / 2**30:.2f} GiB for weights, gradients and optimizer "
         "(ds_configs/README.md); activations, buckets and the framework come on top"

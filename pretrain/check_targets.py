@@ -113,4 +113,3 @@ def _judge_source(where: str, targets: list[Target], seen: Look, found: Findings
             found.warnings.append(line)
         else:
             found.faults.append(f"{line}; {seen.holds(sources)}")
-

@@ -27,9 +27,11 @@ class DataFault(RuntimeError):
 
 
 def look_at_data(
-    recipe: Recipe, ranks: Ranks, streams: Mapping[str, TaskStream | WeakStream],
+    recipe: Recipe,
+    ranks: Ranks,
+    streams: Mapping[str, TaskStream | WeakStream],
     tokenizer: Tokenizer | None,
-) -> None:  # fmt: skip
+) -> None:
     """Look at the shards of each node and, on rank 0, at samples; log warnings. A collective.
 
     streams: task -> its training data.
@@ -57,17 +59,20 @@ def held_out_streams(recipe: Recipe, tokenizer: Tokenizer | None) -> dict[str, T
     """Held-out data of the tasks that have some."""
     return {
         name: build_evaluation_loader(recipe, name, tokenizer).stream
-        for name, task in recipe.tasks.items() if task.evaluation is not None
-    }  # fmt: skip
+        for name, task in recipe.tasks.items()
+        if task.evaluation is not None
+    }
 
 
 def changed_data(*groups: Mapping[str, TaskStream | WeakStream]) -> str | None:
     """What is wrong with shards that this node sees, if anything is."""
     shards = {
         shard.path: shard
-        for group in groups for stream in group.values() if isinstance(stream, TaskStream)
+        for group in groups
+        for stream in group.values()
+        if isinstance(stream, TaskStream)
         for shard in stream.reader.shards.shards
-    }  # fmt: skip
+    }
     changed = changed_shards(shards.values())
     if not changed:
         return None
@@ -79,9 +84,10 @@ def changed_data(*groups: Mapping[str, TaskStream | WeakStream]) -> str | None:
 
 
 def look_at_samples(
-    recipe: Recipe, streams: Mapping[str, TaskStream | WeakStream],
+    recipe: Recipe,
+    streams: Mapping[str, TaskStream | WeakStream],
     held_out: Mapping[str, TaskStream],
-) -> Findings:  # fmt: skip
+) -> Findings:
     """What `look_for_targets` finds in all tasks; storage that fails now is left to the loader."""
     total = Findings()
     for group in (streams, held_out):

@@ -79,8 +79,10 @@ def engine_config(recipe: "Recipe", world: int) -> dict[str, Any]:
     faults += _stage_faults(settings, recipe.precision, path) or _ask_deepspeed(settings, path)
     faults += _offload_faults(settings, path) + _objective_faults(recipe, settings, path, world)
     if recipe.precision != "fp16" and set(settings.get("fp16", ())) - {"enabled"}:
-        faults.append(f"{path}: fp16: these settings have no effect with precision="
-                      f"{recipe.precision}; set precision=fp16 or choose another file")
+        faults.append(
+            f"{path}: fp16: these settings have no effect with precision="
+            f"{recipe.precision}; set precision=fp16 or choose another file"
+        )
     if faults:
         raise DeepSpeedConfigFault("\n".join(faults))
     tasks = recipe.tasks.values()
@@ -227,8 +229,10 @@ def _offload_faults(settings: dict[str, Any], path: Path) -> list[str]:
         if name == "offload_param" and zero.get("stage") != 3:
             faults.append(f"{where}: weights can only be offloaded at stage 3; remove it")
         if block.get("device") == "nvme" and name == "offload_optimizer":
-            faults.append(f"{where}.device: checkpoints cannot read masters that lie in NVMe files "
-                          "(weights may: offload_param); use cpu")
+            faults.append(
+                f"{where}.device: checkpoints cannot read masters that lie in NVMe files "
+                "(weights may: offload_param); use cpu"
+            )
         elif block.get("device") == "nvme" and not block.get("nvme_path"):
             faults.append(f"{where}.nvme_path: device=nvme needs a folder on the drive")
         if block.get("ratio", 1.0) != 1.0:

@@ -35,10 +35,17 @@ class Evaluator:
     """
 
     def __init__(
-        self, recipe: Recipe, ranks: Ranks, engine, tokenizer, metrics: MetricsLog,
-        fault_file: FaultFile, ema: Ema | None, stop_asked: Callable[[], bool],
+        self,
+        recipe: Recipe,
+        ranks: Ranks,
+        engine,
+        tokenizer,
+        metrics: MetricsLog,
+        fault_file: FaultFile,
+        ema: Ema | None,
+        stop_asked: Callable[[], bool],
         phase: Callable[[], AbstractContextManager] = contextlib.nullcontext,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.recipe = recipe
         self.ranks = ranks
         self.engine = engine
@@ -82,29 +89,46 @@ class Evaluator:
             with self.phase(), self.ema.in_module() if averaged else contextlib.nullcontext():
                 self._evaluate_tasks(step, tasks)
         except EvaluationStopped:
-            log.info("the evaluation after step %d ends early, since a stop is asked for; a resume "
-                     "begins with it", step)
+            log.info(
+                "the evaluation after step %d ends early, since a stop is asked for; a resume "
+                "begins with it",
+                step,
+            )
             return False
         return True
 
     def _evaluate_tasks(self, step: int, tasks: list[str]) -> None:
         for name in tasks:
             loader = build.build_evaluation_loader(
-                self.recipe, name, self.tokenizer, rank=self.ranks.rank, world=self.ranks.world,
+                self.recipe,
+                name,
+                self.tokenizer,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
                 fault_file=self.fault_file,
             )
             model = self.engine.module
             values, examples = model.objectives[name].evaluate(
-                model.encoders, self._until_stopped(loader), EvaluationContext(
-                    self.ranks.device, self.tokenizer, self._share, self.recipe.logging.images,
+                model.encoders,
+                self._until_stopped(loader),
+                EvaluationContext(
+                    self.ranks.device,
+                    self.tokenizer,
+                    self._share,
+                    self.recipe.logging.images,
                     self._all_agree,
                 ),
             )
             values["read_retries"] = sum(self._share(loader.counters()["retries"]))
             self.metrics.log(step, name, values, kind="evaluation")
             self._show(step, name, examples)
-            log.info("step %d, %s on %d held-out samples: %s", step, name, values["images"],
-                     ", ".join(f"{name} {shown(value)}" for name, value in values.items()))
+            log.info(
+                "step %d, %s on %d held-out samples: %s",
+                step,
+                name,
+                values["images"],
+                ", ".join(f"{name} {shown(value)}" for name, value in values.items()),
+            )
 
     def _until_stopped(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches, equally many on all ranks, until any rank is asked to stop."""

@@ -60,8 +60,11 @@ def meet(store: dist.Store, rank: int, world: int, faults: list[str], limit_s: f
             late = {r for r in late if not store.check([f"computed/{r}"])}
             time.sleep(_POLL_S)
         for r in sorted(late):
-            where = "did not finish its matrix product" if store.check([f"here/{r}"]) else (
-                "did not come")
+            where = (
+                "did not finish its matrix product"
+                if store.check([f"here/{r}"])
+                else ("did not come")
+            )
             say(r, [f"rank {r} {where} within {limit_s:.0f} s"])
         bad = [r for r in range(world) if r not in late and store.get(f"computed/{r}") != b"well"]
         store.set("go", f"not all ranks are fit: {sorted([*late, *bad])}" if late or bad else "go")
@@ -78,8 +81,13 @@ def add_up(store: dist.Store, rank: int, world: int, device: torch.device, limit
     """Faults of a sum over all ranks."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, store=dist.PrefixStore("sum", store), rank=rank,
-                                world_size=world, timeout=timedelta(seconds=limit_s))
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("sum", store),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=limit_s),
+        )
         value = torch.full((_SENT,), float(rank), device=device)
         dist.all_reduce(value)
         right = world * (world - 1) / 2
@@ -92,8 +100,11 @@ def open_store(rank: int, world: int, limit_s: float) -> dist.Store:
     """Where the ranks meet: rank 0's, or that of torchrun's agent."""
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world,
-        is_master=rank == 0 and not of_agent, timeout=timedelta(seconds=limit_s),
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world,
+        is_master=rank == 0 and not of_agent,
+        timeout=timedelta(seconds=limit_s),
         wait_for_workers=False,
     )
 

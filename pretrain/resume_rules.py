@@ -130,13 +130,14 @@ def check_changes(before: "Recipe", now: "Recipe", where: str, step: int | None 
     """
     changes = differences(before, now)
     wrong = [
-        path for path, values in changes.items()
-        if not matches(path, FREE + RECORDED)
-        and ("fault" in values or not matches(path, SAID))
+        path
+        for path, values in changes.items()
+        if not matches(path, FREE + RECORDED) and ("fault" in values or not matches(path, SAID))
     ]
     if wrong:
-        lines = [f"  {path}: {changes[path][0]} in {where}, {changes[path][1]} now"
-                 for path in wrong]
+        lines = [
+            f"  {path}: {changes[path][0]} in {where}, {changes[path][1]} now" for path in wrong
+        ]
         raise RecipeError(
             "these fields cannot change on a resume: the run would not be the one that its "
             "checkpoints belong to.\n" + "\n".join(lines) + "\nGive them their old values (in "
@@ -210,7 +211,10 @@ class Turn:
         if self.aside is not None and self.aside.newest is not None:
             log.info(
                 "gone back from step %d to step %d; the checkpoints between, and the records as "
-                "they were, are in %s", self.aside.newest, self.step, self.aside.folder,
+                "they were, are in %s",
+                self.aside.newest,
+                self.step,
+                self.aside.folder,
             )
         for path, (old, new) in self.changes.items():
             if path != "run_dir":
@@ -222,8 +226,11 @@ class Turn:
         if abs(new - old) > JUMP * old:
             log.warning(
                 "the learning rate jumps: step %d would have had %.4g before what has changed (%s) "
-                "and has %.4g%s", self.step, old,
-                ", ".join(path for path in self.changes if matches(path, RECORDED)), new,
+                "and has %.4g%s",
+                self.step,
+                old,
+                ", ".join(path for path in self.changes if matches(path, RECORDED)),
+                new,
                 f", {new / old:.3g} times as much" if old else "",
             )
 

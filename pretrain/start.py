@@ -27,8 +27,12 @@ class RunHangs(RuntimeError):
 
 
 def train_recipe(
-    recipe: Recipe, resume: bool, signals: StopSignals, ownership: Ownership | None,
-    from_step: int | None = None, notes: StartNotes | None = None,
+    recipe: Recipe,
+    resume: bool,
+    signals: StopSignals,
+    ownership: Ownership | None,
+    from_step: int | None = None,
+    notes: StartNotes | None = None,
 ) -> int:
     """Run a recipe on this process and its peers; returns the exit code (0, 1 or 3).
 
@@ -42,12 +46,22 @@ def train_recipe(
     rank = int(os.environ.get("RANK", "0"))
     run_dir = Path(recipe.run_dir)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    limits = Limits(*(60 * minutes for minutes in (
-        recipe.failure.start_minutes, recipe.failure.step_minutes, recipe.failure.save_minutes
-    )))  # fmt: skip
+    limits = Limits(
+        *(
+            60 * minutes
+            for minutes in (
+                recipe.failure.start_minutes,
+                recipe.failure.step_minutes,
+                recipe.failure.save_minutes,
+            )
+        )
+    )
     control = ControlFolder(run_dir, ownership) if ownership is not None else None
     watchdog = Watchdog(
-        run_dir, rank, world, limits,
+        run_dir,
+        rank,
+        world,
+        limits,
         expired=lambda reason: end_failed(run_dir, rank, RunHangs(reason), ownership),
         alive=partial(look_around, control, Launchers(), signals),
         store=meeting_place if world > 1 else None,
@@ -56,7 +70,9 @@ def train_recipe(
     try:
         notes.enter(f"meeting {world - 1} other process(es)" if world > 1 else "preparing torch")
         ranks = init_distributed(
-            recipe.threads_per_rank, recipe.deterministic, trace_dir=run_dir / "logs",
+            recipe.threads_per_rank,
+            recipe.deterministic,
+            trace_dir=run_dir / "logs",
             timeout=limits.of_collectives,
         )
         ownership = prepare_run_dir(recipe, ranks, resume, ownership)

@@ -88,8 +88,9 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
     with StartNotes(recipe.name, speaks=ownership is not None) as notes:
         from pretrain.start import train_recipe  # imports DeepSpeed, which takes seconds
 
-        return train_recipe(recipe, resume, signals or StopSignals(), ownership,
-                            arguments.from_step, notes)
+        return train_recipe(
+            recipe, resume, signals or StopSignals(), ownership, arguments.from_step, notes
+        )
 
 
 def enter(run_dir: Path, take_over: bool) -> Ownership | None:
@@ -158,15 +159,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("recipe", nargs="?", help="a YAML file or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--resume", metavar="RUN_DIR", type=Path, help="continue this run")
-    parser.add_argument("--start-or-resume", action="store_true",
-                        help="continue the run in the recipe's run_dir, or start it")
-    parser.add_argument("--take-over", action="store_true",
-                        help="take the run from a job that seems to be at work in it")
-    parser.add_argument("--from-step", metavar="N", type=int,
-                        help="with --resume: go on from the checkpoint of this step; those after "
-                        "it are moved aside")
-    parser.add_argument("--expect-world", metavar="N", type=int,
-                        help="end if the launcher has started another number of processes")
+    parser.add_argument(
+        "--start-or-resume",
+        action="store_true",
+        help="continue the run in the recipe's run_dir, or start it",
+    )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take the run from a job that seems to be at work in it",
+    )
+    parser.add_argument(
+        "--from-step",
+        metavar="N",
+        type=int,
+        help="with --resume: go on from the checkpoint of this step; those after "
+        "it are moved aside",
+    )
+    parser.add_argument(
+        "--expect-world",
+        metavar="N",
+        type=int,
+        help="end if the launcher has started another number of processes",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume is not None and arguments.recipe is not None:

@@ -62,9 +62,15 @@ class Trainer:
     """The parts of a run on this rank, and what happens between its steps."""
 
     def __init__(
-        self, recipe: Recipe, ranks: Ranks, signals: StopSignals, ownership: Ownership,
-        watchdog: Watchdog, from_step: int | None, notes: StartNotes,
-    ) -> None:  # fmt: skip
+        self,
+        recipe: Recipe,
+        ranks: Ranks,
+        signals: StopSignals,
+        ownership: Ownership,
+        watchdog: Watchdog,
+        from_step: int | None,
+        notes: StartNotes,
+    ) -> None:
         self.recipe = recipe
         self.from_step = from_step
         self.ranks = ranks
@@ -91,12 +97,16 @@ class Trainer:
             attachments={
                 f"tokenizer/{path.name}": path
                 for path in sorted((self.run_dir / "tokenizer").glob("*"))
-            } | {RECIPE: recipe.to_yaml().encode()},  # not the file, which may be edited
-            device=ranks.device, limit_s=60 * recipe.failure.save_minutes,
+            }
+            | {RECIPE: recipe.to_yaml().encode()},  # not the file, which may be edited
+            device=ranks.device,
+            limit_s=60 * recipe.failure.save_minutes,
         )
         self.saves = Saves(
-            self.checkpoints, self.control if ranks.leads else None,
-            partial(self._during, "save"), self._to_save,
+            self.checkpoints,
+            self.control if ranks.leads else None,
+            partial(self._during, "save"),
+            self._to_save,
         )
         self.copies = None
         if ranks.leads and recipe.checkpoint.copy_to is not None:
@@ -109,8 +119,12 @@ class Trainer:
         self.turn = Turn.plan(recipe, newest)
         self.notes.enter("building the model")
         self.engine = start_engine(
-            lambda: build.build_model(recipe, self.tokenizer), recipe.optimizer, self.config,
-            recipe.seed, ranks.device, initial_weights=None if newest else recipe.initial_weights,
+            lambda: build.build_model(recipe, self.tokenizer),
+            recipe.optimizer,
+            self.config,
+            recipe.seed,
+            ranks.device,
+            initial_weights=None if newest else recipe.initial_weights,
         )
         if newest is None and recipe.initial_weights:
             fill_masters(self.engine, Path(recipe.initial_weights))
@@ -131,8 +145,13 @@ class Trainer:
         step = self.state.step
         with (
             MetricsLog(
-                self.run_dir, ranks.rank, step, recipe.steps, recipe.logging,
-                may_write=self.ownership.holds, recipe=recipe.to_yaml(),
+                self.run_dir,
+                ranks.rank,
+                step,
+                recipe.steps,
+                recipe.logging,
+                may_write=self.ownership.holds,
+                recipe=recipe.to_yaml(),
             ) as self.log,
             open_fault_file(
                 self.run_dir, self.ownership, ranks.rank, ranks.world, step
@@ -142,8 +161,15 @@ class Trainer:
                 self.control.status("running", step)
             announce(recipe, ranks, self.engine, self.checkpoints.passed_over, self.turn, newest)
             self.evaluator = Evaluator(
-                recipe, ranks, self.engine, self.tokenizer, self.log, self.faults, self.ema,
-                self._evaluation_is_to_stop, partial(self._during, "evaluate"),
+                recipe,
+                ranks,
+                self.engine,
+                self.tokenizer,
+                self.log,
+                self.faults,
+                self.ema,
+                self._evaluation_is_to_stop,
+                partial(self._during, "evaluate"),
             )
             self._train()
 
@@ -160,9 +186,13 @@ class Trainer:
                 old.unlink()
         self.recipe.dump(self.run_dir / "recipe.yaml")
         record_start(
-            self.run_dir, self.ownership, world=self.ranks.world,
-            zero_stage=self.engine.zero_optimization_stage(), device=str(self.ranks.device),
-            step=self.state.step, deterministic=self.recipe.deterministic,
+            self.run_dir,
+            self.ownership,
+            world=self.ranks.world,
+            zero_stage=self.engine.zero_optimization_stage(),
+            device=str(self.ranks.device),
+            step=self.state.step,
+            deterministic=self.recipe.deterministic,
         )
 
     def _train(self) -> None:
@@ -176,7 +206,8 @@ class Trainer:
         state.ledger += data_entries(
             fingerprints,
             {name: stream.reader.shards.known_by_headers for name, stream in with_rows.items()},
-            state.ledger, state.step,
+            state.ledger,
+            state.step,
             lambda task, shards: (
                 with_rows[task].fingerprint_by_headers(shards) if task in with_rows else ""
             ),
@@ -197,17 +228,22 @@ class Trainer:
             self.run_dir, self.ranks, self.control, lambda: self.loader.spans()
         )
         loop = Loop(
-            self.engine, self.ranks, recipe.seed,
+            self.engine,
+            self.ranks,
+            recipe.seed,
             (recipe.optimizer.lr, lambda step: lr_factor(step, recipe.schedule, recipe.steps)),
             recipe.failure.max_skipped_steps,
             {name: task.global_batch for name, task in recipe.tasks.items()},
-            self.control, self.signals, schedule.loss_weights,
+            self.control,
+            self.signals,
+            schedule.loss_weights,
             self.agreement,
             before_step=TaskBalance(self.engine, recipe.optimizer, schedule.ratio).before_step,
             after_update=self._after_update,
             way_back=lambda step: way_back(recipe, step),
             meant_empty=[n for n, task in recipe.tasks.items() if targets_may_miss(task)],
-            is_writing=self.saves.observe, when_written=self.saves.written,
+            is_writing=self.saves.observe,
+            when_written=self.saves.written,
             own_time=OwnTime(self.engine.module, self.ranks.device),
             on_profile=self.profiler.begin,
         )
@@ -216,17 +252,26 @@ class Trainer:
             stopped = loop.agreed_reason()
         elif state.step < recipe.steps:
             self.loader = StepLoader(
-                streams, schedule, recipe.loader, rank=self.ranks.rank,
-                world=self.ranks.world, start_step=state.step, stop_step=recipe.steps,
-                pin_memory=self.ranks.device.type == "cuda", fault_file=self.faults,
+                streams,
+                schedule,
+                recipe.loader,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
+                start_step=state.step,
+                stop_step=recipe.steps,
+                pin_memory=self.ranks.device.type == "cuda",
+                fault_file=self.faults,
                 node_ranks=self.ranks.of_node,
             )
             self.data_metrics = DataMetrics(self.ranks, self.loader)
             self._enter_step()
             try:
                 stopped = loop.run(
-                    self.loader, state, wants_report=self._wants_report,
-                    on_report=self._on_report, after_step=self._after_step,
+                    self.loader,
+                    state,
+                    wants_report=self._wants_report,
+                    on_report=self._on_report,
+                    after_step=self._after_step,
                 )
             except TrainingFailed:  # of all ranks alike; what was begun before is good
                 self.saves.wait()
@@ -243,8 +288,12 @@ class Trainer:
         if self.ranks.leads:
             self.control.status("stopped" if stopped else "finished", state.step, stopped or "")
         if stopped:
-            log.info("stopped after step %d (%s); go on with --resume %s", state.step, stopped,
-                     self.run_dir)
+            log.info(
+                "stopped after step %d (%s); go on with --resume %s",
+                state.step,
+                stopped,
+                self.run_dir,
+            )
         else:
             log.info("finished %d steps; checkpoint %s", state.step, self.run_dir / "checkpoints")
 
@@ -265,8 +314,9 @@ class Trainer:
     def _agreement(self, fingerprints: dict[str, str]) -> Agreement:
         """The check that ranks run the same, on the same data: task -> fingerprint of its data."""
         common = {f"data of {name}": found[:16] for name, found in fingerprints.items()} | {
-            "world": str(self.ranks.world), "ledger": self._ledger_digest(),
-        }  # fmt: skip
+            "world": str(self.ranks.world),
+            "ledger": self._ledger_digest(),
+        }
         return Agreement(self.ranks, self.recipe.sampling.check_every_steps, common)
 
     def _ledger_digest(self) -> str:
@@ -364,16 +414,21 @@ class Trainer:
     def _to_save(self) -> dict:
         """Arguments of `Checkpoints.save`."""
         trainer = {
-            **vars(self.state), "tokenizer": self._tokenizer_digest(), "seed": self.recipe.seed,
+            **vars(self.state),
+            "tokenizer": self._tokenizer_digest(),
+            "seed": self.recipe.seed,
             "loss_scale": loss_scale_state(self.engine),
         }
-        return {"engine": self.engine, "step": self.state.step, "trainer": trainer,
-                "averages": self._averages(), "targets": self.targets}
+        return {
+            "engine": self.engine,
+            "step": self.state.step,
+            "trainer": trainer,
+            "averages": self._averages(),
+            "targets": self.targets,
+        }
 
     def _restore(self, folder: Path) -> None:
-        restored = self.checkpoints.restore(
-            self.engine, folder, self._averages(), self.targets
-        )
+        restored = self.checkpoints.restore(self.engine, folder, self._averages(), self.targets)
         trainer = dict(restored.trainer)
         digest, seed = trainer.pop("tokenizer"), trainer.pop("seed")
         restore_loss_scale(self.engine, trainer.pop("loss_scale"))

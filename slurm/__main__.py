@@ -1,11 +1,11 @@
 """`python -m slurm VERB ...`: runs on a cluster. Each verb has --help.
 
-    submit RECIPE [key=value ...] --nodes N --time T      start a run, or go on with it
-    status [FOLDER]     how runs stand         list [FOLDER]       the same
-    logs RUN [-f]       what a run says        save RUN            a checkpoint now
-    stop RUN            save, then end         cancel RUN          end its jobs now
-    drill RUN --FAULT   do to a running job what a cluster may
-    supervise RUN -- LAUNCHER ...              keep a run going, without SLURM too
+submit RECIPE [key=value ...] --nodes N --time T      start a run, or go on with it
+status [FOLDER]     how runs stand         list [FOLDER]       the same
+logs RUN [-f]       what a run says        save RUN            a checkpoint now
+stop RUN            save, then end         cancel RUN          end its jobs now
+drill RUN --FAULT   do to a running job what a cluster may
+supervise RUN -- LAUNCHER ...              keep a run going, without SLURM too
 """
 
 import importlib

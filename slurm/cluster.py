@@ -11,8 +11,21 @@ from pathlib import Path
 from slurm.run_files import read_json
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD")
-_ENDED = ("PENDING", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "BOOT_FAIL", "CANCELLED",
-          "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
+_ENDED = (
+    "PENDING",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "SPECIAL_EXIT",
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+)
 _PATIENCE_S = 180.0
 
 
@@ -34,14 +47,25 @@ def call(*command: str, text: str | None = None) -> subprocess.CompletedProcess[
         return subprocess.CompletedProcess(
             command, 127, "", f"there is no {command[0]} here: is this a node of the cluster?"
         )
-    environment = {name: value for name, value in os.environ.items()
-                   if not name.startswith("SLURM_") or name in ("SLURM_CONF", "SLURM_CLUSTERS")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM_") or name in ("SLURM_CONF", "SLURM_CLUSTERS")
+    }
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, input=text,
-                              env=environment, timeout=_PATIENCE_S)
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            input=text,
+            env=environment,
+            timeout=_PATIENCE_S,
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(
-            command, 124, "", f"{command[0]} gave no answer for {_PATIENCE_S:.0f} s")
+            command, 124, "", f"{command[0]} gave no answer for {_PATIENCE_S:.0f} s"
+        )
 
 
 def ask(*command: str, check: bool = False, text: str | None = None) -> str:
@@ -69,8 +93,14 @@ def jobs_of(run: Path) -> list[dict[str, str]]:
     """
     said = read_json(run / "submit" / "job.json")
     keys = ("job", "state", "reason", "nodes", "left")
-    text = ask("squeue", "--noheader", "--array", f"--user={os.getuid()}",
-               f"--name={said.get('name', job_name(run))}", "--format=%i|%T|%r|%N|%L")
+    text = ask(
+        "squeue",
+        "--noheader",
+        "--array",
+        f"--user={os.getuid()}",
+        f"--name={said.get('name', job_name(run))}",
+        "--format=%i|%T|%r|%N|%L",
+    )
     jobs = [dict(zip(keys, line.split("|"), strict=False)) for line in text.splitlines() if line]
     element = said.get("element")
     return [job for job in jobs if element is None or job["job"].endswith(f"_{element}")]
@@ -89,8 +119,13 @@ def lost(nodes: Sequence[str]) -> list[str]:
     listed = ask("sinfo", "--noheader", "--Node", "--format=%N %T", f"--nodes={','.join(nodes)}")
     bad = ("down", "drain", "fail", "not_resp")
     states = (line.split() for line in listed.splitlines())
-    return sorted({words[0] for words in states
-                   if len(words) == 2 and (words[1].startswith(bad) or "*" in words[1])})
+    return sorted(
+        {
+            words[0]
+            for words in states
+            if len(words) == 2 and (words[1].startswith(bad) or "*" in words[1])
+        }
+    )
 
 
 def preemption_warning() -> str:
@@ -99,14 +134,20 @@ def preemption_warning() -> str:
     mode = re.search(r"^PreemptMode\s*= (.*)$", config, re.MULTILINE)
     if not mode or mode[1].startswith("OFF") or "preempt_send_user_signal" in config:
         return ""
-    return ("this cluster preempts jobs, and SlurmctldParameters lacks preempt_send_user_signal: a "
-            "preempted run has only KillWait and GraceTime for its save; save often")
+    return (
+        "this cluster preempts jobs, and SlurmctldParameters lacks preempt_send_user_signal: a "
+        "preempted run has only KillWait and GraceTime for its save; save often"
+    )
 
 
 def longest_time(partition: str | None) -> str | None:
     """The partition's longest job, as --time takes it; None if it has no limit or is unknown."""
-    listed = ask("sinfo", "--noheader", "--format=%P|%l",
-                 *([f"--partition={partition}"] if partition else []))
+    listed = ask(
+        "sinfo",
+        "--noheader",
+        "--format=%P|%l",
+        *([f"--partition={partition}"] if partition else []),
+    )
     for line in listed.splitlines():
         name, _, limit = line.partition("|")
         if partition or name.endswith("*"):
@@ -136,8 +177,14 @@ def end_steps(job: str) -> None:
 
 def waiting(name: str) -> list[str]:
     """This user's jobs of a name that have not started."""
-    return ask("squeue", "--noheader", "--states=PENDING", f"--name={name}", "--format=%i",
-               f"--user={os.getuid()}").split()
+    return ask(
+        "squeue",
+        "--noheader",
+        "--states=PENDING",
+        f"--name={name}",
+        "--format=%i",
+        f"--user={os.getuid()}",
+    ).split()
 
 
 def do(say: Callable[[str], None], *command: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,9 @@ def copy_code(target: Path) -> None:
     for name in PACKAGES:
         if (ROOT / name).is_dir():
             shutil.copytree(
-                ROOT / name, target / name, dirs_exist_ok=True,
+                ROOT / name,
+                target / name,
+                dirs_exist_ok=True,
                 ignore=shutil.ignore_patterns("__pycache__", "*.pyc"),
             )
     commit = _git("rev-parse", "HEAD")
@@ -25,8 +27,13 @@ def copy_code(target: Path) -> None:
 
 def _git(*words: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True,
-                              check=False, timeout=60)
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
     except OSError:
         return ""
     return done.stdout if done.returncode == 0 else ""

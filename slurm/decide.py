@@ -63,16 +63,23 @@ def decide(outcome: Outcome) -> Decision:
         return Decision("done", 0, "finished")
     if outcome.stop_asked:
         saved = outcome.state == "stopped"
-        return Decision("stop", 0 if saved else 1, "a person asked for a stop"
-                        + ("" if saved else f", but the run ended: {outcome.reason}"))
+        return Decision(
+            "stop",
+            0 if saved else 1,
+            "a person asked for a stop"
+            + ("" if saved else f", but the run ended: {outcome.reason}"),
+        )
     if outcome.code == LOST:
         return Decision("leave", LOST, "another job has taken over the run")
     if outcome.code == REFUSED:
         return Decision("give up", REFUSED, f"the trainer refused to start: {outcome.reason}")
     if outcome.fruitless_now >= outcome.most_fruitless:
-        return Decision("give up", NO_PROGRESS,
-                        f"{outcome.fruitless_now} tries in a row made no new step; the last one: "
-                        f"{outcome.reason or outcome.state or 'said nothing'}")
+        return Decision(
+            "give up",
+            NO_PROGRESS,
+            f"{outcome.fruitless_now} tries in a row made no new step; the last one: "
+            f"{outcome.reason or outcome.state or 'said nothing'}",
+        )
     if outcome.code == BAD_NODE:
         return Decision("requeue", BAD_NODE, outcome.reason)
     why = outcome.leaving or outcome.reason or f"the launcher ended with {outcome.code}"

@@ -56,8 +56,19 @@ def strike(fault: str, job: dict[str, str], module: str) -> None:
         cluster.ask("scancel", "--batch", "--signal=TERM", job["job"], check=True)
         return
     last = cluster.ask("scontrol", "show", "hostnames", job["nodes"], check=True).split()[-1]
-    cluster.ask("srun", f"--jobid={job['job']}", "--overlap", "--nodes=1", "--ntasks=1",
-                f"--nodelist={last}", "sh", "-c", _FIND + FAULTS[fault][1], module, check=True)
+    cluster.ask(
+        "srun",
+        f"--jobid={job['job']}",
+        "--overlap",
+        "--nodes=1",
+        "--ntasks=1",
+        f"--nodelist={last}",
+        "sh",
+        "-c",
+        _FIND + FAULTS[fault][1],
+        module,
+        check=True,
+    )
 
 
 def drill(run: Path, fault: str, wait_s: float) -> int:
@@ -67,8 +78,11 @@ def drill(run: Path, fault: str, wait_s: float) -> int:
         print(f"{run} has no running job", file=sys.stderr)
         return 2
     tries, before, start = len(read_attempts(run)), last_step(run), time.time()
-    print(f"{FAULTS[fault][0]}, job {running[0]['job']}, at step {before} (checkpoint "
-          f"{last_checkpoint(run)}) ...", flush=True)
+    print(
+        f"{FAULTS[fault][0]}, job {running[0]['job']}, at step {before} (checkpoint "
+        f"{last_checkpoint(run)}) ...",
+        flush=True,
+    )
     module = read_json(control(run, "supervisor.json")).get("module", "pretrain.train")
     strike(fault, running[0], module)
     while time.time() - start < wait_s:
@@ -78,16 +92,21 @@ def drill(run: Path, fault: str, wait_s: float) -> int:
             continue
         ended = attempts[tries]
         kept = ended["steps"][1]
-        lines = [line for line in train_lines(run) if line["time"] > ended["started"]
-                 + ended["seconds"]]
+        lines = [
+            line for line in train_lines(run) if line["time"] > ended["started"] + ended["seconds"]
+        ]
         if lines or last_checkpoint(run) > kept:
-            print(f"the try ended after {ended['started'] + ended['seconds'] - start:.0f} s "
-                  f"({ended['reason'] or ended['why']}) and was followed by: {ended['decision']}\n"
-                  f"going on from step {kept}: {max(before - kept, 0)} steps are done again; the "
-                  f"next step is there after {time.time() - start:.0f} s")
+            print(
+                f"the try ended after {ended['started'] + ended['seconds'] - start:.0f} s "
+                f"({ended['reason'] or ended['why']}) and was followed by: {ended['decision']}\n"
+                f"going on from step {kept}: {max(before - kept, 0)} steps are done again; the "
+                f"next step is there after {time.time() - start:.0f} s"
+            )
             return 0
-    print(f"after {wait_s:.0f} s the run has not made a step again: python -m slurm status {run}",
-          file=sys.stderr)
+    print(
+        f"after {wait_s:.0f} s the run has not made a step again: python -m slurm status {run}",
+        file=sys.stderr,
+    )
     return 1
 
 
@@ -98,8 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     for name, (what, _) in FAULTS.items():
         which.add_argument(f"--{name}", dest="fault", action="store_const", const=name, help=what)
-    parser.add_argument("--wait", type=float, default=3600.0, metavar="SECONDS",
-                        help="for the run to go on (default 3600)")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="for the run to go on (default 3600)",
+    )
     options = parser.parse_intermixed_args(argv)
     try:
         return drill(options.run.resolve(), options.fault, options.wait)

@@ -16,9 +16,13 @@ then without a successor would be a run that is over without a word."""
 
 
 def again(
-    job: str, script: Path | None, nodes: Sequence[str], away: Sequence[str],
-    say: Callable[[str], None], pause_s: float = _PAUSE_S,
-) -> None:  # fmt: skip
+    job: str,
+    script: Path | None,
+    nodes: Sequence[str],
+    away: Sequence[str],
+    say: Callable[[str], None],
+    pause_s: float = _PAUSE_S,
+) -> None:
     """A job once more, but not on the nodes `away`; SLURM may end this process.
 
     A running job cannot be kept from nodes: a successor takes its place if one of them is its own.
@@ -45,12 +49,14 @@ def again(
     say("the job could not be requeued: submit the run again, and it goes on")
 
 
-def keep_away(chain: str, script: Path | None, away: Sequence[str],
-              say: Callable[[str], None]) -> None:
+def keep_away(
+    chain: str, script: Path | None, away: Sequence[str], say: Callable[[str], None]
+) -> None:
     """Jobs of the chain that wait stay away from these nodes."""
     for job in cluster.waiting(chain) if away else ():
-        cluster.do(say, "scontrol", "update", f"JobId={job}",
-                   f"ExcNodeList={_excluded(away, script)}")
+        cluster.do(
+            say, "scontrol", "update", f"JobId={job}", f"ExcNodeList={_excluded(away, script)}"
+        )
 
 
 def end_chain(chain: str, say: Callable[[str], None]) -> None:

@@ -37,9 +37,13 @@ def lines_of(run: Path) -> list[tuple[int, float]]:
 
 
 def seconds_of_kinds(
-    tries: Sequence[tuple[float, float]], lines: Sequence[tuple[int, float]], step_s: float,
-    since: float, now: float, before: int = 0,
-) -> dict[str, float]:  # fmt: skip
+    tries: Sequence[tuple[float, float]],
+    lines: Sequence[tuple[int, float]],
+    step_s: float,
+    since: float,
+    now: float,
+    before: int = 0,
+) -> dict[str, float]:
     """Seconds from `since` to `now` by `KINDS`; their sum is all of them.
 
     Args:

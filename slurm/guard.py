@@ -82,7 +82,8 @@ def end_descendants(patience_s: float, dies_within_s: float = _DIES_WITHIN_S) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code is the launcher's, 128 + N after signal N."""
     parser = argparse.ArgumentParser(
-        prog="slurm.guard", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        prog="slurm.guard", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("patience_s", metavar="SECONDS", type=float)
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
@@ -103,8 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(_DIES_WITHIN_S)
     if killed := end_descendants(options.patience_s):
-        print(f"guard: {len(killed)} processes outlived their launcher and were ended: {killed}",
-              file=sys.stderr, flush=True)
+        print(
+            f"guard: {len(killed)} processes outlived their launcher and were ended: {killed}",
+            file=sys.stderr,
+            flush=True,
+        )
     code = -signal.SIGKILL if child.returncode is None else child.returncode
     return code if code >= 0 else 128 - code
 

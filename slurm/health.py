@@ -30,7 +30,10 @@ def gpu_faults(wanted: int) -> list[str]:
     try:
         listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=60, check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
         ).stdout
         memory = [[float(n) for n in line.split(",")] for line in listed.split("\n") if line]
     except (OSError, subprocess.SubprocessError, ValueError) as error:
@@ -38,8 +41,9 @@ def gpu_faults(wanted: int) -> list[str]:
     faults = [] if len(memory) == wanted else [f"{len(memory)} GPUs instead of {wanted}"]
     return faults + [
         f"GPU {number}: {free:.0f} of {total:.0f} MB free"
-        for number, (free, total) in enumerate(memory) if free < _LEAST_FREE_MEMORY * total
-    ]  # fmt: skip
+        for number, (free, total) in enumerate(memory)
+        if free < _LEAST_FREE_MEMORY * total
+    ]
 
 
 def folder_faults(run: Path, token: str) -> list[str]:

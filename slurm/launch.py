@@ -49,9 +49,15 @@ def _unfold(name: str) -> list[str]:
 
 
 def command(
-    launcher: str, train: Sequence[str], run: Path, nodes: Sequence[str], per_node: int,
-    port: int, log: str, python: str,
-) -> list[str]:  # fmt: skip
+    launcher: str,
+    train: Sequence[str],
+    run: Path,
+    nodes: Sequence[str],
+    per_node: int,
+    port: int,
+    log: str,
+    python: str,
+) -> list[str]:
     """The command that starts `python -m` train on these nodes, `per_node` ranks on each.
 
     log: file name in RUN/logs of each task's output, with SLURM's %j and %t.
@@ -62,18 +68,25 @@ def command(
     """
     tasks = per_node if launcher == "srun" else 1
     step = [
-        "srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks}",
-        f"--ntasks-per-node={tasks}", "--distribution=block", "--kill-on-bad-exit=1",
+        "srun",
+        f"--nodes={len(nodes)}",
+        f"--ntasks={len(nodes) * tasks}",
+        f"--ntasks-per-node={tasks}",
+        "--distribution=block",
+        "--kill-on-bad-exit=1",
         # A step that died with a rebooted node holds its place for minutes: steps may overlap.
-        "--overlap", "--wait=60", f"--nodelist={','.join(nodes)}",
-        f"--output={run / 'logs' / log}", "--open-mode=append",
+        "--overlap",
+        "--wait=60",
+        f"--nodelist={','.join(nodes)}",
+        f"--output={run / 'logs' / log}",
+        "--open-mode=append",
     ]
     if launcher == "srun":
         return [*step, python, "-u", "-m", *train]
     if launcher == "torchrun":
         inner = (
-            f'exec {python} -m torch.distributed.run --nnodes={len(nodes)} '
-            f'--nproc-per-node={per_node} --node-rank=$SLURM_NODEID --master-addr={nodes[0]} '
+            f"exec {python} -m torch.distributed.run --nnodes={len(nodes)} "
+            f"--nproc-per-node={per_node} --node-rank=$SLURM_NODEID --master-addr={nodes[0]} "
             f'--master-port={port} -m "$@"'
         )
     elif launcher == "deepspeed":
@@ -81,7 +94,7 @@ def command(
         hostfile.parent.mkdir(parents=True, exist_ok=True)
         hostfile.write_text("".join(f"{n} slots={per_node}\n" for n in nodes), encoding="utf-8")
         inner = (
-            f'exec {python} -m deepspeed.launcher.runner --no_ssh --node_rank $SLURM_NODEID '
+            f"exec {python} -m deepspeed.launcher.runner --no_ssh --node_rank $SLURM_NODEID "
             f'--hostfile "{hostfile}" --master_addr {nodes[0]} --master_port {port} --module "$@"'
         )
     else:
@@ -92,11 +105,18 @@ def command(
 def environment_of(port: int, nodes: Sequence[str]) -> dict[str, str]:
     """What the ranks find in their environment, unless the site says otherwise."""
     usual = {
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "NCCL_DEBUG": "WARN", "PYTHONFAULTHANDLER": "1",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "NCCL_DEBUG": "WARN",
+        "PYTHONFAULTHANDLER": "1",
         "PYTHONUNBUFFERED": "1",
     }
     if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
         usual["SRUN_CPUS_PER_TASK"] = cpus  # srun 22.05 and newer do not take it over
-    return usual | os.environ | {
-        "MASTER_ADDR": nodes[0], "MASTER_PORT": str(port),
-    }
+    return (
+        usual
+        | os.environ
+        | {
+            "MASTER_ADDR": nodes[0],
+            "MASTER_PORT": str(port),
+        }
+    )

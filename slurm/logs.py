@@ -1,6 +1,6 @@
 """Read a run's logs: the newest log of its jobs, or that of a rank.
 
-    python -m slurm.logs RUN [-f] [--rank N]
+python -m slurm.logs RUN [-f] [--rank N]
 """
 
 import argparse

@@ -56,9 +56,10 @@ class OneTry:
         path = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
         child = subprocess.Popen(
             [sys.executable, "-m", "slurm.guard", str(self.options.leave_s), *command],
-            env=self._environment() | {"PYTHONPATH": path}, start_new_session=True,
+            env=self._environment() | {"PYTHONPATH": path},
+            start_new_session=True,
             preexec_fn=die_with_parent,
-        )  # fmt: skip
+        )
         self._watch(child)
         end_descendants(self.options.leave_s)  # the guard itself may have been killed
         cluster.end_steps(self.job)
@@ -77,8 +78,14 @@ class OneTry:
         if self.options.launcher is None:
             return self.options.command
         return launch.command(
-            self.options.launcher, train, self.run, self.nodes, self.options.per_node,
-            self._port(check), log, sys.executable,
+            self.options.launcher,
+            train,
+            self.run,
+            self.nodes,
+            self.options.per_node,
+            self._port(check),
+            log,
+            sys.executable,
         )
 
     def _environment(self, check: bool = False) -> dict[str, str]:
@@ -139,13 +146,24 @@ class OneTry:
         with contextlib.suppress(OSError):  # then each node says that it cannot read it
             control(self.run, health.TOKEN_FILE).write_text(token, encoding="utf-8")
         ask = [
-            "srun", f"--nodes={len(self.nodes)}", f"--ntasks={len(self.nodes)}",
-            "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=60", "--overlap",
+            "srun",
+            f"--nodes={len(self.nodes)}",
+            f"--ntasks={len(self.nodes)}",
+            "--ntasks-per-node=1",
+            "--kill-on-bad-exit=0",
+            "--wait=60",
+            "--overlap",
             f"--nodelist={','.join(self.nodes)}",
             f"--output={self.run / 'logs' / f'health-%j-{number}-%t.log'}",
-            sys.executable, "-m", "slurm.health", str(self.run), "--token", token,
-            "--gpus", str(self.options.gpus),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "slurm.health",
+            str(self.run),
+            "--token",
+            token,
+            "--gpus",
+            str(self.options.gpus),
+        ]
         bad = self._faults(ask, f"health-*-{number}-*.log", _HEALTH_S)
         if not bad and self.first and self.options.check:
             ask = self._command([self.options.check], f"check-%j-{number}-%t.log", check=True)
@@ -164,8 +182,14 @@ class OneTry:
         for old in self.run.glob(f"logs/{answers}"):
             old.unlink(missing_ok=True)
         try:
-            subprocess.run(command, timeout=limit_s, check=False, preexec_fn=die_with_parent,
-                           start_new_session=True, env=self._environment(check=True))
+            subprocess.run(
+                command,
+                timeout=limit_s,
+                check=False,
+                preexec_fn=die_with_parent,
+                start_new_session=True,
+                env=self._environment(check=True),
+            )
         except subprocess.TimeoutExpired:
             cluster.end_steps(self.job)
         found = health.reports(self.run / "logs" / answers, self.nodes, self.options.per_node)

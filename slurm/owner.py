@@ -14,9 +14,7 @@ SILENT_S = 62.0
 _ASK_S, _GRACE_S = 5.0, 15.0
 
 
-def wait(
-    run: Path, job: str | None, leaving: Callable[[], str], say: Callable[[str], None]
-) -> str:
+def wait(run: Path, job: str | None, leaving: Callable[[], str], say: Callable[[str], None]) -> str:
     """Why not to start, since another job is at work in the run directory; "" if none is.
 
     A job that was killed without a word has not left. Where SLURM says that it is over, it is

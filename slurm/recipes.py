@@ -34,14 +34,17 @@ def require_fit(recipe: str, overrides: Sequence[str], world: int) -> str:
     """
     done = _pretrain("check", recipe, *overrides, "--world", str(world))
     if done.returncode:
-        raise SubmitError(f"`pretrain check` refuses the run on {world} ranks:\n"
-                          f"{(done.stdout + done.stderr).strip()}")
+        raise SubmitError(
+            f"`pretrain check` refuses the run on {world} ranks:\n"
+            f"{(done.stdout + done.stderr).strip()}"
+        )
     return done.stdout.strip()
 
 
 def _pretrain(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "pretrain", *words], capture_output=True,
-                          text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "pretrain", *words], capture_output=True, text=True, check=False
+    )
 
 
 def sweep(path: Path) -> list[list[str]]:
@@ -57,7 +60,9 @@ def sweep(path: Path) -> list[list[str]]:
     if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()):
         raise SubmitError(f"{path}: expected `key: [value, value]` lines")
     return [
-        [f"{key}={json.dumps(value) if not isinstance(value, str) else value}"
-         for key, value in zip(grid, values, strict=True)]
+        [
+            f"{key}={json.dumps(value) if not isinstance(value, str) else value}"
+            for key, value in zip(grid, values, strict=True)
+        ]
         for values in itertools.product(*grid.values())
     ]

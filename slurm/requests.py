@@ -1,8 +1,8 @@
 """Ask a run for something: to stop, to save, or its jobs to be gone.
 
-    python -m slurm stop RUN        saves at the next step and ends; nothing is requeued
-    python -m slurm save RUN        saves and goes on
-    python -m slurm cancel RUN      ends its jobs now, on all nodes; the last checkpoint stays
+python -m slurm stop RUN        saves at the next step and ends; nothing is requeued
+python -m slurm save RUN        saves and goes on
+python -m slurm cancel RUN      ends its jobs now, on all nodes; the last checkpoint stays
 """
 
 import argparse
@@ -27,8 +27,10 @@ def stop(run: Path, wait_s: float) -> int:
     if waiting:
         cluster.ask("scancel", *waiting)
     said = _wait(lambda: not _is_at_work(run), wait_s, f"{run} to save and stop")
-    print(f"{run}: {status(run).get('state', 'not started')}, checkpoint of step "
-          f"{last_checkpoint(run)}")
+    print(
+        f"{run}: {status(run).get('state', 'not started')}, checkpoint of step "
+        f"{last_checkpoint(run)}"
+    )
     return 0 if said else 1
 
 
@@ -53,9 +55,11 @@ def cancel(run: Path, wait_s: float) -> int:
         return 0 if done else 1
     supervisor = read_json(control(run, "supervisor.json"))
     if supervisor.get("host") != os.uname().nodename:
-        print(f"{run} has no jobs"
-              + (f"; its supervisor runs on {supervisor['host']}" if supervisor else ""),
-              file=sys.stderr)
+        print(
+            f"{run} has no jobs"
+            + (f"; its supervisor runs on {supervisor['host']}" if supervisor else ""),
+            file=sys.stderr,
+        )
         return 1
     with contextlib.suppress(ProcessLookupError):
         control(run, "stop").touch()  # so that it starts nothing any more
@@ -93,8 +97,13 @@ def main(argv: Sequence[str] | None = None, verb: str = "stop") -> int:
     """Entry point of one verb; returns the exit code."""
     parser = argparse.ArgumentParser(prog=f"slurm {verb}", description=VERBS[verb].__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--wait", type=float, default=1800.0, metavar="SECONDS",
-                        help="give up waiting after so long; the request stays (default 1800)")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="give up waiting after so long; the request stays (default 1800)",
+    )
     options = parser.parse_intermixed_args(argv)
     run = options.run.resolve()
     if not run.is_dir():

@@ -56,8 +56,10 @@ def gpu_options(site: Site, version: tuple[int, int]) -> list[str]:
     options = re.compile(r"--(gpus|tres)-per-task|--ntasks-per-gpu")
     per_task = [option for option in site.header if options.match(option)]
     if per_task and version >= (24, 11):
-        raise SiteError(f"site file: header: {per_task[0]}: SLURM {version[0]}.{version[1]:02d} "
-                        "refuses GPUs per task beside those per node: take it out")
+        raise SiteError(
+            f"site file: header: {per_task[0]}: SLURM {version[0]}.{version[1]:02d} "
+            "refuses GPUs per task beside those per node: take it out"
+        )
     if not site.gpus_per_node:
         return []
     if site.gres == "gpus-per-node" and not (0, 0) < version < (19, 5):
@@ -72,10 +74,14 @@ def header(job: Job, site: Site, version: tuple[int, int]) -> list[str]:
     # Of a span that begins with one node SLURM gives only that if it is told of one task for it.
     of_span = "-" in job.nodes and tasks == 1
     options = [
-        f"--job-name={job.name}", f"--nodes={job.nodes}",
-        *([] if of_span else [f"--ntasks-per-node={tasks}"]), *gpu_options(site, version),
+        f"--job-name={job.name}",
+        f"--nodes={job.nodes}",
+        *([] if of_span else [f"--ntasks-per-node={tasks}"]),
+        *gpu_options(site, version),
         f"--output={job.run / ('%3a/logs/job-%A_%a.log' if job.elements else 'logs/job-%j.log')}",
-        "--open-mode=append", "--wait-all-nodes=1", f"--signal=B:USR1@{site.signal_lead_s}",
+        "--open-mode=append",
+        "--wait-all-nodes=1",
+        f"--signal=B:USR1@{site.signal_lead_s}",
         "--requeue" if job.requeue else "--no-requeue",
     ]
     if job.elements:
@@ -109,10 +115,19 @@ def render(job: Job, site: Site, version: tuple[int, int]) -> str:
         lines.append(f'export PYTHONPATH={folder}"${{PYTHONPATH:+:$PYTHONPATH}}"')
         lines.append(f"cd {shlex.quote(str(job.code))}")
     supervise = [
-        site.python, "-u", "-m", "slurm.supervise", _quoted(str(job.folder)), "--launcher",
-        job.launcher, "--per-node", str(site.ranks),
-        "--silent-minutes", str(site.silent_minutes),
-        "--gpus", str(site.gpus_per_node),
+        site.python,
+        "-u",
+        "-m",
+        "slurm.supervise",
+        _quoted(str(job.folder)),
+        "--launcher",
+        job.launcher,
+        "--per-node",
+        str(site.ranks),
+        "--silent-minutes",
+        str(site.silent_minutes),
+        "--gpus",
+        str(site.gpus_per_node),
     ]
     if job.script is not None and not job.elements:
         supervise += ["--script", shlex.quote(str(job.script))]

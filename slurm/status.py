@@ -87,12 +87,20 @@ def describe(run: Path, now: float | None = None) -> dict:
     jobs = cluster.jobs_of(run)
     checkpoint, spent = last_checkpoint(run), goodput.shares(run, step_s, now)
     found = {
-        "run": str(run), "state": state, "phase": said.get("phase"), "step": step, "steps": total,
-        "seconds_a_step": step_s, "jobs": jobs, "tries": len(attempts),
+        "run": str(run),
+        "state": state,
+        "phase": said.get("phase"),
+        "step": step,
+        "steps": total,
+        "seconds_a_step": step_s,
+        "jobs": jobs,
+        "tries": len(attempts),
         "left_s": (total - step) * step_s if total and step_s and state == "running" else None,
         "checkpoint": checkpoint,
         "checkpoint_age_s": age(run / "checkpoints" / f"step_{checkpoint:09d}" / "manifest.json"),
-        "time": spent, "goodput": spent.get("steps"), "reason": reason_of(said, attempts),
+        "time": spent,
+        "goodput": spent.get("steps"),
+        "reason": reason_of(said, attempts),
         "copied": read_json(control(run, "copies.json")),
         "slow_rank": said.get("slow_rank") if state == "running" else None,
     }
@@ -105,7 +113,10 @@ def reason_of(said: dict, attempts: Sequence[dict]) -> str:
     """Why a run is as it is: what ended its last try for good, or what it says of itself."""
     last = attempts[-1] if attempts else {}
     ended = last.get("decision") in ("give up", "leave") and said.get("state") not in (
-        "running", "starting", "finished")
+        "running",
+        "starting",
+        "finished",
+    )
     return last.get("why", "") if ended else said.get("reason", "")
 
 
@@ -131,15 +142,19 @@ def line_of(found: dict) -> str:
     if found["checkpoint_age_s"] is not None:
         parts.append(f"checkpoint {found['checkpoint']} {_span(found['checkpoint_age_s'])} ago")
     if copied := found["copied"]:
-        parts.append(f"copied {copied.get('step') or 'nothing yet'}"
-                     + (f" (fails: {copied['error'][:160]})" if copied.get("error") else ""))
+        parts.append(
+            f"copied {copied.get('step') or 'nothing yet'}"
+            + (f" (fails: {copied['error'][:160]})" if copied.get("error") else "")
+        )
     if found["tries"] > 1:
         parts.append(f"{found['tries']} tries")
     if found["goodput"] is not None:
         parts.append(goodput.words(found["time"]))
     if slow := found["slow_rank"]:
-        parts.append(f"waits for rank {slow['rank']} on {slow['host']} "
-                     f"({slow['factor']:.1f} times as slow as the others)")
+        parts.append(
+            f"waits for rank {slow['rank']} on {slow['host']} "
+            f"({slow['factor']:.1f} times as slow as the others)"
+        )
     if found["reason"]:
         parts.append(found["reason"].splitlines()[0][:160])
     return f"{found['run']}\n    " + "; ".join(parts)

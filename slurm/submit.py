@@ -39,8 +39,10 @@ def require_free(run: Path, site: Site) -> None:
             )
     if jobs := cluster.jobs_of(run):
         listed = ", ".join(f"{job['job']} ({job['state'].lower()})" for job in jobs)
-        raise SubmitError(f"{run} has jobs already: {listed}. `python -m slurm stop {run}` ends "
-                          "the run, `python -m slurm cancel` its jobs")
+        raise SubmitError(
+            f"{run} has jobs already: {listed}. `python -m slurm stop {run}` ends "
+            "the run, `python -m slurm cancel` its jobs"
+        )
 
 
 def plan(options: argparse.Namespace, site: Site, run: Path, elements: int = 0) -> Job:
@@ -52,12 +54,19 @@ def plan(options: argparse.Namespace, site: Site, run: Path, elements: int = 0) 
     if "-" not in options.nodes:
         train += ["--expect-world", str(world_of(options, site))]
     return Job(
-        name=cluster.job_name(run), run=run, nodes=options.nodes,
-        time=options.time or cluster.longest_time(site.partition), launcher=options.launcher,
-        train=train, requeue=not options.chain, chain=bool(options.chain),
+        name=cluster.job_name(run),
+        run=run,
+        nodes=options.nodes,
+        time=options.time or cluster.longest_time(site.partition),
+        launcher=options.launcher,
+        train=train,
+        requeue=not options.chain,
+        chain=bool(options.chain),
         code=run / "code" / name if options.copy_code else None,
-        exclude=suspects(read_attempts(run)), script=run / "submit" / f"{name}.sbatch",
-        check="pretrain.node_check" if site.node_check else "", elements=elements,
+        exclude=suspects(read_attempts(run)),
+        script=run / "submit" / f"{name}.sbatch",
+        check="pretrain.node_check" if site.node_check else "",
+        elements=elements,
     )
 
 
@@ -84,8 +93,10 @@ def submit_runs(options: argparse.Namespace, site: Site) -> int:
     run = Path(resolved(options.recipe, options.overrides)["run_dir"]).resolve()
     grid = sweep(options.sweep) if options.sweep else []
     runs = [run / f"{number:03d}" for number in range(len(grid))] or [run]
-    changes = [[*options.overrides, *element, f"run_dir={folder}"]
-               for element, folder in zip(grid or [[]], runs, strict=True)]
+    changes = [
+        [*options.overrides, *element, f"run_dir={folder}"]
+        for element, folder in zip(grid or [[]], runs, strict=True)
+    ]
     accepted = [accept(options, site, overrides) for overrides in changes]
     if all(status(folder).get("state") == "finished" for folder in runs):
         raise SubmitError(f"{run} is finished; nothing is left to do")
@@ -98,21 +109,25 @@ def submit_runs(options: argparse.Namespace, site: Site) -> int:
         print(cluster.test_only(script), file=sys.stderr)
     if options.dry_run:
         print(script)
-        print(f"# {world} ranks; nothing was written\n" + _indented(accepted[0][1]),
-              file=sys.stderr)
+        print(
+            f"# {world} ranks; nothing was written\n" + _indented(accepted[0][1]), file=sys.stderr
+        )
         return 0
     for number, (folder, (recipe, _)) in enumerate(zip(runs, accepted, strict=True)):
         lay_out(folder, job.script.stem, recipe)
-        write_json(folder / "submit" / "job.json",
-                   {"name": job.name, "element": number if grid else None})
+        write_json(
+            folder / "submit" / "job.json", {"name": job.name, "element": number if grid else None}
+        )
         control(folder, "stop").unlink(missing_ok=True)  # a person's, of the time before
-    write_script(job, script)
+    write_script(job, script, options.words)
     jobs = hand_over(job, options.chain or 1)
     each = f", {len(grid)} runs" if grid else ""
-    print(f"submitted: {', '.join(jobs)} ({job.name}), {world} ranks{each}, run directory {run}\n"
-          f"  watch   python -m slurm status {run}\n"
-          f"  logs    python -m slurm logs {runs[0]} -f     ({runs[0] / 'logs'})\n"
-          f"  stop    python -m slurm stop {runs[0]}        (saves; submit again to go on)")
+    print(
+        f"submitted: {', '.join(jobs)} ({job.name}), {world} ranks{each}, run directory {run}\n"
+        f"  watch   python -m slurm status {run}\n"
+        f"  logs    python -m slurm logs {runs[0]} -f     ({runs[0] / 'logs'})\n"
+        f"  stop    python -m slurm stop {runs[0]}        (saves; submit again to go on)"
+    )
     return 0
 
 
@@ -125,8 +140,9 @@ def hand_over(job: Job, count: int) -> list[str]:
     jobs: list[str] = []
     try:
         for _ in range(count):
-            jobs.append(cluster.ask("sbatch", "--parsable", str(job.script), check=True)
-                        .partition(";")[0])
+            jobs.append(
+                cluster.ask("sbatch", "--parsable", str(job.script), check=True).partition(";")[0]
+            )
     except SlurmError as error:
         there = f"; submitted all the same: {', '.join(jobs)} of {count}" if jobs else ""
         raise SlurmError(f"{error}{there}") from None
@@ -141,12 +157,12 @@ def lay_out(run: Path, name: str, recipe: dict) -> None:
     (run / "submit" / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
-def write_script(job: Job, script: str) -> None:
-    """Write the script, the typed command, and the copy of the code."""
+def write_script(job: Job, script: str, words: Sequence[str]) -> None:
+    """Write the script, the typed command (of these words), and the copy of the code."""
     job.script.parent.mkdir(parents=True, exist_ok=True)
     job.script.write_text(script, encoding="utf-8")
-    words = shlex.join([sys.executable, "-m", "slurm.submit", *sys.argv[1:]])
-    job.script.with_suffix(".command").write_text(words + "\n", encoding="utf-8")
+    command = shlex.join([sys.executable, "-m", "slurm.submit", *words])
+    job.script.with_suffix(".command").write_text(command + "\n", encoding="utf-8")
     if job.code is not None:
         copy_code(job.code)
 
@@ -167,12 +183,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     follow.add_argument("--requeue", action="store_true", help="one job, requeued (the default)")
     follow.add_argument("--chain", type=int, metavar="N", help="N jobs, one after the other")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="srun")
-    parser.add_argument("--sweep", type=Path, metavar="GRID",
-                        help="a run for each combination of a YAML grid")
-    parser.add_argument("--no-code-copy", dest="copy_code", action="store_false",
-                        help="run the code where it lies, not a copy in the run directory")
+    parser.add_argument(
+        "--sweep", type=Path, metavar="GRID", help="a run for each combination of a YAML grid"
+    )
+    parser.add_argument(
+        "--no-code-copy",
+        dest="copy_code",
+        action="store_false",
+        help="run the code where it lies, not a copy in the run directory",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the script, write nothing")
-    options = parser.parse_intermixed_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_intermixed_args(words)
+    options.words = words
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", options.nodes):
         parser.error(f"--nodes {options.nodes}: a number, or a span like 1-2")
     if options.sweep and options.chain:
@@ -186,8 +209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         site = read_site(options.site)
         if not options.dry_run and not cluster.available():
-            raise SubmitError("there is no sbatch here: submit from a login node, or start "
-                              "`python -m slurm.supervise RUN -- LAUNCHER ...` by hand")
+            raise SubmitError(
+                "there is no sbatch here: submit from a login node, or start "
+                "`python -m slurm.supervise RUN -- LAUNCHER ...` by hand"
+            )
         return submit_runs(options, site)
     except (SiteError, SlurmError, SubmitError) as error:
         print(error, file=sys.stderr)

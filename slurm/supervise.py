@@ -75,8 +75,12 @@ class Supervisor:
         if status(self.run).get("state") == "finished":
             return Decision("done", 0, "the run is finished")
         if control(self.run, "stop").exists():
-            return Decision("stop", 0, "control/stop is there: it is not started (submit the run "
-                            "again, or delete the file, to go on)")
+            return Decision(
+                "stop",
+                0,
+                "control/stop is there: it is not started (submit the run "
+                "again, or delete the file, to go on)",
+            )
         if refused := owner.wait(self.run, self.trainer_job, lambda: self.leaving, self._say):
             return Decision("leave", REFUSED, refused)
         if self.leaving:
@@ -93,24 +97,45 @@ class Supervisor:
         seen = stamp(control(self.run, "heartbeat"))
         until = seen / 1e9 if seen is not None else left["started"]
         self._note(
-            job=left["job"], nodes=left["nodes"], started=left["started"],
+            job=left["job"],
+            nodes=left["nodes"],
+            started=left["started"],
             seconds=round(max(until - left["started"], 0.0), 1),
             steps=[left["before"], last_checkpoint(self.run)],
             state=status(self.run).get("state", ""),
-            reason=f"its supervisor on {left['host']} was killed", decision="none",
-            suspects=cluster.lost(left["nodes"]) if self.job else [], unfit=[],
+            reason=f"its supervisor on {left['host']} was killed",
+            decision="none",
+            suspects=cluster.lost(left["nodes"]) if self.job else [],
+            unfit=[],
         )
 
     def _try(self) -> Decision:
         attempts, before = self.ledger.tries(), last_checkpoint(self.run)
         said_before, self.tries_here = stamp(control(self.run, "status.json")), self.tries_here + 1
-        this = OneTry(self.run, self.options, self.nodes, self.job, len(attempts) + 1, self._say,
-                      lambda: self.leaving, first=self.tries_here == 1)
-        self._quietly(write_json, control(self.run, "supervisor.json"), {
-            "pid": os.getpid(), "host": os.uname().nodename, "job": self.job, "nodes": self.nodes,
-            "try": this.number, "started": round(this.started, 1), "before": before,
-            "module": self.options.command[0],
-        })
+        this = OneTry(
+            self.run,
+            self.options,
+            self.nodes,
+            self.job,
+            len(attempts) + 1,
+            self._say,
+            lambda: self.leaving,
+            first=self.tries_here == 1,
+        )
+        self._quietly(
+            write_json,
+            control(self.run, "supervisor.json"),
+            {
+                "pid": os.getpid(),
+                "host": os.uname().nodename,
+                "job": self.job,
+                "nodes": self.nodes,
+                "try": this.number,
+                "started": round(this.started, 1),
+                "before": before,
+                "module": self.options.command[0],
+            },
+        )
         this.go()
         if owner.other(self.run, self.trainer_job):
             this.code = LOST  # srun says 143 for it
@@ -118,23 +143,35 @@ class Supervisor:
         if stamp(control(self.run, "status.json")) == said_before:
             said = {"reason": this.last_words() or "it wrote no status: see the log"}
         outcome = Outcome(
-            state=said.get("state", ""), reason=this.reason or said.get("reason", ""),
-            code=this.code, steps=(before, last_checkpoint(self.run)),
-            fruitless=fruitless(attempts), stop_asked=control(self.run, "stop").exists(),
+            state=said.get("state", ""),
+            reason=this.reason or said.get("reason", ""),
+            code=this.code,
+            steps=(before, last_checkpoint(self.run)),
+            fruitless=fruitless(attempts),
+            stop_asked=control(self.run, "stop").exists(),
             leaving=self.leaving,
             restarts_left=self.options.max_restarts - self._restarts(attempts),
             most_fruitless=self.options.max_fruitless,
         )
         decision = decide(outcome)
         self._note(
-            job=self.job, nodes=self.nodes, started=round(this.started, 1),
-            seconds=round(time.time() - this.started, 1), steps=list(outcome.steps),
-            state=outcome.state, reason=outcome.reason, code=this.code, leaving=self.leaving,
-            decision=decision.action, why=decision.why, unfit=this.unfit,
+            job=self.job,
+            nodes=self.nodes,
+            started=round(this.started, 1),
+            seconds=round(time.time() - this.started, 1),
+            steps=list(outcome.steps),
+            state=outcome.state,
+            reason=outcome.reason,
+            code=this.code,
+            leaving=self.leaving,
+            decision=decision.action,
+            why=decision.why,
+            unfit=this.unfit,
             suspects=[] if self.leaving else self._suspects(outcome),
         )
-        self._say(f"try {this.number} ended at step {outcome.steps[1]}: {decision.action}, "
-                  f"{decision.why}")
+        self._say(
+            f"try {this.number} ended at step {outcome.steps[1]}: {decision.action}, {decision.why}"
+        )
         return decision
 
     def _suspects(self, outcome: Outcome) -> list[str]:

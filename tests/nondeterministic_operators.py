@@ -22,8 +22,10 @@ DOCUMENTED = {
     "torch.nn.MaxUnpool2d": ["max_unpool2d"],
     "torch.nn.MaxUnpool3d": ["max_unpool3d"],
     "torch.nn.functional.interpolate": [
-        "upsample_linear1d_backward", "upsample_bilinear2d_backward",
-        "upsample_bicubic2d_backward", "upsample_trilinear3d_backward",
+        "upsample_linear1d_backward",
+        "upsample_bilinear2d_backward",
+        "upsample_bicubic2d_backward",
+        "upsample_trilinear3d_backward",
     ],
     "torch.nn.ReflectionPad1d": ["reflection_pad1d_backward"],
     "torch.nn.ReflectionPad2d": ["reflection_pad2d_backward"],
@@ -39,12 +41,14 @@ DOCUMENTED = {
     "torch.cumsum": ["cumsum", "cumsum_"],
     "torch.Tensor.scatter_reduce": ["scatter_reduce", "scatter_reduce_"],
     "torch.Tensor.resize_": [],  # of quantised tensors, which we have none of
-}  # fmt: skip
+}
 # In torch's sources alone: these raise too, or add atomically without a word.
 UNDOCUMENTED = [
-    "kthvalue", "adaptive_max_pool3d_backward",
-    "_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward",
-]  # fmt: skip
+    "kthvalue",
+    "adaptive_max_pool3d_backward",
+    "_upsample_bilinear2d_aa_backward",
+    "_upsample_bicubic2d_aa_backward",
+]
 # CPUs add these up in parallel if they are large. Of our own runs they promise bits without a flag.
 ON_CPUS = ["index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"]
 

@@ -24,26 +24,57 @@ def pack_scenes(folder: Path, train: int = 60, heldout: int = 10, size: int = 32
 def tiny_recipe(data: Path, run_dir: Path, **changes) -> dict:
     """A GIT of a few thousand parameters on 32-pixel scenes, with dropout and augmentation on."""
     recipe = {
-        "name": "tiny", "seed": 3, "steps": 12, "run_dir": str(run_dir), "precision": "fp32",
-        "deepspeed": "zero2", "threads_per_rank": 1,
+        "name": "tiny",
+        "seed": 3,
+        "steps": 12,
+        "run_dir": str(run_dir),
+        "precision": "fp32",
+        "deepspeed": "zero2",
+        "threads_per_rank": 1,
         "tokenizer": {"path": str(data / "tokenizer")},
-        "model": {"encoders": {"image": {
-            "type": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "heads": 2,
-        }}},
-        "tasks": {"caption": {
-            "global_batch": 8, "micro_batch": 2,
-            "objective": {"type": "captioning", "max_new_tokens": 8, "decoder": {
-                "width": 32, "layers": 2, "heads": 2, "mlp_width": 64, "max_positions": 32,
-                "dropout": 0.1,
-            }},
-            "data": {
-                "shards": [str(data / "train")], "caption_source": "json:captions",
-                "captions_per_image": 2, "text_length": 24,
-                "image": {"size": 32, "mode": "random_resized_crop", "scale": [0.8, 1.0],
-                          "flip_probability": 0.5},
-            },
-            "evaluation": {"shards": [str(data / "heldout")]},
-        }},
+        "model": {
+            "encoders": {
+                "image": {
+                    "type": "vit",
+                    "image_size": 32,
+                    "patch_size": 8,
+                    "width": 32,
+                    "layers": 2,
+                    "heads": 2,
+                }
+            }
+        },
+        "tasks": {
+            "caption": {
+                "global_batch": 8,
+                "micro_batch": 2,
+                "objective": {
+                    "type": "captioning",
+                    "max_new_tokens": 8,
+                    "decoder": {
+                        "width": 32,
+                        "layers": 2,
+                        "heads": 2,
+                        "mlp_width": 64,
+                        "max_positions": 32,
+                        "dropout": 0.1,
+                    },
+                },
+                "data": {
+                    "shards": [str(data / "train")],
+                    "caption_source": "json:captions",
+                    "captions_per_image": 2,
+                    "text_length": 24,
+                    "image": {
+                        "size": 32,
+                        "mode": "random_resized_crop",
+                        "scale": [0.8, 1.0],
+                        "flip_probability": 0.5,
+                    },
+                },
+                "evaluation": {"shards": [str(data / "heldout")]},
+            }
+        },
         "optimizer": {"kind": "adamw", "lr": 1e-3, "weight_decay": 0.05, "clip_norm": 1.0},
         "schedule": {"kind": "cosine", "warmup_steps": 3},
         "loader": {"workers": 1},
@@ -57,17 +88,26 @@ def three_tasks(data: Path, run_dir: Path, **changes) -> dict:
     """`tiny_recipe` with classification and contrast beside captioning; dropout is off."""
     recipe = tiny_recipe(data, run_dir, tasks__caption__objective__decoder__dropout=0.0)
     recipe["model"]["encoders"]["text"] = {
-        "type": "text", "width": 32, "layers": 1, "heads": 2, "max_positions": 24,
+        "type": "text",
+        "width": 32,
+        "layers": 1,
+        "heads": 2,
+        "max_positions": 24,
     }
     caption = recipe["tasks"]["caption"]
     shared = {"shards": caption["data"]["shards"], "image": caption["data"]["image"]}
     evaluation = caption["evaluation"]
     recipe["tasks"]["classify"] = {
-        "global_batch": 8, "micro_batch": 2, "objective": {"type": "classification"},
-        "data": {**shared, "classes": 10}, "evaluation": evaluation,
+        "global_batch": 8,
+        "micro_batch": 2,
+        "objective": {"type": "classification"},
+        "data": {**shared, "classes": 10},
+        "evaluation": evaluation,
     }
     recipe["tasks"]["contrast"] = {
-        "global_batch": 8, "micro_batch": 2, "objective": {"type": "contrastive", "width": 16},
+        "global_batch": 8,
+        "micro_batch": 2,
+        "objective": {"type": "contrastive", "width": 16},
         "data": {**shared, "caption_source": "json:captions", "text_length": 24},
         "evaluation": evaluation,
     }

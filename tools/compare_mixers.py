@@ -65,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         classes = pack(options)
         runs = plan(options, classes)
     except subprocess.CalledProcessError as error:
-        console.print(f"cannot pack the pictures: {(error.stderr or '').strip()}", style="red",
-                      markup=False)
+        console.print(
+            f"cannot pack the pictures: {(error.stderr or '').strip()}", style="red", markup=False
+        )
         return 1
     except RecipeError as error:
         console.print(str(error), style="red", markup=False)
@@ -85,24 +86,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
-        prog="tools.compare_mixers", description=__doc__,
+        prog="tools.compare_mixers",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", type=Path, help="folder with a sub-folder for each class")
-    source.add_argument("--scenes", type=int, metavar="N",
-                        help="generate so many digit scenes instead")
-    parser.add_argument("--out", type=Path, default=Path("runs/mixers"),
-                        help="shards, run directories and results; another one for each data set "
-                             "(default %(default)s)")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY",
-                        help="only these: " + ", ".join(repr(way) for way in WAYS))
+    source.add_argument(
+        "--scenes", type=int, metavar="N", help="generate so many digit scenes instead"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/mixers"),
+        help="shards, run directories and results; another one for each data set "
+        "(default %(default)s)",
+    )
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=list(WAYS),
+        default=list(WAYS),
+        metavar="WAY",
+        help="only these: " + ", ".join(repr(way) for way in WAYS),
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300, help="of each run (default %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1,
-                        help="runs at a time, one thread each (default %(default)s)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key.path=value",
-                        help="changes of the recipe, for all ways")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, one thread each (default %(default)s)"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="key.path=value",
+        help="changes of the recipe, for all ways",
+    )
     return parse_in_any_order(parser, argv)
 
 
@@ -120,12 +139,29 @@ def pack(options: argparse.Namespace) -> int:
     data = options.out / "data"
     if options.scenes:
         for split, count in (("train", options.scenes), ("heldout", _HELD_OUT_SCENES)):
-            call("make_shards", "scenes", "--out", data, "--split", split, "--count", count,
-                 "--two-digit-share", 0)
+            call(
+                "make_shards",
+                "scenes",
+                "--out",
+                data,
+                "--split",
+                split,
+                "--count",
+                count,
+                "--two-digit-share",
+                0,
+            )
     elif not (data / "heldout").is_dir():
         call("make_shards", "folder", "--out", data / "all", "--images", options.images)
-        call("shards", "repack", data / "all" / "train", "--out", data,
-             "--fractions", "train=0.9,heldout=0.1")
+        call(
+            "shards",
+            "repack",
+            data / "all" / "train",
+            "--out",
+            data,
+            "--fractions",
+            "train=0.9,heldout=0.1",
+        )
     return len(Manifest.load(data / "train").classes or ())
 
 
@@ -148,7 +184,8 @@ def plan(options: argparse.Namespace, classes: int) -> Plan:
     common = [
         f"tasks.{TASK}.data.image.size={side}",
         f"steps={options.steps}",
-        f"tasks.{TASK}.data.shards=[{data / 'train'}]", f"tasks.{TASK}.data.classes={classes}",
+        f"tasks.{TASK}.data.shards=[{data / 'train'}]",
+        f"tasks.{TASK}.data.classes={classes}",
         f"tasks.{TASK}.evaluation.shards=[{data / 'heldout'}]",
         *(f"tasks.{TASK}.data.image.{change}" for change in (_SCENES if options.scenes else ())),
         *options.set,
@@ -182,10 +219,13 @@ def table(runs: Plan) -> str:
         if TASK in found:
             values[run.way].append(found[TASK]["top1"])
             sizes.setdefault(run.way, size_of(run))
-    return markdown(["parameters", "MFLOPs an image", "top-1, held out"], [
-        [way, f"{sizes[way][0] / 1e6:.2f} M", f"{sizes[way][1] / 1e6:.0f}", describe(found)]
-        for way, found in values.items()
-    ])  # fmt: skip
+    return markdown(
+        ["parameters", "MFLOPs an image", "top-1, held out"],
+        [
+            [way, f"{sizes[way][0] / 1e6:.2f} M", f"{sizes[way][1] / 1e6:.0f}", describe(found)]
+            for way, found in values.items()
+        ],
+    )
 
 
 def size_of(run: Run) -> tuple[int, int]:
@@ -238,9 +278,12 @@ def line(way: str, logs: Sequence[list[dict]], values: Callable[[list[dict]], di
     steps = [step for step in found[0] if all(step in one for one in found)]
     columns = [[one[step] for one in found] for step in steps]
     return Line(
-        way, steps, [statistics.mean(c) for c in columns], [min(c) for c in columns],
+        way,
+        steps,
+        [statistics.mean(c) for c in columns],
+        [min(c) for c in columns],
         [max(c) for c in columns],
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

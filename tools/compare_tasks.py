@@ -32,7 +32,9 @@ METRICS = (
 # sqrt(3) times as long at the same rate; `--lr` tries others.
 WAYS: dict[str, tuple[str, ...]] = {
     "unmixed, MT-AdamW": (
-        "optimizer.kind=mt_adamw", "optimizer.clip_norm=null", "optimizer.betas=[0.9, 0.95]",
+        "optimizer.kind=mt_adamw",
+        "optimizer.clip_norm=null",
+        "optimizer.betas=[0.9, 0.95]",
         "optimizer.lr=3.5e-4",
     ),
     "unmixed, AdamW": (),
@@ -47,18 +49,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tools.compare_tasks", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("--data", type=Path, default=Path("runs/demo/data"),
-                        help="folder with train/, heldout/ and tokenizer/")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("runs/demo/data"),
+        help="folder with train/, heldout/ and tokenizer/",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="run directories")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="steps of each task")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--lr", type=float, nargs="+", metavar="RATE", default=None,
-                        help="try these learning rates instead of the recipe's")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        metavar="RATE",
+        default=None,
+        help="try these learning rates instead of the recipe's",
+    )
     options = parse_in_any_order(parser, argv)
     if not (options.data / "tokenizer").is_dir():
-        console.print(f"[red]{options.data} has no tokenizer/: run `make demo` first, or give the "
-                      "folder that it left with --data")
+        console.print(
+            f"[red]{options.data} has no tokenizer/: run `make demo` first, or give the "
+            "folder that it left with --data"
+        )
         return 2
     runs = plan(options)
     failed = train(runs, options.jobs, console)
@@ -92,10 +106,14 @@ def variants(way: str, steps: int) -> list[tuple[str, list[str]]]:
     """(label, overrides) of the runs that one seed of a way takes."""
     if way.startswith("one task"):
         return [
-            (f"-{kept}", [
-                f"steps={steps}", *(f"tasks.{task}=null" for task in TASKS if task != kept),
-                *(["model.encoders.text=null"] if kept != "contrast" else []),
-            ])
+            (
+                f"-{kept}",
+                [
+                    f"steps={steps}",
+                    *(f"tasks.{task}=null" for task in TASKS if task != kept),
+                    *(["model.encoders.text=null"] if kept != "contrast" else []),
+                ],
+            )
             for kept in TASKS
         ]
     # A mixed step runs every task once.
@@ -111,8 +129,11 @@ def without_removed(overrides: list[str]) -> list[str]:
 def data_overrides(data: Path) -> list[str]:
     """Point the recipe to the folder, and evaluate at the end only."""
     return [
-        f"tokenizer.path={data / 'tokenizer'}", "evaluation_every_steps=null",
-        "deepspeed=zero1", "logging.tensorboard=false", "checkpoint.every_steps=100000",
+        f"tokenizer.path={data / 'tokenizer'}",
+        "evaluation_every_steps=null",
+        "deepspeed=zero1",
+        "logging.tensorboard=false",
+        "checkpoint.every_steps=100000",
         *(f"tasks.{t}.micro_batch=64" for t in TASKS),
         *(f"tasks.{t}.data.shards=[{data / 'train'}]" for t in TASKS),
         *(f"tasks.{t}.evaluation.shards=[{data / 'heldout'}]" for t in TASKS),
@@ -131,10 +152,13 @@ def table(runs: Plan) -> str:
             if task in found:
                 values.setdefault(run.way, {}).setdefault(title, []).append(found[task][metric])
     titles = [title for _, _, title in METRICS]
-    return markdown(titles, [
-        [way, *(describe(columns.get(title, [])) for title in titles)]
-        for way, columns in values.items()
-    ])  # fmt: skip
+    return markdown(
+        titles,
+        [
+            [way, *(describe(columns.get(title, [])) for title in titles)]
+            for way, columns in values.items()
+        ],
+    )
 
 
 if __name__ == "__main__":

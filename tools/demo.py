@@ -74,12 +74,21 @@ def main(argv: list[str] | None = None) -> int:
     """Run all stages; returns the exit code."""
     write_utf8()
     parser = argparse.ArgumentParser(prog="tools.demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"),
-                        help="everything goes here; an earlier demo's run and export are replaced")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        help="everything goes here; an earlier demo's run and export are replaced",
+    )
     parser.add_argument("--scenes", type=int, default=12000, help="training scenes to pack")
     parser.add_argument("--heldout", type=int, default=256, help="held-out scenes to pack")
-    parser.add_argument("--kill-after", type=int, default=250, metavar="STEP",
-                        help="kill the run once this step is logged")
+    parser.add_argument(
+        "--kill-after",
+        type=int,
+        default=250,
+        metavar="STEP",
+        help="kill the run once this step is logged",
+    )
     arguments = parse_in_any_order(parser, argv)
     demo = Demo(arguments.out, arguments.scenes, arguments.heldout, arguments.kill_after)
     stages = (pack, tokenizer, train_and_kill, resume, export, evaluate)
@@ -97,9 +106,12 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     minutes = (time.monotonic() - started) / 60
     console.print(Rule(f"[bold]done in {minutes:.1f} minutes"), style="cyan")
-    console.print(f"run        {demo.run}   (tensorboard --logdir {demo.run / 'tensorboard'})\n"
-                  f"model      {demo.export}   (transformers: GitForCausalLM.from_pretrained)\n"
-                  f"pictures   {demo.export / 'captions.png'}", highlight=False)
+    console.print(
+        f"run        {demo.run}   (tensorboard --logdir {demo.run / 'tensorboard'})\n"
+        f"model      {demo.export}   (transformers: GitForCausalLM.from_pretrained)\n"
+        f"pictures   {demo.export / 'captions.png'}",
+        highlight=False,
+    )
     return 0
 
 
@@ -108,24 +120,46 @@ def main(argv: list[str] | None = None) -> int:
 
 def pack(demo: Demo) -> None:
     """Pack images and captions into WebDataset shards."""
-    real("python -m tools.make_shards coco --out data/coco --images train2017/ "
-         "--captions captions_train2017.json")
+    real(
+        "python -m tools.make_shards coco --out data/coco --images train2017/ "
+        "--captions captions_train2017.json"
+    )
     for split, count in (("train", demo.scenes), ("heldout", demo.heldout)):
-        python("tools.make_shards", "scenes", "--out", demo.data, "--split", split,
-               "--count", count, "--max-samples", 4000)
+        python(
+            "tools.make_shards",
+            "scenes",
+            "--out",
+            demo.data,
+            "--split",
+            split,
+            "--count",
+            count,
+            "--max-samples",
+            4000,
+        )
 
 
 def tokenizer(demo: Demo) -> None:
     """Train a tokenizer on the captions."""
     real("the same command on your shards, or a local Hugging Face tokenizer folder in the recipe")
-    python("tools.train_tokenizer", demo.data / "tokenizer", "--shards", demo.data / "train",
-           "--caption-source", "json:captions", "--vocab-size", 400)
+    python(
+        "tools.train_tokenizer",
+        demo.data / "tokenizer",
+        "--shards",
+        demo.data / "train",
+        "--caption-source",
+        "json:captions",
+        "--vocab-size",
+        400,
+    )
 
 
 def train_and_kill(demo: Demo) -> None:
     """Pre-train two tasks with ZeRO-2 on two processes, and kill them all in the middle."""
-    real("deepspeed --quiet --num_gpus 8 --module pretrain.train git_base "
-         "tasks.caption.data.shards=[data/coco/train] tokenizer.path=...")
+    real(
+        "deepspeed --quiet --num_gpus 8 --module pretrain.train git_base "
+        "tasks.caption.data.shards=[data/coco/train] tokenizer.path=..."
+    )
     for old in (demo.run, demo.export):
         shutil.rmtree(old, ignore_errors=True)
     process = start(*TRAIN, "digits_demo", *demo.settings)
@@ -151,10 +185,12 @@ def resume(demo: Demo) -> None:
     repeated = [step for step in before if step > starts[-1]["from_step"]]
     for step in repeated:
         same = all(before[step].get(name) == after[step].get(name) for name in EXACT)
-        console.print(f"step {step}, {before[step]['task']}: "
-                      f"loss {before[step]['loss']!r} before the kill, "
-                      f"{after[step]['loss']!r} after: {'equal' if same else 'NOT EQUAL'}",
-                      highlight=False)
+        console.print(
+            f"step {step}, {before[step]['task']}: "
+            f"loss {before[step]['loss']!r} before the kill, "
+            f"{after[step]['loss']!r} after: {'equal' if same else 'NOT EQUAL'}",
+            highlight=False,
+        )
         if not same:
             raise StageFailed(f"step {step} differs after the resume")
     console.print(f"{len(repeated)} logged steps were computed twice, bit for bit alike")
@@ -169,9 +205,18 @@ def export(demo: Demo) -> None:
 def evaluate(demo: Demo) -> None:
     """Caption held-out scenes with transformers' GitForCausalLM."""
     real("the same with your held-out shards")
-    python("tools.evaluate", demo.export, "--shards", demo.data / "heldout",
-           "--caption-source", "json:captions", "--sheet", demo.export / "captions.png",
-           "--json", demo.export / "metrics.json")
+    python(
+        "tools.evaluate",
+        demo.export,
+        "--shards",
+        demo.data / "heldout",
+        "--caption-source",
+        "json:captions",
+        "--sheet",
+        demo.export / "captions.png",
+        "--json",
+        demo.export / "metrics.json",
+    )
 
 
 # ---- helpers -----------------------------------------------------------------------------------
@@ -213,8 +258,11 @@ def training_lines(run: Path) -> dict[int, dict]:
     path = run / "metrics.jsonl"
     if not path.exists():
         return {}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-             if line.endswith("\n")]
+    lines = [
+        json.loads(line)
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
     return {line["step"]: line for line in lines if line["kind"] == "train"}
 
 

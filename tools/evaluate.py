@@ -42,9 +42,7 @@ console = Console()
 # ---- output ------------------------------------------------------------------------------------
 
 
-def _print_results(
-    record: "ExportRecord", found: "Evaluated", seen: "Seen", examples: int
-) -> None:
+def _print_results(record: "ExportRecord", found: "Evaluated", seen: "Seen", examples: int) -> None:
     from tools.support.training_images import NAMED
 
     if not (record.verification and record.verification.passed):
@@ -107,10 +105,12 @@ def _write_sheet(
     scores = ", ".join(
         f"{label} {metrics[name]:.3f}"
         for name, label in (
-            ("cider_d", "CIDEr-D"), ("bleu_4", "BLEU-4"), ("token_accuracy", "token accuracy"),
+            ("cider_d", "CIDEr-D"),
+            ("bleu_4", "BLEU-4"),
+            ("token_accuracy", "token accuracy"),
         )
         if name in metrics
-    )  # fmt: skip
+    )
     sheet = contact_sheet(
         cells,
         title=f"{record.recipe}, step {record.step}",
@@ -164,8 +164,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         _complain(f"the device's memory is too small for batches of {options.batch}: lower --batch")
     except (
-        CheckpointError, DataError, ShardError, TransientReadError, OSError, ValueError,
-    ) as error:  # fmt: skip
+        CheckpointError,
+        DataError,
+        ShardError,
+        TransientReadError,
+        OSError,
+        ValueError,
+    ) as error:
         _complain(str(error))
     return 1
 
@@ -183,27 +188,66 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("export", type=Path, metavar="EXPORT", help="folder of an exported model")
-    parser.add_argument("--shards", nargs="+", required=True,
-                        help="held-out shards: folders, tars, globs or {000..123} expressions")
-    parser.add_argument("--where", metavar="CONDITION",
-                        help="only samples that meet it, as in recipes: \"width >= 256\"")
-    parser.add_argument("--caption-source", nargs="+", metavar="SOURCE",
-                        help="txt or json:KEY; of several, the first that a sample has; default: "
-                        "as the exported task trained")
-    parser.add_argument("--batch", type=positive, default=32, metavar="N",
-                        help="images at a time (default %(default)s)")
-    parser.add_argument("--max-samples", type=positive, metavar="N",
-                        help="at most so many, spread evenly over the shards")
-    parser.add_argument("--workers", type=int, default=2, metavar="N",
-                        help="processes that read images (default %(default)s)")
+    parser.add_argument(
+        "--shards",
+        nargs="+",
+        required=True,
+        help="held-out shards: folders, tars, globs or {000..123} expressions",
+    )
+    parser.add_argument(
+        "--where",
+        metavar="CONDITION",
+        help='only samples that meet it, as in recipes: "width >= 256"',
+    )
+    parser.add_argument(
+        "--caption-source",
+        nargs="+",
+        metavar="SOURCE",
+        help="txt or json:KEY; of several, the first that a sample has; default: "
+        "as the exported task trained",
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="images at a time (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-samples",
+        type=positive,
+        metavar="N",
+        help="at most so many, spread evenly over the shards",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="processes that read images (default %(default)s)",
+    )
     add_device(parser)
-    parser.add_argument("--examples", type=int, default=4, metavar="N",
-                        help="captions to print (default %(default)s)")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="captions to print (default %(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write metrics and captions")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png",
-                        help="draw the first images with predicted and reference captions")
-    parser.add_argument("--sheet-rows", type=positive, default=4, metavar="N",
-                        help=f"rows of {_COLUMNS} images on the sheet (default %(default)s)")
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        metavar="FILE.png",
+        help="draw the first images with predicted and reference captions",
+    )
+    parser.add_argument(
+        "--sheet-rows",
+        type=positive,
+        default=4,
+        metavar="N",
+        help=f"rows of {_COLUMNS} images on the sheet (default %(default)s)",
+    )
     parser.add_argument("--font", help="TrueType file for the sheet, for other than Latin scripts")
     return parser
 

@@ -20,7 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     write_utf8()
     parser = argparse.ArgumentParser(
-        prog="python -m tools.fetch_checkpoint", description=__doc__,
+        prog="python -m tools.fetch_checkpoint",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("url", help="checkpoint.copy_to of the run")

@@ -39,44 +39,50 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run = open_run(args.run, args.weights)
         name, image = choose_encoder(run, args.encoder)
-        parts = [
-            features(run, name, image, shards, args)
-            for shards in (args.train, args.test)
-        ]
+        parts = [features(run, name, image, shards, args) for shards in (args.train, args.test)]
     except (OSError, ValueError, RuntimeError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     (train, train_labels), (test, test_labels) = parts
     linear, strength = linear_top1(train, train_labels, test, test_labels)
     found = {
-        "encoder": name, "step": run.manifest["step"], "weights": run.state,
-        "train_images": len(train), "test_images": len(test),
-        "knn_top1": knn_top1(
-            train, train_labels, test, test_labels, neighbours=args.neighbours
-        ),
-        "linear_top1": linear, "linear_strength": strength,
-    }  # fmt: skip
+        "encoder": name,
+        "step": run.manifest["step"],
+        "weights": run.state,
+        "train_images": len(train),
+        "test_images": len(test),
+        "knn_top1": knn_top1(train, train_labels, test, test_labels, neighbours=args.neighbours),
+        "linear_top1": linear,
+        "linear_strength": strength,
+    }
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"{name} at step {found['step']}: kNN {found['knn_top1']:.4f}, linear probe "
-          f"{linear:.4f} on {len(test)} images ({len(train)} to learn from)")
+    print(
+        f"{name} at step {found['step']}: kNN {found['knn_top1']:.4f}, linear probe "
+        f"{linear:.4f} on {len(test)} images ({len(train)} to learn from)"
+    )
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.probe", description=__doc__,
+        prog="python -m tools.probe",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("run", type=Path, help="run directory or checkpoint")
     parser.add_argument("--train", nargs="+", required=True, help="labelled shards to learn from")
     parser.add_argument("--test", nargs="+", required=True, help="labelled shards to judge on")
     parser.add_argument("--classes", type=positive, required=True, help="number of classes")
     parser.add_argument("--label-source", default="cls", help="as in recipes (default: cls)")
     parser.add_argument("--encoder", help="name of the encoder, if the run has several")
-    parser.add_argument("--pool", choices=("mean", "class_token", "head"), default="mean",
-                        help="what an image is: the mean of its tokens, the first one, or what "
-                             "the encoder's own head makes of them")
+    parser.add_argument(
+        "--pool",
+        choices=("mean", "class_token", "head"),
+        default="mean",
+        help="what an image is: the mean of its tokens, the first one, or what "
+        "the encoder's own head makes of them",
+    )
     add_weights(parser)
     add_device(parser)
     parser.add_argument("--neighbours", type=positive, default=20, help="that vote (default: 20)")
@@ -104,17 +110,21 @@ def choose_encoder(run: "TrainedRun", wanted: str | None) -> "tuple[str, ImageSe
     if not readers:
         raise ValueError("no task of the run reads images: there is nothing to probe")
     if wanted not in readers:
-        raise ValueError(f"choose one of the run's encoders of images with --encoder: "
-                         f"{', '.join(readers)}")
+        raise ValueError(
+            f"choose one of the run's encoders of images with --encoder: {', '.join(readers)}"
+        )
     return wanted, evaluation_image(readers[wanted])
 
 
 def features(
-    run: "TrainedRun", name: str, image: "ImageSettings", shards: list[str],
+    run: "TrainedRun",
+    name: str,
+    image: "ImageSettings",
+    shards: list[str],
     args: argparse.Namespace,
 ) -> "tuple[Tensor, Tensor]":
-    """Pooled features (N, width) float32 and labels (N,) int64 of all labelled images of `shards`.
-    """
+    """Pooled features (N, width) float32 and labels (N,) int64 of all labelled images of
+    `shards`."""
     import torch
 
     from data_pipeline.loader.loader import EvaluationLoader, TaskStream
@@ -132,9 +142,14 @@ def features(
     vector_width(encoder, args.pool)  # or an error that says why not
     batch_size = 1 if image.mode == "keep_aspect" else args.batch
     stream = TaskStream(
-        "probe", SampleReader(ShardSet.open(shards)), None, LabelProcessor(data, train=False), 0,
-        batch_size, batch_size,
-    )  # fmt: skip
+        "probe",
+        SampleReader(ShardSet.open(shards)),
+        None,
+        LabelProcessor(data, train=False),
+        0,
+        batch_size,
+        batch_size,
+    )
     loader = EvaluationLoader(stream, 0, 1, workers=args.workers)
     pieces, labels = [], []
     with torch.no_grad(), console.status(f"features of {len(ShardSet.open(shards))} images"):

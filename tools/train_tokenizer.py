@@ -91,11 +91,19 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--shards", nargs="+", help="folders, tars, globs or brace patterns")
     given.add_argument("--text", nargs="+", type=Path, help="text files, one caption a line")
-    parser.add_argument("--caption-source", nargs="+", default=["txt"], metavar="SOURCE",
-                        type=_source,
-                        help="as in recipes: txt or json:KEY; of several, all that a sample has")
-    parser.add_argument("--where", metavar="CONDITION",
-                        help="only samples that meet it, as in recipes: \"width >= 256\"")
+    parser.add_argument(
+        "--caption-source",
+        nargs="+",
+        default=["txt"],
+        metavar="SOURCE",
+        type=_source,
+        help="as in recipes: txt or json:KEY; of several, all that a sample has",
+    )
+    parser.add_argument(
+        "--where",
+        metavar="CONDITION",
+        help='only samples that meet it, as in recipes: "width >= 256"',
+    )
     parser.add_argument("--max-samples", type=int, help="read only so many samples of the shards")
     parser.add_argument("--vocab-size", type=int, default=8192, help="entries, 259 at least")
     parser.add_argument("--min-frequency", type=int, default=2, help="rarer pairs stay apart")

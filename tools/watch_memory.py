@@ -83,8 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_utf8()
     options = parse_arguments(argv)
     process = subprocess.Popen(
-        options.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-        errors="replace", start_new_session=True,
+        options.command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
     )
     watch = Watch(process, options.keep_free, options.every)
     thread = threading.Thread(target=watch.run, daemon=True)
@@ -103,13 +107,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
-        prog="tools.watch_memory", description=__doc__,
+        prog="tools.watch_memory",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--keep-free", type=float, default=1.0, metavar="GIB",
-                        help="end the command when less is available (default %(default)s)")
-    parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS",
-                        help="between two readings (default %(default)s)")
+    parser.add_argument(
+        "--keep-free",
+        type=float,
+        default=1.0,
+        metavar="GIB",
+        help="end the command when less is available (default %(default)s)",
+    )
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="between two readings (default %(default)s)",
+    )
     parser.add_argument("--out", type=Path, help="write all readings there, as JSON lines")
     parser.add_argument("command", nargs="+", help="behind --")
     return parse_in_any_order(parser, argv)

@@ -98,8 +98,14 @@ class CachedShards:
                     dropped, what_now = True, "reading past it"
         if dropped:
             label = self._shards.shards[number].label
-            log.warning("cache %s: a copy of bytes %d-%d of %s does not match its checksums; %s",
-                        self._folder.folder, begin, end - 1, label, what_now)
+            log.warning(
+                "cache %s: a copy of bytes %d-%d of %s does not match its checksums; %s",
+                self._folder.folder,
+                begin,
+                end - 1,
+                label,
+                what_now,
+            )
         past = self._direct  # what the cap left no room for
         return dropped or (isinstance(past, KeepsCopies) and past.renew(number, begin, end))
 

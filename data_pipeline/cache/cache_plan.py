@@ -85,9 +85,7 @@ def simulate(
     blocks = reads.blocks
     tally = Tally(blocks.sizes(), capacity)
     future = BlockFuture(reads, start_step, stop_step)
-    plan = CachePlan(
-        future, len(blocks), read_ahead_steps=read_ahead_steps, known_uses=known_uses
-    )
+    plan = CachePlan(future, len(blocks), read_ahead_steps=read_ahead_steps, known_uses=known_uses)
     uses = 0
     for step in range(start_step, stop_step):
         plan.advance(step)

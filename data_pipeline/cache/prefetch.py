@@ -53,7 +53,9 @@ class Prefetcher:
     def __enter__(self) -> "Prefetcher":
         self._connection, theirs = self._context.Pipe()
         self._process = self._context.Process(
-            target=_run, args=(theirs, self._connection, *self._arguments), name="read-ahead",
+            target=_run,
+            args=(theirs, self._connection, *self._arguments),
+            name="read-ahead",
             daemon=True,
         )
         with held_back():
@@ -90,7 +92,8 @@ class Prefetcher:
             self._process.join(1.0)
             log.warning(
                 "the read-ahead of the cache has ended (exit code %s); batches are loaded without "
-                "it, more slowly", self._process.exitcode,
+                "it, more slowly",
+                self._process.exitcode,
             )
         told, self._told = self._told, self._done
         return {task: done - told[task] for task, done in self._told.items()}

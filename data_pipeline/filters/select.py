@@ -111,9 +111,13 @@ def _evaluate(shards: ShardSet, expression: Expression) -> Selection:
     _log.info("reading the indices of %d shards for `%s`", len(shards.shards), expression.text)
     with contextlib.closing(_in_parallel(mask, len(shards.shards))) as masks:
         bar = track(
-            masks, f"where {expression.text[:40]}", total=len(shards.shards), transient=True,
-            console=Console(stderr=True), disable=len(shards.shards) < _SHARDS_OF_A_BAR,
-        )  # fmt: skip
+            masks,
+            f"where {expression.text[:40]}",
+            total=len(shards.shards),
+            transient=True,
+            console=Console(stderr=True),
+            disable=len(shards.shards) < _SHARDS_OF_A_BAR,
+        )
         selection = Selection.gather(len(shards), bar)
     seen.check(expression)
     return selection

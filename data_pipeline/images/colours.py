@@ -75,9 +75,7 @@ class Colours(NamedTuple):
     solarize: bool = False
 
 
-def draw_colours(
-    settings: ColourSettings, jitter: np.ndarray, others: np.ndarray
-) -> Colours:
+def draw_colours(settings: ColourSettings, jitter: np.ndarray, others: np.ndarray) -> Colours:
     """Turn (3,) and (7,) draws from [0, 1) into what the settings make of them."""
     spans = (settings.brightness, settings.contrast, settings.saturation)
     factors = [

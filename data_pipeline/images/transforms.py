@@ -56,9 +56,9 @@ class ImageSettings(ColourSettings):
     sizes: list[int] | None = Field(default=None, min_length=1)
     """Training draws one of these in place of `size` for each step, the same on all ranks;
     evaluation uses `size`. null: always `size`. Not for mode keep_aspect."""
-    mode: Literal[
-        "random_resized_crop", "center_crop", "keep_aspect", "large_scale_jitter"
-    ] = "random_resized_crop"
+    mode: Literal["random_resized_crop", "center_crop", "keep_aspect", "large_scale_jitter"] = (
+        "random_resized_crop"
+    )
     """random_resized_crop draws a box per sample; center_crop resizes the shorter side and cuts
     the middle; keep_aspect resizes without cutting (images differ in size: micro-batches of 1);
     large_scale_jitter shrinks or enlarges by a draw from `jitter`, cuts what is too large at a
@@ -224,9 +224,7 @@ class ImageTransform:
         colours, warps = self._augment(shown, draws[1:], rng)
         return View(image, replace(geometry, warps=warps), colours, cut.source)
 
-    def _reduced(
-        self, header: ImageHeader, box: Box, height: int, width: int, train: bool
-    ) -> Cut:
+    def _reduced(self, header: ImageHeader, box: Box, height: int, width: int, train: bool) -> Cut:
         margin, source = self.settings.scaled_decode_margin, (header.height, header.width)
         if margin is None or not train:
             return Cut(box, 1, height, width, source)
@@ -305,9 +303,7 @@ def make_views(
     made: only the first so many are returned, with the pixels that they have among all.
     """
     header = read_header(data, transforms[0].settings.max_pixels)
-    cuts = [
-        transform.plan(header, rng) for transform, rng in zip(transforms, rngs, strict=True)
-    ]
+    cuts = [transform.plan(header, rng) for transform, rng in zip(transforms, rngs, strict=True)]
     # Factors are powers of two: what lies on the grid of one lies on that of any smaller one.
     # Of all views, so that the pixels of one do not depend on which of the others are made.
     factor = min(cut.factor for cut in cuts)

@@ -74,8 +74,6 @@ def collate_views(items: Sequence[dict[str, Any] | None]) -> dict[str, torch.Ten
     import torch
 
     return {
-        name: torch.from_numpy(
-            np.stack([blank if item is None else item[name] for item in items])
-        )
+        name: torch.from_numpy(np.stack([blank if item is None else item[name] for item in items]))
         for name, blank in _BLANK.items()
     }

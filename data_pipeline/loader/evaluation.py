@@ -82,9 +82,7 @@ class EvaluationLoader:
         self._counters = Counter()
         streams, requests = {self.stream.name: self.stream}, Requests(self.requests())
         board = ActivityBoard(self._options["workers"], self._options["start_method"])
-        batches = load_batches(
-            streams, requests, self.rank, **self._options, window=1, board=board
-        )
+        batches = load_batches(streams, requests, self.rank, **self._options, window=1, board=board)
         watch = StallWatch(
             self._stall_seconds,
             lambda: describe_stall(streams, list(requests.waiting), board.read()),

@@ -102,14 +102,18 @@ class WeakStream:
         self._place, self._start_step = (rank, world), step
         if rank == 0:
             logger.warning(
-                "task %s: read as a stream of %d shards, which promises less: %s", self.name,
-                len(self.urls), PROMISES_NOT,
-            )  # fmt: skip
+                "task %s: read as a stream of %d shards, which promises less: %s",
+                self.name,
+                len(self.urls),
+                PROMISES_NOT,
+            )
             if step:
                 logger.warning(
                     "task %s: goes on at step %d with another part of its stream: which samples "
-                    "were read before is not known", self.name, step,
-                )  # fmt: skip
+                    "were read before is not known",
+                    self.name,
+                    step,
+                )
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Metrics after `samples` samples: `epoch`, if the number of samples is known."""
@@ -230,7 +234,6 @@ class WeakStream:
                     yield wanted
         except ShardFault as fault:
             self._skipped.append(fault)
-
 
     def _wanted(self, sample: Sample) -> Sample | None:
         """A sample with the members that are needed; None, and a fault, if one is too large."""

@@ -29,9 +29,7 @@ class MixedOrder(RowOrder):
         cycle: the deal of pairs of positions.
     """
 
-    def __init__(
-        self, orders: Mapping[str, RowOrder], weights: Sequence[float], seed: int
-    ) -> None:
+    def __init__(self, orders: Mapping[str, RowOrder], weights: Sequence[float], seed: int) -> None:
         self.orders = orders
         self.cycle = BlockCycle(weights, seed, "sources")
         self.n_rows = sum(order.n_rows for order in orders.values())

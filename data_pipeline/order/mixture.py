@@ -80,9 +80,7 @@ class BlockCycle:
         shares = ", ".join(
             f"{name} {count}/{self.length}" for name, count in zip(names, self.counts, strict=True)
         )
-        return (
-            f"cycle of {self.length} {unit}: {shares}; largest error of a share {self.error:.2%}"
-        )
+        return f"cycle of {self.length} {unit}: {shares}; largest error of a share {self.error:.2%}"
 
     def _cycles(self, cycles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(m, length) choices and earlier occurrences within each of m distinct cycles."""

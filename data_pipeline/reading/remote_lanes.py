@@ -175,8 +175,10 @@ class RemoteLanes:
         """Ask for the next block when half of this one is used up; end a lane that is through."""
         if lane.used >= lane.limit:
             self._drop(lane)
-        elif lane.coming is None and lane.end < lane.limit and lane.end - lane.used < (
-            self._block_bytes // 2
+        elif (
+            lane.coming is None
+            and lane.end < lane.limit
+            and lane.end - lane.used < (self._block_bytes // 2)
         ):
             self._fetch(lane, lane.end)
 

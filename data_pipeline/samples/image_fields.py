@@ -219,9 +219,7 @@ class ImageProcessor(SampleProcessor):
         Raises:
             ValueError: images of different size (mode keep_aspect) in one batch.
         """
-        batch = {
-            name: self._rows(name, items, buffers).permute(0, 3, 1, 2) for name in self._views
-        }
+        batch = {name: self._rows(name, items, buffers).permute(0, 3, 1, 2) for name in self._views}
         return batch if self.settings.second_view is None else batch | collate_views(items)
 
     def _set_sizes(self, sizes: Sequence[int]) -> None:

@@ -74,8 +74,12 @@ class LabelDataSettings(ImageDataSettings):
 
     def facts(self) -> dict[str, Any]:
         """As of `DataSettings`."""
-        return {**super().facts(), "classes": self.classes, "class_names": self.class_names,
-                "smaller_views": self.smaller_views}
+        return {
+            **super().facts(),
+            "classes": self.classes,
+            "class_names": self.class_names,
+            "smaller_views": self.smaller_views,
+        }
 
     @property
     def further_views(self) -> tuple[int, ...]:
@@ -104,7 +108,6 @@ class LabelDataSettings(ImageDataSettings):
             )
         return self
 
-
     @model_validator(mode="after")
     def _smaller_views_descend(self) -> Self:
         sizes = self.smaller_views
@@ -113,8 +116,10 @@ class LabelDataSettings(ImageDataSettings):
         if list(sizes) != sorted(set(sizes), reverse=True) or sizes[-1] < 1:
             raise ValueError(f"smaller_views: must descend, like [160, 128], not {list(sizes)}")
         if not self.image.fixed_size:
-            raise ValueError("smaller_views is not for image.mode keep_aspect, whose images have "
-                             "no size in common: remove it")
+            raise ValueError(
+                "smaller_views is not for image.mode keep_aspect, whose images have "
+                "no size in common: remove it"
+            )
         name = "sizes" if self.image.sizes else "size"
         least = min(self.image.sizes or [self.image.size])
         if sizes[0] >= least:

@@ -13,9 +13,8 @@ from data_pipeline.images.warps import inverse, joined
 
 _FAR = 1e6  # pixels; arithmetic beyond would overflow
 
-def segmentation_mask(
-    segmentation: Any, geometry: Geometry, source: tuple[int, int]
-) -> np.ndarray:
+
+def segmentation_mask(segmentation: Any, geometry: Geometry, source: tuple[int, int]) -> np.ndarray:
     """Mask of one object in an output image.
 
     Args:

@@ -160,9 +160,17 @@ class ShardIndex:
             extension = self.extensions[numbers[at]]
             if extensions is None or extension in extensions:
                 offset = offsets[at]
-                found.append((
-                    offset - BLOCK, offset, extension, offset, sizes[at], crcs[at], header_crcs[at]
-                ))
+                found.append(
+                    (
+                        offset - BLOCK,
+                        offset,
+                        extension,
+                        offset,
+                        sizes[at],
+                        crcs[at],
+                        header_crcs[at],
+                    )
+                )
         return found
 
     # One number of a memoryview costs a third of one of an array, and reading asks for many.

@@ -162,9 +162,7 @@ def _with_prefix(stored: dict[str, np.ndarray], prefix: str) -> dict[str, np.nda
     }
 
 
-def _derived(
-    metadata: dict[str, str], stored: dict[str, np.ndarray]
-) -> DerivedColumns | None:
+def _derived(metadata: dict[str, str], stored: dict[str, np.ndarray]) -> DerivedColumns | None:
     columns, codes = _with_prefix(stored, DERIVED_PREFIX), _with_prefix(stored, TEXT_PREFIX)
     if not {"dropped_derived", "derived_texts", "derived_digest"} & metadata.keys():
         if columns or codes:

@@ -122,9 +122,7 @@ def remote_index(
         return index
 
 
-def _at_hand(
-    place: Path, weak: Path | None, opening: bool, digest: str
-) -> ShardIndex | None:
+def _at_hand(place: Path, weak: Path | None, opening: bool, digest: str) -> ShardIndex | None:
     """The index that is stored: in `place` or, where one of headers will do, in `weak`."""
     index = _stored(place)
     if index is not None and digest not in ("", index.digest):

@@ -338,8 +338,9 @@ def _reported(shards: Iterable[Shard], total: int) -> Iterator[Shard]:
         yield shard
         if (now := time.monotonic()) - told >= _REPORT_EVERY_S:
             told = now
-            _log.info("opened %d of %d shards (an index that is missing is built, once)", number,
-                      total)  # fmt: skip
+            _log.info(
+                "opened %d of %d shards (an index that is missing is built, once)", number, total
+            )
 
 
 def _changed_beside(path: str, paths: list[str]) -> str:

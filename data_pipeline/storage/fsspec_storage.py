@@ -34,8 +34,19 @@ _DRIVERS = {
     "sftp": "paramiko",
     "ssh": "paramiko",
 }
-_VERSIONS = ("ETag", "etag", "version_id", "md5Hash", "content_md5", "LastModified",
-             "last_modified", "mtime", "modified", "updated", "created")  # fmt: skip
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "version_id",
+    "md5Hash",
+    "content_md5",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "modified",
+    "updated",
+    "created",
+)
 # What a server says about itself and not about the file, in errors of a driver's own kind.
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 # And what it says about the request (a wrong region, a token that is none), which drivers put into

@@ -68,9 +68,7 @@ class HttpStorage:
         Raises:
             FileNotFoundError, PermissionError, ShardError, TransientReadError
         """
-        return repeated(
-            lambda timeout_s: self._state(url, timeout_s, patient), self._patience(url)
-        )
+        return repeated(lambda timeout_s: self._state(url, timeout_s, patient), self._patience(url))
 
     def read(self, url: str, begin: int, end: int, expected: FileState | None = None) -> bytes:
         """Exactly the bytes [begin, end); errors as `state`, and ShardError if the file changed."""
@@ -178,8 +176,10 @@ class HttpStorage:
         _log.warning(
             "%s: two versions in turn, %s and %s, of the same size: mirrors? They are taken for "
             "one file; the checksums of its index tell if they are not",
-            without_secrets(url), known.version, found.version,
-        )  # fmt: skip
+            without_secrets(url),
+            known.version,
+            found.version,
+        )
         return True
 
     def take(self, key: tuple[str, str]) -> Connection | None:
@@ -347,9 +347,7 @@ def _retry_after(answer: http.client.HTTPResponse) -> float:
         return 0.0
 
 
-def _content_range(
-    answer: http.client.HTTPResponse, url: str, begin: int
-) -> tuple[int, int, int]:
+def _content_range(answer: http.client.HTTPResponse, url: str, begin: int) -> tuple[int, int, int]:
     """First byte, byte behind the last, and size of the file, as the answer has them."""
     shown = without_secrets(url)
     if _encoded(answer):

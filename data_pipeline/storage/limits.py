@@ -104,8 +104,9 @@ class HostLimits:
                 self._hosts[name] = _HostHere(self.requests)
                 _log.warning(
                     "%s: %s; limits of requests hold for each process by itself",
-                    self._folder, error,
-                )  # fmt: skip
+                    self._folder,
+                    error,
+                )
             return self._hosts[name]
 
 
@@ -184,8 +185,11 @@ class _HostOnNode:
                     _log.warning(
                         "%s: processes of this node have used all %d requests at a time "
                         "(loader.remote.requests_per_host) for %.0f s; `fuser %s` names them",
-                        self._host, requests, _SAY_S, self._path,
-                    )  # fmt: skip
+                        self._host,
+                        requests,
+                        _SAY_S,
+                        self._path,
+                    )
             return place
         finally:
             _unlock(file, _TURNS + requests)

@@ -73,7 +73,8 @@ class Agreement:
         if any(self.ranks.world * square != chunk**2 for chunk, square in pairs):
             facts = self._gather(self._facts(window))
             raise RanksDisagree(
-                "the ranks disagree on what to run: " + "; ".join(_differences(facts))
+                "the ranks disagree on what to run: "
+                + "; ".join(_differences(facts))
                 + ". They must all see the same recipe, run directory and shards"
             )
         if whole[-1] % (1 << _HASH_BITS) != self._hash(window, _expected):

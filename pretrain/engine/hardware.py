@@ -15,8 +15,10 @@ def require_hardware(precision: str, config: dict, device: torch.device) -> None
     if precision == "fp16" and device.type == "cpu":
         raise RunDirError("precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
     # DeepSpeed asks torch, which also says yes where bf16 is emulated: slow, and not in Triton.
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(
-        including_emulation=False
+    if (
+        precision == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         raise RunDirError(
             "precision=bf16 needs a GPU that computes it (A100, RTX 30 and newer): set "

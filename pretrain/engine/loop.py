@@ -187,13 +187,19 @@ class Loop:
         weights = self._weights(window)
         clocked = self.own_time if wants_report(window.step, False) else None
         with clocked or contextlib.nullcontext():
-            shares = accumulate_parts(self.engine, [
-                TaskWindow(
-                    part.task, self._on_device(part), totals[part.task], weights[part.task],
-                    window.step,
-                )
-                for part in window.parts
-            ])  # fmt: skip
+            shares = accumulate_parts(
+                self.engine,
+                [
+                    TaskWindow(
+                        part.task,
+                        self._on_device(part),
+                        totals[part.task],
+                        weights[part.task],
+                        window.step,
+                    )
+                    for part in window.parts
+                ],
+            )
         applied = self.engine.was_step_applied()
         if applied:
             self.after_update(state.step - state.skipped_steps)
@@ -237,11 +243,13 @@ class Loop:
                 part.task,
                 with_absences(
                     self.engine.module.objectives[part.task], metrics[part.task], counts[part.task]
-                ) | common | self._sizes(part, weights),
+                )
+                | common
+                | self._sizes(part, weights),
                 seconds,
             )
             for part in window.parts
-        ], requests  # fmt: skip
+        ], requests
 
     def _on_device(self, part) -> list[dict]:
         """The micro-batches, with what their objective adds while they are on the CPU."""
@@ -290,9 +298,18 @@ class Loop:
         check = self.agreement.numbers(window) if checked else [0] * LENGTH
         spare = [0] * (-len(names) % _COUNT_SLOTS)
         values = torch.tensor(
-            [*check, stop, save, profile, lost, self.is_writing(), *(counts[n] for n in names),
-             *spare],
-            dtype=torch.float64, device=self.ranks.device,
+            [
+                *check,
+                stop,
+                save,
+                profile,
+                lost,
+                self.is_writing(),
+                *(counts[n] for n in names),
+                *spare,
+            ],
+            dtype=torch.float64,
+            device=self.ranks.device,
         )
         dist.all_reduce(values)
         if checked:
@@ -321,7 +338,9 @@ class Loop:
             return
         log.warning(
             "step %d was skipped: its gradient is not finite (%d in a row, %d in all)",
-            state.step - 1, state.skipped_in_a_row, state.skipped_steps,
+            state.step - 1,
+            state.skipped_in_a_row,
+            state.skipped_steps,
         )
         if state.skipped_in_a_row > self.max_skipped_in_a_row:
             raise TrainingFailed(

@@ -46,8 +46,9 @@ def watch_for_out_of_memory(folder: Path, rank: int, device: torch.device) -> No
         return
 
     def note(_device: int, asked: int, total: int, free: int) -> None:
-        leave_picture(folder, rank, torch.cuda.memory._snapshot(), torch.cuda.memory_summary(),
-                      asked, free)
+        leave_picture(
+            folder, rank, torch.cuda.memory._snapshot(), torch.cuda.memory_summary(), asked, free
+        )
 
     torch._C._cuda_attach_out_of_memory_observer(note)
 

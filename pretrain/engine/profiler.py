@@ -169,10 +169,18 @@ class Profiler:
             begin, end = (int(1e9 * moment) + wall_ns for moment in (span.begin, span.end))
             if end < self._marks[0] or begin > self._marks[-1]:
                 continue
-            events.append(_event(
-                span.stage, f"loader worker {span.process}", span.process, begin, end, base_ns,
-                step=span.step + 1, position=span.position,
-            ))  # fmt: skip
+            events.append(
+                _event(
+                    span.stage,
+                    f"loader worker {span.process}",
+                    span.process,
+                    begin,
+                    end,
+                    base_ns,
+                    step=span.step + 1,
+                    position=span.position,
+                )
+            )
         return events
 
     def _merge(self, request: Request) -> None:
@@ -188,9 +196,12 @@ class Profiler:
             part.unlink()
         log.info(
             "trace of %d step(s) after step %d on rank(s) %s: %s; open it at "
-            "https://ui.perfetto.dev or in chrome://tracing", len(self._marks) - 1, self._first,
-            ", ".join(map(str, parts)), path,
-        )  # fmt: skip
+            "https://ui.perfetto.dev or in chrome://tracing",
+            len(self._marks) - 1,
+            self._first,
+            ", ".join(map(str, parts)),
+            path,
+        )
 
     def _part(self, rank: int) -> Path:
         return self._folder / f".step_{self._first}_rank_{rank}.json"
@@ -199,8 +210,16 @@ class Profiler:
 def _event(
     name: str, process: str, thread: int, begin_ns: int, end_ns: int, base_ns: int, **args
 ) -> dict:
-    return {"ph": "X", "name": name, "cat": process, "pid": process, "tid": thread,
-            "ts": (begin_ns - base_ns) / 1e3, "dur": (end_ns - begin_ns) / 1e3, "args": args}
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": process,
+        "pid": process,
+        "tid": thread,
+        "ts": (begin_ns - base_ns) / 1e3,
+        "dur": (end_ns - begin_ns) / 1e3,
+        "args": args,
+    }
 
 
 def merged(traces: dict[int, dict]) -> dict:
@@ -213,9 +232,10 @@ def merged(traces: dict[int, dict]) -> dict:
     for rank, trace in sorted(traces.items()):
         shift = (trace.get("baseTimeNanoseconds", 0) - base) / 1e3
         titles = {
-            event["pid"]: event["args"]["name"] for event in trace["traceEvents"]
+            event["pid"]: event["args"]["name"]
+            for event in trace["traceEvents"]
             if event.get("name") == "process_name" and event["ph"] == "M"
-        }  # fmt: skip
+        }
         for event in trace["traceEvents"]:
             if event.get("name") in ("process_name", "process_sort_index"):
                 continue
@@ -230,7 +250,11 @@ def merged(traces: dict[int, dict]) -> dict:
                 title = f"rank {rank}: {titles.get(pid, pid)}"
                 events += [
                     {"ph": "M", "name": "process_name", "pid": number, "args": {"name": title}},
-                    {"ph": "M", "name": "process_sort_index", "pid": number,
-                     "args": {"sort_index": number}},
+                    {
+                        "ph": "M",
+                        "name": "process_sort_index",
+                        "pid": number,
+                        "args": {"sort_index": number},
+                    },
                 ]
     return {"displayTimeUnit": "ms", "baseTimeNanoseconds": base, "traceEvents": events}

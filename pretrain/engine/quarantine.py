@@ -72,7 +72,8 @@ class Quarantine:
         everyone: list[Any] = [None] * self.ranks.world
         mine = [
             Listed(f.task, f.shard, f.key, f.row, f.reason, None)
-            for f in faults if f.task in self.streams
+            for f in faults
+            if f.task in self.streams
         ]
         dist.all_gather_object(everyone, mine)
         found = [entry for own in everyone for entry in own]
@@ -104,9 +105,11 @@ class Quarantine:
         self.state.ledger += entries
         for entry in entries:
             log.info(
-                "task %s%s: %d rows leave and %d rejoin the data from sample %d on", entry["task"],
+                "task %s%s: %d rows leave and %d rejoin the data from sample %d on",
+                entry["task"],
                 f", source {entry['source']}" if entry["source"] else "",
-                len(expand(entry["excluded"])), len(expand(entry["released"])),
+                len(expand(entry["excluded"])),
+                len(expand(entry["released"])),
                 entry["from_position"],
             )
         if entries:
@@ -125,8 +128,11 @@ class Quarantine:
         if not self.ranks.leads:
             return
         since = self._excluded_since()
-        rows = {(task, row): None for task, ranges in self.state.bad_rows.items()
-                for row in expand(ranges).tolist()} | since  # fmt: skip
+        rows = {
+            (task, row): None
+            for task, ranges in self.state.bad_rows.items()
+            for row in expand(ranges).tolist()
+        } | since
         if not rows and not self._known:
             return
         unknown = Listed("", "?", "?", 0, "?", None)
@@ -157,15 +163,21 @@ class Quarantine:
                 continue
             if len(before) + len(out) - len(back) >= own.n_rows:
                 log.warning(
-                    "task %s%s: all %d samples are bad; none of them is left out", task,
-                    f", source {source}" if source else "", own.n_rows,
+                    "task %s%s: all %d samples are bad; none of them is left out",
+                    task,
+                    f", source {source}" if source else "",
+                    own.n_rows,
                 )
                 continue
             yield {
-                "kind": KIND, "step": self.state.step, "task": task, "source": source,
+                "kind": KIND,
+                "step": self.state.step,
+                "task": task,
+                "source": source,
                 "from_position": next_border(own, taken[source]),
-                "excluded": to_ranges(out), "released": to_ranges(back),
-            }  # fmt: skip
+                "excluded": to_ranges(out),
+                "released": to_ranges(back),
+            }
 
     def _apply_ledger(self) -> None:
         revisions = revisions_of(self.state.ledger)

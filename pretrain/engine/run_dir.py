@@ -1,12 +1,12 @@
 """The folder that describes a run by itself.
 
-    <run>/
-        recipe.yaml          the resolved recipe; all that `--resume` needs
-        tokenizer/           the tokenizer's own files
-        starts.jsonl         one line per start: command, versions, git state, world, host
-        metrics.jsonl        one line per logged step
-        faults/              bad samples that each rank met, one line each
-        tensorboard/ logs/ control/ checkpoints/
+<run>/
+    recipe.yaml          the resolved recipe; all that `--resume` needs
+    tokenizer/           the tokenizer's own files
+    starts.jsonl         one line per start: command, versions, git state, world, host
+    metrics.jsonl        one line per logged step
+    faults/              bad samples that each rank met, one line each
+    tensorboard/ logs/ control/ checkpoints/
 """
 
 import json
@@ -25,12 +25,30 @@ from pretrain.engine.control.ownership import Ownership
 from pretrain.engine.report.metrics_log import drop_later_steps
 from pretrain.engine.run_record import STARTS_FILE
 
-_PACKAGES = ("torch", "deepspeed", "webdataset", "transformers", "tokenizers", "safetensors",
-             "numpy", "pillow", "simplejpeg", "opencv-python-headless", "pydantic", "omnipretrain")
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "webdataset",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "opencv-python-headless",
+    "pydantic",
+    "omnipretrain",
+)
 
 
 def record_start(
-    run_dir: Path, ownership: Ownership, *, world: int, zero_stage: int, device: str, step: int,
+    run_dir: Path,
+    ownership: Ownership,
+    *,
+    world: int,
+    zero_stage: int,
+    device: str,
+    step: int,
     deterministic: bool,
 ) -> None:
     """Append what this start runs on to `starts.jsonl`; raises OwnershipLost."""
@@ -85,11 +103,16 @@ def git_state() -> dict[str, str | bool] | None:
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", "-C", str(folder), *arguments],
-            capture_output=True, encoding="utf-8", check=True, timeout=20,
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+            timeout=20,
         ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"),
-                "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.SubprocessError):
         return None

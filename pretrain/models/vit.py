@@ -42,9 +42,7 @@ class VisionTransformer(Encoder):
         self.patch_size = patch_size
         self.gradient_checkpointing = gradient_checkpointing
         hidden = round(width * mlp_ratio)
-        self.embedding = PatchEmbedding(
-            image_size, patch_size, width, position_std or width**-0.5
-        )
+        self.embedding = PatchEmbedding(image_size, patch_size, width, position_std or width**-0.5)
         self.norm_before = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(
             Block(width, heads, hidden, activation, layers) for _ in range(layers)
@@ -127,9 +125,7 @@ class VisionTransformer(Encoder):
 class PatchEmbedding(nn.Module):
     """Patches as tokens behind a class token, with learned positions that fit any grid."""
 
-    def __init__(
-        self, image_size: int, patch_size: int, width: int, position_std: float
-    ) -> None:
+    def __init__(self, image_size: int, patch_size: int, width: int, position_std: float) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.grid = image_size // patch_size

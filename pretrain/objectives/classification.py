@@ -72,8 +72,9 @@ class Classification(Objective):
     ) -> None:
         super().__init__()
         if smaller_sizes and smaller_views:
-            raise ValueError("smaller_sizes and the data's smaller_views are two ways to the same: "
-                             "remove one")
+            raise ValueError(
+                "smaller_sizes and the data's smaller_views are two ways to the same: remove one"
+            )
         self.head = nn.Linear(encoder_width, classes)
         self.head.initial_std = {"weight": head_std, "bias": 0.0}  # for `models.init`
         self.encoder = encoder
@@ -217,9 +218,7 @@ class Classification(Objective):
             return [first, *((size, size) for size in self.smaller_views)]
         return scaled_shapes(*first, self.smaller_sizes)
 
-    def _images(
-        self, modules: Modules, batch: Batch, number: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def _images(self, modules: Modules, batch: Batch, number: int) -> tuple[Tensor, Tensor | None]:
         """Normalised images of a pass, and the partners' part in each, (B,), if they are mixed."""
         name = "images"
         if number and self.smaller_views:
@@ -235,9 +234,7 @@ class Classification(Objective):
         dtype = modules[self.encoder].dtype
         return normalise_pixels(images, self.image_mean, self.image_std, dtype)
 
-    def _logits(
-        self, modules: Modules, pixels: Tensor, draws: SampleDraws | None
-    ) -> Tensor:
+    def _logits(self, modules: Modules, pixels: Tensor, draws: SampleDraws | None) -> Tensor:
         """(B, classes) float32."""
         vectors = image_vectors(modules[self.encoder], pixels, self.pool, draws)
         return self.head(vectors).float()

@@ -10,9 +10,14 @@ _CHUNK = 1024
 
 
 def knn_top1(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *,
-    neighbours: int = 20, temperature: float = 0.07,
-) -> float:  # fmt: skip
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    neighbours: int = 20,
+    temperature: float = 0.07,
+) -> float:
     """Share of test images whose class the neighbours vote for.
 
     Each of the `neighbours` most similar training images votes with exp(cosine / temperature), as
@@ -33,9 +38,14 @@ def knn_top1(
 
 
 def linear_top1(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *,
-    strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0), seed: int = 0,
-) -> tuple[float, float]:  # fmt: skip
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0),
+    seed: int = 0,
+) -> tuple[float, float]:
     """Top-1 of multinomial logistic regression on standardised features.
 
     Its inverse regularisation is the one of `strengths` that does best on a tenth of the training

@@ -96,9 +96,7 @@ class OptimizerSettings(Settings):
                         f"as they are, remove it and set optimizer.frozen=[{name!r}]"
                     )
                 if not 0.0 < factor < float("inf"):
-                    raise ValueError(
-                        f"{field}: {factor} of {name!r} must be positive and finite"
-                    )
+                    raise ValueError(f"{field}: {factor} of {name!r} must be positive and finite")
                 if field == "layer_decay" and factor > 1.0:
                     raise ValueError(f"layer_decay: {factor} of {name!r} must be at most 1")
         if self.kind != "sgd" and self.momentum:
@@ -184,8 +182,12 @@ def _layer_factors(model: nn.Module, layer_decay: dict[str, float]) -> dict[str,
     for path, decay in layer_decay.items():
         module = modules.get(path)
         if not hasattr(module, "layer_names"):
-            able = [name for name, m in modules.items() if hasattr(m, "layer_names")
-                    and any(parameter.requires_grad for parameter in m.parameters())]
+            able = [
+                name
+                for name, m in modules.items()
+                if hasattr(m, "layer_names")
+                and any(parameter.requires_grad for parameter in m.parameters())
+            ]
             raise ValueError(
                 f"optimizer.layer_decay: {path!r} is not a module that tells its layers (it has no "
                 f"layer_names()); there are: {', '.join(able) or 'none'}"

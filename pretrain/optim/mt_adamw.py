@@ -134,9 +134,16 @@ class MTAdamW(torch.optim.Optimizer):
         first, root = self.corrections(group, states[0])
         gradients, scale = self._scaled([p.grad for p in tensors])
         adamw(
-            tensors, gradients, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
-            [], [torch.full((), float("inf"), device=p.device) for p in tensors],
-            fused=True, grad_scale=scale, amsgrad=False, maximize=False,
+            tensors,
+            gradients,
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [torch.full((), float("inf"), device=p.device) for p in tensors],
+            fused=True,
+            grad_scale=scale,
+            amsgrad=False,
+            maximize=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1] * before / states[0]["mean_ratio"],
             lr=group["lr"] * root / first,

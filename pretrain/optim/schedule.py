@@ -50,8 +50,7 @@ def problems(settings: ScheduleSettings, steps: int) -> list[str]:
     warmup, decay = settings.warmup_steps, settings.decay_length(steps)
     if warmup >= steps:
         return [
-            f"schedule.warmup_steps={warmup} must be smaller than steps={steps}: "
-            "lower warmup_steps"
+            f"schedule.warmup_steps={warmup} must be smaller than steps={steps}: lower warmup_steps"
         ]
     if settings.kind == "wsd" and warmup + decay > steps:
         return [

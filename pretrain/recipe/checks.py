@@ -255,10 +255,14 @@ def _check_optimizer(recipe: "Recipe") -> list[str]:
 
 def warnings(recipe: "Recipe") -> list[str]:
     """One line per setting that has no effect, or not the one that is meant, beside another one."""
-    random = [
-        "optimizer.frozen keeps parameters at their random first values, since there are no "
-        "initial_weights: name a file of them"
-    ] if recipe.optimizer.frozen and recipe.initial_weights is None else []
+    random = (
+        [
+            "optimizer.frozen keeps parameters at their random first values, since there are no "
+            "initial_weights: name a file of them"
+        ]
+        if recipe.optimizer.frozen and recipe.initial_weights is None
+        else []
+    )
     found = random + missing_packages(recipe.logging.trackers)
     if recipe.optimizer.kind != "mt_adamw":
         return found

@@ -14,7 +14,10 @@ from data_pipeline.samples.pictures import PictureDataSettings
 from data_pipeline.samples.sample_processor import DataSettings
 from data_pipeline.samples.text import TextDataSettings
 from data_pipeline.samples.views_texts_labels import M3IDataSettings
+from pretrain.models.backbones.settings import ResNetSettings, SwinSettings
+from pretrain.models.bert.settings import BertSettings
 from pretrain.models.encoder_settings import EncoderSettings
+from pretrain.models.general.settings import GeneralDecoderSettings, PatchesSettings
 from pretrain.models.internimage.settings import InternImageSettings
 from pretrain.models.text_settings import TextEncoderSettings
 from pretrain.models.vit_settings import VitSettings
@@ -23,6 +26,12 @@ from pretrain.objectives.classification_settings import ClassificationSettings
 from pretrain.objectives.contrastive.settings import ContrastiveSettings
 from pretrain.objectives.m3i.settings import M3ISettings
 from pretrain.objectives.objective_settings import ObjectiveSettings
+from pretrain.objectives.unified.settings import (
+    UnifiedCaptionSettings,
+    UnifiedClassificationSettings,
+    UnifiedMlmSettings,
+    UnifiedRetrievalSettings,
+)
 
 
 def _kinds(base: type) -> tuple[type, ...]:

@@ -44,9 +44,7 @@ Encoder = Annotated[Union[ENCODERS], Field(discriminator="type")]  # noqa: UP007
 Objective = Annotated[Union[OBJECTIVES], Field(discriminator="type")]  # noqa: UP007
 Data = Annotated[Union[DATA], Field(discriminator="type")]  # noqa: UP007
 
-DATA_TYPES = {
-    settings.model_fields["type"].default: settings.data_type for settings in OBJECTIVES
-}
+DATA_TYPES = {settings.model_fields["type"].default: settings.data_type for settings in OBJECTIVES}
 """Type of objective -> the type of data that it reads."""
 
 

@@ -21,8 +21,15 @@ _CONTEXT = Context(prec=40, rounding=ROUND_HALF_EVEN)
 # Below this a logarithm of a factorial is computed from the factorial itself, above by Stirling's
 # series, whose first term left out is then below 1e-37.
 _STIRLING_FROM = 256
-_STIRLING = [Fraction(1, 12), Fraction(-1, 360), Fraction(1, 1260), Fraction(-1, 1680),
-             Fraction(1, 1188), Fraction(-691, 360360), Fraction(1, 156)]  # fmt: skip
+_STIRLING = [
+    Fraction(1, 12),
+    Fraction(-1, 360),
+    Fraction(1, 1260),
+    Fraction(-1, 1680),
+    Fraction(1, 1188),
+    Fraction(-691, 360360),
+    Fraction(1, 156),
+]
 _HALF_LN_2PI = Decimal("0.918938533204672741780329736405617639861397473637783")
 
 
@@ -52,9 +59,12 @@ def hypergeometric(marked: int, unmarked: int, taken: int, *name: int | str) -> 
     with localcontext(_CONTEXT):
         total = marked + unmarked
         constant = (
-            _ln_factorial(marked) + _ln_factorial(unmarked)
-            + _ln_factorial(taken) + _ln_factorial(total - taken) - _ln_factorial(total)
-        )  # fmt: skip
+            _ln_factorial(marked)
+            + _ln_factorial(unmarked)
+            + _ln_factorial(taken)
+            + _ln_factorial(total - taken)
+            - _ln_factorial(total)
+        )
 
         def log_mass(k: int) -> Decimal:
             chosen = _ln_factorial(k) + _ln_factorial(marked - k)

@@ -72,13 +72,20 @@ def plan_stages(
     if not wanted or wanted[0][0] > 0:
         wanted.insert(0, (0, weights))
     return [
-        Stage(start, settings.mode, {
-            # Powers may differ in the last digit between machines; that must not matter.
-            name: float(f"{chosen[name] * factors[name]:.9g}") if settings.alpha else chosen[name]
-            for name in sorted(chosen) if chosen[name] > 0
-        })
+        Stage(
+            start,
+            settings.mode,
+            {
+                # Powers may differ in the last digit between machines; that must not matter.
+                name: float(f"{chosen[name] * factors[name]:.9g}")
+                if settings.alpha
+                else chosen[name]
+                for name in sorted(chosen)
+                if chosen[name] > 0
+            },
+        )
         for start, chosen in wanted
-    ]  # fmt: skip
+    ]
 
 
 def problems(settings: SamplingSettings, tasks: list[str], steps: int, optimizer: str) -> list[str]:

@@ -75,8 +75,9 @@ class GoldenModel(nn.Module):
     ) -> dict[str, torch.Tensor]:
         loss = (self.logit_scale * batch["logit_scale"]).sum()
         for name, piece in self.named_children():
-            mine = {k.removeprefix(f"{name}."): v for k, v in batch.items()
-                    if k.startswith(f"{name}.")}
+            mine = {
+                k.removeprefix(f"{name}."): v for k, v in batch.items() if k.startswith(f"{name}.")
+            }
             loss = loss + piece(mine)
         return {"loss": loss}
 
@@ -86,12 +87,22 @@ def golden_cell(ranks, path: Path, stage: int, out: Path) -> dict:
     start = out / f"start_{ranks.rank}.safetensors"
     save_file({n: golden[f"init.{n}"].float() for n in hyper["groups"]}, start)
     settings = OptimizerSettings(
-        kind="mt_adamw", betas=(hyper["beta1"], hyper["beta2"]), eps=hyper["eps"], clip_norm=None,
-        weight_decay=hyper["weight_decay"], lr_multipliers={"encoder.*": 0.2},
+        kind="mt_adamw",
+        betas=(hyper["beta1"], hyper["beta2"]),
+        eps=hyper["eps"],
+        clip_norm=None,
+        weight_decay=hyper["weight_decay"],
+        lr_multipliers={"encoder.*": 0.2},
         omega={str(k): w for k, w in enumerate(golden["omega"].tolist())},
     )
-    engine = start_engine(GoldenModel, settings, deepspeed_config(stage, "fp32", settings), SEED,
-                          ranks.device, initial_weights=str(start))
+    engine = start_engine(
+        GoldenModel,
+        settings,
+        deepspeed_config(stage, "fp32", settings),
+        SEED,
+        ranks.device,
+        initial_weights=str(start),
+    )
     inner = engine.optimizer.optimizer
     inner.normalise, inner.compensate = hyper["normalise"], hyper["compensate"]
     inner.bias_correction = hyper["bias_corr"]
@@ -107,8 +118,10 @@ def golden_cell(ranks, path: Path, stage: int, out: Path) -> dict:
         for name, values in gathered_partitions(engine, lambda p: p.master).items():
             saved[name].append(values)
     if ranks.leads:
-        save_file({n: torch.stack(v) for n, v in saved.items()},
-                  out / f"{path.stem}_zero{stage}.safetensors")
+        save_file(
+            {n: torch.stack(v) for n, v in saved.items()},
+            out / f"{path.stem}_zero{stage}.safetensors",
+        )
     engine.destroy()
     return {}
 
@@ -130,9 +143,7 @@ def heldout_losses(engine) -> list[float]:
     return [engine.module(task, "undivided", batch, totals)["loss"].item() for task in RATIOS]
 
 
-def toy_cell(
-    ranks, optimizer: str, stage: int, mode: str, micro_steps: int, out: Path
-) -> dict:
+def toy_cell(ranks, optimizer: str, stage: int, mode: str, micro_steps: int, out: Path) -> dict:
     settings = OPTIMIZERS[optimizer]
     config = deepspeed_config(stage, mode, settings, micro_steps)
     config["zero_optimization"]["sub_group_size"] = 100  # several calls of step() in stage 3
@@ -151,8 +162,10 @@ def toy_cell(
         sizes.append(size.item() ** 0.5)
     averages = dict(zip((id(p.master) for p in list_partitions(engine)), ema.tensors, strict=True))
     saved = {f"end.{n}": t for n, t in gathered_partitions(engine, lambda p: p.master).items()}
-    saved |= {f"ema.{n}": t
-              for n, t in gathered_partitions(engine, lambda p: averages[id(p.master)]).items()}
+    saved |= {
+        f"ema.{n}": t
+        for n, t in gathered_partitions(engine, lambda p: averages[id(p.master)]).items()
+    }
     # As evaluation does it: what a forward pass leaves gathered must not be used again.
     seen = {"before": heldout_losses(engine)}
     with ema.in_module():
@@ -166,8 +179,13 @@ def toy_cell(
         save_file(saved, out / f"{cell_name(optimizer, stage, mode, micro_steps)}.safetensors")
     calls = len(list_partitions(engine))
     engine.destroy()
-    return {"norms": norms, "sizes": sizes, "partitions": calls, "heldout": seen,
-            "back": all(torch.equal(before[n], after[n]) for n in before)}
+    return {
+        "norms": norms,
+        "sizes": sizes,
+        "partitions": calls,
+        "heldout": seen,
+        "back": all(torch.equal(before[n], after[n]) for n in before),
+    }
 
 
 def toy_cells() -> list[tuple[str, int, str, int]]:

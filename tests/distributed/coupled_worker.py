@@ -11,6 +11,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from pretrain.optim.groups import OptimizerSettings
 from tests.distributed import shared_model
 from tests.distributed.engines import deepspeed_config
 from tests.pretrain.objectives.pair_models import build_pair_model, pair_batch, rows_of
+from tests.pretrain.objectives.unified import unified_models
 from tools.selfcheck.parity_cells import gathered_partitions, note_gradients
 
 GLOBAL_BATCH = 10
@@ -80,7 +82,9 @@ def run_cell(ranks, stage: int, micro_batch: int, dropout: float, out: Path) -> 
         torch.manual_seed(100 * step + ranks.rank)
         set_learning_rate(engine, SGD.lr, 1.0)
         shares = accumulate_and_step(
-            engine, "contrast", [rows_of(batch, rows) for rows in dealt],
+            engine,
+            "contrast",
+            [rows_of(batch, rows) for rows in dealt],
             {"pairs": torch.tensor(float(GLOBAL_BATCH))},
         )
         values = torch.stack([shares[name].double() for name in sorted(shares)])
@@ -104,31 +108,41 @@ def run_cell(ranks, stage: int, micro_batch: int, dropout: float, out: Path) -> 
 
 @dataclass(frozen=True)
 class Shared:
-    """A mode of `shared_model`. `extra`: "", "overlap", "offload" or "scaled", fp16's factor."""
+    """A mode of `shared_model` or `unified_models`. `extra`: "", "overlap", "offload" or "scaled",
+    fp16's factor."""
 
     stage: int
     micro_steps: int
     extra: str = ""
+    model: str = "shared"
 
     @property
     def name(self) -> str:
-        return f"shared_zero{self.stage}_micro{self.micro_steps}{self.extra}"
+        return f"{self.model}_zero{self.stage}_micro{self.micro_steps}{self.extra}"
+
+    @property
+    def tasks(self) -> ModuleType:
+        """The model, its tasks, their batches, and plain training."""
+        return {"shared": shared_model, "unified": unified_models}[self.model]
 
 
 SHARED_CELLS = [Shared(stage, steps) for stage in (1, 2, 3) for steps in (1, 3)]
 SHARED_CELLS += [Shared(s, 3, extra) for s in (1, 2, 3) for extra in ("overlap", "offload")]
 SHARED_CELLS += [Shared(s, 3, "scaled") for s in (2, 3)]
+SHARED_CELLS += [Shared(s, n, model="unified") for s in (1, 3) for n in (1, 3)]
 
 
-def micro_batch_for(world: int, micro_steps: int) -> int:
+def micro_batch_for(samples: int, world: int, micro_steps: int) -> int:
     """Largest micro-batch that gives so many micro-steps."""
-    samples = shared_model.SAMPLES
-    return next(size for size in range(samples + 1, 0, -1)
-                if len(deal(samples, size, 0, world)) == micro_steps)
+    return next(
+        size
+        for size in range(samples + 1, 0, -1)
+        if len(deal(samples, size, 0, world)) == micro_steps
+    )
 
 
 def shared_settings(cell: Shared) -> dict:
-    config = deepspeed_config(cell.stage, "fp32", shared_model.SGD, cell.micro_steps)
+    config = deepspeed_config(cell.stage, "fp32", cell.tasks.SGD, cell.micro_steps)
     zero = config["zero_optimization"]
     zero["stage3_param_persistence_threshold"] = 0
     zero["overlap_comm"] = cell.extra == "overlap"
@@ -141,18 +155,18 @@ def shared_settings(cell: Shared) -> dict:
 
 
 def run_shared(ranks, cell: Shared, out: Path) -> None:
-    size = micro_batch_for(ranks.world, cell.micro_steps)
-    dealt = deal(shared_model.SAMPLES, size, ranks.rank, ranks.world)
-    engine = start_engine(shared_model.build, shared_model.SGD, shared_settings(cell),
-                          shared_model.SEED, ranks.device)  # fmt: skip
+    tasks = cell.tasks
+    size = micro_batch_for(tasks.SAMPLES, ranks.world, cell.micro_steps)
+    dealt = deal(tasks.SAMPLES, size, ranks.rank, ranks.world)
+    engine = start_engine(tasks.build, tasks.SGD, shared_settings(cell), tasks.SEED, ranks.device)
     if cell.extra == "scaled":
         engine.optimizer.loss_scaler.cur_scale = 1024.0
     gradients, saved = note_gradients(engine), {}
-    for step, task in enumerate(shared_model.TASKS):
-        set_learning_rate(engine, shared_model.SGD.lr, 1.0)
-        batch = shared_model.whole_batch(step)
-        totals = {name: torch.tensor(value) for name, value in shared_model.TOTALS.items()}
-        micro_batches = [shared_model.rows_of(batch, rows) for rows in dealt]
+    for step, task in enumerate(tasks.TASKS):
+        set_learning_rate(engine, tasks.SGD.lr, 1.0)
+        batch = tasks.whole_batch(step)
+        totals = {name: torch.tensor(value) for name, value in tasks.totals_of(step).items()}
+        micro_batches = [tasks.rows_of(batch, rows) for rows in dealt]
         loss = accumulate_and_step(engine, task, micro_batches, totals, step)["loss"]
         dist.all_reduce(loss)
         saved[f"loss{step}"] = loss

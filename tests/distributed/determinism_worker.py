@@ -45,8 +45,13 @@ def cell(ranks, stage: int, precision: str) -> dict:
             fixed = trained(ranks, stage, precision)
     finally:
         torch.use_deterministic_algorithms(False)
-    return {"same": same(plain, fixed), "found": sorted(found), "filled": filled,
-            "tensors": len(plain), "finite": all(t.isfinite().all().item() for t in plain.values())}
+    return {
+        "same": same(plain, fixed),
+        "found": sorted(found),
+        "filled": filled,
+        "tensors": len(plain),
+        "finite": all(t.isfinite().all().item() for t in plain.values()),
+    }
 
 
 def main() -> None:

@@ -31,9 +31,12 @@ STAGES = (1, 2, 3)
 EMA = EmaSettings(decay=0.9)
 # Two blocks of groups, so that their order and rates have to come back, too.
 FROZEN = ("encoders.image.inner.bias", "objectives.shapes.output.bias")
-SETTINGS = MT_ADAMW.model_copy(update={
-    "lr_multipliers": {"objectives.*": 2.0, "*norm*": 0.5}, "frozen": FROZEN,
-})
+SETTINGS = MT_ADAMW.model_copy(
+    update={
+        "lr_multipliers": {"objectives.*": 2.0, "*norm*": 0.5},
+        "frozen": FROZEN,
+    }
+)
 
 
 class Run:
@@ -67,13 +70,17 @@ class Run:
             "exp_avg": lambda p: inner.state[p.master]["exp_avg"],
             "exp_avg_sq": lambda p: inner.second_moment(p.master),
         }
-        return {f"{state}.{name}": values for state, pick in picks.items()
-                for name, values in gathered_partitions(self.engine, pick).items()}
+        return {
+            f"{state}.{name}": values
+            for state, pick in picks.items()
+            for name, values in gathered_partitions(self.engine, pick).items()
+        }
 
     def groups(self) -> list:
         inner = self.engine.optimizer
-        return [[g["name"], g["lr"], g["lr_multiplier"], g["weight_decay"]]
-                for g in inner.param_groups]
+        return [
+            [g["name"], g["lr"], g["lr_multiplier"], g["weight_decay"]] for g in inner.param_groups
+        ]
 
     def close(self) -> None:
         self.engine.destroy()
@@ -97,8 +104,11 @@ def write_cell(ranks, folder: Path, stage: int, precision: str) -> dict:
     store.restore(again.engine, store.newest(), again.ema.tensors)
     resumed = again.train(HALF, ALL)
     result = {
-        "straight": straight, "resumed": resumed, "groups": groups,
-        "same_tensors": same(again.tensors(), ended), "same_groups": again.groups() == groups,
+        "straight": straight,
+        "resumed": resumed,
+        "groups": groups,
+        "same_tensors": same(again.tensors(), ended),
+        "same_groups": again.groups() == groups,
         "same_module": same(module_weights(again.engine), module),
     }
     if ranks.leads:
@@ -150,7 +160,9 @@ def memory_cell(ranks, folder: Path) -> dict:
     partitions = list_partitions(run.engine)
     wanted = sum(f.numel for p in partitions for f in p.fragments)
     result = {
-        "largest": max(pieces), "read": sum(pieces), "wanted": wanted,
+        "largest": max(pieces),
+        "read": sum(pieces),
+        "wanted": wanted,
         "in_place": all(placed[id(p.master)] == p.master.data_ptr() for p in partitions)
         and averages == [t.data_ptr() for t in run.ema.tensors],
     }
@@ -190,16 +202,22 @@ def main() -> None:
     mode, folder = sys.argv[1], Path(sys.argv[2])
     ranks = init_distributed(threads_per_rank=1)
     if mode == "write":
-        cells = [(s, p) for s in STAGES for p in ("fp32", "bf16")] if ranks.world == 2 else [
-            (s, "fp32") for s in STAGES]
+        cells = (
+            [(s, p) for s in STAGES for p in ("fp32", "bf16")]
+            if ranks.world == 2
+            else [(s, "fp32") for s in STAGES]
+        )
         results = {cell_name(ranks.world, s, p): write_cell(ranks, folder, s, p) for s, p in cells}
         if ranks.world == 2:
             results["memory"] = memory_cell(ranks, folder)
             results["refusal"] = refusal_cell(ranks, folder)
     else:
         sources = [cell_name(int(w), s, "fp32") for w in sys.argv[3:] for s in STAGES]
-        results = {read_name(source, ranks.world, stage): read_cell(ranks, folder, source, stage)
-                   for source in sources for stage in STAGES}
+        results = {
+            read_name(source, ranks.world, stage): read_cell(ranks, folder, source, stage)
+            for source in sources
+            for stage in STAGES
+        }
     if ranks.leads:
         (folder / f"{mode}_world{ranks.world}.json").write_text(json.dumps(results))
     dist.barrier()

@@ -4,8 +4,9 @@ from pretrain.optim.groups import OptimizerSettings
 
 SEED = 5
 SGD = OptimizerSettings(kind="sgd", lr=0.5, weight_decay=0.0, clip_norm=None)
-ADAMW = OptimizerSettings(kind="adamw", lr=1e-2, weight_decay=0.05, clip_norm=0.5,
-                          lr_multipliers={"objectives.*": 2.0})
+ADAMW = OptimizerSettings(
+    kind="adamw", lr=1e-2, weight_decay=0.05, clip_norm=0.5, lr_multipliers={"objectives.*": 2.0}
+)
 
 
 def deepspeed_config(

@@ -27,9 +27,14 @@ import traceback
 from pathlib import Path
 
 PRELOADED = (
-    "torch", "torch._dynamo.convert_frame", "deepspeed", "pretrain.trainer",
-    "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2",
-    "torch.utils.cpp_extension", "multiprocessing.sharedctypes",
+    "torch",
+    "torch._dynamo.convert_frame",
+    "deepspeed",
+    "pretrain.trainer",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "torch.utils.cpp_extension",
+    "multiprocessing.sharedctypes",
 )
 
 
@@ -74,7 +79,9 @@ class ForkServer:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.distributed.fork_server", str(theirs.fileno())],
-                cwd=root, pass_fds=[theirs.fileno()], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                cwd=root,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         atexit.register(self.close)
 

@@ -47,15 +47,28 @@ def build_model(form: str) -> MultiTaskModel:
     fields = (
         {"head": {"type": "conv"}, "layer_scale": 0.5, "post_norm": True, "stage_norm": False}
         if form == "conv"
-        else {"head": SMALL_PROJECTOR, "res_post_norm": True, "post_norm_layers": (0,),
-              "mixer": {"center_feature_scale": True, "dw_kernel_size": 5}}
+        else {
+            "head": SMALL_PROJECTOR,
+            "res_post_norm": True,
+            "post_norm_layers": (0,),
+            "mixer": {"center_feature_scale": True, "dw_kernel_size": 5},
+        }
     )
     encoder = small_settings(drop_path=0.4, gradient_checkpointing=True, **fields).build()
     objective = ClassificationSettings(
-        pool="head", label_smoothing=0.0, smaller_sizes=(48, 33) if form == "conv" else (),
-    ).build(BuildContext(
-        {"image": encoder}, None, MEAN, STD, classes=CLASSES,
-        smaller_views=(SMALLER_VIEW,) if form == "views" else (),))
+        pool="head",
+        label_smoothing=0.0,
+        smaller_sizes=(48, 33) if form == "conv" else (),
+    ).build(
+        BuildContext(
+            {"image": encoder},
+            None,
+            MEAN,
+            STD,
+            classes=CLASSES,
+            smaller_views=(SMALLER_VIEW,) if form == "views" else (),
+        )
+    )
     return MultiTaskModel({"image": encoder}, {"classify": objective}, seed=SEED)
 
 
@@ -71,20 +84,25 @@ def batch_of(step: int) -> dict:
     positions = torch.arange(BATCH) + step * BATCH
     return {
         **{
-            name: torch.randint(0, 256, (BATCH, 3, side, side), generator=generator,
-                                dtype=torch.uint8)
+            name: torch.randint(
+                0, 256, (BATCH, 3, side, side), generator=generator, dtype=torch.uint8
+            )
             for name, side in (("images", 64), (smaller_view_name(SMALLER_VIEW), SMALLER_VIEW))
         },
         "labels": torch.randint(0, CLASSES, (BATCH,), generator=generator),
-        "valid": torch.ones(BATCH, dtype=torch.bool), "position": positions,
+        "valid": torch.ones(BATCH, dtype=torch.bool),
+        "position": positions,
     }
 
 
 def rows(batch: dict, places) -> dict:
     """Those rows; -1 makes a padding row as the loader does."""
-    extra = {"tokens": torch.zeros(BATCH, 1, 2, dtype=torch.int64),
-             "loss_mask": torch.zeros(BATCH, 1, 2, dtype=torch.bool), "row": batch["position"],
-             "prompt_class": torch.full((BATCH,), -1)}
+    extra = {
+        "tokens": torch.zeros(BATCH, 1, 2, dtype=torch.int64),
+        "loss_mask": torch.zeros(BATCH, 1, 2, dtype=torch.bool),
+        "row": batch["position"],
+        "prompt_class": torch.full((BATCH,), -1),
+    }
     part = rows_of(batch | extra, places)
     part["position"] = part["row"]
     return part
@@ -102,7 +120,9 @@ def run_cell(ranks, stage: int, form: str, out: Path) -> list[float]:
         batch = batch_of(step)
         set_learning_rate(engine, SGD.lr, 1.0)
         shares = accumulate_and_step(
-            engine, "classify", [rows(batch, places) for places in dealt],
+            engine,
+            "classify",
+            [rows(batch, places) for places in dealt],
             {"images": torch.tensor(float(BATCH)), "labels": torch.tensor(float(BATCH))},
         )
         loss = shares["loss"].double()

@@ -20,17 +20,34 @@ ROOT = Path(__file__).resolve().parents[2]
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
     """What a launcher would set; one thread, so that results do not depend on the machine."""
     return {
-        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1",
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONFAULTHANDLER": "1",
     }
 
 
 def without_ranks() -> dict[str, str]:
     """What a person's shell has, for launchers that set the rest."""
-    return {k: v for k, v in rank_environment(0, 1, 0).items()
-            if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
-                         "MASTER_PORT")}
+    return {
+        k: v
+        for k, v in rank_environment(0, 1, 0).items()
+        if k
+        not in (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        )
+    }
 
 
 def free_port() -> int:
@@ -56,7 +73,10 @@ def start_ranks(module: str, arguments: list[str], world: int, log_dir: Path) ->
     if os.environ.get("OMNIPRETRAIN_TEST_STARTS") != "processes":
         return [
             fork_server().start(
-                module, list(map(str, arguments)), rank_environment(rank, world, port), ROOT,
+                module,
+                list(map(str, arguments)),
+                rank_environment(rank, world, port),
+                ROOT,
                 log_dir / f"out_{rank}.txt",
             )
             for rank in range(world)
@@ -64,11 +84,16 @@ def start_ranks(module: str, arguments: list[str], world: int, log_dir: Path) ->
     processes = []
     for rank in range(world):
         with open(log_dir / f"out_{rank}.txt", "w", encoding="utf-8") as out:
-            processes.append(subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT,
-                env=rank_environment(rank, world, port), stdout=out, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            ))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, *map(str, arguments)],
+                    cwd=ROOT,
+                    env=rank_environment(rank, world, port),
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
     return processes
 
 

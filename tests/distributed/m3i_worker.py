@@ -31,12 +31,23 @@ SIZES = {"vit": (16, 16), "internimage": (32, 96)}
 # Encoder, ZeRO stage, micro-batch, balance. On two ranks: undivided (6 rows each), in fours and
 # twos (with padding), and in twos.
 CELLS = [
-    ("vit", 1, 12, False), ("vit", 1, 4, False), ("vit", 2, 12, False), ("vit", 2, 2, False),
-    ("vit", 3, 12, False), ("vit", 3, 4, False), ("vit", 3, 2, False), ("vit", 2, 12, True),
-    ("internimage", 3, 12, False), ("internimage", 3, 4, False),
-]  # fmt: skip
-FAST = [("vit", 1, 4, False), ("vit", 2, 12, True), ("vit", 3, 2, False),
-        ("internimage", 3, 4, False)]
+    ("vit", 1, 12, False),
+    ("vit", 1, 4, False),
+    ("vit", 2, 12, False),
+    ("vit", 2, 2, False),
+    ("vit", 3, 12, False),
+    ("vit", 3, 4, False),
+    ("vit", 3, 2, False),
+    ("vit", 2, 12, True),
+    ("internimage", 3, 12, False),
+    ("internimage", 3, 4, False),
+]
+FAST = [
+    ("vit", 1, 4, False),
+    ("vit", 2, 12, True),
+    ("vit", 3, 2, False),
+    ("internimage", 3, 4, False),
+]
 
 
 def cell_name(kind: str, stage: int, micro_batch: int, balance: bool) -> str:
@@ -93,8 +104,9 @@ def main() -> None:
     ranks = init_distributed(threads_per_rank=1)
     results = {
         cell_name(*cell): run_cell(ranks, *cell, out)
-        for cell in CELLS if cell_name(*cell) in sys.argv[2:]
-    }  # fmt: skip
+        for cell in CELLS
+        if cell_name(*cell) in sys.argv[2:]
+    }
     if ranks.leads:
         (out / "cells.json").write_text(json.dumps(results))
     shutdown()

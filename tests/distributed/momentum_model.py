@@ -20,8 +20,9 @@ from tools.selfcheck.parity_model import WIDTH, Trunk
 STEPS, POISONED = 6, 1
 """Steps of a run, and the one whose gradient is not finite."""
 TASKS = ("follow", "follow", "words", "follow", "words", "follow")
-SGD = OptimizerSettings(kind="sgd", lr=0.1, weight_decay=0.0, clip_norm=None,
-                        lr_multipliers={"objectives.*": 2.0})
+SGD = OptimizerSettings(
+    kind="sgd", lr=0.1, weight_decay=0.0, clip_norm=None, lr_multipliers={"objectives.*": 2.0}
+)
 TARGETS = MomentumTargets(
     {"target_encoder": "encoders.image", "target_projector": "projector"}, start=0.3, end=0.8
 )

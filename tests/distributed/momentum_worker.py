@@ -37,8 +37,15 @@ from tests.distributed.toy import share_of
 
 HALF = 3
 assert TASKS[HALF] == "follow", "the first step after a restore sees the targets"
-CELLS = ("zero1-fp32", "zero2-fp32", "zero3-fp32", "zero2-bf16", "zero3-bf16",
-         "zero2-fp32-offload", "zero3-fp32-offload")
+CELLS = (
+    "zero1-fp32",
+    "zero2-fp32",
+    "zero3-fp32",
+    "zero2-bf16",
+    "zero3-bf16",
+    "zero2-fp32-offload",
+    "zero3-fp32-offload",
+)
 WHOLE_STAGES = ("zero1-fp32", "zero2-fp32", "zero3-fp32")
 STILL = 0.9999
 """A momentum at which an average in bf16 stands still."""
@@ -75,7 +82,9 @@ class Run:
             batch = batch_of(step)
             set_learning_rate(self.engine, self.settings.lr, 1.0)
             loss = accumulate_and_step(
-                self.engine, TASKS[step], share_of(batch, self.ranks.rank, self.ranks.world, 1),
+                self.engine,
+                TASKS[step],
+                share_of(batch, self.ranks.rank, self.ranks.world, 1),
                 {"images": batch["valid"].sum().float()},
             )["loss"].double()
             if self.engine.was_step_applied():
@@ -90,15 +99,18 @@ class Run:
         """Whole flat float32 values of trained parameters and targets, on every rank."""
         pieces = [
             (f.parameter, f.start, p.master[f.offset : f.offset + f.numel].detach().clone())
-            for p in [*list_partitions(self.engine), self.targets.partition] for f in p.fragments
+            for p in [*list_partitions(self.engine), self.targets.partition]
+            for f in p.fragments
         ]
         everyone: list = [None] * self.ranks.world
         dist.all_gather_object(everyone, pieces)
         merged: dict[str, list] = {}
         for name, start, values in (piece for rank in everyone for piece in rank):
             merged.setdefault(name, []).append((start, values))
-        return {name: torch.cat([v for _, v in sorted(parts, key=lambda p: p[0])])
-                for name, parts in merged.items()}
+        return {
+            name: torch.cat([v for _, v in sorted(parts, key=lambda p: p[0])])
+            for name, parts in merged.items()
+        }
 
     def module(self) -> dict[str, torch.Tensor]:
         """What the forward pass uses: parameters, whole and flat, and buffers."""
@@ -109,9 +121,11 @@ class Run:
         return out | {n: b.clone() for n, b in self.engine.module.named_buffers()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {f"{kind}.{name}": value for kind, tensors in
-                (("master", self.masters()), ("module", self.module()))
-                for name, value in tensors.items()}
+        return {
+            f"{kind}.{name}": value
+            for kind, tensors in (("master", self.masters()), ("module", self.module()))
+            for name, value in tensors.items()
+        }
 
     def close(self) -> None:
         self.engine.destroy()
@@ -140,8 +154,13 @@ def straight_cell(ranks, folder: Path, cell: str) -> dict:
     store.restore(again.engine, store.newest(), again.ema.tensors, again.targets)
     again.updates = updates
     resumed = again.train(HALF, STEPS)
-    result = {"losses": losses, "resumed": resumed, "updates": again.updates,
-              "same": same(again.state(), ended), "pieces": pieces.item()}
+    result = {
+        "losses": losses,
+        "resumed": resumed,
+        "updates": again.updates,
+        "same": same(again.state(), ended),
+        "pieces": pieces.item(),
+    }
     again.close()
     if ranks.leads:
         save_file(ended, folder / f"{name}.safetensors")
@@ -185,8 +204,11 @@ def main() -> None:
     if mode == "read":
         for cell in ("zero2-bf16", "zero3-bf16"):
             still_cell(ranks, folder, cell)
-        results |= {f"{source}-to-{cell}": read_cell(ranks, folder, source, cell)
-                    for source in WHOLE_STAGES for cell in WHOLE_STAGES}
+        results |= {
+            f"{source}-to-{cell}": read_cell(ranks, folder, source, cell)
+            for source in WHOLE_STAGES
+            for cell in WHOLE_STAGES
+        }
     if ranks.leads:
         (folder / f"{mode}.json").write_text(json.dumps(results))
     dist.barrier()

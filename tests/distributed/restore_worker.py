@@ -32,8 +32,9 @@ HALF, ALL = 3, 6
 
 
 def fresh_engine(ranks, stage: int, precision: str, seed: int = SEED):
-    return start_engine(toy_model, ADAMW, deepspeed_config(stage, precision, ADAMW), seed,
-                        ranks.device)
+    return start_engine(
+        toy_model, ADAMW, deepspeed_config(stage, precision, ADAMW), seed, ranks.device
+    )
 
 
 def train(engine, ranks, first: int, last: int) -> list[float]:
@@ -42,8 +43,9 @@ def train(engine, ranks, first: int, last: int) -> list[float]:
         batch = toy_batch(step)
         set_learning_rate(engine, ADAMW.lr, 1.0 / (1 + step))
         total = {"images": batch["valid"].sum().float()}
-        shares = accumulate_and_step(engine, "words", share_of(batch, ranks.rank, ranks.world, 1),
-                                     total)
+        shares = accumulate_and_step(
+            engine, "words", share_of(batch, ranks.rank, ranks.world, 1), total
+        )
         loss = shares["loss"].double()
         dist.all_reduce(loss)
         losses.append(loss.item())
@@ -85,9 +87,13 @@ def write_cell(ranks, folder: Path, stage: int, precision: str) -> dict:
     restored = store.restore(again, store.newest())
     resumed = train(again, ranks, restored.step, ALL)
     result = {
-        "before": before, "straight": straight, "resumed": resumed, "trainer": restored.trainer,
+        "before": before,
+        "straight": straight,
+        "resumed": resumed,
+        "trainer": restored.trainer,
         "same_files": same_files,
-        "same_weights": weights(again) == ended, "same_module": module_weights(again) == module,
+        "same_weights": weights(again) == ended,
+        "same_module": module_weights(again) == module,
         "weights": ended,
     }
     again.destroy()
@@ -215,7 +221,8 @@ def main() -> None:
     else:
         results = {
             f"zero{a}_fp32 -> zero{b}": read_cell(ranks, folder, f"zero{a}_fp32", b, "fp32")
-            for a in (1, 2, 3) for b in (1, 2, 3)
+            for a in (1, 2, 3)
+            for b in (1, 2, 3)
         }
     if ranks.leads:
         (folder / f"{mode}_world{ranks.world}.json").write_text(json.dumps(results))

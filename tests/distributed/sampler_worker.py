@@ -85,23 +85,47 @@ class Cells:
     def run(self, schedule, steps=range(STEPS), rank=None, every=5, common=None):
         """Losses by task, samples and reports of one loop."""
         loader = StepLoader(
-            {task: ToyStream(task) for task in WEIGHTS}, schedule, LoaderSettings(workers=0),
-            self.ranks.rank if rank is None else rank, self.ranks.world, steps[0], steps[-1] + 1,
+            {task: ToyStream(task) for task in WEIGHTS},
+            schedule,
+            LoaderSettings(workers=0),
+            self.ranks.rank if rank is None else rank,
+            self.ranks.world,
+            steps[0],
+            steps[-1] + 1,
         )
         loop = Loop(
-            self.engine, self.ranks, SEED, (SGD.lr, lambda step: 1.0), 0,
-            dict.fromkeys(WEIGHTS, SAMPLES), self.control, self.signals,
-            lambda step: loss_weights(schedule, step), Agreement(self.ranks, every, common),
+            self.engine,
+            self.ranks,
+            SEED,
+            (SGD.lr, lambda step: 1.0),
+            0,
+            dict.fromkeys(WEIGHTS, SAMPLES),
+            self.control,
+            self.signals,
+            lambda step: loss_weights(schedule, step),
+            Agreement(self.ranks, every, common),
         )
         found = []
         state = TrainerState(step=steps[0])
-        loop.run(loader, state, wants_report=lambda step, stops: True,
-                 on_report=lambda state, report: found.append((state.step, asdict(report))),
-                 after_step=lambda state, save: False)
-        return {"samples": state.samples, "losses": [
-            (step, report["task"], report["metrics"]["loss"], report["metrics"].get("loss_weight"))
-            for step, report in found
-        ]}
+        loop.run(
+            loader,
+            state,
+            wants_report=lambda step, stops: True,
+            on_report=lambda state, report: found.append((state.step, asdict(report))),
+            after_step=lambda state, save: False,
+        )
+        return {
+            "samples": state.samples,
+            "losses": [
+                (
+                    step,
+                    report["task"],
+                    report["metrics"]["loss"],
+                    report["metrics"].get("loss_weight"),
+                )
+                for step, report in found
+            ],
+        }
 
     def disagreement(self, *arguments, **options) -> str:
         try:

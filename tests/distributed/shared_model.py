@@ -22,7 +22,10 @@ WORDS, LENGTH, PIXELS, WIDTH, NAMES, SAMPLES, SEED = 40, 5, 12, 16, 11, 17, 5
 TASKS = ("classify", "contrast", "classify", "plain")
 """The task of each step: changes show what a step leaves behind for the next."""
 SGD = OptimizerSettings(kind="sgd", lr=0.005, weight_decay=0.0, clip_norm=None)
-TOTALS = {"samples": float(SAMPLES)}
+
+
+def totals_of(step: int) -> dict[str, float]:
+    return {"samples": float(SAMPLES)}
 
 
 class Block(nn.Module):
@@ -175,7 +178,7 @@ def plain_run() -> dict[str, torch.Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), SGD.lr)
     found = {}
     for step, task in enumerate(TASKS):
-        loss = model(task, "undivided", whole_batch(step), TOTALS, step=step)["loss"]
+        loss = model(task, "undivided", whole_batch(step), totals_of(step), step=step)["loss"]
         optimizer.zero_grad()
         loss.backward()
         found[f"loss{step}"] = loss.detach()

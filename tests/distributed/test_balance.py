@@ -61,8 +61,11 @@ def test_goldens_under_zero(launched_goldens, path, stage):
     weights = load_file(launched_goldens(stage) / f"{path.stem}_zero{stage}.safetensors")
     assert set(weights) == set(hyper["groups"])
     for name, values in weights.items():
-        expected = golden[f"param.{name}"].flatten(1) if name != "logit_scale" else golden[
-            f"param.{name}"][:, None]
+        expected = (
+            golden[f"param.{name}"].flatten(1)
+            if name != "logit_scale"
+            else golden[f"param.{name}"][:, None]
+        )
         torch.testing.assert_close(values, expected.float(), rtol=2e-5, atol=1e-7)
 
 
@@ -148,10 +151,12 @@ def test_equals_the_rule_in_plain_pytorch(launched, references, cell):
         frozen = not weight.requires_grad
         assert (f"end.{name}" in tensors) != frozen
         if not frozen:
-            torch.testing.assert_close(tensors[f"end.{name}"], weight.detach().flatten(),
-                                       rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(tensors[f"ema.{name}"], reference.average[name].flatten(),
-                                       rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                tensors[f"end.{name}"], weight.detach().flatten(), rtol=1e-6, atol=1e-6
+            )
+            torch.testing.assert_close(
+                tensors[f"ema.{name}"], reference.average[name].flatten(), rtol=1e-6, atol=1e-6
+            )
             assert torch.equal(tensors[f"in_module.{name}"].flatten(), tensors[f"ema.{name}"])
         else:
             assert torch.equal(tensors[f"in_module.{name}"], weight)
@@ -177,11 +182,15 @@ def test_bf16_evaluates_the_rounded_average_and_returns(launched):
         tensors = load_file(out / f"{name}.safetensors")
         assert results[name]["back"]
         for key in [k.removeprefix("ema.") for k in tensors if k.startswith("ema.")]:
-            assert torch.equal(tensors[f"in_module.{key}"].flatten(),
-                               tensors[f"ema.{key}"].bfloat16())
-        torch.testing.assert_close(results[name]["norms"],
-                                   results[cell_name("mt_adamw", 1, "bf16", 1)]["norms"],
-                                   rtol=3e-2, atol=0)
+            assert torch.equal(
+                tensors[f"in_module.{key}"].flatten(), tensors[f"ema.{key}"].bfloat16()
+            )
+        torch.testing.assert_close(
+            results[name]["norms"],
+            results[cell_name("mt_adamw", 1, "bf16", 1)]["norms"],
+            rtol=3e-2,
+            atol=0,
+        )
 
 
 def test_the_runs_tell_tasks_apart(references):

@@ -24,8 +24,17 @@ def pack_clips(folder: Path, count: int, split: str) -> None:
         captions[place.name] = list(scene.captions)
     table = folder / f"{split}.json"
     table.write_text(json.dumps(captions))
-    arguments = ["frames", "--out", folder, "--split", split, "--images", place.parent,
-                 "--captions", table]  # fmt: skip
+    arguments = [
+        "frames",
+        "--out",
+        folder,
+        "--split",
+        split,
+        "--images",
+        place.parent,
+        "--captions",
+        table,
+    ]
     assert make_shards([*map(str, arguments)]) == 0
 
 
@@ -37,11 +46,15 @@ def test_two_ranks_with_partitioned_weights_equal_one(tmp_path):
     for world, stage in ((1, "zero2"), (2, "zero3")):
         run = tmp_path / f"run{world}"
         recipe = tiny_recipe(
-            tmp_path / "clips", run, deepspeed=stage, steps=4,
+            tmp_path / "clips",
+            run,
+            deepspeed=stage,
+            steps=4,
             tokenizer__path=str(tmp_path / "scenes" / "tokenizer"),
-            tasks__caption__data__frames=2, tasks__caption__objective__decoder__frames=3,
+            tasks__caption__data__frames=2,
+            tasks__caption__objective__decoder__frames=3,
             tasks__caption__objective__decoder__dropout=0.0,
-        )  # fmt: skip
+        )
         path, out = write_recipe(tmp_path / f"{world}.yaml", recipe), tmp_path / f"out{world}"
         assert run_ranks("pretrain.train", [path], world, out) == [0] * world, tails(out)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

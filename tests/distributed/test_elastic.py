@@ -33,16 +33,28 @@ def written(tmp_path_factory):
 def assert_continues_alike(folder: Path, wrote: dict, read: dict, world: int, source: str) -> None:
     for stage in STAGES:
         name = read_name(source, world, stage)
-        torch.testing.assert_close(read[name]["resumed"], wrote[source]["straight"], rtol=1e-6,
-                                   atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            read[name]["resumed"],
+            wrote[source]["straight"],
+            rtol=1e-6,
+            atol=1e-6,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
         assert read[name]["groups"] == wrote[source]["groups"], name
         mine, theirs = (load_file(folder / f"{n}.safetensors") for n in (name, source))
         assert mine.keys() == theirs.keys()
         for tensor in mine:
-            close = {"rtol": 1e-4, "atol": 1e-7} if "exp_avg" in tensor else {"rtol": 2e-6,
-                                                                             "atol": 2e-6}
-            torch.testing.assert_close(mine[tensor], theirs[tensor], **close,
-                                       msg=lambda m, n=f"{name}: {tensor}": f"{n}: {m}")
+            close = (
+                {"rtol": 1e-4, "atol": 1e-7}
+                if "exp_avg" in tensor
+                else {"rtol": 2e-6, "atol": 2e-6}
+            )
+            torch.testing.assert_close(
+                mine[tensor],
+                theirs[tensor],
+                **close,
+                msg=lambda m, n=f"{name}: {tensor}": f"{n}: {m}",
+            )
 
 
 def assert_bitwise(result: dict) -> None:
@@ -111,11 +123,13 @@ def test_full_average_is_a_model(written, stage):
         # Also what is trained, but starts at zero and gets no gradient, may agree.
         if not trained or name in FROZEN:
             assert not differs, name
-    assert not torch.equal(average["encoders.image.inner.weight"],
-                           master["encoders.image.inner.weight"])
+    assert not torch.equal(
+        average["encoders.image.inner.weight"], master["encoders.image.inner.weight"]
+    )
     for task in ("words", "shapes"):
-        assert torch.equal(average[f"objectives.{task}.output.weight"],
-                           average[f"objectives.{task}.words.weight"])
+        assert torch.equal(
+            average[f"objectives.{task}.output.weight"], average[f"objectives.{task}.words.weight"]
+        )
 
 
 def test_a_state_that_is_not_there_is_named(written):

@@ -38,8 +38,9 @@ def status(run: Path) -> dict:
 
 def test_a_run_whose_gradients_are_not_finite_ends(data, tmp_path):
     run = tmp_path / "run"
-    recipe = tiny_recipe(data, run, optimizer__lr=1e30, schedule__warmup_steps=0,
-                         failure={"max_skipped_steps": 2})
+    recipe = tiny_recipe(
+        data, run, optimizer__lr=1e30, schedule__warmup_steps=0, failure={"max_skipped_steps": 2}
+    )
     codes = run_ranks("pretrain.train", [write_recipe(tmp_path / "r.yaml", recipe)], 2, tmp_path)
     assert codes == [1, 1], tails(tmp_path)
     assert status(run)["state"] == "failed"
@@ -65,8 +66,10 @@ def test_rotten_data_ends_every_rank_and_names_the_shard(data, tmp_path):
     codes = run_ranks("pretrain.train", [write_recipe(tmp_path / "r.yaml", recipe)], 2, tmp_path)
     assert codes == [1, 1], tails(tmp_path)
     assert status(run)["state"] == "failed"
-    reasons = " ".join(json.loads(path.read_text())["reason"]
-                       for path in (run / "control").glob("failure_rank_*.json"))
+    reasons = " ".join(
+        json.loads(path.read_text())["reason"]
+        for path in (run / "control").glob("failure_rank_*.json")
+    )
     assert "train-00000" in reasons and "rank" in reasons
 
 
@@ -84,8 +87,9 @@ def test_a_job_that_lost_the_run_leaves_it_alone(data, tmp_path, capsys):
         for process in losers:
             process.send_signal(signal.SIGSTOP)
         token = (run / "control/owner.json").read_text()
-        winner = start_ranks("pretrain.train", ["--resume", run, "--take-over"], 1,
-                             tmp_path / "winner")
+        winner = start_ranks(
+            "pretrain.train", ["--resume", run, "--take-over"], 1, tmp_path / "winner"
+        )
         wait_for(lambda: (run / "control/owner.json").read_text() != token, winner)
         for process in losers:
             process.send_signal(signal.SIGCONT)
@@ -139,10 +143,13 @@ def test_another_rank_speaks_after_rank_0(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("utf8_mode", ["0", "1"])
 def test_a_locale_in_which_torch_fails_is_named(tmp_path, utf8_mode):
     done = subprocess.run(
-        [sys.executable, "-m", "pretrain.train", "--resume", str(tmp_path)], cwd=ROOT,
-        capture_output=True, text=True, timeout=240,
+        [sys.executable, "-m", "pretrain.train", "--resume", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": utf8_mode, "PYTHONCOERCECLOCALE": "0"},
-    )  # fmt: skip
+    )
     assert done.returncode == 2
     said = "locale's encoding is ASCII" if utf8_mode == "0" else "is not a run directory"
     assert said in done.stderr and "Traceback" not in done.stderr
@@ -150,22 +157,39 @@ def test_a_locale_in_which_torch_fails_is_named(tmp_path, utf8_mode):
 
 LAUNCHERS = {
     "python": [sys.executable, "-m", "pretrain.train"],
-    "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus",
-                  "2", "--master_port", "0", "--module", "pretrain.train"],
+    "deepspeed": [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--quiet",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        "0",
+        "--module",
+        "pretrain.train",
+    ],
 }
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)  # torchrun: test_resume.py
 def test_launchers(data, tmp_path, launcher):
     run = tmp_path / "run"
-    recipe = tiny_recipe(data, run, steps=2, schedule__warmup_steps=1,
-                         logging__peak_tflops_per_device=0.5)
+    recipe = tiny_recipe(
+        data, run, steps=2, schedule__warmup_steps=1, logging__peak_tflops_per_device=0.5
+    )
     path = write_recipe(tmp_path / "r.yaml", recipe)
     command = list(LAUNCHERS[launcher])
     if launcher == "deepspeed":
         command[command.index("0")] = str(free_port())
-    done = subprocess.run([*command, str(path)], cwd=ROOT, env=without_ranks(),
-                          capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*command, str(path)],
+        cwd=ROOT,
+        env=without_ranks(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     start = json.loads((run / "starts.jsonl").read_text())
     assert start["world"] == (1 if launcher == "python" else 2)
@@ -187,17 +211,24 @@ def test_tasks_of_srun(data, tmp_path):
     recipe["tasks"]["caption"]["data"]["shards"] = ["${SHARDS}"]
     path = write_recipe(tmp_path / "r.yaml", recipe)
     job = without_ranks() | {
-        "SLURM_JOB_ID": str(free_port()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0",
-    }  # fmt: skip
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NODEID": "0",
+    }
     tasks = [
         subprocess.Popen(
-            [sys.executable, "-m", "pretrain.train", str(path)], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", "pretrain.train", str(path)],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             env=job | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SHARDS": shards},
         )
         for rank, shards in (("0", str(data / "train")), ("1", str(tmp_path / "nothing")))
-    ]  # fmt: skip
+    ]
     said = [task.communicate(timeout=240)[0] for task in tasks]
     assert all(task.returncode == 1 for task in tasks), said
     assert (run / "control/failure_rank_00001.json").exists(), said

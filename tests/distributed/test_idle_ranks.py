@@ -14,8 +14,20 @@ from tests.tiny_run import pack_scenes, three_tasks, write_recipe
 
 TASKS = ("aspect", "caption", "classify", "contrast", "m3i", "sizes")
 VISITS = 4
-SHARED = ("loss", "cross_entropy", "top1", "token_accuracy", "image_to_text", "intra", "inter",
-          "text", "category", "labelled", "gradient_norm", "image_to_text_r1")  # fmt: skip
+SHARED = (
+    "loss",
+    "cross_entropy",
+    "top1",
+    "token_accuracy",
+    "image_to_text",
+    "intra",
+    "inter",
+    "text",
+    "category",
+    "labelled",
+    "gradient_norm",
+    "image_to_text_r1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +53,8 @@ def recipe_of(data, run_dir, stage: int) -> dict:
             "objective": {"type": "classification", "smaller_sizes": [24, 16]},
             "data": {
                 **tasks["classify"]["data"],
-                "label_source": "json:nothing", "unlabelled": "expected",
+                "label_source": "json:nothing",
+                "unlabelled": "expected",
             },
         },
     }

@@ -70,24 +70,38 @@ def test_a_resume_repeats_drop_path_and_statistics(stage, tmp_path, monkeypatch)
     whatever is in memory that nobody has written to. Nothing reads text: there is no tokenizer."""
     pack_scenes(tmp_path)
     recipe = tiny_recipe(
-        tmp_path, tmp_path / "run", steps=6, precision="bf16", deepspeed=f"zero{stage}",
+        tmp_path,
+        tmp_path / "run",
+        steps=6,
+        precision="bf16",
+        deepspeed=f"zero{stage}",
         checkpoint={"every_steps": 3, "keep_last": 3},
-    )  # fmt: skip
+    )
     data = recipe["tasks"].pop("caption")["data"]
     del recipe["tokenizer"]
     recipe["model"]["encoders"]["image"] = {
-        "type": "internimage", "channels": 16, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8],
-        "head": {"type": "conv"}, "drop_path": 0.5,
-    }  # fmt: skip
+        "type": "internimage",
+        "channels": 16,
+        "depths": [1, 1, 2, 1],
+        "groups": [1, 2, 4, 8],
+        "head": {"type": "conv"},
+        "drop_path": 0.5,
+    }
     recipe["tasks"]["classify"] = {
-        "global_batch": 8, "micro_batch": 2,
+        "global_batch": 8,
+        "micro_batch": 2,
         "objective": {"type": "classification", "pool": "head"},
-        "data": {"shards": data["shards"], "image": data["image"], "classes": 10,
-                 "smaller_views": [24]},
-    }  # fmt: skip
+        "data": {
+            "shards": data["shards"],
+            "image": data["image"],
+            "classes": 10,
+            "smaller_views": [24],
+        },
+    }
     path = write_recipe(tmp_path / "recipe.yaml", recipe)
     assert run_ranks("pretrain.train", [path], WORLD, tmp_path / "a") == [0] * WORLD, tails(
-        tmp_path / "a")
+        tmp_path / "a"
+    )
     last = "checkpoints/step_000000006"
     wanted = read_full_state(tmp_path / "run" / last)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
@@ -95,7 +109,8 @@ def test_a_resume_repeats_drop_path_and_statistics(stage, tmp_path, monkeypatch)
     arguments = ["--resume", tmp_path / "other"]
     monkeypatch.setenv("MALLOC_PERTURB_", "128")  # glibc fills new memory with 0x7f: 3.4e38
     assert run_ranks("pretrain.train", arguments, WORLD, tmp_path / "b") == [0] * WORLD, tails(
-        tmp_path / "b")
+        tmp_path / "b"
+    )
     found = read_full_state(tmp_path / "other" / last)
     assert found.keys() == wanted.keys()
     differing = {

@@ -75,13 +75,19 @@ def test_metrics_gradients_and_weights(tmp_path_factory, plain, cell):
     tensors = load_file(out / f"{cell_name(*cell)}.safetensors")
     for name, gradient in gradients.items():
         torch.testing.assert_close(
-            tensors[f"gradient.{name}"], gradient.flatten(), rtol=1e-4, atol=2e-6,
+            tensors[f"gradient.{name}"],
+            gradient.flatten(),
+            rtol=1e-4,
+            atol=2e-6,
             msg=lambda m, n=name: f"{n}: {m}",
         )
     for name, weight in weights.items():
         if "objectives.m3i.target." not in name:
             torch.testing.assert_close(
-                tensors[f"end.{name}"], weight.flatten(), rtol=1e-4, atol=2e-6,
+                tensors[f"end.{name}"],
+                weight.flatten(),
+                rtol=1e-4,
+                atol=2e-6,
                 msg=lambda m, n=name: f"{n}: {m}",
             )
 
@@ -106,25 +112,37 @@ def tiny_m3i(data, run_dir, **changes) -> dict:
     """A recipe of M3I on 32-pixel scenes, with everything switched on."""
     recipe = tiny_recipe(data, run_dir, **changes)
     caption = recipe["tasks"].pop("caption")
-    view = {"size": 32, "mode": "random_resized_crop", "scale": [0.5, 1.0],
-            "flip_probability": 0.5}
+    view = {"size": 32, "mode": "random_resized_crop", "scale": [0.5, 1.0], "flip_probability": 0.5}
     recipe["model"]["encoders"]["text"] = {
-        "type": "text", "width": 32, "layers": 1, "heads": 2, "max_positions": 24,
-        "causal": False, "pool": "mean",
-    }  # fmt: skip
+        "type": "text",
+        "width": 32,
+        "layers": 1,
+        "heads": 2,
+        "max_positions": 24,
+        "causal": False,
+        "pool": "mean",
+    }
     recipe["tasks"]["m3i"] = {
-        "global_batch": 8, "micro_batch": 2,
+        "global_batch": 8,
+        "micro_batch": 2,
         "objective": {
-            "type": "m3i", "cell": 8, "pooled_width": 24, "momentum_start": 0.9,
+            "type": "m3i",
+            "cell": 8,
+            "pooled_width": 24,
+            "momentum_start": 0.9,
             "decoder": {"width": 32, "heads": 2, "projector_layers": 1, "predictor_layers": 1},
         },
         "data": {
-            "shards": caption["data"]["shards"], "caption_source": "json:captions",
-            "text_length": 24, "label_source": "cls", "classes": 10,
-            "image": view, "second_view": {**view, "hue": 0.1, "blur_probability": 0.5},
+            "shards": caption["data"]["shards"],
+            "caption_source": "json:captions",
+            "text_length": 24,
+            "label_source": "cls",
+            "classes": 10,
+            "image": view,
+            "second_view": {**view, "hue": 0.1, "blur_probability": 0.5},
         },
         "evaluation": {**caption["evaluation"], "max_samples": 9},  # one of them has no partner
-    }  # fmt: skip
+    }
     return recipe
 
 
@@ -132,12 +150,17 @@ def test_a_resume_is_bit_for_bit(tmp_path):
     """ZeRO-3 in bf16 with two micro-steps a rank: losses, weights and targets."""
     pack_scenes(tmp_path)
     recipe = tiny_m3i(
-        tmp_path, tmp_path / "run", steps=6, precision="bf16", deepspeed="zero3",
+        tmp_path,
+        tmp_path / "run",
+        steps=6,
+        precision="bf16",
+        deepspeed="zero3",
         checkpoint={"every_steps": 3, "keep_last": 3},
-    )  # fmt: skip
+    )
     path = write_recipe(tmp_path / "recipe.yaml", recipe)
     assert run_ranks("pretrain.train", [path], WORLD, tmp_path / "a") == [0] * WORLD, tails(
-        tmp_path / "a")
+        tmp_path / "a"
+    )
     last = "checkpoints/step_000000006"
     wanted = read_full_state(tmp_path / "run" / last)
     before = metrics_of(tmp_path / "run")
@@ -145,7 +168,8 @@ def test_a_resume_is_bit_for_bit(tmp_path):
     shutil.rmtree(tmp_path / "other" / last)
     arguments = ["--resume", tmp_path / "other"]
     assert run_ranks("pretrain.train", arguments, WORLD, tmp_path / "b") == [0] * WORLD, tails(
-        tmp_path / "b")
+        tmp_path / "b"
+    )
     found = read_full_state(tmp_path / "other" / last)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

@@ -32,21 +32,31 @@ def plain_losses(data, tmp_path_factory):
     """No DeepSpeed, no accumulation, no worker: the loss of each step."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("plain")
-    path = write_recipe(folder / "r.yaml", tiny_recipe(
-        data, folder / "run", **WITHOUT_DROPOUT, tasks__caption__micro_batch=8))
+    path = write_recipe(
+        folder / "r.yaml",
+        tiny_recipe(data, folder / "run", **WITHOUT_DROPOUT, tasks__caption__micro_batch=8),
+    )
     recipe = load_recipe(path)
     tokenizer = Tokenizer.load(recipe.tokenizer.path)
     model = build.build_model(recipe, tokenizer)
     initialise(model, recipe.seed)
     groups = parameter_groups(model, recipe.optimizer)
     optimizer = make_optimizer(groups, recipe.optimizer)
-    loader = StepLoader(build.build_streams(recipe, tokenizer), build.build_schedule(recipe),
-                        LoaderSettings(workers=0), 0, 1, 0, STEPS)
+    loader = StepLoader(
+        build.build_streams(recipe, tokenizer),
+        build.build_schedule(recipe),
+        LoaderSettings(workers=0),
+        0,
+        1,
+        0,
+        STEPS,
+    )
     losses = []
     for window in loader:
         (batch,) = window.micro_batches
-        totals = {k: torch.tensor(float(v))
-                  for k, v in model.objectives["caption"].counts(batch).items()}
+        totals = {
+            k: torch.tensor(float(v)) for k, v in model.objectives["caption"].counts(batch).items()
+        }
         loss = model("caption", "undivided", batch, totals)["loss"]
         optimizer.zero_grad()
         loss.backward()
@@ -71,14 +81,16 @@ def run_losses(data, folder, world: int, **changes) -> list[float]:
 @pytest.mark.parametrize("world, stage, micro_batch", [(1, 1, 8), (2, 2, 2), (3, 3, 2)])
 def test_losses_equal_plain_pytorch(data, plain_losses, tmp_path, world, stage, micro_batch):
     """8 samples on 3 ranks with micro-batches of 2: some micro-steps are padding."""
-    losses = run_losses(data, tmp_path, world, deepspeed=f"zero{stage}",
-                        tasks__caption__micro_batch=micro_batch)
+    losses = run_losses(
+        data, tmp_path, world, deepspeed=f"zero{stage}", tasks__caption__micro_batch=micro_batch
+    )
     assert losses == pytest.approx(plain_losses, rel=2e-6)
     assert plain_losses[-1] < plain_losses[0]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow),
-                                   pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_bf16_follows(data, plain_losses, tmp_path, stage):
     losses = run_losses(data, tmp_path, 2, deepspeed=f"zero{stage}", precision="bf16")
     assert losses == pytest.approx(plain_losses, rel=2e-2)

@@ -57,9 +57,10 @@ def cells_of(world: int) -> tuple[str, ...]:
 MOVING = {target: online for target, (_, online) in moving_targets(following_model()).items()}
 
 
-@pytest.mark.parametrize(("world", "cell"), [
-    (world, cell) for world in (1, 2) for cell in cells_of(world) if "fp32" in cell
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("world", "cell"),
+    [(world, cell) for world in (1, 2) for cell in cells_of(world) if "fp32" in cell],
+)
 def test_targets_are_those_of_plain_pytorch(runs, reference, world, cell):
     """Losses at every step (they see the module's targets), and all weights at the end."""
     folder, *results = runs
@@ -72,8 +73,9 @@ def test_targets_are_those_of_plain_pytorch(runs, reference, world, cell):
         for name, value in ended.items():
             if name.startswith(f"{kind}."):
                 plain = state[name.removeprefix(f"{kind}.")]
-                torch.testing.assert_close(value, plain.flatten(), rtol=1e-6, atol=1e-6,
-                                           msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    value, plain.flatten(), rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+                )
     assert {f"master.{name}" for name in MOVING} <= ended.keys()
     assert {f"module.{name}" for name in state if "output.weight" not in name} <= ended.keys()
 
@@ -110,14 +112,16 @@ def test_resume_is_bitwise(runs, world, cell):
 @pytest.mark.parametrize("source", WHOLE_STAGES)
 def test_another_world_and_stage_continue_alike(runs, source, cell):
     folder, wrote, read = runs
-    torch.testing.assert_close(read[f"{source}-to-{cell}"], wrote[source]["losses"][HALF:],
-                               rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        read[f"{source}-to-{cell}"], wrote[source]["losses"][HALF:], rtol=0, atol=1e-6
+    )
     mine = load_file(folder / f"{source}-to-{cell}.safetensors")
     theirs = load_file(folder / f"world2-{source}.safetensors")
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-6,
-                                   msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, theirs[name], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("cell", ["zero2-bf16", "zero3-bf16"])
@@ -152,8 +156,12 @@ def test_checkpoints_hold_a_target_once(runs, cell):
     assert not any(about[name]["trained"] for name in MOVING)
     with safe_open(folder / "module.safetensors", framework="pt") as file:
         assert set(file.keys()) == {
-            FROZEN, "objectives.follow.target_encoder.frozen.bias", PASSES,
-            "encoders.image.frozen.weight", "encoders.image.frozen.bias", "encoders.image.passes",
+            FROZEN,
+            "objectives.follow.target_encoder.frozen.bias",
+            PASSES,
+            "encoders.image.frozen.weight",
+            "encoders.image.frozen.bias",
+            "encoders.image.passes",
         }
     state = read_full_state(folder)
     model = following_model()

@@ -28,16 +28,41 @@ def data(tmp_path_factory):
 
 def command(launcher: str, path: Path) -> list[str]:
     if launcher == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                "--master-port", str(free_port()), "-m", "pretrain.train", str(path)]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
-            "--master_port", str(free_port()), "--module", "pretrain.train", str(path)]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(free_port()),
+            "-m",
+            "pretrain.train",
+            str(path),
+        ]
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "pretrain.train",
+        str(path),
+    ]
 
 
-@pytest.mark.parametrize(("launcher", "which", "number"), [
-    ("torchrun", 0, signal.SIGKILL), ("torchrun", 0, signal.SIGUSR1),
-    ("deepspeed", 0, signal.SIGKILL), ("deepspeed", 1, signal.SIGKILL),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("launcher", "which", "number"),
+    [
+        ("torchrun", 0, signal.SIGKILL),
+        ("torchrun", 0, signal.SIGUSR1),
+        ("deepspeed", 0, signal.SIGKILL),
+        ("deepspeed", 1, signal.SIGKILL),
+    ],
+)
 def test_ranks_do_not_outlive_their_launcher(data, tmp_path, launcher, which, number):
     """which: 0 is what was started, 1 its first child (deepspeed's launch.py)."""
     run = tmp_path / "run"
@@ -45,10 +70,13 @@ def test_ranks_do_not_outlive_their_launcher(data, tmp_path, launcher, which, nu
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     with open(tmp_path / "out.txt", "w", encoding="utf-8") as out:
         started = subprocess.Popen(
-            command(launcher, write_recipe(tmp_path / "recipe.yaml", recipe)), cwd=ROOT,
+            command(launcher, write_recipe(tmp_path / "recipe.yaml", recipe)),
+            cwd=ROOT,
             env=environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-            stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     family = []
     try:
         until = time.monotonic() + 180

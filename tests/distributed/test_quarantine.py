@@ -31,8 +31,11 @@ def data(tmp_path_factory):
 
 
 def recipe(data: Path, run: Path, **changes) -> dict:
-    always = {"steps": STEPS, "tasks__caption__objective__decoder__dropout": 0.0,
-              "loader__max_bad_fraction": 1.0}
+    always = {
+        "steps": STEPS,
+        "tasks__caption__objective__decoder__dropout": 0.0,
+        "loader__max_bad_fraction": 1.0,
+    }
     return tiny_recipe(data, run, **{**always, **changes})
 
 
@@ -49,22 +52,29 @@ def ledger(run: Path) -> list[dict]:
 
 
 def faults(run: Path) -> list[dict]:
-    lines = [line for path in sorted(run.glob("faults/rank_*.jsonl"))
-             for line in path.read_text().splitlines()]
+    lines = [
+        line
+        for path in sorted(run.glob("faults/rank_*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
     return sorted((json.loads(line) for line in lines), key=lambda f: (f["step"], f["position"]))
 
 
 def training(run: Path) -> list[tuple]:
     """Faults of training, without the path of the shards; evaluation positions are row numbers."""
-    return [(f["step"], f["position"], f["attempt"], f["row"], f["key"]) for f in faults(run)
-            if "train-" in f["shard"]]
+    return [
+        (f["step"], f["position"], f["attempt"], f["row"], f["key"])
+        for f in faults(run)
+        if "train-" in f["shard"]
+    ]
 
 
 def test_bad_rows_are_met_once_and_then_left_out(straight):
     entries = ledger(straight)
     assert sorted(row for e in entries for a, b in e["excluded"] for row in range(a, b)) == [*BAD]
-    since = {row: e["from_position"] for e in entries for a, b in e["excluded"]
-             for row in range(a, b)}
+    since = {
+        row: e["from_position"] for e in entries for a, b in e["excluded"] for row in range(a, b)
+    }
     met = {row: [p for _, p, _, r, _ in training(straight) if r == row] for row in BAD}
     for row in BAD:
         assert met[row] and max(met[row]) < since[row]
@@ -102,9 +112,7 @@ def test_killed_and_resumed(data, straight, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_between_planned_checkpoints_and_resumed_in_another_world(
-    data, straight, tmp_path
-):
+def test_stopped_between_planned_checkpoints_and_resumed_in_another_world(data, straight, tmp_path):
     """A save that somebody asks for must not decide from which epoch on a row is left out."""
     run = tmp_path / "run"
     path = write_recipe(tmp_path / "r.yaml", recipe(data, run))
@@ -144,8 +152,9 @@ def test_killed_and_resumed_in_another_world_with_repeats(data, tmp_path):
     assert sorted(r for e in entries for a, b in e["excluded"] for r in range(a, b)) == [*BAD]
     assert ledger(runs["other"]) == entries
     assert training(runs["other"]) == training(runs["one"])
-    met = [(position % 8 % 4, row, position // 8) for _, position, _, row, _ in
-           training(runs["one"])]
+    met = [
+        (position % 8 % 4, row, position // 8) for _, position, _, row, _ in training(runs["one"])
+    ]
     assert all(step <= 15 for *_, step in met)
     assert len(met) == 2 * len(set(met))  # each of the copies meets the same
     lines = [json.loads(line) for line in (runs["one"] / "metrics.jsonl").read_text().splitlines()]

@@ -55,8 +55,11 @@ def train(data: Path, folder: Path, shards: dict, world: int = 2, **changes) -> 
 def test_losses_over_any_network_equal_the_local_ones(data, tmp_path, monkeypatch):
     """http, https and, where its driver is installed, s3."""
     monkeypatch.setenv("SSL_CERT_FILE", str(TLS_FILES / "test_authority.pem"))
-    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"),
-                        ("DEFAULT_REGION", "us-east-1")):  # fmt: skip
+    for name, value in (
+        ("ACCESS_KEY_ID", "a"),
+        ("SECRET_ACCESS_KEY", "b"),
+        ("DEFAULT_REGION", "us-east-1"),
+    ):
         monkeypatch.setenv(f"AWS_{name}", value)
     servers = {"local": None, "http": FaultyServer, "https": TlsServer}
     if importlib.util.find_spec("s3fs"):
@@ -89,9 +92,11 @@ def test_a_server_that_goes_away_ends_all_ranks(data, tmp_path):
         server.always = status(503)
         started = time.monotonic()
         codes = train(
-            data, tmp_path, {"shards": [server.url + "/train"]},
+            data,
+            tmp_path,
+            {"shards": [server.url + "/train"]},
             loader={"workers": 1, "remote": remote},
-        )  # fmt: skip
+        )
     assert codes == [1, 1], tails(tmp_path / "out")
     assert time.monotonic() - started < 120
     reasons = " ".join(
@@ -102,10 +107,14 @@ def test_a_server_that_goes_away_ends_all_ranks(data, tmp_path):
 
 
 def test_a_run_on_a_stream_and_its_resume(data, tmp_path):
-    stream = {"shards": None, "stream": {
-        "shards": [f"pipe:cat {data}/train/train-00000{{0..2}}.tar"], "samples": 60,
-        "shuffle_samples": 10,
-    }}  # fmt: skip
+    stream = {
+        "shards": None,
+        "stream": {
+            "shards": [f"pipe:cat {data}/train/train-00000{{0..2}}.tar"],
+            "samples": 60,
+            "shuffle_samples": 10,
+        },
+    }
     assert train(data, tmp_path, stream, steps=6) == [0, 0], tails(tmp_path / "out")
     out = (tmp_path / "run/logs/rank_00000.log").read_text()
     assert "task caption: read as a stream of 3 shards, which promises less" in out

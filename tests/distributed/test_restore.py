@@ -36,8 +36,13 @@ def test_other_world_and_stage_continue_alike(written):
     read = json.loads((folder / "read_world1.json").read_text())
     for cell, result in read.items():
         straight = results[cell.split(" -> ")[0]]
-        torch.testing.assert_close(result["resumed"], straight["straight"], rtol=1e-6, atol=1e-6,
-                                   msg=lambda m, c=cell: f"{c}: {m}")
+        torch.testing.assert_close(
+            result["resumed"],
+            straight["straight"],
+            rtol=1e-6,
+            atol=1e-6,
+            msg=lambda m, c=cell: f"{c}: {m}",
+        )
         for name, values in result["weights"].items():
             expected = torch.tensor(straight["weights"][name])
             torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-4, atol=1e-5)
@@ -89,8 +94,11 @@ def test_a_failed_save_leaves_nothing_and_every_rank_knows(written):
     behind = faults["full_disk_behind"]
     varies = r"-\w{8}/|[\d,]+ bytes|Error while serializing: |I/O error: "
     assert re.sub(varies, "", behind) == re.sub(varies, "", faults["full_disk"])
-    assert re.search(r"rank 1: CheckpointError: the writer of /.*/\.writing-step_000000008-\w+ "
-                     r"\(process \d+\) was ended by SIGKILL", faults["killed_behind"])
+    assert re.search(
+        r"rank 1: CheckpointError: the writer of /.*/\.writing-step_000000008-\w+ "
+        r"\(process \d+\) was ended by SIGKILL",
+        faults["killed_behind"],
+    )
     assert re.search(r"took longer than failure\.save_minutes", faults["late_behind"])
     assert "another job owns this run" in faults["disowned"]
     assert faults["left_behind"] == ["latest", *faults["kept"]]

@@ -137,8 +137,10 @@ def test_killed_between_steps_and_inside_a_save(data, straight, tmp_path):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_killed_many_times(data, straight, tmp_path, stage, behind):
     """behind: checkpoints are written while training goes on, so between snapshot and commit."""
-    moments = [after_steps(random.randint(1, 11)) if random.random() < 0.5 else inside_a_save
-               for _ in range(6)]
+    moments = [
+        after_steps(random.randint(1, 11)) if random.random() < 0.5 else inside_a_save
+        for _ in range(6)
+    ]
     run = kill_and_resume(data, tmp_path, stage, moments, checkpoint__asynchronous=behind)
     assert_same_run(straight(stage), run)
 
@@ -150,8 +152,9 @@ def test_stopped_by_a_signal_to_all_processes(data, straight, tmp_path):
     run = tmp_path / "run"
     cache = {"folder": str(tmp_path / "cache"), "max_gib": 0.001, "block_mib": 0.01}
     far = (tmp_path / "far").as_uri()
-    recipe = tiny_recipe(data, run, loader__cache=cache, checkpoint__asynchronous=True,
-                         checkpoint__every_steps=1)
+    recipe = tiny_recipe(
+        data, run, loader__cache=cache, checkpoint__asynchronous=True, checkpoint__every_steps=1
+    )
     recipe["checkpoint"]["copy_to"] = far
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe)
     processes = start_ranks("pretrain.train", [recipe], 2, tmp_path)
@@ -198,11 +201,27 @@ def test_torchrun_starts_a_killed_run_again(data, straight, tmp_path):
     run = tmp_path / "run"
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(data, run))
     agent = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "--max-restarts", "2", "-m", "pretrain.train", str(recipe), "--start-or-resume",
-         "loader.workers=1"],
-        cwd=ROOT, env=without_ranks(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            "2",
+            "-m",
+            "pretrain.train",
+            str(recipe),
+            "--start-or-resume",
+            "loader.workers=1",
+        ],
+        cwd=ROOT,
+        env=without_ranks(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         until = time.monotonic() + 120
         while steps_logged(run) < 5 and time.monotonic() < until and agent.poll() is None:
@@ -226,8 +245,14 @@ def test_other_world_and_stage_see_the_same_batches(data, straight, tmp_path):
     path = write_recipe(tmp_path / "recipe.yaml", recipe)
     processes = start_ranks("pretrain.train", [path], 2, tmp_path)
     kill_when(lambda: steps_logged(run) >= 6, processes)
-    finish(Path("--resume"), tmp_path / "again", str(run), "deepspeed=zero3",
-           "tasks.caption.micro_batch=8", world=1)
+    finish(
+        Path("--resume"),
+        tmp_path / "again",
+        str(run),
+        "deepspeed=zero3",
+        "tasks.caption.micro_batch=8",
+        world=1,
+    )
     whole = tmp_path / "whole"
     recipe["run_dir"] = str(whole)
     finish(write_recipe(tmp_path / "whole.yaml", recipe), tmp_path / "whole_logs", world=1)
@@ -255,8 +280,12 @@ def test_balanced_and_averaged(data, tmp_path):
     for name in ("straight", "killed"):
         recipe = tiny_recipe(data, tmp_path / name, deepspeed="zero3", ema={"decay": 0.8})
         recipe["optimizer"] = {
-            "kind": "mt_adamw", "lr": 1e-3, "betas": [0.9, 0.95], "clip_norm": None,
-            "omega": {"caption": 0.5}, "layer_decay": {"encoders.image": 0.7},
+            "kind": "mt_adamw",
+            "lr": 1e-3,
+            "betas": [0.9, 0.95],
+            "clip_norm": None,
+            "omega": {"caption": 0.5},
+            "layer_decay": {"encoders.image": 0.7},
         }
         recipe["checkpoint"]["asynchronous"] = name == "killed"
         path = write_recipe(tmp_path / f"{name}.yaml", recipe)
@@ -293,7 +322,8 @@ def heldout_loss(checkpoint: Path, weights: str, data: Path) -> float:
     captioner = open_captioner(checkpoint, weights=weights)
     loader = build_evaluation_loader(captioner.recipe, "caption", captioner.tokenizer)
     values, _ = captioner.objective.evaluate(
-        captioner.model.encoders, loader,
+        captioner.model.encoders,
+        loader,
         EvaluationContext(torch.device("cpu"), captioner.tokenizer),
     )
     return values["cross_entropy"]

@@ -78,15 +78,30 @@ def test_samples_are_counted_per_task(launched):
 @pytest.mark.parametrize(
     ("case", "texts"),
     [
-        ("task", ["disagree", "parts: words in 2 micro-steps, positions", "on rank(s) 0",
-                  "but others in 3 micro-steps", "on rank(s) 1"]),
+        (
+            "task",
+            [
+                "disagree",
+                "parts: words in 2 micro-steps, positions",
+                "on rank(s) 0",
+                "but others in 3 micro-steps",
+                "on rank(s) 1",
+            ],
+        ),
         ("mixture", ["on rank(s) 0", "words in 2 micro-steps, positions 0 to 11 on rank(s) 1"]),
         ("step", ["step: 0 on rank(s) 0, but 1 on rank(s) 1"]),
-        ("deal", ["have not loaded the global batch", "positions are missing",
-                  "positions are doubled", "on rank(s) 0, 1"]),
+        (
+            "deal",
+            [
+                "have not loaded the global batch",
+                "positions are missing",
+                "positions are doubled",
+                "on rank(s) 0, 1",
+            ],
+        ),
         ("data", ["data of words: digest0 on rank(s) 0, but digest1 on rank(s) 1"]),
     ],
-)  # fmt: skip
+)
 def test_a_disagreement_is_an_error_on_all_ranks_and_names_them(launched, case, texts):
     messages = {rank[case] for rank in launched}
     assert len(messages) == 1, messages

@@ -31,10 +31,18 @@ from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 pytestmark = pytest.mark.slow
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
-    "deepspeed": ["-m", "deepspeed.launcher.launch", "--world_info",
-                  "eyJsb2NhbGhvc3QiOiBbMCwgMV19", "--master_addr", "127.0.0.1", "--master_port",
-                  "PORT", "--module"],  # what deepspeed's runner starts on each node
-}  # fmt: skip
+    "deepspeed": [
+        "-m",
+        "deepspeed.launcher.launch",
+        "--world_info",
+        "eyJsb2NhbGhvc3QiOiBbMCwgMV19",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        "PORT",
+        "--module",
+    ],  # what deepspeed's runner starts on each node
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +66,13 @@ def launch(launcher: str, recipe: Path, out: Path) -> subprocess.Popen:
     words = [str(free_port()) if word == "PORT" else word for word in LAUNCHERS[launcher]]
     with open(out, "w", encoding="utf-8") as file:
         return subprocess.Popen(
-            [sys.executable, *words, "pretrain.train", str(recipe)], cwd=ROOT,
-            env=without_ranks(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, *words, "pretrain.train", str(recipe)],
+            cwd=ROOT,
+            env=without_ranks(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def wait_until(condition, process, timeout_s: float = 120) -> None:
@@ -136,8 +148,12 @@ def test_a_stop_while_the_run_starts(data, straight, tmp_path, asked):
     if asked == "stop file":
         process = launch("torchrun", recipe, tmp_path / "out_0.txt")
     else:
-        process = subprocess.Popen([sys.executable, "-m", "pretrain.train", str(recipe)], cwd=ROOT,
-                                   env=without_ranks(), start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pretrain.train", str(recipe)],
+            cwd=ROOT,
+            env=without_ranks(),
+            start_new_session=True,
+        )
     try:
         if asked == "stop file":
             time.sleep(1.5)

@@ -23,15 +23,19 @@ from tools.selfcheck.parity_cells import (
 )
 from tools.selfcheck.parity_model import parity_model
 
-BARE = [Cell(stage, offload, 3, "all", "sgd")
-        for stage, offload in ((2, False), (2, True), (3, False), (3, True))]
+BARE = [
+    Cell(stage, offload, 3, "all", "sgd")
+    for stage, offload in ((2, False), (2, True), (3, False), (3, True))
+]
 """Cells that also run without the guard."""
 
 
 @pytest.fixture(
     scope="module",
-    params=[(2, telling_cells()), *(pytest.param((world, all_cells()), marks=pytest.mark.slow)
-                                    for world in (1, 2, 4))],
+    params=[
+        (2, telling_cells()),
+        *(pytest.param((world, all_cells()), marks=pytest.mark.slow) for world in (1, 2, 4)),
+    ],
     ids=["world2", "world1-all", "world2-all", "world4-all"],
 )
 def launched(request, tmp_path_factory):
@@ -75,8 +79,11 @@ def test_the_comparison_can_fail(launched, references):
     for (_, _), reference in references.items():
         start = parity_model()
         initialise(start, SEED)
-        moved = max(float((reference.weights[n] - p.detach().flatten()).abs().max())
-                    for n, p in start.named_parameters() if n in reference.weights)
+        moved = max(
+            float((reference.weights[n] - p.detach().flatten()).abs().max())
+            for n, p in start.named_parameters()
+            if n in reference.weights
+        )
         assert moved > 0.05
         assert min(reference.norms) > 1e-3
 

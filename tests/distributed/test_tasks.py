@@ -10,7 +10,8 @@ from tests.tiny_run import pack_scenes, three_tasks, write_recipe
 
 STEPS = 9
 FIRST = {  # of an evaluation, in the order of the objective
-    "caption": ["cider_d", "bleu_4"], "classify": ["top1", "top5"],
+    "caption": ["cider_d", "bleu_4"],
+    "classify": ["top1", "top5"],
     "contrast": ["image_to_text_r1", "text_to_image_r1"],
 }
 METRICS = {

@@ -121,10 +121,17 @@ def test_longer_from_the_stable_phase_then_diverged_then_as_the_advice_says(ende
     ]
 
     said = start(
-        tmp_path / "2", "--resume", ended, "steps=20", "schedule.kind=constant",
-        "schedule.decay_steps=null", "optimizer.lr=1e30", "checkpoint.every_steps=1",
-        "failure.max_skipped_steps=3", expected=1,
-    )  # fmt: skip
+        tmp_path / "2",
+        "--resume",
+        ended,
+        "steps=20",
+        "schedule.kind=constant",
+        "schedule.decay_steps=null",
+        "optimizer.lr=1e30",
+        "checkpoint.every_steps=1",
+        "failure.max_skipped_steps=3",
+        expected=1,
+    )
     assert re.search(r"learning rate jumps: step 12 would have had 0 before .* has 1e\+30", said)
     advice = re.search(r"(--resume \S+ --from-step \d+) optimizer\.lr=1e\+29", said)
     assert advice, said

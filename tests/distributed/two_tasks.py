@@ -14,11 +14,21 @@ LOUD = 300.0
 """Factor on the loss of the rarer task: gradients of real tasks differ more than that."""
 
 MT_ADAMW = OptimizerSettings(
-    kind="mt_adamw", lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, clip_norm=None,
-    omega={"shapes": 0.5}, max_compensation=3.0, lr_multipliers={"objectives.*": 2.0},
+    kind="mt_adamw",
+    lr=1e-3,
+    betas=(0.9, 0.95),
+    weight_decay=0.05,
+    clip_norm=None,
+    omega={"shapes": 0.5},
+    max_compensation=3.0,
+    lr_multipliers={"objectives.*": 2.0},
 )
 CLIPPED = OptimizerSettings(
-    kind="adamw", lr=1e-3, weight_decay=0.05, clip_norm=0.7, task_clip_norms={"shapes": 40.0},
+    kind="adamw",
+    lr=1e-3,
+    weight_decay=0.05,
+    clip_norm=0.7,
+    task_clip_norms={"shapes": 40.0},
     lr_multipliers={"objectives.*": 2.0},
 )
 
@@ -49,7 +59,9 @@ def take_step(engine, balance, settings, ranks, step: int, micro_steps: int = 1)
     set_learning_rate(engine, settings.lr, 1.0 / (1 + step / 10))
     balance.before_step(step, task_of(step))
     shares = accumulate_and_step(
-        engine, task_of(step), share_of(batch, ranks.rank, ranks.world, micro_steps),
+        engine,
+        task_of(step),
+        share_of(batch, ranks.rank, ranks.world, micro_steps),
         {"images": batch["valid"].sum().float()},
     )
     return shares["loss"]

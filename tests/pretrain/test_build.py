@@ -58,8 +58,10 @@ def test_an_objective_is_told_what_its_data_know():
     options = {"shards": ["x"], "image": image}
     kinds = [
         (PictureDataSettings(**options), pixels),
-        (LabelDataSettings(**options, **classes, smaller_views=[160]),
-         pixels | classes | {"smaller_views": (160,)}),
+        (
+            LabelDataSettings(**options, **classes, smaller_views=[160]),
+            pixels | classes | {"smaller_views": (160,)},
+        ),
         (BoxDataSettings(**options, **classes), pixels | classes),
         (TextDataSettings(shards=["x"]), {}),
     ]
@@ -215,7 +217,8 @@ def test_check_tells_what_a_cache_will_do(recipe_file, tmp_path, capsys):
 def test_check_tells_stages_and_sources(data, recipe_file, capsys):
     two = [
         "steps=120",
-        "tasks.second=" + json.dumps(
+        "tasks.second="
+        + json.dumps(
             tiny_recipe(data, "x")["tasks"]["caption"] | {"weight": 1.8, "evaluation": None}
         ),
         "tasks.caption.data.shards=null",
@@ -226,8 +229,10 @@ def test_check_tells_stages_and_sources(data, recipe_file, capsys):
     assert main(["check", str(recipe_file), *two]) == 0
     text = capsys.readouterr().out
     assert "schedule: from step 0: cycle of 14 steps: caption 5/14, second 9/14; largest" in text
-    assert "schedule: from step 100: cycle of 1 steps: caption 1/1; largest error of a share 0.00%"\
+    assert (
+        "schedule: from step 100: cycle of 1 steps: caption 1/1; largest error of a share 0.00%"
         "; off: second" in text
+    )
     assert "sources in a cycle of 4 pairs of samples: a 3/4, b 1/4" in text
     # 56 visits: 448 samples, of which 336 from the 60 of a and 112 from the 10 of b.
     assert "tasks.caption: source a: 60 samples, read 5.60 times" in text
@@ -239,8 +244,10 @@ def test_check_tells_stages_and_sources(data, recipe_file, capsys):
 
 def test_conditions_decide_what_is_read_and_check_tells(data, recipe_file, capsys):
     where = "width == 32 and captions.count > 0 and key < '000024'"
-    overrides = [f'tasks.caption.data.where="{where}"',
-                 "tasks.caption.evaluation.where=\"key >= '000004'\""]
+    overrides = [
+        f'tasks.caption.data.where="{where}"',
+        "tasks.caption.evaluation.where=\"key >= '000004'\"",
+    ]
     recipe = load_recipe(recipe_file, overrides)
     assert main(["check", str(recipe_file), *overrides]) == 0
     text = capsys.readouterr().out
@@ -286,15 +293,18 @@ def test_evaluation_of_each_kind_reads_what_its_objective_needs(data, tmp_path):
     path = write_recipe(tmp_path / "three.yaml", three_tasks(data, tmp_path / "run"))
     recipe = load_recipe(path, ["tasks.contrast.objective.evaluation_references=3"])
     tokenizer = build_tokenizer(recipe)
-    batches = {name: next(iter(build_evaluation_loader(recipe, name, tokenizer, 0, 1)))
-               for name in recipe.tasks}
+    batches = {
+        name: next(iter(build_evaluation_loader(recipe, name, tokenizer, 0, 1)))
+        for name in recipe.tasks
+    }
     assert batches["contrast"]["tokens"].shape[:2] == (2, 3)
     assert batches["contrast"]["loss_mask"].any(dim=2).all()
     assert batches["caption"]["tokens"].shape[:2] == (2, 2)
     assert batches["classify"]["labels"].shape == (2,)
     trained = build_streams(recipe, tokenizer)["contrast"]
-    request = next(iter(StepSampler(lambda step: ("contrast", step), {"contrast": trained},
-                                    0, 1, 0, 1)))
+    request = next(
+        iter(StepSampler(lambda step: ("contrast", step), {"contrast": trained}, 0, 1, 0, 1))
+    )
     assert trained.load(request)["tokens"].shape[:2] == (2, 1)
 
 
@@ -366,17 +376,25 @@ def test_check_counts_what_is_trained_and_what_is_frozen(capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ('optimizer.frozen=["encoders.imag.*"]', "there is no encoders.imag; did you mean "
-                                                 "'encoders.image'"),
-        ('optimizer.frozen=["*.nothing"]', "pattern '*.nothing' matches no trained parameter; the "
-                                           "nearest name is"),
+        (
+            'optimizer.frozen=["encoders.imag.*"]',
+            "there is no encoders.imag; did you mean 'encoders.image'",
+        ),
+        (
+            'optimizer.frozen=["*.nothing"]',
+            "pattern '*.nothing' matches no trained parameter; the nearest name is",
+        ),
         ('optimizer={frozen: ["*"], lr_multipliers: {}}', "optimizer.frozen names all of them"),
-        ('optimizer={frozen: ["encoders.*"], lr_multipliers: {"encoders.image.*": 0.5}}',
-         "matches frozen parameters only"),
-        ('optimizer.lr_multipliers={"encoders.*": 0.0}',
-         "remove it and set optimizer.frozen=['encoders.*']"),
+        (
+            'optimizer={frozen: ["encoders.*"], lr_multipliers: {"encoders.image.*": 0.5}}',
+            "matches frozen parameters only",
+        ),
+        (
+            'optimizer.lr_multipliers={"encoders.*": 0.0}',
+            "remove it and set optimizer.frozen=['encoders.*']",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_frozen_is_told_before_a_start(capsys, override, message):
     assert main(["check", "internimage_t_in1k", override]) != 0
     said = capsys.readouterr()

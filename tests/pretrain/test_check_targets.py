@@ -56,16 +56,19 @@ def test_data_that_teach_are_not_remarked_on(data, tmp_path, name, held_out):
     assert (found.faults, found.warnings) == ([], [])
 
 
-@pytest.mark.parametrize("name, make, setting, value, says", [
-    ("classify", three_tasks, "label_source", "json:lable", "keys of the json: "),
-    ("classify", three_tasks, "label_source", "clss", "did you mean cls?"),
-    ("caption", three_tasks, "caption_source", "json:caption", "did you mean json:captions?"),
-    ("contrast", three_tasks, "caption_source", "text", "has no member text"),
-    ("m3i", tiny_m3i, "label_source", "json:clas", "has a usable label at json:clas"),
-    ("m3i", tiny_m3i, "caption_source", "txt", "has a usable text at txt"),
-    # One of two sources is there: the other is as much a slip.
-    ("caption", three_tasks, "caption_source", "[json:captions, json:capt]", "at json:capt ("),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, make, setting, value, says",
+    [
+        ("classify", three_tasks, "label_source", "json:lable", "keys of the json: "),
+        ("classify", three_tasks, "label_source", "clss", "did you mean cls?"),
+        ("caption", three_tasks, "caption_source", "json:caption", "did you mean json:captions?"),
+        ("contrast", three_tasks, "caption_source", "text", "has no member text"),
+        ("m3i", tiny_m3i, "label_source", "json:clas", "has a usable label at json:clas"),
+        ("m3i", tiny_m3i, "caption_source", "txt", "has a usable text at txt"),
+        # One of two sources is there: the other is as much a slip.
+        ("caption", three_tasks, "caption_source", "[json:captions, json:capt]", "at json:capt ("),
+    ],
+)
 @pytest.mark.parametrize("held_out", [False, True])
 def test_none_is_a_fault_that_says_what_there_is(
     data, tmp_path, name, make, setting, value, says, held_out
@@ -83,8 +86,11 @@ def test_none_is_a_fault_that_says_what_there_is(
 
 
 def test_a_text_that_no_encoder_reads_is_not_missed(data, tmp_path):
-    overrides = ["tasks.m3i.objective.text_encoder=null", "model.encoders.text=null",
-                 "tasks.m3i.data.caption_source=nothing"]  # fmt: skip
+    overrides = [
+        "tasks.m3i.objective.text_encoder=null",
+        "model.encoders.text=null",
+        "tasks.m3i.data.caption_source=nothing",
+    ]
     assert not findings(data, "m3i", tmp_path, *overrides, make=tiny_m3i).faults
 
 
@@ -93,9 +99,12 @@ def test_few_are_a_warning_with_their_share(data, tmp_path):
     assert not found.faults and "of 256 samples (" in found.warnings[0]
     assert "have a usable label at cls" in found.warnings[0]
     replaced = findings(
-        data, "classify", tmp_path, f"tasks.classify.data.shards=[{data}/few]",
+        data,
+        "classify",
+        tmp_path,
+        f"tasks.classify.data.shards=[{data}/few]",
         "tasks.classify.data.unlabelled=fault",
-    )  # fmt: skip
+    )
     assert any("they are bad samples" in warning for warning in replaced.warnings)
 
 
@@ -112,9 +121,11 @@ def test_labels_that_are_none_of_the_classes_are_no_targets(data, tmp_path):
 
 def test_of_several_data_sets_each_has_to_have_something(data, tmp_path):
     def two(task: str) -> list[str]:
-        return [f"tasks.{task}.data.shards=null",
-                f"tasks.{task}.data.sources={{full: {{shards: [{data}/train]}}, "
-                f"bare: {{shards: [{data}/bare]}}}}"]  # fmt: skip
+        return [
+            f"tasks.{task}.data.shards=null",
+            f"tasks.{task}.data.sources={{full: {{shards: [{data}/train]}}, "
+            f"bare: {{shards: [{data}/bare]}}}}",
+        ]
 
     (fault,) = findings(data, "classify", tmp_path, *two("classify")).faults
     assert fault.startswith("tasks.classify.data.sources.bare: none of ") and "at cls" in fault
@@ -124,8 +135,10 @@ def test_of_several_data_sets_each_has_to_have_something(data, tmp_path):
 
 def test_streams_are_looked_at_too(data, tmp_path):
     tars = sorted(map(str, (data / "train").glob("*.tar")))
-    stream = ["tasks.classify.data.shards=null",
-              f"tasks.classify.data.stream={{shards: {json.dumps(tars)}}}"]  # fmt: skip
+    stream = [
+        "tasks.classify.data.shards=null",
+        f"tasks.classify.data.stream={{shards: {json.dumps(tars)}}}",
+    ]
     assert not findings(data, "classify", tmp_path, *stream).faults
     wrong = "tasks.classify.data.label_source=json:lable"
     assert findings(data, "classify", tmp_path, *stream, wrong).faults

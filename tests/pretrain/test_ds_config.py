@@ -80,9 +80,7 @@ def test_accumulation_follows_from_batch_and_world(global_batch, micro_batch, wo
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_files_hold_engine_settings_only(path):
-    assert set(json.loads(path.read_text())) <= {
-        "zero_optimization", "checkpoint", "fp16", "aio"
-    }
+    assert set(json.loads(path.read_text())) <= {"zero_optimization", "checkpoint", "fp16", "aio"}
 
 
 STAGE2 = {"zero_optimization": {"stage": 2}}
@@ -174,8 +172,12 @@ def test_removed_zero_keys_are_named(tmp_path):
             "offload_param: weights can only be offloaded at stage 3; remove it",
         ),
         (
-            {"zero_optimization": {"stage": 3,
-                                   "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu", "ratio": 0.5},
+                }
+            },
             "offload_optimizer.ratio: needs DeepSpeed's own CPU optimizer; remove it",
         ),
         (

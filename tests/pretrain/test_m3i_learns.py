@@ -48,10 +48,12 @@ def data(tmp_path_factory) -> Path:
 def train(data: Path, run: Path, *changes: str) -> list[dict]:
     """Run the recipe on one rank; its metrics."""
     overrides = [
-        f"run_dir={run}", f"tokenizer.path={data}/tokenizer",
-        f"tasks.m3i.data.shards=[{data}/train]", f"tasks.m3i.evaluation.shards=[{data}/heldout]",
+        f"run_dir={run}",
+        f"tokenizer.path={data}/tokenizer",
+        f"tasks.m3i.data.shards=[{data}/train]",
+        f"tasks.m3i.evaluation.shards=[{data}/heldout]",
         *changes,
-    ]  # fmt: skip
+    ]
     logs = run.with_name(f"{run.name}_logs")
     codes = run_ranks("pretrain.train", ["m3i_digits", *overrides], 1, logs, timeout_s=3600)
     assert codes == [0], tails(logs)
@@ -108,10 +110,24 @@ def test_all_four_losses_fall_and_digits_can_be_read(data, tmp_path):
     right, wrong = inter_losses(tmp_path / "run")
     assert right < 0.95 * wrong, "where the other view lies must matter"
     file = tmp_path / "probe.json"
-    assert probe.main([
-        str(tmp_path / "run"), "--train", str(data / "train"), "--test", str(data / "heldout"),
-        "--classes", "10", "--workers", "0", "--json", str(file),
-    ]) == 0  # fmt: skip
+    assert (
+        probe.main(
+            [
+                str(tmp_path / "run"),
+                "--train",
+                str(data / "train"),
+                "--test",
+                str(data / "heldout"),
+                "--classes",
+                "10",
+                "--workers",
+                "0",
+                "--json",
+                str(file),
+            ]
+        )
+        == 0
+    )
     found = json.loads(file.read_text())["linear_top1"]
     assert found > 0.45 and found > untrained_probe(data, tmp_path / "run") + 0.15
 
@@ -122,11 +138,17 @@ def test_the_alarm_sounds_without_what_keeps_targets_apart(data, tmp_path):
     recipe = yaml.safe_load((SHIPPED / "m3i_digits.yaml").read_text())
     assert recipe["tasks"]["m3i"]["objective"].get("center_targets", True)
     train(
-        data, tmp_path / "dead", "steps=201", "tasks.m3i.objective.momentum_start=0.0",
-        "tasks.m3i.objective.momentum_end=0.0", "tasks.m3i.objective.decorrelation=0.0",
-        "tasks.m3i.objective.center_targets=false", "tasks.m3i.objective.text_encoder=null",
-        "model.encoders.text=null", "tasks.m3i.data.label_source=null",
+        data,
+        tmp_path / "dead",
+        "steps=201",
+        "tasks.m3i.objective.momentum_start=0.0",
+        "tasks.m3i.objective.momentum_end=0.0",
+        "tasks.m3i.objective.decorrelation=0.0",
+        "tasks.m3i.objective.center_targets=false",
+        "tasks.m3i.objective.text_encoder=null",
+        "model.encoders.text=null",
+        "tasks.m3i.data.label_source=null",
         "tasks.m3i.data.classes=null",
-    )  # fmt: skip
+    )
     log = "".join(path.read_text() for path in (tmp_path / "dead" / "logs").iterdir())
     assert "they collapse" in log

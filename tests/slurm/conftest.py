@@ -26,8 +26,10 @@ def why_not() -> str:
     if os.geteuid() != 0:
         return "a SLURM with emulated nodes takes root"
     if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
-        return (f"no {', '.join(missing)} here: apt-get install --no-install-recommends slurmctld "
-                "slurmd slurm-client munge")
+        return (
+            f"no {', '.join(missing)} here: apt-get install --no-install-recommends slurmctld "
+            "slurmd slurm-client munge"
+        )
     if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode:
         return "nodes are emulated with namespaces, which this machine does not allow"
     return ""
@@ -38,18 +40,22 @@ class DevCluster:
 
     def __init__(self, folder: Path, nodes: int, slot: int) -> None:
         self.environment = os.environ | {
-            "SLURM_DEV_DIR": str(folder), "SLURM_DEV_NODES": str(nodes), "SLURM_DEV_LINK": "0",
+            "SLURM_DEV_DIR": str(folder),
+            "SLURM_DEV_NODES": str(nodes),
+            "SLURM_DEV_LINK": "0",
             "SLURM_DEV_PORT": str(20_000 + 100 * slot),
             "SLURM_DEV_JOB": str(1 + 38 * slot),  # ranks meet at ports from 15,000 + 8 x job on
-            "SLURM_CONF": str(folder / "etc/slurm.conf"), "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
+            "SLURM_CONF": str(folder / "etc/slurm.conf"),
+            "PYTHONPATH": str(ROOT),
+        }
 
     def do(self, *words: str) -> None:
         """A verb of devcluster.sh."""
         # The daemons keep a pipe open that they inherit: output goes to a file.
         with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-            done = subprocess.run([str(SCRIPT), *words], env=self.environment, stdout=said,
-                                  stderr=said, check=False)
+            done = subprocess.run(
+                [str(SCRIPT), *words], env=self.environment, stdout=said, stderr=said, check=False
+            )
             said.seek(0)
             assert done.returncode == 0, said.read()
 
@@ -65,8 +71,11 @@ class DevCluster:
         return shown.partition("JobState=")[2].partition(" ")[0]
 
     def wait_state(self, job: str, *states: str, seconds: float = 60) -> None:
-        wait_for(lambda: self.state(job) in states, seconds,
-                 lambda: f"job {job} is {self.state(job)}, not {states}")
+        wait_for(
+            lambda: self.state(job) in states,
+            seconds,
+            lambda: f"job {job} is {self.state(job)}, not {states}",
+        )
 
 
 def wait_for(
@@ -138,4 +147,3 @@ def steps(run: Path) -> list[int]:
 def rank(run: Path, number: int) -> dict:
     """Process and node of a rank of a toy run."""
     return json.loads((run / f"control/pids/rank_{number}.json").read_text(encoding="utf-8"))
-

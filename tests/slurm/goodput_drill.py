@@ -32,8 +32,14 @@ def strike(cluster: DevCluster, fault: str, nodes: list[str], job: str) -> None:
         time.sleep(20)  # it reboots
         cluster.do("start-node", nodes[0])
     else:
-        cluster.ask("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--wrap=sleep 5",
-                    "--output=/dev/null")
+        cluster.ask(
+            "sbatch",
+            "--partition=high",
+            "--nodes=3",
+            "--exclusive",
+            "--wrap=sleep 5",
+            "--output=/dev/null",
+        )
 
 
 def after(run: Path, struck: float, step: int, fault: str) -> str:
@@ -50,9 +56,15 @@ def work(folder: Path, minutes: float, every: float, seed: int) -> dict:
     chosen, began = random.Random(seed), time.monotonic()
     faults, moments = int(minutes / every) - 1, []
     with dev_cluster(3) as cluster:
-        run = TrainerRun(cluster, folder / "work", folder / "data", steps=100_000,
-                         checkpoint__every_steps=10, tasks__caption__global_batch=128,
-                         tasks__caption__micro_batch=16)
+        run = TrainerRun(
+            cluster,
+            folder / "work",
+            folder / "data",
+            steps=100_000,
+            checkpoint__every_steps=10,
+            tasks__caption__global_batch=128,
+            tasks__caption__micro_batch=16,
+        )
         (job,) = run.submit("--nodes", "2", "--time", "600")
         for number in range(1, faults + 1):
             time.sleep(max(began + 60 * every * number - time.monotonic(), 0))
@@ -68,9 +80,11 @@ def work(folder: Path, minutes: float, every: float, seed: int) -> dict:
             print(after(run.run, *moment), flush=True)
         run.slurm("stop", str(run.run))
         assert_same(run)
-        print(f"{faults} faults in {minutes:g} minutes, {len(attempts(run.run))} tries, "
-              f"{run.last()} steps of {found['seconds_a_step']:.2f} s, each made once and as in "
-              f"the uninterrupted run; {goodput.words(found['time'])}")
+        print(
+            f"{faults} faults in {minutes:g} minutes, {len(attempts(run.run))} tries, "
+            f"{run.last()} steps of {found['seconds_a_step']:.2f} s, each made once and as in "
+            f"the uninterrupted run; {goodput.words(found['time'])}"
+        )
         return found
 
 

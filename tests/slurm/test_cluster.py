@@ -15,8 +15,14 @@ from slurm.site import Site
 from tests.slurm.conftest import ROOT, attempts, dev_cluster, rank, steps, wait_for
 
 pytestmark = pytest.mark.slurm
-SITE = Site(gpus_per_node=0, ranks_per_node=2, signal_lead_s=60, python=sys.executable,
-            memory=None, silent_minutes=0.15)  # fmt: skip
+SITE = Site(
+    gpus_per_node=0,
+    ranks_per_node=2,
+    signal_lead_s=60,
+    python=sys.executable,
+    memory=None,
+    silent_minutes=0.15,
+)
 EIGHT = "0,1,2,3,4,5,6,7"
 """CUDA_VISIBLE_DEVICES of each rank: all that its node has."""
 
@@ -33,9 +39,17 @@ def write_script(run: Path, *toy: str, site: Site = SITE, **changes) -> str:
     """The script that a run gets, with the toy in place of the trainer."""
     (run / "logs").mkdir(parents=True)
     (run / "submit").mkdir()
-    fields = {"name": job_name(run), "run": run, "nodes": "2", "time": "10", "launcher": "srun",
-              "train": ["tests.slurm.toy_trainer", str(run), *toy], "requeue": True,
-              "chain": False, "code": ROOT}  # fmt: skip
+    fields = {
+        "name": job_name(run),
+        "run": run,
+        "nodes": "2",
+        "time": "10",
+        "launcher": "srun",
+        "train": ["tests.slurm.toy_trainer", str(run), *toy],
+        "requeue": True,
+        "chain": False,
+        "code": ROOT,
+    }
     path = run / "submit/001.sbatch"
     path.write_text(render(Job(**fields | changes), site, (22, 5)), encoding="utf-8")
     return str(path)
@@ -82,8 +96,18 @@ def test_a_life(emulated, tmp_path):
 
     said = emulated.ask(sys.executable, "-m", "slurm", "drill", str(run), "--preempt")
     assert "was followed by: requeue" in said and ": 0 steps are done again" in said
-    first = emulated.ask("sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "--wrap",
-                         "sleep 1", "-o", "/dev/null")  # fmt: skip
+    first = emulated.ask(
+        "sbatch",
+        "--parsable",
+        "-p",
+        "high",
+        "-N4",
+        "--exclusive",
+        "--wrap",
+        "sleep 1",
+        "-o",
+        "/dev/null",
+    )
     emulated.wait_state(first, "COMPLETED")
     make_steps(run)
     emulated.ask("scancel", "--batch", "--signal=USR1", job)  # what the time limit's lead sends
@@ -197,8 +221,11 @@ def test_a_bad_node_is_named_and_the_next_job_keeps_away_from_it(emulated, tmp_p
     """nvidia-smi of one node shows GPUs too few."""
     site = replace(SITE, gpus_per_node=8, gres="gres", setup=smi(tmp_path, poor="node1"))
     run = tmp_path / "run"
-    job = submit(emulated, write_script(run, "--steps", "20", site=site,
-                                        script=run / "submit/001.sbatch"), "--nodelist=node1,node2")
+    job = submit(
+        emulated,
+        write_script(run, "--steps", "20", site=site, script=run / "submit/001.sbatch"),
+        "--nodelist=node1,node2",
+    )
     end_of(emulated, job, run, "FAILED")
     wait_for(lambda: len(attempts(run)) == 2, 60, lambda: story(run))
     first, second = attempts(run)
@@ -239,7 +266,9 @@ def smi(folder: Path, *, poor: str = "") -> list[str]:
     """Shell lines that put an nvidia-smi of an eight-GPU node in place; node `poor` has one."""
     path = folder / "bin/nvidia-smi"
     path.parent.mkdir()
-    path.write_text(f'#!/bin/sh\nfor n in 1 $([ "$(hostname)" = "{poor}" ] || seq 7); do '
-                    "echo 80000, 81000; done\n")
+    path.write_text(
+        f'#!/bin/sh\nfor n in 1 $([ "$(hostname)" = "{poor}" ] || seq 7); do '
+        "echo 80000, 81000; done\n"
+    )
     path.chmod(0o755)
     return [f'export PATH="{path.parent}:$PATH"']

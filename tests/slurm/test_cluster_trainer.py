@@ -34,16 +34,29 @@ def data(tmp_path_factory):
 def test_a_run_ends_as_if_nothing_had_happened(emulated, tmp_path, data):
     """Time limit, preemption, a lost node, after which one node must do: a batch of 6 fits neither
     in pairs, in micro-batches of 4."""
-    run = TrainerRun(emulated, tmp_path, data, steps=200, checkpoint__every_steps=5,
-                     tasks__caption__global_batch=6, tasks__caption__micro_batch=4,
-                     tasks__caption__objective__decoder__dropout=0.0)
+    run = TrainerRun(
+        emulated,
+        tmp_path,
+        data,
+        steps=200,
+        checkpoint__every_steps=5,
+        tasks__caption__global_batch=6,
+        tasks__caption__micro_batch=4,
+        tasks__caption__objective__decoder__dropout=0.0,
+    )
     (job,) = run.submit("--nodes", "1-2", "--time", "30")
     run.train()
     emulated.ask("scancel", "--batch", "--signal=USR1", job)  # what the time limit's lead sends
     assert run.wait_tries(1)["decision"] == "requeue"
     run.train()
-    emulated.ask("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=true",
-                 "--output=/dev/null")
+    emulated.ask(
+        "sbatch",
+        "--partition=high",
+        "--nodes=2",
+        "--exclusive",
+        "--wrap=true",
+        "--output=/dev/null",
+    )
     run.wait_tries(2)
     run.train()
     emulated.do("fail-node", "node2")
@@ -93,8 +106,14 @@ def test_every_fault_of_a_cluster(emulated, tmp_path, data):
     emulated.do("start-node", "node1")
     run.wait_tries(4)
     run.train()
-    emulated.ask("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=true",
-                 "--output=/dev/null")
+    emulated.ask(
+        "sbatch",
+        "--partition=high",
+        "--nodes=2",
+        "--exclusive",
+        "--wrap=true",
+        "--output=/dev/null",
+    )
     run.wait_tries(5)
     run.train()
     run.slurm("cancel", str(run.run), "--wait", "60")

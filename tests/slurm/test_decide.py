@@ -7,8 +7,9 @@ import pytest
 from slurm.decide import Outcome, decide
 from slurm.run_files import fruitless, suspects
 
-DIED = Outcome(state="failed", reason="rank 1: killed", code=1, steps=(10, 20), fruitless=0,
-               restarts_left=2)
+DIED = Outcome(
+    state="failed", reason="rank 1: killed", code=1, steps=(10, 20), fruitless=0, restarts_left=2
+)
 CASES = [
     # what happened, action, exit code of the job
     ({"state": "finished", "code": 0}, "done", 0),

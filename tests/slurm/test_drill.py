@@ -20,10 +20,14 @@ def test_all_four(emulated, tmp_path):
     for number, (fault, decision) in enumerate(FAULTS.items()):
         on_cluster.make_steps(run, 25)
         before = [rank(run, n)["pid"] for n in range(4)]
-        said = emulated.ask(sys.executable, "-m", "slurm", "drill", str(run), f"--{fault}",
-                            "--wait", "90")
-        told = re.search(r"was followed by: (\w+)\n.*?(\d+) steps are done again; the next step is "
-                         r"there after (\d+) s", said)
+        said = emulated.ask(
+            sys.executable, "-m", "slurm", "drill", str(run), f"--{fault}", "--wait", "90"
+        )
+        told = re.search(
+            r"was followed by: (\w+)\n.*?(\d+) steps are done again; the next step is "
+            r"there after (\d+) s",
+            said,
+        )
         assert told and told[1] == decision, said
         assert int(told[2]) < 40 and int(told[3]) < 90, said  # a checkpoint each 10 steps
         last = attempts(run)[number]

@@ -27,12 +27,15 @@ def test_a_fit_node(run, capsys):
     assert not list((run / "control").glob(".health*"))
 
 
-@pytest.mark.parametrize(("shown", "fault"), [
-    ("80000, 81000\n80000, 81000\n", None),
-    ("80000, 81000\n", "1 GPUs instead of 2"),
-    ("80000, 81000\n20000, 81000\n", "GPU 1: 20000 of 81000 MB free"),
-    ("No devices were found\n", "nvidia-smi: could not convert"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shown", "fault"),
+    [
+        ("80000, 81000\n80000, 81000\n", None),
+        ("80000, 81000\n", "1 GPUs instead of 2"),
+        ("80000, 81000\n20000, 81000\n", "GPU 1: 20000 of 81000 MB free"),
+        ("No devices were found\n", "nvidia-smi: could not convert"),
+    ],
+)
 def test_gpus(run, capsys, tmp_path, monkeypatch, shown, fault):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{shown}'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)

@@ -14,13 +14,16 @@ from slurm.launch import LAUNCHERS, command, hosts, job_id, port_of
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("text", "names"), [
-    ("node1", ["node1"]),
-    ("gpu[07-09,12],login1", ["gpu07", "gpu08", "gpu09", "gpu12", "login1"]),
-    ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
-    ("a[098-101]-ib", ["a098-ib", "a099-ib", "a100-ib", "a101-ib"]),
-    ("", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("node1", ["node1"]),
+        ("gpu[07-09,12],login1", ["gpu07", "gpu08", "gpu09", "gpu12", "login1"]),
+        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+        ("a[098-101]-ib", ["a098-ib", "a099-ib", "a100-ib", "a101-ib"]),
+        ("", []),
+    ],
+)
 def test_hosts(text, names):
     assert hosts(text) == names
 
@@ -66,7 +69,10 @@ def test_the_room_stands_alone():
             assert "slurm" not in imported(path), path
     done = subprocess.run(
         [sys.executable, "-S", "-c", "import slurm.supervise, sys; print('yaml' in sys.modules)"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == "False\n"
 

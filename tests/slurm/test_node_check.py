@@ -22,8 +22,9 @@ def lines_of(capfd) -> list[dict]:
 def test_a_product_is_compared(monkeypatch):
     assert node_check.compute(CPU) == []
     right = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__",
-                        lambda a, b: right(a, b) + a.is_floating_point())
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: right(a, b) + a.is_floating_point()
+    )
     assert node_check.compute(CPU) == ["a matrix product on cpu is wrong"]
 
 
@@ -41,18 +42,25 @@ def test_ranks_that_are_missing_or_unfit_are_named(capfd):
     store, answers = dist.HashStore(), {}
     store.set("here/3", "")
     faults = {0: [], 1: [], 2: ["a matrix product on cuda:2 is wrong"]}
-    threads = [threading.Thread(target=lambda r=r: answers.update(
-        {r: node_check.meet(store, r, 5, faults[r], 1.0)})) for r in faults]
+    threads = [
+        threading.Thread(
+            target=lambda r=r: answers.update({r: node_check.meet(store, r, 5, faults[r], 1.0)})
+        )
+        for r in faults
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
     assert set(answers.values()) == {"not all ranks are fit: [2, 3, 4]"}
     assert lines_of(capfd) == [
-        {"rank": 3, "node": None,
-         "faults": ["rank 3 did not finish its matrix product within 1 s"]},
+        {
+            "rank": 3,
+            "node": None,
+            "faults": ["rank 3 did not finish its matrix product within 1 s"],
+        },
         {"rank": 4, "node": None, "faults": ["rank 4 did not come within 1 s"]},
-    ]  # fmt: skip
+    ]
 
 
 def test_all_fit_go_on():
@@ -72,7 +80,8 @@ def test_lines_become_faults_of_nodes(tmp_path):
     """Several ranks speak for a node; rank 0 speaks for those that say nothing."""
     (tmp_path / "c-0.log").write_text(
         '{"rank": 0, "node": "a", "faults": []}\n{"rank": 1, "node": "a", "faults": ["x"]}\n'
-        'noise\n[1]\n{"rank": 5, "node": null, "faults": ["rank 5 did not come"]}\n')
+        'noise\n[1]\n{"rank": 5, "node": null, "faults": ["rank 5 did not come"]}\n'
+    )
     (tmp_path / "c-1.log").write_text('{"rank": 2, "node": "b", "faults": []}\n')
     found = health.reports(tmp_path / "c-*.log", ["a", "b", "c", "d"], per_node=2)
     assert found == {"a": ["x"], "b": [], "c": ["rank 5 did not come"], "d": ["it gave no answer"]}
@@ -86,14 +95,27 @@ def test_processes(tmp_path, missing):
 
     from pretrain.engine.launch.launch_environment import free_port
 
-    base = os.environ | {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                         "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
-    ranks = [subprocess.Popen(
-        [sys.executable, "-m", "pretrain.node_check", "--limit-s", "30" if missing else "120"],
-        env=base | {"RANK": str(n), "LOCAL_RANK": "0", "SLURMD_NODENAME": f"n{n}"},
-        stdout=subprocess.PIPE, text=True) for n in range(2 if missing else 3)]  # fmt: skip
-    said = [json.loads(line) for process in ranks
-            for line in process.communicate(timeout=240)[0].splitlines()]
+    base = os.environ | {
+        "WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "DS_ACCELERATOR": "cpu",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pretrain.node_check", "--limit-s", "30" if missing else "120"],
+            env=base | {"RANK": str(n), "LOCAL_RANK": "0", "SLURMD_NODENAME": f"n{n}"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2 if missing else 3)
+    ]
+    said = [
+        json.loads(line)
+        for process in ranks
+        for line in process.communicate(timeout=240)[0].splitlines()
+    ]
     assert all(process.returncode == 0 for process in ranks)
     faults = {line["rank"]: line["faults"] for line in said}
     assert faults == {0: [], 1: [], 2: ["rank 2 did not come within 30 s"] if missing else []}

@@ -20,18 +20,26 @@ def run(tmp_path, monkeypatch):
     folder, now = tmp_path / "runs/a", time.time()
     (folder / "control").mkdir(parents=True)
     (folder / "recipe.yaml").write_text("name: a\nsteps: 100\n")
-    lines = [{"step": s, "time": now - 100 + 2 * s, "kind": "train", "loss": 1.0}
-             for s in range(1, 51)]
+    lines = [
+        {"step": s, "time": now - 100 + 2 * s, "kind": "train", "loss": 1.0} for s in range(1, 51)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "control/status.json").write_text(
-        json.dumps({"state": "running", "phase": "step", "step": 40, "reason": ""}))
+        json.dumps({"state": "running", "phase": "step", "step": 40, "reason": ""})
+    )
     (folder / "control/heartbeat").touch()
     (folder / "checkpoints/step_000000040").mkdir(parents=True)
     (folder / "checkpoints/step_000000040/manifest.json").write_text("{}")
-    tries = [{"attempt": 1, "started": now - 200, "seconds": 70, "steps": [0, 0],
-              "decision": "restart"},
-             {"attempt": 2, "started": now - 120, "seconds": 120, "steps": [0, 50],
-              "decision": "requeue"}]
+    tries = [
+        {"attempt": 1, "started": now - 200, "seconds": 70, "steps": [0, 0], "decision": "restart"},
+        {
+            "attempt": 2,
+            "started": now - 120,
+            "seconds": 120,
+            "steps": [0, 50],
+            "decision": "requeue",
+        },
+    ]
     (folder / "attempts.jsonl").write_text("".join(json.dumps(t) + "\n" for t in tries))
     monkeypatch.setattr(module.cluster, "jobs_of", lambda run: [])
     return folder
@@ -91,8 +99,13 @@ def test_where_the_time_went():
     lines = [(step, 28.0 + 2 * step) for step in range(1, 11)]
     lines += [(step, 118.0 + 2 * (step - 10) + 4 * (step > 12)) for step in range(11, 21)]
     found = seconds_of_kinds(tries, lines, 2.0, 0.0, 161.0)
-    assert found == {"steps": 40.0, "between steps": 4.0, "starts": 18.0 + 18.0,
-                     "ends": 12.0 + 30.0 + 18.0, "waiting": 10.0 + 10.0 + 1.0}
+    assert found == {
+        "steps": 40.0,
+        "between steps": 4.0,
+        "starts": 18.0 + 18.0,
+        "ends": 12.0 + 30.0 + 18.0,
+        "waiting": 10.0 + 10.0 + 1.0,
+    }
     assert sum(found.values()) == 161.0
 
 
@@ -100,7 +113,17 @@ def test_a_run_that_was_given_up_says_why(run):
     """Also where the trainer was refused, and could write no status."""
     (run / "control/status.json").unlink()
     with open(run / "attempts.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"attempt": 3, "started": time.time() - 5, "seconds": 4.0,
-                               "steps": [40, 40], "decision": "give up",
-                               "why": "the trainer refused to start: no such key"}) + "\n")
+        file.write(
+            json.dumps(
+                {
+                    "attempt": 3,
+                    "started": time.time() - 5,
+                    "seconds": 4.0,
+                    "steps": [40, 40],
+                    "decision": "give up",
+                    "why": "the trainer refused to start: no such key",
+                }
+            )
+            + "\n"
+        )
     assert "the trainer refused to start: no such key" in line_of(describe(run))

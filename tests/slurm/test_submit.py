@@ -19,10 +19,19 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "slurm/sites/example.yaml"
 
 
 def job(run: Path, **changes) -> Job:
-    return Job(**{
-        "name": "pretrain-a-1", "run": run, "nodes": "64", "time": "24:00:00", "launcher": "srun",
-        "train": ["pretrain.train", "r.yaml"], "requeue": True, "chain": False, **changes,
-    })  # fmt: skip
+    return Job(
+        **{
+            "name": "pretrain-a-1",
+            "run": run,
+            "nodes": "64",
+            "time": "24:00:00",
+            "launcher": "srun",
+            "train": ["pretrain.train", "r.yaml"],
+            "requeue": True,
+            "chain": False,
+            **changes,
+        }
+    )
 
 
 def test_the_example_is_a_site(monkeypatch):
@@ -34,15 +43,18 @@ def test_the_example_is_a_site(monkeypatch):
     assert read_site(None) == Site()
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("partion: gpu", "unknown key 'partion'; did you mean partition?"),
-    ("colour: red", "unknown key 'colour'; known: partition, account"),
-    ("gpus_per_node: many", "gpus_per_node: 'many' is not a number"),
-    ("setup: module load cuda", "setup: 'module load cuda' is not a list of texts"),
-    ("exclusive: 1", "exclusive: 1 is not true or false"),
-    ("- a", "expected `key: value` lines"),
-    ("a: [", "site.yaml: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("partion: gpu", "unknown key 'partion'; did you mean partition?"),
+        ("colour: red", "unknown key 'colour'; known: partition, account"),
+        ("gpus_per_node: many", "gpus_per_node: 'many' is not a number"),
+        ("setup: module load cuda", "setup: 'module load cuda' is not a list of texts"),
+        ("exclusive: 1", "exclusive: 1 is not true or false"),
+        ("- a", "expected `key: value` lines"),
+        ("a: [", "site.yaml: "),
+    ],
+)
 def test_wrong_site_files(tmp_path, text, said):
     path = tmp_path / "site.yaml"
     path.write_text(text)
@@ -51,10 +63,15 @@ def test_wrong_site_files(tmp_path, text, said):
     assert said in str(error.value) and "site.yaml" in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "version"), [
-    ("slurm 22.05.8", (22, 5)), ("slurm 24.11.0-0rc1", (24, 11)), ("", (0, 0)),
-    ("slurm 18.08.9", (18, 8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("slurm 22.05.8", (22, 5)),
+        ("slurm 24.11.0-0rc1", (24, 11)),
+        ("", (0, 0)),
+        ("slurm 18.08.9", (18, 8)),
+    ],
+)
 def test_gpus_are_asked_for_per_node(text, version):
     assert version_of(text) == version
     word = "gres=gpu:8" if version == (18, 8) else "gpus-per-node=8"
@@ -72,16 +89,39 @@ def test_gpus_are_asked_for_per_node(text, version):
 
 
 def test_header_and_script(tmp_path):
-    site = Site(partition="gpu", qos="long", cpus_per_task=12, exclude=["n9"],
-                setup=["module load cuda"], environment={"A": "b c"}, header=["--mail-type=END"])
+    site = Site(
+        partition="gpu",
+        qos="long",
+        cpus_per_task=12,
+        exclude=["n9"],
+        setup=["module load cuda"],
+        environment={"A": "b c"},
+        header=["--mail-type=END"],
+    )
     options = header(job(tmp_path, exclude=["n3"]), site, (22, 5))
-    assert {"--nodes=64", "--ntasks-per-node=8", "--gpus-per-node=8", "--requeue", "--exclusive",
-            "--mem=0", "--signal=B:USR1@600", "--wait-all-nodes=1", "--open-mode=append",
-            "--cpus-per-task=12", "--exclude=n3,n9", "--qos=long", "--mail-type=END",
-            "--time=24:00:00"} <= set(options)
+    assert {
+        "--nodes=64",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--requeue",
+        "--exclusive",
+        "--mem=0",
+        "--signal=B:USR1@600",
+        "--wait-all-nodes=1",
+        "--open-mode=append",
+        "--cpus-per-task=12",
+        "--exclude=n3,n9",
+        "--qos=long",
+        "--mail-type=END",
+        "--time=24:00:00",
+    } <= set(options)
     chained = header(job(tmp_path, requeue=False, chain=True, launcher="torchrun"), site, (22, 5))
-    assert {"--no-requeue", "--dependency=singleton", "--ntasks-per-node=1",
-            "--cpus-per-task=96"} <= set(chained)
+    assert {
+        "--no-requeue",
+        "--dependency=singleton",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=96",
+    } <= set(chained)
     for nodes, launcher in (("1-64", "torchrun"), ("64", "deepspeed"), ("1-64", "srun")):
         text = " ".join(header(job(tmp_path, nodes=nodes, launcher=launcher), site, (22, 5)))
         # With one task a node SLURM would give a span as few nodes as it may.
@@ -98,9 +138,9 @@ def test_header_and_script(tmp_path):
 
 
 SLURM = {
-    "sbatch": '''case "$*" in *--test-only*) cat > /dev/null; echo "would start now" >&2;;
+    "sbatch": """case "$*" in *--test-only*) cat > /dev/null; echo "would start now" >&2;;
               *) echo x >> "$0.calls"; n=$(wc -l < "$0.calls"); [ $n -le ${MOST:-9} ] || {
-                 echo "job limit reached" >&2; exit 1; }; echo $((70 + n));; esac''',
+                 echo "job limit reached" >&2; exit 1; }; echo $((70 + n));; esac""",
     "squeue": 'echo "$JOBS" | sed "/^$/d"',
     "sinfo": 'case "$*" in *version*) echo slurm 22.05.8;; *) echo "gpu*|2-00:00:00";; esac',
     "scontrol": 'echo "PreemptMode = REQUEUE"; echo "SlurmctldParameters = $PARAMETERS"',
@@ -255,8 +295,13 @@ def test_the_code_of_a_run_is_a_copy_that_runs(tmp_path):
     from slurm.code_copy import copy_code
 
     copy_code(tmp_path / "code")
-    done = subprocess.run([sys.executable, "-m", "pretrain", "recipes"], cwd=tmp_path / "code",
-                          capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", "recipes"],
+        cwd=tmp_path / "code",
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin"},
+    )
     assert "internimage_small" in done.stdout, done.stderr
     assert (tmp_path / "code/COMMIT").read_text().strip()
 
@@ -277,8 +322,7 @@ def test_sweeps(tmp_path):
 
 def test_a_sweep_is_one_array(tmp_path):
     train = ["pretrain.train", f"{tmp_path}/$ELEMENT/r.yaml"]
-    text = render(job(tmp_path, elements=3, train=train),
-                  Site(), (22, 5))
+    text = render(job(tmp_path, elements=3, train=train), Site(), (22, 5))
     assert "#SBATCH --array=0-2" in text
     assert f"#SBATCH --output={tmp_path}/%3a/logs/job-%A_%a.log" in text
     assert 'ELEMENT=$(printf %03d "$SLURM_ARRAY_TASK_ID")' in text

@@ -23,8 +23,11 @@ def start(run: Path, *toy: str, options: tuple[str, ...] = (), launcher: str = "
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     return subprocess.Popen(
         [sys.executable, "-m", "slurm.supervise", str(run), *options, "--", *command],
-        cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
-        stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -63,9 +66,14 @@ def test_a_run_that_gets_nowhere_is_given_up(tmp_path):
     assert [a["decision"] for a in attempts(tmp_path)] == ["restart", "restart", "give up"]
 
 
-@pytest.mark.parametrize(("number", "code", "decision"), [
-    (signal.SIGUSR1, 75, "requeue"), (signal.SIGTERM, 75, "requeue"), (signal.SIGINT, 0, "stop"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "code", "decision"),
+    [
+        (signal.SIGUSR1, 75, "requeue"),
+        (signal.SIGTERM, 75, "requeue"),
+        (signal.SIGINT, 0, "stop"),
+    ],
+)
 def test_signals_become_files(tmp_path, number, code, decision):
     """The time limit and a preemption are to be followed by another job; Ctrl-C is not."""
     with start(tmp_path, "--steps", "10000") as process:
@@ -99,10 +107,15 @@ sys.exit(ranks[0].wait())
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-@pytest.mark.parametrize(("whom", "number"), [
-    ("launcher", signal.SIGKILL), ("launcher", signal.SIGTERM), ("guard", signal.SIGKILL),
-    ("supervisor", signal.SIGKILL),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("whom", "number"),
+    [
+        ("launcher", signal.SIGKILL),
+        ("launcher", signal.SIGTERM),
+        ("guard", signal.SIGKILL),
+        ("supervisor", signal.SIGKILL),
+    ],
+)
 def test_no_process_outlives_its_launcher(tmp_path, whom, number, deaf):
     """Ranks in sessions of their own, as torchrun and deepspeed start them, are left to save, and
     are ended if they do not leave."""
@@ -138,10 +151,14 @@ def test_a_try_whose_supervisor_was_killed_is_in_the_ledger(tmp_path):
 
 
 def test_words_that_make_no_sense(tmp_path):
-    for arguments, said in ((["x"], "behind `--`"),
-                            (["x", "--launcher", "srun", "--", "y"], "is for SLURM jobs")):
+    for arguments, said in (
+        (["x"], "behind `--`"),
+        (["x", "--launcher", "srun", "--", "y"], "is for SLURM jobs"),
+    ):
         done = subprocess.run(
-            [sys.executable, "-m", "slurm.supervise", *arguments], cwd=ROOT, text=True,
+            [sys.executable, "-m", "slurm.supervise", *arguments],
+            cwd=ROOT,
+            text=True,
             capture_output=True,
             env={k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
         )

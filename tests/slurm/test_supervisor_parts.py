@@ -54,11 +54,17 @@ def supervisor(run: Path, *options: str) -> Supervisor:
 OWNER = {"job": "SLURM_JOB_ID=7", "host": "n9", "token": "x"}
 
 
-@pytest.mark.parametrize(("squeue", "over"), [
-    ("exit 0", True), ("echo PENDING", True), ("echo Invalid job id specified >&2; exit 1", True),
-    ("echo RUNNING", False), ("echo COMPLETING", False),
-    ("echo Unable to contact slurm controller >&2; exit 1", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("squeue", "over"),
+    [
+        ("exit 0", True),
+        ("echo PENDING", True),
+        ("echo Invalid job id specified >&2; exit 1", True),
+        ("echo RUNNING", False),
+        ("echo COMPLETING", False),
+        ("echo Unable to contact slurm controller >&2; exit 1", False),
+    ],
+)
 def test_a_dead_owners_job_is_succeeded_at_once(run, commands, monkeypatch, squeue, over):
     """And one that may live is waited for: a controller that is away says nothing."""
     commands(squeue=squeue)
@@ -94,9 +100,13 @@ def test_a_refused_run_ends_its_chain_with_the_reason(run, commands, capsys):
 
 def test_a_controller_that_is_away_is_waited_for(commands):
     """A requeue that fails would be the end of the run without a word; one that is refused is."""
-    calls = commands(squeue="echo RUNNING", scontrol=(
-        '[ -e "$0.2" ] && exit 0; [ -e "$0.1" ] && touch "$0.2"; touch "$0.1"\n'
-        'echo "Unable to contact slurm controller" >&2; exit 1'))
+    calls = commands(
+        squeue="echo RUNNING",
+        scontrol=(
+            '[ -e "$0.2" ] && exit 0; [ -e "$0.1" ] && touch "$0.2"; touch "$0.1"\n'
+            'echo "Unable to contact slurm controller" >&2; exit 1'
+        ),
+    )
     said: list[str] = []
     follow.again("8", None, ["a"], [], said.append, pause_s=0.01)
     assert calls.read_text().count("scontrol requeue 8") == 3 and "done" in said[-1]
@@ -159,9 +169,13 @@ def test_a_command_that_hangs_is_given_up(commands, monkeypatch):
         cluster.ask("squeue", check=True)
 
 
-@pytest.mark.parametrize("path", sorted(
-    path for path in (ROOT / "slurm").glob("*.py") if "__name__ ==" in path.read_text("utf-8")
-), ids=lambda path: path.stem)  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    sorted(
+        path for path in (ROOT / "slurm").glob("*.py") if "__name__ ==" in path.read_text("utf-8")
+    ),
+    ids=lambda path: path.stem,
+)
 def test_every_help_works(path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     name = "slurm" if path.stem == "__main__" else f"slurm.{path.stem}"
@@ -181,7 +195,9 @@ def test_logs_of_a_job_and_of_a_rank(tmp_path, monkeypatch, capsys):
         os.utime(folder / name, (number, number))
     assert logs.main([str(tmp_path)]) is None or called
     assert logs.main([str(tmp_path), "-f", "--rank", "3", "-n", "9"]) is None or called
-    assert called == [["tail", "--lines=50", str(folder / "job-12.log")],
-                      ["tail", "--lines=9", "--follow=name", str(folder / "rank_00003.log")]]
+    assert called == [
+        ["tail", "--lines=50", str(folder / "job-12.log")],
+        ["tail", "--lines=9", "--follow=name", str(folder / "rank_00003.log")],
+    ]
     assert logs.main([str(tmp_path), "--rank", "4"]) == 1
     assert "there are rank_00000.log to rank_00003.log" in capsys.readouterr().err

@@ -42,9 +42,14 @@ class Toy:
         self.first, self.parent = self.step == 0, os.getppid()
         launch = "{}.{}".format(*(os.environ.get(f"SLURM_{n}_ID", "x") for n in ("JOB", "STEP")))
         self.meeting = self.control / "meeting" / launch
-        write(self.control / "pids" / f"rank_{self.rank}.json",
-              {"pid": os.getpid(), "host": os.uname().nodename,
-               "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")})
+        write(
+            self.control / "pids" / f"rank_{self.rank}.json",
+            {
+                "pid": os.getpid(),
+                "host": os.uname().nodename,
+                "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            },
+        )
         time.sleep(options.start_s)
 
     def told_to_stop(self) -> str:
@@ -87,10 +92,15 @@ class Toy:
 
     def own(self, **more) -> None:
         job = os.environ.get("SLURM_JOB_ID")
-        write(self.control / "owner.json", {
-            "job": f"SLURM_JOB_ID={job}" if job else None, "host": os.uname().nodename,
-            "pid": os.getpid(), **more,
-        })  # fmt: skip
+        write(
+            self.control / "owner.json",
+            {
+                "job": f"SLURM_JOB_ID={job}" if job else None,
+                "host": os.uname().nodename,
+                "pid": os.getpid(),
+                **more,
+            },
+        )
 
     def train(self) -> int:
         if self.rank == 0:
@@ -122,9 +132,14 @@ class Toy:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
-    for name, kind, default in (("steps", int, 100), ("step-s", float, 0.05),
-                                ("start-s", float, 0), ("ranks", int, 1),
-                                ("fail-at", int, -1), ("hang-at", int, -1)):
+    for name, kind, default in (
+        ("steps", int, 100),
+        ("step-s", float, 0.05),
+        ("start-s", float, 0),
+        ("ranks", int, 1),
+        ("fail-at", int, -1),
+        ("hang-at", int, -1),
+    ):
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--always-fail", action="store_true")
     parser.add_argument("--deaf", action="store_true", help="leaves when killed, not before")

@@ -37,8 +37,14 @@ class TrainerRun:
 
     def submit(self, *words: str) -> list[str]:
         """Numbers of the jobs."""
-        said = self.slurm("submit", str(self.recipe), "--site", str(self.folder / "site.yaml"),
-                          "--no-code-copy", *words)
+        said = self.slurm(
+            "submit",
+            str(self.recipe),
+            "--site",
+            str(self.folder / "site.yaml"),
+            "--no-code-copy",
+            *words,
+        )
         return said.split("submitted: ")[1].split(" (")[0].split(", ")
 
     def slurm(self, *words: str) -> str:
@@ -68,13 +74,16 @@ class TrainerRun:
 
     def finish(self, seconds: float = 400) -> None:
         """Wait for the run's end."""
-        wait_for(lambda: any(a["decision"] == "done" for a in attempts(self.run)), seconds,
-                 self.story)
+        wait_for(
+            lambda: any(a["decision"] == "done" for a in attempts(self.run)), seconds, self.story
+        )
 
     def story(self) -> str:
         """What the run says, for a test that fails."""
-        logs = "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-2500:]}"
-                         for p in sorted(self.run.glob("logs/*.log")))
+        logs = "\n".join(
+            f"--- {p.name}\n{p.read_text(errors='replace')[-2500:]}"
+            for p in sorted(self.run.glob("logs/*.log"))
+        )
         return f"step {self.last()}; {attempts(self.run)}\n{logs}"
 
 

@@ -43,10 +43,15 @@ def full_disk(after: int) -> Iterator[None]:
 def make_run(folder: Path, scenes: Path, **changes) -> Path:
     """A run directory after 24 steps from noisy weights, which tell images apart."""
     recipe = tiny_recipe(
-        scenes, folder / "run", steps=24, initial_weights=str(folder / "noisy.safetensors"),
-        checkpoint={"every_steps": 12}, optimizer__lr=2e-3,
-        ema={"decay": 0.9, "evaluate": False}, **changes,
-    )  # fmt: skip
+        scenes,
+        folder / "run",
+        steps=24,
+        initial_weights=str(folder / "noisy.safetensors"),
+        checkpoint={"every_steps": 12},
+        optimizer__lr=2e-3,
+        ema={"decay": 0.9, "evaluate": False},
+        **changes,
+    )
     path = write_recipe(folder / "recipe.yaml", recipe)
     loaded = load_recipe(path)
     model = build_model(loaded, Tokenizer.load(loaded.tokenizer.path))
@@ -84,16 +89,26 @@ def internimage_run(scenes, tmp_path_factory) -> Path:
     recipe = tiny_recipe(scenes, folder / "run", steps=4, ema={"decay": 0.5})
     caption = recipe["tasks"].pop("caption")
     recipe["model"]["encoders"]["image"] = {
-        "type": "internimage", "channels": 16, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8],
-        "post_norm": True, "layer_scale": 0.1, "stage_norm": False, "head": {"type": "conv"},
+        "type": "internimage",
+        "channels": 16,
+        "depths": [1, 1, 2, 1],
+        "groups": [1, 2, 4, 8],
+        "post_norm": True,
+        "layer_scale": 0.1,
+        "stage_norm": False,
+        "head": {"type": "conv"},
         "drop_path": 0.2,
-    }  # fmt: skip
+    }
     recipe["tasks"]["classify"] = {
-        "global_batch": 8, "micro_batch": 8,
+        "global_batch": 8,
+        "micro_batch": 8,
         "objective": {"type": "classification", "pool": "head"},
-        "data": {"shards": caption["data"]["shards"], "image": caption["data"]["image"],
-                 "classes": 10},
+        "data": {
+            "shards": caption["data"]["shards"],
+            "image": caption["data"]["image"],
+            "classes": 10,
+        },
         "evaluation": caption["evaluation"],
-    }  # fmt: skip
+    }
     train(write_recipe(folder / "recipe.yaml", recipe), folder / "logs")
     return folder / "run"

@@ -1,4 +1,5 @@
-"""What messages recommend exists: modules, commands, options, keys of recipes, variables, packages.
+"""What messages and pages recommend exists: modules, commands, options, keys of recipes, variables,
+packages.
 
 Messages whose advice is done, step by step, are tested beside what says them.
 """
@@ -13,29 +14,73 @@ import pytest
 
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.schema import reference
+from slurm.drill import FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [
     path for room in ("pretrain", "data_pipeline", "tools") for path in (ROOT / room).rglob("*.py")
+]
+PAGES = [
+    page
+    for room in (".", "pretrain", "data_pipeline", "tools", "ds_configs", "slurm", "tests")
+    for page in (ROOT / room).glob("*.md" if room == "." else "**/*.md")
 ]
 SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
 FIELDS = [field.path.split(".") for field in reference(Recipe)]
 
 # Of launchers, shells and drivers, whose own pages have them.
 FOREIGN_OPTIONS = {
-    "--nproc-per-node", "--num", "--ntasks-per-node", "--untracked-files", "--gpus-per-task",
-    "--cpus-per-task", "--numa-binding", "--distribution", "--master", "--sort", "--logdir",
-    "--no-build-isolation", "--ignore-zeros", "--help", "--local", "--nnodes", "--max-restarts",
-    "--standalone", "--multi", "--mixed", "--dynamo",
-}  # fmt: skip
+    "--nproc-per-node",
+    "--num",
+    "--ntasks-per-node",
+    "--untracked-files",
+    "--gpus-per-task",
+    "--cpus-per-task",
+    "--numa-binding",
+    "--distribution",
+    "--master",
+    "--sort",
+    "--logdir",
+    "--no-build-isolation",
+    "--ignore-zeros",
+    "--help",
+    "--local",
+    "--nnodes",
+    "--max-restarts",
+    "--standalone",
+    "--multi",
+    "--mixed",
+    "--dynamo",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--rdzv-id",
+    "--gpus-per-node",
+    "--gpu-bind",
+    "--kill-on-bad-exit",
+    "--hostfile",
+    "--prefix",
+    "--output",
+}
 FOREIGN_VARIABLES = {
-    "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "FSSPEC_S3_ANON", "LC_ALL", "MASTER_ADDR",
-    "MASTER_PORT", "PYTHONUTF8", "CXX", "TRITON_INTERPRET",
-}  # fmt: skip
+    "CUDA_VISIBLE_DEVICES",
+    "DS_ACCELERATOR",
+    "FSSPEC_S3_ANON",
+    "LC_ALL",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PYTHONUTF8",
+    "CXX",
+    "TRITON_INTERPRET",
+}
+
+FOREIGN_KEYS = {"checkpoint.tag_validation"}  # DeepSpeed's
 
 
 def messages() -> Iterator[tuple[str, str]]:
-    """Place and text of every string; what is filled in is `{}`."""
+    """Place and text of every string, what is filled in is `{}`; and of the lines of pages."""
+    for page in PAGES:
+        for number, line in enumerate(page.read_text(encoding="utf-8").split("\n"), 1):
+            yield f"{page.relative_to(ROOT)}:{number}", line
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
@@ -50,9 +95,11 @@ MESSAGES = list(messages())
 
 def missing(pattern: str, exists) -> list[str]:
     return [
-        f"{place}: {match[0]}" for place, text in MESSAGES
-        for match in re.finditer(pattern, text) if not exists(*match.groups())
-    ]  # fmt: skip
+        f"{place}: {match[0]}"
+        for place, text in MESSAGES
+        for match in re.finditer(pattern, text)
+        if not exists(*match.groups())
+    ]
 
 
 def test_modules_and_commands():
@@ -68,7 +115,9 @@ def test_modules_and_commands():
 
 
 def test_options():
-    own = {o.replace("_", "-") for o in re.findall(r'"(--[a-z][a-z0-9_-]*)"', SOURCE)}
+    cluster = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "slurm").glob("*.py"))
+    named = re.findall(r'"(--[a-z][a-z0-9_-]*)"', SOURCE + cluster)
+    own = {option.replace("_", "-") for option in named} | {f"--{fault}" for fault in FAULTS}
     assert not missing(
         r"(?<![\w-])(--[a-z][a-z0-9-]+)", lambda option: option in own | FOREIGN_OPTIONS
     )
@@ -80,7 +129,8 @@ def test_keys_of_recipes():
     def exists(key: str) -> bool:
         names = key.split(".")
         return importlib.util.find_spec(names[0]) is not None or any(
-            len(field) >= len(names) and all(
+            len(field) >= len(names)
+            and all(
                 have == name or have.startswith("<") or name in ("{}", "*", "%s")
                 for have, name in zip(field, names, strict=False)
             )
@@ -89,7 +139,10 @@ def test_keys_of_recipes():
 
     part = r"(?:[a-z_0-9]+|\{\}|\*|%s)"
     names = rf"(?<![\w.}}/-])((?:{tops})(?:\.{part})+)(?![\w.(*])"
-    assert not missing(names, lambda key: exists(key) or key.endswith((".h", ".md")))
+    assert not missing(
+        names,
+        lambda key: exists(key) or key.endswith((".h", ".md", ".py")) or key in FOREIGN_KEYS,
+    )
 
 
 def test_environment_variables():
@@ -101,8 +154,8 @@ def test_packages_are_those_of_the_project():
     """By their own names: the project itself is on no index."""
     known = (ROOT / "pyproject.toml").read_text(encoding="utf-8") + "DCNv4 s3fs gcsfs adlfs"
     assert not missing(
-        r"pip install (?:--[a-z-]+ )*'?([\w.\[\]-]+)", lambda name: re.search(rf"\b{name}\b", known)
-        is not None and "[" not in name,
+        r"pip install (?:--[a-z-]+ )*'?([\w.\[\]-]+)",
+        lambda name: re.search(rf"\b{name}\b", known) is not None and "[" not in name,
     )
 
 

@@ -99,9 +99,20 @@ def test_a_small_one_from_a_folder_to_the_curves(tmp_path):
             (tmp_path / "pictures" / name / f"{number}.png").write_bytes(buffer.getvalue())
     out = tmp_path / "out"
     arguments = [
-        "--images", str(tmp_path / "pictures"), "--out", str(out), "--seeds", "0", "--steps", "30",
-        "--ways", "InternImage (DCNv3)", "ViT, patches of 16",
-        "--set", "evaluation_every_steps=15", "schedule.warmup_steps=2",
+        "--images",
+        str(tmp_path / "pictures"),
+        "--out",
+        str(out),
+        "--seeds",
+        "0",
+        "--steps",
+        "30",
+        "--ways",
+        "InternImage (DCNv3)",
+        "ViT, patches of 16",
+        "--set",
+        "evaluation_every_steps=15",
+        "schedule.warmup_steps=2",
     ]
     assert compare_mixers.main(arguments) == 0
     table = (out / "table.md").read_text().splitlines()[2:]

@@ -34,7 +34,10 @@ def test_every_run_is_a_valid_recipe_with_the_same_steps_of_each_task(tmp_path):
         assert recipe.steps * each_step == 60 * len(recipe.tasks)
         ways.setdefault(run.way, []).append(sorted(recipe.tasks))
     assert {way: len(found) for way, found in ways.items()} == {
-        "unmixed, MT-AdamW": 2, "unmixed, AdamW": 2, "mixed, AdamW": 2, "one task alone, AdamW": 6
+        "unmixed, MT-AdamW": 2,
+        "unmixed, AdamW": 2,
+        "mixed, AdamW": 2,
+        "one task alone, AdamW": 6,
     }
     assert sorted(map(tuple, ways["one task alone, AdamW"])) == sorted((t,) for t in TASKS * 2)
 

@@ -68,10 +68,26 @@ def test_equals_our_own_evaluation(export, scenes, ours, batch, without_our_mode
 def test_command_line(export, scenes, ours, tmp_path, capsys, without_our_model) -> None:
     sheet, report = tmp_path / "pictures" / "c.png", tmp_path / "m.json"
     status = run(
-        export, "--shards", scenes / "heldout", "--caption-source", "json:captions",
-        "--batch", 4, "--workers", 1, "--sheet", sheet, "--sheet-rows", 2, "--json", report,
-        "--examples", 2, "--device", "cpu",
-    )  # fmt: skip
+        export,
+        "--shards",
+        scenes / "heldout",
+        "--caption-source",
+        "json:captions",
+        "--batch",
+        4,
+        "--workers",
+        1,
+        "--sheet",
+        sheet,
+        "--sheet-rows",
+        2,
+        "--json",
+        report,
+        "--examples",
+        2,
+        "--device",
+        "cpu",
+    )
     assert status == 0
     out = capsys.readouterr().out
     assert "CIDEr-D" in out and "token accuracy" in out
@@ -86,8 +102,20 @@ def test_command_line(export, scenes, ours, tmp_path, capsys, without_our_model)
 
 def test_fewer_samples(export, scenes, tmp_path) -> None:
     report = tmp_path / "m.json"
-    assert run(export, "--shards", scenes / "heldout", "--max-samples", 3, "--workers", 0,
-               "--json", report) == 0
+    assert (
+        run(
+            export,
+            "--shards",
+            scenes / "heldout",
+            "--max-samples",
+            3,
+            "--workers",
+            0,
+            "--json",
+            report,
+        )
+        == 0
+    )
     rows = [c["row"] for c in json.loads(report.read_text())["captions"]]
     assert rows == [0, 3, 6]  # spread over the ten
 
@@ -95,8 +123,20 @@ def test_fewer_samples(export, scenes, tmp_path) -> None:
 def test_samples_that_meet_a_condition(export, scenes, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("OMNIPRETRAIN_CACHE", str(tmp_path / "cache"))
     report, where = tmp_path / "m.json", "key in ['000007', '000002', '000005']"
-    assert run(export, "--shards", scenes / "heldout", "--where", where, "--workers", 0,
-               "--json", report) == 0
+    assert (
+        run(
+            export,
+            "--shards",
+            scenes / "heldout",
+            "--where",
+            where,
+            "--workers",
+            0,
+            "--json",
+            report,
+        )
+        == 0
+    )
     content = json.loads(report.read_text())
     assert [c["row"] for c in content["captions"]] == [2, 5, 7] and content["where"] == where
 
@@ -159,9 +199,23 @@ def subtitle(export, tmp_path, monkeypatch):
 
     def of(*shards, folder=export, where: str | None = None) -> tuple[str, str]:
         report = tmp_path / "m.json"
-        assert run(folder, "--shards", *shards, "--max-samples", 2, "--workers", 0, "--json",
-                   report, "--sheet", tmp_path / "c.png",
-                   *(["--where", where] if where else [])) == 0  # fmt: skip
+        assert (
+            run(
+                folder,
+                "--shards",
+                *shards,
+                "--max-samples",
+                2,
+                "--workers",
+                0,
+                "--json",
+                report,
+                "--sheet",
+                tmp_path / "c.png",
+                *(["--where", where] if where else []),
+            )
+            == 0
+        )
         return drawn[-1].split(":")[0], json.loads(report.read_text())["images"]
 
     return of

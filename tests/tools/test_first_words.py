@@ -12,6 +12,7 @@ from pretrain import __main__ as look
 from pretrain import train
 from pretrain.recipe.checks import TAKEN_NAMES
 from tools.benchmark.__main__ import BENCHMARKS
+from tools.omnipretrain import MODULES
 
 QUICK = [
     ("pretrain.__main__", ["--help"], 0),
@@ -27,32 +28,52 @@ QUICK = [
     ("pretrain.train", ["--resume", "/no/such/run"], 2),
 ]
 ROOT = Path(__file__).parents[2]
-# No entry points for people: ranks of another tool, and what `pretrain.__main__` calls.
-INNER = {"parity_cells"}
 # Arguments that lack something, or of which one is wrong; of every tool.
 WRONG = {
-    "benchmark": ["no_such_benchmark"], "compare_mixers": [], "compare_tasks": ["--steps", "x"],
-    "convert": ["export-graph", "--out", "x.onnx"], "demo": ["--no-such-option"],
-    "evaluate": ["export", "--shards", "x", "--device", "abacus"], "make_shards": ["coco"],
-    "probe": ["run", "--train", "x"], "selfcheck": ["--world", "0"], "shards": ["repack"],
-    "train_tokenizer": ["out"], "watch_memory": [],
+    "benchmark": ["no_such_benchmark"],
+    "compare_mixers": [],
+    "compare_tasks": ["--steps", "x"],
+    "convert": ["export-graph", "--out", "x.onnx"],
+    "demo": ["--no-such-option"],
+    "fetch_checkpoint": [],
+    "evaluate": ["export", "--shards", "x", "--device", "abacus"],
+    "make_shards": ["coco"],
+    "omnipretrain": ["chekc"],
+    "probe": ["run", "--train", "x"],
+    "selfcheck": ["--world", "0"],
+    "shards": ["repack"],
+    "train_tokenizer": ["out"],
+    "watch_memory": [],
 }
 HELP = [
-    *(("convert", command) for command in (
-        "export-git", "import-git", "import-internimage", "export-internimage", "export-graph",
-        "export-weights",
-    )),
+    *(
+        ("convert", command)
+        for command in (
+            "export-git",
+            "import-git",
+            "import-internimage",
+            "export-internimage",
+            "export-graph",
+            "export-weights",
+        )
+    ),
     *(("make_shards", source) for source in ("scenes", "folder", "coco", "table", "voc", "text")),
     *(("benchmark", name) for name in BENCHMARKS),
+    *(("omnipretrain", verb) for verb in MODULES),
     *(("shards", command) for command in ("verify", "stats", "sheet", "repack", "plan", "bench")),
 ]
-TOOLS = sorted(
-    path.stem for path in (ROOT / "tools").glob("*.py")
-    if "__main__" in path.read_text(encoding="utf-8") and path.stem not in INNER
-)
-QUICK += [(f"tools.{tool}", ["--help"], 0) for tool in TOOLS]
-QUICK += [(f"tools.{tool}", [command, "--help"], 0) for tool, command in HELP]
-QUICK += [(f"tools.{tool}", words, 2) for tool, words in WRONG.items()]
+TOOLS = {
+    path.stem: f"tools.{path.stem}"
+    for path in (ROOT / "tools").glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+}
+TOOLS |= {
+    path.parent.name: f"tools.{path.parent.name}.__main__"
+    for path in (ROOT / "tools").glob("*/__main__.py")
+}
+QUICK += [(module, ["--help"], 0) for module in TOOLS.values()]
+QUICK += [(TOOLS[tool], [command, "--help"], 0) for tool, command in HELP]
+QUICK += [(TOOLS[tool], words, 2) for tool, words in WRONG.items()]
 SLOW_MODULES = ("torch", "deepspeed", "transformers")
 
 _RUN = """
@@ -73,8 +94,9 @@ print(json.dumps(found))
 
 def test_first_words_need_no_torch():
     """All in one process, in which nothing may have imported it in the end."""
-    answer = subprocess.run([sys.executable, "-c", _RUN, json.dumps(QUICK)], capture_output=True,
-                            text=True, timeout=120)  # fmt: skip
+    answer = subprocess.run(
+        [sys.executable, "-c", _RUN, json.dumps(QUICK)], capture_output=True, text=True, timeout=120
+    )
     assert answer.returncode == 0, answer.stderr
     for case, (code, said, slow) in zip(QUICK, json.loads(answer.stdout), strict=True):
         assert code == case[2] and said > 20, case
@@ -82,33 +104,44 @@ def test_first_words_need_no_torch():
 
 
 def test_every_tool_is_asked_for_nonsense():
-    assert sorted(WRONG) == TOOLS
+    assert sorted(WRONG) == sorted(TOOLS)
 
 
 def test_names_that_torch_takes():
     """`TAKEN_NAMES` stands for what the installed torch's ModuleDict has."""
     public = {
-        name for name in dir(nn.ModuleDict) if not name.startswith("_")
+        name
+        for name in dir(nn.ModuleDict)
+        if not name.startswith("_")
         # transformers adds methods to all modules, once it is asked for DeepSpeed
         and getattr(getattr(nn.ModuleDict, name), "__module__", "torch").startswith("torch")
     }
     assert public <= TAKEN_NAMES
 
 
-@pytest.mark.parametrize("words", [
-    ["check", "m3i_digits", "--world", "2", "seed=1", "steps=70"],
-    ["check", "--world", "2", "m3i_digits", "seed=1", "steps=70"],
-    ["check", "m3i_digits", "seed=1", "--world", "2", "steps=70"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "m3i_digits", "--world", "2", "seed=1", "steps=70"],
+        ["check", "--world", "2", "m3i_digits", "seed=1", "steps=70"],
+        ["check", "m3i_digits", "seed=1", "--world", "2", "steps=70"],
+    ],
+)
 def test_overrides_and_options_in_any_order(words):
     found = look._parse(words)
     assert (found.recipe, found.overrides, found.world) == ("m3i_digits", ["seed=1", "steps=70"], 2)
 
 
-@pytest.mark.parametrize("arguments, of_other_nodes", [
-    (["--no-such-option"], []), (["git_digits", "--from-step", "3"], []), ([], []),
-    (["git_digits", "stepz=3"], ["2"]), (["no_such_recipe"], ["2"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, of_other_nodes",
+    [
+        (["--no-such-option"], []),
+        (["git_digits", "--from-step", "3"], []),
+        ([], []),
+        (["git_digits", "stepz=3"], ["2"]),
+        (["no_such_recipe"], ["2"]),
+    ],
+)
 def test_what_is_wrong_is_said_once(arguments, of_other_nodes, monkeypatch, capsys):
     """Two nodes of two ranks: rank 0 speaks; of another node one, later, of what it alone may
     have, such as its files."""

@@ -16,8 +16,19 @@ from tools.support.trained import open_run
 
 def test_probes_of_a_run(run_dir, scenes, tmp_path, capsys):
     arguments = [
-        str(run_dir), "--train", str(scenes / "train"), "--test", str(scenes / "heldout"),
-        "--classes", "10", "--workers", "0", "--batch", "7", "--json", str(tmp_path / "p.json"),
+        str(run_dir),
+        "--train",
+        str(scenes / "train"),
+        "--test",
+        str(scenes / "heldout"),
+        "--classes",
+        "10",
+        "--workers",
+        "0",
+        "--batch",
+        "7",
+        "--json",
+        str(tmp_path / "p.json"),
     ]
     assert probe.main(arguments) == 0
     found = json.loads((tmp_path / "p.json").read_text())
@@ -35,9 +46,20 @@ def test_features_are_those_of_the_encoder(run_dir, scenes):
     run = open_run(run_dir)
     name, image = probe.choose_encoder(run, None)
     args = probe._parser().parse_args(
-        [str(run_dir), "--train", "x", "--test", "x", "--classes", "10", "--workers", "0",
-         "--device", "cpu"]
-    )  # fmt: skip
+        [
+            str(run_dir),
+            "--train",
+            "x",
+            "--test",
+            "x",
+            "--classes",
+            "10",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+        ]
+    )
     found, labels = probe.features(run, name, image, [str(scenes / "heldout")], args)
     reader = SampleReader(ShardSet.open(str(scenes / "heldout")))
     rows = [row for row in range(10) if "cls" in reader.read(row).members]
@@ -54,9 +76,23 @@ def test_features_of_an_internimage(scenes, pool):
     encoder = small_encoder(head={"type": "conv"}).eval()
     run = SimpleNamespace(model=SimpleNamespace(encoders={"image": encoder}))
     image = ImageSettings(size=48)
-    args = probe._parser().parse_args(["x", "--train", "x", "--test", "x", "--classes", "10",
-                                       "--workers", "0", "--device", "cpu",
-                                       "--pool", pool])  # fmt: skip
+    args = probe._parser().parse_args(
+        [
+            "x",
+            "--train",
+            "x",
+            "--test",
+            "x",
+            "--classes",
+            "10",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+            "--pool",
+            pool,
+        ]
+    )
     found, labels = probe.features(run, "image", image, [str(scenes / "heldout")], args)
     reader = SampleReader(ShardSet.open(str(scenes / "heldout")))
     row = next(row for row in range(10) if "cls" in reader.read(row).members)
@@ -73,14 +109,26 @@ def test_features_of_an_internimage(scenes, pool):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(["--encoder", "text"], "choose one of the run's encoders of images with --encoder: image"),
-     (["--test", "nowhere"], "nowhere"),
-     (["--test", "to[/] see"], "to[/] see"),
-     (["--label-source", "json:nothing"], "no sample has a label")],
+    [
+        (["--encoder", "text"], "choose one of the run's encoders of images with --encoder: image"),
+        (["--test", "nowhere"], "nowhere"),
+        (["--test", "to[/] see"], "to[/] see"),
+        (["--label-source", "json:nothing"], "no sample has a label"),
+    ],
 )
 def test_errors_are_one_line(run_dir, scenes, change, words, capsys):
-    arguments = [str(run_dir), "--train", str(scenes / "train"), "--test", str(scenes / "heldout"),
-                 "--classes", "10", "--workers", "0", *change]
+    arguments = [
+        str(run_dir),
+        "--train",
+        str(scenes / "train"),
+        "--test",
+        str(scenes / "heldout"),
+        "--classes",
+        "10",
+        "--workers",
+        "0",
+        *change,
+    ]
     assert probe.main(arguments) == 1
     message = capsys.readouterr().err
     assert words in " ".join(message.split()) and "Traceback" not in message
@@ -88,8 +136,10 @@ def test_errors_are_one_line(run_dir, scenes, change, words, capsys):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(["--batch", "0"], "--batch: '0' is not a number from 1 on"),
-     (["--json", "nowhere/a.json"], "--json nowhere/a.json: there is no folder nowhere")],
+    [
+        (["--batch", "0"], "--batch: '0' is not a number from 1 on"),
+        (["--json", "nowhere/a.json"], "--json nowhere/a.json: there is no folder nowhere"),
+    ],
 )
 def test_wrong_usage_is_told_before_anything_is_computed(change, words, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -29,12 +29,20 @@ def test_equal_bytes_in_any_process(tmp_path):
     lines.write_text("\n".join(caption(number) for number in range(3000)), encoding="utf-8")
     for threads in ("1", "5"):
         subprocess.run(
-            [sys.executable, "-m", "tools.train_tokenizer", tmp_path / threads, "--text", lines,
-             "--vocab-size", "500"],
+            [
+                sys.executable,
+                "-m",
+                "tools.train_tokenizer",
+                tmp_path / threads,
+                "--text",
+                lines,
+                "--vocab-size",
+                "500",
+            ],
             cwd=Path(__file__).parents[2],
             env=os.environ | {"PYTHONHASHSEED": threads, "RAYON_NUM_THREADS": threads},
             check=True,
-        )  # fmt: skip
+        )
     assert saved(tmp_path / "1") == saved(tmp_path / "5")
 
 

@@ -15,9 +15,10 @@
 
 Ratios compare cases of the same run, which take turns; figures are medians of at least five
 repetitions, unless these take longer than five minutes: then the result says how many there were.
-`--long` takes all of them, as the README's figures do. Each case is said as it is measured.
+`--long` takes all of them, as the figures in README.md beside this file did. Each case is said as
+it is measured.
 
-Each benchmark is a module `tools/bench_<name>.py` with `run(args) -> dict`, its arguments in
+Each benchmark is a module `tools/benchmark/<name>.py` with `run(args) -> dict`, its arguments in
 `tools/benchmark/arguments.py`:
 
     title: str

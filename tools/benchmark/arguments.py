@@ -28,10 +28,12 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
 def _dcnv3(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads")
     parser.add_argument("--types", nargs="+", default=list(_TYPES), choices=_TYPES)
-    parser.add_argument("--depths", type=int, nargs="+", default=[16, 32],
-                        help="channels of a group")  # fmt: skip
-    parser.add_argument("--scale", type=float, default=1.0,
-                        help="height and width of the shapes times this")  # fmt: skip
+    parser.add_argument(
+        "--depths", type=int, nargs="+", default=[16, 32], help="channels of a group"
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="height and width of the shapes times this"
+    )
 
 
 def _decode(parser: argparse.ArgumentParser) -> None:
@@ -83,8 +85,12 @@ def _git(parser: argparse.ArgumentParser) -> None:
 def _gpu(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda", help="cpu only shows that it runs")
     parser.add_argument("--batch", type=int, default=64, help="images for the kernels")
-    parser.add_argument("--models", nargs="*", default=["T:128", "B:64", "H:16"],
-                        help="size:batch of the models to train")  # fmt: skip
+    parser.add_argument(
+        "--models",
+        nargs="*",
+        default=["T:128", "B:64", "H:16"],
+        help="size:batch of the models to train",
+    )
     parser.add_argument("--image", type=int, default=224, help="pixels of the models' images")
     parser.add_argument("--copy-mib", type=int, default=1024, help="size of the copy")
 

@@ -60,21 +60,35 @@ def _measure(args: argparse.Namespace, ranks, folder: Path) -> dict[str, Any]:
     finally:
         bench.checkpoints.close()
     stalls = {name: median(turn.stall for turn in done) for name, done in turns.items()}
-    share = median(b.stall / s.stall
-                   for b, s in zip(turns[BEHIND], turns[SYNCHRONOUS], strict=True))
+    share = median(
+        b.stall / s.stall for b, s in zip(turns[BEHIND], turns[SYNCHRONOUS], strict=True)
+    )
     return {
         "title": f"Saving {bench.size / 1e6:,.0f} MB on one rank (ZeRO-{args.zero})",
         "rows": [
-            {"case": name, "stall s": stalls[name],
-             "share of ours between steps": stalls[name] / stalls[SYNCHRONOUS],
-             "durable after s": median(turn.durable for turn in done),
-             "steps meanwhile, times as long": _slower(done, quiet)}
+            {
+                "case": name,
+                "stall s": stalls[name],
+                "share of ours between steps": stalls[name] / stalls[SYNCHRONOUS],
+                "durable after s": median(turn.durable for turn in done),
+                "steps meanwhile, times as long": _slower(done, quiet),
+            }
             for name, done in turns.items()
         ],
-        "bars": [{"what": "stall of an asynchronous save, share of one between steps",
-                  "measured": share, "bar": 0.1, "at_least": False},
-                 {"what": "the same, times as long as a copy in memory takes", "at_least": False,
-                  "measured": stalls[BEHIND] / stalls[COPY], "bar": 1.5}],
+        "bars": [
+            {
+                "what": "stall of an asynchronous save, share of one between steps",
+                "measured": share,
+                "bar": 0.1,
+                "at_least": False,
+            },
+            {
+                "what": "the same, times as long as a copy in memory takes",
+                "at_least": False,
+                "measured": stalls[BEHIND] / stalls[COPY],
+                "bar": 1.5,
+            },
+        ],
         "notes": [
             f"the first asynchronous save, which allocates its memory: {first.stall:.2f} s",
             f"a step without a save takes {quiet:.2f} s; the writer runs at a lower priority, and "
@@ -148,8 +162,9 @@ class _Bench:
         seconds = time.perf_counter() - begun
         return Turn(seconds, seconds)
 
-    def _meanwhile(self, begin: Callable[[], None], busy: Callable[[], bool],
-                   advance: Callable[[], bool]) -> Turn:  # fmt: skip
+    def _meanwhile(
+        self, begin: Callable[[], None], busy: Callable[[], bool], advance: Callable[[], bool]
+    ) -> Turn:
         """Begin a save, take steps while it is `busy`, and `advance` it until it has ended."""
         begun = time.perf_counter()
         begin()
@@ -166,8 +181,11 @@ class _Bench:
         self.checkpoints.save(self.engine, 1, {})
 
     def _behind(self) -> Turn:
-        return self._meanwhile(lambda: self.checkpoints.begin(self.engine, 2, {}),
-                               self.checkpoints.busy, self.checkpoints.advance)
+        return self._meanwhile(
+            lambda: self.checkpoints.begin(self.engine, 2, {}),
+            self.checkpoints.busy,
+            self.checkpoints.advance,
+        )
 
     def _dcp(self) -> Turn:
         import torch.distributed.checkpoint as dcp
@@ -175,10 +193,9 @@ class _Bench:
         place, going = self.folder / "dcp", []
         try:
             return self._meanwhile(
-                lambda: going.append(
-                    dcp.async_save(dict(self.tensors), checkpoint_id=str(place))
-                ),
-                lambda: not going[0].done(), lambda: going[0].result() is not going,
+                lambda: going.append(dcp.async_save(dict(self.tensors), checkpoint_id=str(place))),
+                lambda: not going[0].done(),
+                lambda: going[0].result() is not going,
             )
         finally:
             shutil.rmtree(place, ignore_errors=True)

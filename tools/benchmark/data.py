@@ -156,9 +156,7 @@ class DataBench:
         self.transform = ImageTransform(self.image)
         self.big_order = Order.plan(10**9, 0, 1024)
         urls = [shard.path for shard in shards.shards]
-        self.peers = Peers(
-            urls, self.image, self.tokenizer.encode, self._collate, BATCH, WORKERS
-        )
+        self.peers = Peers(urls, self.image, self.tokenizer.encode, self._collate, BATCH, WORKERS)
 
     def ours(self) -> float:
         """The loader of this project."""

@@ -64,8 +64,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         speed = _machine_speed()
         cases = list(_cases(args, threads))
         difference = max(difference, *(_difference(case) for case in cases if case.what == FORWARD))
-        steps = {(case, who): repeated(_step(case, who), case.elements)
-                 for case in cases for who in (OURS, PEER)}  # fmt: skip
+        steps = {
+            (case, who): repeated(_step(case, who), case.elements)
+            for case in cases
+            for who in (OURS, PEER)
+        }
         times = interleaved(steps, args.repeats, sharers=len(args.threads) - done)
         for case in cases:
             ours, peer = times[case, OURS], times[case, PEER]
@@ -74,16 +77,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     say("peak memory, each case in a process of its own")
     memory = list(_memory(args))
     bars = [
-        {"what": f"times as fast as {PEER}: {what}, {_text(shape)}, threads: {threads}",
-         "measured": min(measured), "bar": 4.0, "at_least": True}
+        {
+            "what": f"times as fast as {PEER}: {what}, {_text(shape)}, threads: {threads}",
+            "measured": min(measured),
+            "bar": 4.0,
+            "at_least": True,
+        }
         for (threads, shape, what), measured in ratios.items()
     ] + [
-        {"what": f"peak memory in sizes of the results: {case.what}, {case.type}", "bar": 1.5,
-         "measured": rise, "at_least": False}
-        for case, who, rise in memory if who == OURS
-    ]  # fmt: skip
-    peers = ", ".join(f"{rise:.1f} ({case.what}, {case.type})"
-                      for case, who, rise in memory if who == PEER)  # fmt: skip
+        {
+            "what": f"peak memory in sizes of the results: {case.what}, {case.type}",
+            "bar": 1.5,
+            "measured": rise,
+            "at_least": False,
+        }
+        for case, who, rise in memory
+        if who == OURS
+    ]
+    peers = ", ".join(
+        f"{rise:.1f} ({case.what}, {case.type})" for case, who, rise in memory if who == PEER
+    )
     return {
         "title": f"DCNv3 on the CPU, {SHAPES[0][0]} images, 3x3 points, offsets of one pixel",
         "rows": rows,
@@ -209,8 +222,10 @@ def _machine_speed() -> tuple[float, float]:
             spans.append(time.perf_counter() - start)
         return min(spans)
 
-    return (2 * source.nbytes / best(lambda: target.copy_(source)),
-            2 * len(square) ** 3 / best(lambda: square @ square))
+    return (
+        2 * source.nbytes / best(lambda: target.copy_(source)),
+        2 * len(square) ** 3 / best(lambda: square @ square),
+    )
 
 
 def _memory(args: argparse.Namespace) -> Iterator[tuple[_Case, str, float]]:

@@ -74,13 +74,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "bars": [
             {"what": what, "measured": default[column], "bar": bar, "at_least": True}
             for what, column, bar in (
-                (f"margin {DEFAULT:g}: speed / full size with Pillow's resize",
-                 "speed / Pillow's resize", 2.0),
+                (
+                    f"margin {DEFAULT:g}: speed / full size with Pillow's resize",
+                    "speed / Pillow's resize",
+                    2.0,
+                ),
                 (f"margin {DEFAULT:g}: PSNR, mean in dB", "PSNR mean", 43.0),
             )
         ],
         "notes": [
-            bench.describe(), "PSNR: of the images that the margin lets be scaled, in dB",
+            bench.describe(),
+            "PSNR: of the images that the margin lets be scaled, in dB",
             "the limit is Huffman decoding of whole images, which no scale saves; a window saves "
             "that of what lies below it",
         ],

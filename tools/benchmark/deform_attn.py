@@ -44,17 +44,39 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             ours, peer = times[name, what, OURS], times[name, what, PEER]
             speed = ratio(ours, peer)
             nanoseconds = [1e9 * median(m.wall_seconds / m.items for m in t) for t in (ours, peer)]
-            rows.append({"queries": name, "threads": threads, "pass": what, "ns": nanoseconds[0],
-                         "peer": nanoseconds[1], "ratio": speed})  # fmt: skip
-            bars.append({"what": f"times as fast as {PEER}: {what}, {name}, threads: {threads}",
-                         "measured": speed, "bar": 4.0, "at_least": True})  # fmt: skip
-    notes = [f"largest difference between the two outputs: {_difference(args.images):.1e}",
-             "ns, peer: nanoseconds for an element of the output"]  # fmt: skip
+            rows.append(
+                {
+                    "queries": name,
+                    "threads": threads,
+                    "pass": what,
+                    "ns": nanoseconds[0],
+                    "peer": nanoseconds[1],
+                    "ratio": speed,
+                }
+            )
+            bars.append(
+                {
+                    "what": f"times as fast as {PEER}: {what}, {name}, threads: {threads}",
+                    "measured": speed,
+                    "bar": 4.0,
+                    "at_least": True,
+                }
+            )
+    notes = [
+        f"largest difference between the two outputs: {_difference(args.images):.1e}",
+        "ns, peer: nanoseconds for an element of the output",
+    ]
     say("peak memory, each side in a process of its own")
     peak, its_peak = (in_fresh_process(_peak_here, args.images, who) for who in (OURS, PEER))
     if peak is not None and its_peak is not None:
-        bars.append({"what": "peak memory in sizes of the results: encoder, both ways",
-                     "measured": peak, "bar": 1.5, "at_least": False})  # fmt: skip
+        bars.append(
+            {
+                "what": "peak memory in sizes of the results: encoder, both ways",
+                "measured": peak,
+                "bar": 1.5,
+                "at_least": False,
+            }
+        )
         notes.append(f"peak memory of {PEER}, in sizes of the results: {its_peak:.1f}")
     return {
         "title": f"Multi-scale deformable attention on the CPU, {args.images} images, float32",
@@ -94,9 +116,7 @@ def _call(who: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
     theirs, sizes = MultiScaleDeformableAttention(), torch.tensor(_SIZES)
     starts = torch.cat([sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]])
-    return lambda value, places, weights: theirs(
-        value, sizes, _SIZES, starts, places, weights, 64
-    )
+    return lambda value, places, weights: theirs(value, sizes, _SIZES, starts, places, weights, 64)
 
 
 def _step(images: int, name: str, what: str, who: str) -> Callable[[], None]:

@@ -51,16 +51,27 @@ def _measure(args: argparse.Namespace, ranks, folder: Path) -> dict[str, Any]:
     overhead = median(o / b for o, b in zip(ours, bare, strict=True)) - 1
     return {
         "title": f"One optimizer step (ZeRO-{args.zero}, {args.tasks} task(s) in turn, "
-                 f"{args.micro_steps} micro-steps of {args.batch} images, one process)",
+        f"{args.micro_steps} micro-steps of {args.batch} images, one process)",
         "rows": [
-            {"case": name, "wall ms": 1e3 * median(wall[name]),
-             "CPU ms": 1e3 * median(seconds[name])}
+            {
+                "case": name,
+                "wall ms": 1e3 * median(wall[name]),
+                "CPU ms": 1e3 * median(seconds[name]),
+            }
             for name in cases
         ],
-        "bars": [{"what": "CPU time of the loop above the bare engine, share of a step",
-                  "measured": overhead, "bar": 0.02, "at_least": False}],
-        "notes": [f"the difference is {1e3 * (median(ours) - median(bare)):.2f} ms a step; metrics "
-                  f"are reduced and written every {args.log_every} steps"],
+        "bars": [
+            {
+                "what": "CPU time of the loop above the bare engine, share of a step",
+                "measured": overhead,
+                "bar": 0.02,
+                "at_least": False,
+            }
+        ],
+        "notes": [
+            f"the difference is {1e3 * (median(ours) - median(bare)):.2f} ms a step; metrics "
+            f"are reduced and written every {args.log_every} steps"
+        ],
     }
 
 
@@ -104,23 +115,34 @@ def _model(args: argparse.Namespace):
     from pretrain.objectives.captioning.captioning import Captioning
     from pretrain.objectives.classification import ClassificationSettings
 
-    encoder = VisionTransformer(
-        image_size=64, patch_size=8, width=args.width, layers=4, heads=4
-    )
+    encoder = VisionTransformer(image_size=64, patch_size=8, width=args.width, layers=4, heads=4)
     pixels = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.25, 0.25, 0.25)}
     decoder = GitDecoder(
-        VOCABULARY, args.width, width=args.width, layers=2, heads=4, mlp_width=4 * args.width,
+        VOCABULARY,
+        args.width,
+        width=args.width,
+        layers=2,
+        heads=4,
+        mlp_width=4 * args.width,
         max_positions=64,
     )
-    objectives = {"caption": Captioning(
-        decoder, encoder="image",
-        encoder_cost=lambda h, w: (encoder.tokens(h, w), 3 * encoder.flops(h, w)),
-        visual_width=args.width, bos_id=1, eos_id=2, pad_id=0, **pixels,
-    )}
+    objectives = {
+        "caption": Captioning(
+            decoder,
+            encoder="image",
+            encoder_cost=lambda h, w: (encoder.tokens(h, w), 3 * encoder.flops(h, w)),
+            visual_width=args.width,
+            bos_id=1,
+            eos_id=2,
+            pad_id=0,
+            **pixels,
+        )
+    }
     if args.tasks == 2:
         settings = ClassificationSettings(type="classification")
-        objectives["classify"] = settings.build(BuildContext(
-            {"image": encoder}, None, **pixels, classes=CLASSES))
+        objectives["classify"] = settings.build(
+            BuildContext({"image": encoder}, None, **pixels, classes=CLASSES)
+        )
     return MultiTaskModel({"image": encoder}, objectives)
 
 
@@ -181,8 +203,14 @@ def _ours(args: argparse.Namespace, engine, batches: dict[str, list], ranks, fol
     throughput = Throughput(ranks, peak_tflops_per_device=None)
     schedule = _schedule(args)
     loop = Loop(
-        engine, ranks, 0, (1e-4, lambda step: 1.0), 0,
-        dict.fromkeys(_weights(args), args.batch * args.micro_steps), control, StopSignals(),
+        engine,
+        ranks,
+        0,
+        (1e-4, lambda step: 1.0),
+        0,
+        dict.fromkeys(_weights(args), args.batch * args.micro_steps),
+        control,
+        StopSignals(),
         schedule.loss_weights,
         before_step=TaskBalance(engine, _settings(args), schedule.ratio).before_step,
     )
@@ -196,7 +224,8 @@ def _ours(args: argparse.Namespace, engine, batches: dict[str, list], ranks, fol
 
     def case() -> int:
         loop.run(
-            windows(), TrainerState(),
+            windows(),
+            TrainerState(),
             wants_report=lambda step, stops: log.due(step + 1, args.steps),
             on_report=lambda state, report: log.log(
                 state.step, report.task, throughput.describe(report)

@@ -137,8 +137,9 @@ def _settings(args: argparse.Namespace) -> tuple[VitSettings, GitDecoderSettings
 def _model(args: argparse.Namespace) -> MultiTaskModel:
     vit, decoder = _settings(args)
     encoders = {"image": vit.build()}
-    objective = CaptioningSettings(decoder=decoder, label_smoothing=0.0).build(BuildContext(
-        encoders, _Vocabulary(args.vocabulary), _MEAN, _STD))
+    objective = CaptioningSettings(decoder=decoder, label_smoothing=0.0).build(
+        BuildContext(encoders, _Vocabulary(args.vocabulary), _MEAN, _STD)
+    )
     model = MultiTaskModel(encoders, {"caption": objective})
     initialise(model, seed=0)
     return model

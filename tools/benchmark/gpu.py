@@ -26,10 +26,12 @@ from tools.support.measure import say, seconds_left, shorten
 POINTS = 9
 # (name, height, width, channels, channels of a group) of the stages that InternImage runs at 224.
 STAGES = (
-    ("T, stage 1", 56, 56, 64, 16), ("T, stage 3", 14, 14, 256, 16),
+    ("T, stage 1", 56, 56, 64, 16),
+    ("T, stage 3", 14, 14, 256, 16),
     ("B, stage 2", 28, 28, 224, 16),
-    ("H, stage 1", 56, 56, 320, 32), ("H, stage 3", 14, 14, 1280, 32),
-)  # fmt: skip
+    ("H, stage 1", 56, 56, 320, 32),
+    ("H, stage 3", 14, 14, 1280, 32),
+)
 FORWARD, BACKWARD = "forward", "backward"
 BARS = {FORWARD: 0.6, BACKWARD: 0.35}
 """Share of the speed of a copy to aim at."""
@@ -73,11 +75,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def floor_bars(rows: list[dict[str, Any]], column: str, what_it_is: str) -> list[dict[str, Any]]:
     """BARS, against the least of a column over the rows of DCNv3 in bfloat16."""
     return [
-        {"what": f"DCNv3 {what}, bfloat16: {what_it_is}", "at_least": True, "bar": bar,
-         "measured": min(row[column] for row in rows
-                         if row["pass"] == what and row["type"] == "bfloat16")}
+        {
+            "what": f"DCNv3 {what}, bfloat16: {what_it_is}",
+            "at_least": True,
+            "bar": bar,
+            "measured": min(
+                row[column] for row in rows if row["pass"] == what and row["type"] == "bfloat16"
+            ),
+        }
         for what, bar in BARS.items()
-    ]  # fmt: skip
+    ]
 
 
 class _Clock:
@@ -129,9 +136,16 @@ def _matmul_speed(clock: _Clock) -> float:
 
 
 def _kernel_rows(
-    clock: _Clock, batch: int, name: str, height: int, width: int, channels: int, depth: int,
-    dtype: torch.dtype, copy: float,
-) -> list[dict[str, Any]]:  # fmt: skip
+    clock: _Clock,
+    batch: int,
+    name: str,
+    height: int,
+    width: int,
+    channels: int,
+    depth: int,
+    dtype: torch.dtype,
+    copy: float,
+) -> list[dict[str, Any]]:
     groups = channels // depth
     inputs = _inputs(batch, height, width, channels, groups, dtype, clock.device)
     output = dcnv3(*inputs, groups=groups)
@@ -150,11 +164,17 @@ def _kernel_rows(
                 lambda *t: dcnv3(*t, groups=groups, backend="torch"),
             )
         )
-        rows.append({
-            "case": name, "type": str(dtype).removeprefix("torch."), "pass": what,
-            "ms": 1e3 * ours, "share of the floor": bytes_of[what] / copy / ours,
-            "grid_sample / ours": peer / ours, "plain PyTorch / ours": plain / ours,
-        })  # fmt: skip
+        rows.append(
+            {
+                "case": name,
+                "type": str(dtype).removeprefix("torch."),
+                "pass": what,
+                "ms": 1e3 * ours,
+                "share of the floor": bytes_of[what] / copy / ours,
+                "grid_sample / ours": peer / ours,
+                "plain PyTorch / ours": plain / ours,
+            }
+        )
         if function is not None:
             rows[-1]["DCNv4 / ours"] = _dcnv4(clock, function, inputs, groups, output, what) / ours
         say(f"  {1e3 * ours:.3g} ms, grid_sample {1e3 * peer:.3g} ms")
@@ -177,8 +197,9 @@ def _dcnv4(
         if not gap < 0.05:
             warnings.warn(
                 f"DCNv4 computes something else than DCNv3 (by {gap:.2g}) and is not timed: its "
-                "layout is not the one that tools/benchmark/dcnv4.py knows", stacklevel=2,
-            )  # fmt: skip
+                "layout is not the one that tools/benchmark/dcnv4.py knows",
+                stacklevel=2,
+            )
             return float("nan")
         return clock.seconds(_pass(call, own, torch.randn_like(output), what))
     except RuntimeError:  # its backward pass has no bfloat16 in some releases
@@ -186,9 +207,14 @@ def _dcnv4(
 
 
 def _inputs(
-    batch: int, height: int, width: int, channels: int, groups: int, dtype: torch.dtype,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    groups: int,
+    dtype: torch.dtype,
     device: torch.device,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     generator = torch.Generator(device=device).manual_seed(0)
     value, offset, mask = (
         torch.randn(batch, height, width, size, generator=generator, device=device)
@@ -202,6 +228,7 @@ def _pass(
     call: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, what: str
 ) -> Callable[[], Any]:
     if what == FORWARD:
+
         def forward() -> Tensor:
             with torch.no_grad():
                 return call(*inputs)
@@ -211,9 +238,7 @@ def _pass(
     return lambda: torch.autograd.grad(output, inputs, upstream, retain_graph=True)
 
 
-def _model_row(
-    clock: _Clock, size: str, batch: str, pixels: int, peak: float
-) -> dict[str, Any]:
+def _model_row(clock: _Clock, size: str, batch: str, pixels: int, peak: float) -> dict[str, Any]:
     device = clock.device
     say(f"InternImage-{size}, {batch} images ...")
     with torch.device(device):
@@ -236,11 +261,15 @@ def _model_row(
     flops = 3 * int(batch) * model.flops(pixels, pixels) / seconds
     used = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return {
-        "case": f"InternImage-{size}, {pixels} px, {batch} images", "type": "bfloat16",
-        "pass": "training step", "ms": 1e3 * seconds,
-        "images/s": int(batch) / seconds, "TFLOP/s": flops / 1e12, "MFU": flops / peak,
+        "case": f"InternImage-{size}, {pixels} px, {batch} images",
+        "type": "bfloat16",
+        "pass": "training step",
+        "ms": 1e3 * seconds,
+        "images/s": int(batch) / seconds,
+        "TFLOP/s": flops / 1e12,
+        "MFU": flops / peak,
         "peak GiB": used,
-    }  # fmt: skip
+    }
 
 
 def _name(device: torch.device) -> str:

@@ -79,12 +79,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 share = found[0]["share of the floor at most"]
                 say(f"  at most {share:.2f} of the floor")
     spilled = max(row["spilled bytes"] for row in rows)
-    bars = [{"what": "bytes of registers spilled", "measured": spilled, "bar": 0,
-             "at_least": False}]  # fmt: skip
+    bars = [
+        {"what": "bytes of registers spilled", "measured": spilled, "bar": 0, "at_least": False}
+    ]
     dcnv3 = [row for row in rows if row["case"].startswith("DCNv3")]
-    bars += floor_bars(
-        dcnv3, "share of the floor at most", "least share that instructions allow"
-    )
+    bars += floor_bars(dcnv3, "share of the floor at most", "least share that instructions allow")
     return {
         "title": f"Machine code for one {args.gpu} (sm_{gpu.capability}); nothing was run",
         "rows": rows,
@@ -127,22 +126,29 @@ def candidates(case: Case, what: str, dtype: torch.dtype, gpu: Gpu) -> list[dict
         # Of a corner, by a thread: reads of 16 bytes, or additions.
         accesses = case.channels * items // 32 // settings["WIDTH"]
         instructions = executed(
-            code, f"LDG.E.{8 * ACCESS}" if forward else "RED", case.corners * accesses,
+            code,
+            f"LDG.E.{8 * ACCESS}" if forward else "RED",
+            case.corners * accesses,
             case.inner * accesses,
-        )  # fmt: skip
+        )
         issue = instructions / items / (gpu.multiprocessors * _SCHEDULERS * gpu.clock)
         floor = case.touched[what] / (_COPY * gpu.bandwidth)
-        rows.append({
-            "case": case.name, "type": str(dtype).removeprefix("torch."), "pass": what,
-            "span, points": f"{config.kwargs['SPAN']}, {config.kwargs['UNROLL']}",
-            "registers": code.registers, "spilled bytes": code.spilled,
-            "warps resident": resident(code.registers, code.warps),
-            "instructions an item": instructions / items,
-            "share of the floor at most": floor / issue,
-            "added / touched": (
-                None if forward else case.corners * case.channels * 4 / case.touched[what]
-            ),
-        })  # fmt: skip
+        rows.append(
+            {
+                "case": case.name,
+                "type": str(dtype).removeprefix("torch."),
+                "pass": what,
+                "span, points": f"{config.kwargs['SPAN']}, {config.kwargs['UNROLL']}",
+                "registers": code.registers,
+                "spilled bytes": code.spilled,
+                "warps resident": resident(code.registers, code.warps),
+                "instructions an item": instructions / items,
+                "share of the floor at most": floor / issue,
+                "added / touched": (
+                    None if forward else case.corners * case.channels * 4 / case.touched[what]
+                ),
+            }
+        )
     return rows
 
 
@@ -175,12 +181,18 @@ def _dcnv3(channels: int, groups: int, dtype: torch.dtype) -> Case:
     sizes = module.geometry(value, out, window)
     inputs = channels + 3 * window.points
     return Case(
-        f"DCNv3, {groups} groups of {channels}", module,
+        f"DCNv3, {groups} groups of {channels}",
+        module,
         ((value, offset, mask, out, *sizes), module.settings(value, offset, out, window)),
-        ((out, value, offset, mask, buffer, offset.clone(), mask.clone(), scale, *sizes),
-         {"FIXED": False} | module.settings(value, offset, out, window, buffer)),
-        channels, 4 * window.points, 4 * window.points, _touched(inputs, channels, dtype),
-    )  # fmt: skip
+        (
+            (out, value, offset, mask, buffer, offset.clone(), mask.clone(), scale, *sizes),
+            {"FIXED": False} | module.settings(value, offset, out, window, buffer),
+        ),
+        channels,
+        4 * window.points,
+        4 * window.points,
+        _touched(inputs, channels, dtype),
+    )
 
 
 def _attention(channels: int, heads: int, dtype: torch.dtype) -> Case:
@@ -196,12 +208,28 @@ def _attention(channels: int, heads: int, dtype: torch.dtype) -> Case:
     sizes = module.geometry(value, pixels, (heights, widths))
     points = len(MAPS) * POINTS
     return Case(
-        f"attention, {heads} heads of {channels}, {len(MAPS)} maps", module,
+        f"attention, {heads} heads of {channels}, {len(MAPS)} maps",
+        module,
         ((value, locations, weights, out, *sizes), module.settings(value, locations, out)),
-        ((out, value, locations, weights, buffer, locations.clone(), weights.clone(), scale,
-          *sizes), {"FIXED": False} | module.settings(value, locations, out, buffer)),
-        channels, 4 * points, 4 * POINTS, _touched(channels + 3 * points, channels, dtype),
-    )  # fmt: skip
+        (
+            (
+                out,
+                value,
+                locations,
+                weights,
+                buffer,
+                locations.clone(),
+                weights.clone(),
+                scale,
+                *sizes,
+            ),
+            {"FIXED": False} | module.settings(value, locations, out, buffer),
+        ),
+        channels,
+        4 * points,
+        4 * POINTS,
+        _touched(channels + 3 * points, channels, dtype),
+    )
 
 
 def _touched(inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, float]:

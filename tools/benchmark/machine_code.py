@@ -64,9 +64,14 @@ def compiled(
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     instructions, loops = _parsed(listing)
     return Code(
-        registers, stack, binary.metadata.shared, config.num_warps, instructions, loops,
+        registers,
+        stack,
+        binary.metadata.shared,
+        config.num_warps,
+        instructions,
+        loops,
         binary.asm["ptx"],
-    )  # fmt: skip
+    )
 
 
 def executed(code: Code, mark: str, expected: int, inner: int) -> int:
@@ -84,8 +89,11 @@ def executed(code: Code, mark: str, expected: int, inner: int) -> int:
             this function thinks.
     """
     # Some loops end with a call of a label in the kernel, which does not return.
-    called = {target for name, target in code.instructions
-              if name.startswith("CALL") and not str(target).startswith(".L_x_")}  # fmt: skip
+    called = {
+        target
+        for name, target in code.instructions
+        if name.startswith("CALL") and not str(target).startswith(".L_x_")
+    }
     if called:
         raise ValueError(f"what {called} execute is not known")
     marked = [name.startswith(mark) for name, _ in code.instructions]
@@ -147,9 +155,12 @@ def _said(program: str, *arguments: Any) -> str:
 
     path = getattr(knobs.nvidia, program).path
     done = subprocess.run(
-        [path, *map(str, arguments)], capture_output=True, encoding="utf-8", errors="replace",
+        [path, *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
-    )  # fmt: skip
+    )
     if done.returncode:
         raise RuntimeError(f"{program} failed: {done.stderr.strip()[-500:]}")
     return done.stdout

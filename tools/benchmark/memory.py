@@ -43,9 +43,14 @@ REAL_SHARDS, MOST_PER_SHARD = 4, 1000
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure in a process that holds nothing else."""
     rows = in_fresh_process(
-        measure, options.workers, options.rows, options.batch, options.steps, options.repeats,
+        measure,
+        options.workers,
+        options.rows,
+        options.batch,
+        options.steps,
+        options.repeats,
         seconds_left(),
-    )  # fmt: skip
+    )
     taken = rows[0]["samples"] // options.batch
     if taken < min(options.steps, options.rows // options.batch):
         shorten(f"{taken} of {options.steps} steps of each epoch")
@@ -99,9 +104,14 @@ def measure(
             return (WARM_UPS + (step - first) // loaded) * per_epoch + (step - first) % loaded
 
         loader = StepLoader(
-            {"bench": stream}, lambda step: ("bench", visit(step)), LoaderSettings(workers=workers),
-            rank=0, world=1, start_step=0, stop_step=first + EPOCHS * loaded,
-        )  # fmt: skip
+            {"bench": stream},
+            lambda step: ("bench", visit(step)),
+            LoaderSettings(workers=workers),
+            rank=0,
+            world=1,
+            start_step=0,
+            stop_step=first + EPOCHS * loaded,
+        )
         say(f"{WARM_UPS} beginnings of {warm} steps, then {EPOCHS} epochs of {loaded}")
         found: list[dict[str, Any]] = []
         last: list[float] = []
@@ -119,9 +129,14 @@ def measure(
 def _steps_a_second(stream: TaskStream, workers: int) -> float:
     """Of a loader that has started; `stream` can be loaded from its begin afterwards."""
     loader = StepLoader(
-        {"bench": stream}, lambda step: ("bench", step), LoaderSettings(workers=workers),
-        rank=0, world=1, start_step=0, stop_step=_TRIED,
-    )  # fmt: skip
+        {"bench": stream},
+        lambda step: ("bench", step),
+        LoaderSettings(workers=workers),
+        rank=0,
+        world=1,
+        start_step=0,
+        stop_step=_TRIED,
+    )
     times = [time.perf_counter() for _ in loader]
     rate = (len(times) - 1) / (times[-1] - times[0])
     say(f"{rate:.1f} steps a second")
@@ -143,9 +158,14 @@ def _stream(folder: Path, n_rows: int, batch: int) -> TaskStream:
         shards=[str(folder)], classes=10, image=ImageSettings(size=SIDE, mode="center_crop")
     )
     return TaskStream(
-        "bench", SampleReader(shards), Order.plan(len(shards), 0, batch),
-        LabelProcessor(settings, train=True), 0, batch, batch,
-    )  # fmt: skip
+        "bench",
+        SampleReader(shards),
+        Order.plan(len(shards), 0, batch),
+        LabelProcessor(settings, train=True),
+        0,
+        batch,
+        batch,
+    )
 
 
 def _memory_mib() -> float:

@@ -40,29 +40,44 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     count = args.elements * args.tensors
     return {
         "title": f"One optimizer step on {args.tensors} x {args.elements:,} float32 elements "
-                 f"({args.device}, threads: {args.threads})",
+        f"({args.device}, threads: {args.threads})",
         "rows": [
-            {"case": name, "ns per element": 1e9 * median(_seconds(times[name])),
-             "temporary MiB": memory[name],
-             "bytes per element": None if memory[name] is None else memory[name] * 2**20 / count}
+            {
+                "case": name,
+                "ns per element": 1e9 * median(_seconds(times[name])),
+                "temporary MiB": memory[name],
+                "bytes per element": None if memory[name] is None else memory[name] * 2**20 / count,
+            }
             for name in names
         ],
         "bars": _bars(times, memory),
-        "notes": ["foreach is what torch's AdamW takes by default on a GPU; on a CPU it is a loop",
-                  "clipping is the product that DeepSpeed takes before each step; MT-AdamW has its "
-                  "normalisation inside the step instead"],
+        "notes": [
+            "foreach is what torch's AdamW takes by default on a GPU; on a CPU it is a loop",
+            "clipping is the product that DeepSpeed takes before each step; MT-AdamW has its "
+            "normalisation inside the step instead",
+        ],
     }
 
 
 def _bars(times: dict[str, list[Measurement]], memory: dict[str, float | None]) -> list[dict]:
     bars = [
-        {"what": f"speed of MT-AdamW, as a multiple of {name}", "at_least": True,
-         "measured": ratio(times[OURS], times[name]), "bar": bar}
+        {
+            "what": f"speed of MT-AdamW, as a multiple of {name}",
+            "at_least": True,
+            "measured": ratio(times[OURS], times[name]),
+            "bar": bar,
+        }
         for name, bar in ((CLIPPED, 0.9), (FOREACH, 1.0))
     ]
     if memory[OURS] is not None:
-        bars.append({"what": "temporary MiB of MT-AdamW above that of torch AdamW, fused",
-                     "measured": memory[OURS] - memory[FUSED], "bar": 1.0, "at_least": False})
+        bars.append(
+            {
+                "what": "temporary MiB of MT-AdamW above that of torch AdamW, fused",
+                "measured": memory[OURS] - memory[FUSED],
+                "bar": 1.0,
+                "at_least": False,
+            }
+        )
     return bars
 
 

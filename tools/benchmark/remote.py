@@ -73,9 +73,14 @@ class RemoteBench:
         order = Order.plan(len(shards), 0, BATCH)
         stream = TaskStream("bench", reader, order, self.fields, 0, BATCH, BATCH)
         loader = StepLoader(
-            {"bench": stream}, lambda step: ("bench", step),
-            LoaderSettings(workers=WORKERS, cache=cache), 0, 1, 0, self.args.steps,
-        )  # fmt: skip
+            {"bench": stream},
+            lambda step: ("bench", step),
+            LoaderSettings(workers=WORKERS, cache=cache),
+            0,
+            1,
+            0,
+            self.args.steps,
+        )
         waits = []
         for window in loader:
             waits.append(window.seconds["wait"])
@@ -91,23 +96,32 @@ class RemoteBench:
             measured = repetitions[1:] or repetitions
             later = [waits[1:] for waits in measured]
             shares = [sum(w) / (sum(w) + len(w) * self.args.step_s) for w in later]
-            rows.append({
-                "case": case,
-                "first batch, s": median(waits[0] for waits in measured),
-                "median later wait, ms": 1e3 * median(wait for waits in later for wait in waits),
-                "longest later wait, ms": 1e3 * median(max(waits) for waits in later),
-                "waiting, share of the time": median(shares),
-                "MiB read": median(self.bytes[case][-len(measured) :]) / 2**20,
-            })
+            rows.append(
+                {
+                    "case": case,
+                    "first batch, s": median(waits[0] for waits in measured),
+                    "median later wait, ms": 1e3
+                    * median(wait for waits in later for wait in waits),
+                    "longest later wait, ms": 1e3 * median(max(waits) for waits in later),
+                    "waiting, share of the time": median(shares),
+                    "MiB read": median(self.bytes[case][-len(measured) :]) / 2**20,
+                }
+            )
         cached = rows[-1]["waiting, share of the time"]
         return {
             "title": f"{self.args.steps} steps of {BATCH} images and {self.args.step_s:g} s, "
-                     f"{1e3 * self.args.delay_s:g} ms to each answer",
+            f"{1e3 * self.args.delay_s:g} ms to each answer",
             "rows": rows,
-            "bars": [{"what": f"{CACHED}: waiting after the first batch, share of the time",
-                      "measured": cached, "bar": 0.02, "at_least": False}],
+            "bars": [
+                {
+                    "what": f"{CACHED}: waiting after the first batch, share of the time",
+                    "measured": cached,
+                    "bar": 0.02,
+                    "at_least": False,
+                }
+            ],
             "notes": [f"{WORKERS} workers; the cache holds 70 % of the data set and begins empty"],
-        }  # fmt: skip
+        }
 
 
 class _Server:

@@ -1,22 +1,32 @@
 """Hand models over to other tools, and take theirs.
 
+    python -m tools.convert export --run runs/git_base --list
+    python -m tools.convert export --run runs/git_base --to timm --out exports/timm
     python -m tools.convert export-git --run runs/git_base --out exports/git_base
+    python -m tools.convert import clip-vit-base-patch16/ --only 'encoders.image.*' \\
+        --out clip.safetensors > settings.yaml
     python -m tools.convert import-git git-base/ --out git_base.safetensors > settings.yaml
     python -m tools.convert import-internimage internimage_t_1k_224.pth --out t.safetensors
     python -m tools.convert export-internimage --run runs/t --out t.pth
+    python -m tools.convert import-encoder roberta-base/ --encoder text --out text.safetensors
     python -m tools.convert export-graph --run runs/t --out t.onnx
     python -m tools.convert export-graph --source internimage_t_1k_224.pth --image-size 224 \\
         --out t.pt2
     python -m tools.convert export-weights --run runs/m3i --only 'encoders.*' --out m3i.safetensors
 
-`export-git` writes a folder for transformers' GitForCausalLM and AutoProcessor, reads it back with
-them, and compares their scores with ours. `import-git` writes GIT weights of transformers or of the
-original repository under our names, for the recipe's `initial_weights`, and prints the settings
-that a recipe needs for them. The next two do the same for InternImage, from and to the official
-code, its detectors, and transformers. `export-graph` writes a model that runs without this project,
-as ONNX or for torch.export.load, and compares its outputs with ours. `export-weights` writes what
-a run has learned for `initial_weights` of another recipe of ours. Exit codes: 0 done (and
-verified); 1 an error, or an export whose scores differ; 2 wrong usage.
+`export` writes any format that the run can be; with --list it says which those are. The commands
+that are named after a format are the same. `export-git` writes a folder for transformers'
+GitForCausalLM and AutoProcessor, reads it back with them, and compares their scores with ours.
+`import` sees what it is given and is the same as `import-clip` (CLIP of OpenAI, open_clip,
+transformers and timm), `import-git`, `import-internimage` or `import-encoder` (BERT, RoBERTa, Swin
+and ResNet from a folder of transformers), whose options it takes. `import-git`
+writes GIT weights of transformers or of the original repository under our names, for the recipe's
+`initial_weights`, and prints the settings that a recipe needs for them. The next two do the same
+for InternImage, from and to the official code, its detectors, and transformers. `export-graph`
+writes a model that runs without this project, as ONNX or for torch.export.load, and compares its
+outputs with ours. `export-weights` writes what a run has learned for `initial_weights` of another
+recipe of ours. Exit codes: 0 done (and verified); 1 an error, or an export whose scores differ; 2
+wrong usage.
 """
 
 import argparse
@@ -36,7 +46,15 @@ from data_pipeline.files import give_usual_access, sync_file, temporary_name
 from data_pipeline.storage.errors import ShardError
 from pretrain.engine.checkpoint.files import CheckpointError
 from pretrain.recipe.overlay import to_yaml
-from tools.convert.arguments import add_graph, add_internimage, add_weight_files
+from tools.convert.arguments import (
+    add_clip,
+    add_encoder,
+    add_export,
+    add_graph,
+    add_import,
+    add_internimage,
+    add_weight_files,
+)
 from tools.support.arguments import add_run, add_weights
 
 if TYPE_CHECKING:  # --help and wrong arguments do without torch
@@ -49,13 +67,50 @@ console = Console(stderr=True)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     write_utf8()
-    options = parse_in_any_order(_parser(), arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        options = parse_in_any_order(_parser(), _named(words))
         return options.run(options, console)
     except (CheckpointError, ShardError, OSError, ValueError) as error:
         _say(f"error: {error}", style="red")
         return 1
+
+
+def _named(words: list[str]) -> list[str]:
+    """The command line with the command of the format in the place of `import`."""
+    if not words or words[0] != "import" or {"-h", "--help"} & set(words):
+        return words
+    from tools.convert.recognise import FORMATS, command_for
+
+    commands = _commands(_parser())
+    probe = commands["import"]
+    # Every option of any format, so that a value of one is not taken for the source.
+    for command in FORMATS.values():
+        for action in commands[command]._actions:
+            new = [o for o in action.option_strings if o not in probe._option_string_actions]
+            if new and len(new) == len(action.option_strings):
+                probe.add_argument(*new, nargs=action.nargs, dest=f"any_{action.dest}")
+    asked = probe.parse_intermixed_args(words[1:])
+    rest = [str(asked.source), *_without_from(words[1:], str(asked.source))]
+    return [command_for(asked), *rest]
+
+
+def _without_from(words: list[str], source: str) -> list[str]:
+    """The options without the source and without --from."""
+    kept = list(words)
+    kept.remove(source)
+    for place, word in enumerate(kept):
+        if word == "--from":
+            return kept[:place] + kept[place + 2 :]
+        if word.startswith("--from="):
+            return kept[:place] + kept[place + 1 :]
+    return kept
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Name -> parser of each command."""
+    return next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
 
 
 # ---- export ------------------------------------------------------------------------------------
@@ -128,14 +183,18 @@ def _report(out: Path, record: "ExportRecord", verification: "Verification") -> 
 
     averaged = ", averaged weights" if record.weights == "ema" else ""
     _say(f"{out}: recipe {record.recipe}, step {record.step}, task {record.task}{averaged}")
-    _say(f"read back by transformers {verification.transformers}; "
-         "largest difference of log-probabilities:")
+    _say(
+        f"read back by transformers {verification.transformers}; "
+        "largest difference of log-probabilities:"
+    )
     for kind, difference in verification.differences.items():
         _say(f"  {kind}: {difference:.1e}")
     if verification.preprocessing:
-        _say("held-out images through the exported image processor: they differ from ours by "
-             f"{verification.preprocessing['mean']:.2g} levels of 255 on average, at most "
-             f"{verification.preprocessing['largest']:.0f}")
+        _say(
+            "held-out images through the exported image processor: they differ from ours by "
+            f"{verification.preprocessing['mean']:.2g} levels of 255 on average, at most "
+            f"{verification.preprocessing['largest']:.0f}"
+        )
     else:
         _say("no held-out sample could be read: verified on random images only")
     for note in record.notes:
@@ -143,8 +202,11 @@ def _report(out: Path, record: "ExportRecord", verification: "Verification") -> 
     if verification.passed:
         _say(f"verified: all differences are at most {verification.tolerance:g}", style="green")
         return 0
-    _say(f"NOT VERIFIED: a difference exceeds {verification.tolerance:g}. The folder is kept for "
-         f"inspection ({RECORD} says so); do not hand it on", style="red")
+    _say(
+        f"NOT VERIFIED: a difference exceeds {verification.tolerance:g}. The folder is kept for "
+        f"inspection ({RECORD} says so); do not hand it on",
+        style="red",
+    )
     return 1
 
 
@@ -166,12 +228,16 @@ def _import_git(options: argparse.Namespace, _: Console) -> int:
     )
     save_tensors(imported.tensors, options.out, imported.format)
     count = sum(tensor.numel() for tensor in imported.tensors.values())
-    _say(f"{options.out}: {len(imported.tensors)} tensors, {count / 1e6:,.1f} M values, from the "
-         f"{imported.format} format")
+    _say(
+        f"{options.out}: {len(imported.tensors)} tensors, {count / 1e6:,.1f} M values, from the "
+        f"{imported.format} format"
+    )
     for note in imported.notes:
         _say(f"assumed: {note}")
-    _say(f"the tokenizer must have {imported.vocab_size:,} entries (largest id + 1); settings for "
-         "a recipe:")
+    _say(
+        f"the tokenizer must have {imported.vocab_size:,} entries (largest id + 1); settings for "
+        "a recipe:"
+    )
     print(_settings(options, source.path.parent, imported), end="")
     return 0
 
@@ -196,12 +262,25 @@ def _settings(options: argparse.Namespace, folder: Path, imported: "Imported") -
 
 # Other settings of the towers say how to train, not what the weights are.
 _ENCODER_SHAPE = (
-    "type", "image_size", "patch_size", "width", "layers", "heads", "mlp_ratio", "activation",
-)  # fmt: skip
+    "type",
+    "image_size",
+    "patch_size",
+    "width",
+    "layers",
+    "heads",
+    "mlp_ratio",
+    "activation",
+)
 _DECODER_SHAPE = (
-    "width", "layers", "heads", "mlp_width", "max_positions", "dropout", "tied_output",
+    "width",
+    "layers",
+    "heads",
+    "mlp_width",
+    "max_positions",
+    "dropout",
+    "tied_output",
     "embedding_norm_eps",
-)  # fmt: skip
+)
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -222,26 +301,48 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export-git", help=text, description=text)
     export.set_defaults(run=_export_git)
     add_run(export)
-    export.add_argument("--out", type=Path, required=True,
-                        help="folder to write; an earlier export there is replaced")
+    export.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder to write; an earlier export there is replaced",
+    )
     export.add_argument("--task", help="captioning task, if the run has several")
     add_weights(export, targets=False)
-    export.add_argument("--image-size", type=int, metavar="PIXELS",
-                        help="side of the images; default: as the recipe evaluates")
+    export.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the images; default: as the recipe evaluates",
+    )
     text = "GIT weights of others under our names"
     take = commands.add_parser("import-git", help=text, description=text)
     take.set_defaults(run=_import_git)
-    take.add_argument("source", type=Path,
-                      help="transformers folder, .safetensors file, or .pt / .bin file")
+    take.add_argument(
+        "source", type=Path, help="transformers folder, .safetensors file, or .pt / .bin file"
+    )
     take.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
     take.add_argument("--format", choices=("auto", "original", "transformers"), default="auto")
-    take.add_argument("--encoder", default="image", metavar="NAME",
-                      help="its name in model.encoders (default %(default)s)")
-    take.add_argument("--task", default="caption", metavar="NAME",
-                      help="its name in tasks (default %(default)s)")
+    take.add_argument(
+        "--encoder",
+        default="image",
+        metavar="NAME",
+        help="its name in model.encoders (default %(default)s)",
+    )
+    take.add_argument(
+        "--task", default="caption", metavar="NAME", help="its name in tasks (default %(default)s)"
+    )
     for tower in ("encoder", "decoder"):
-        take.add_argument(f"--{tower}-heads", type=int, metavar="N",
-                          help=f"attention heads of the {tower}, which weights alone do not show")
+        take.add_argument(
+            f"--{tower}-heads",
+            type=int,
+            metavar="N",
+            help=f"attention heads of the {tower}, which weights alone do not show",
+        )
+    add_export(commands)
+    add_import(commands)
+    add_clip(commands)
+    add_encoder(commands)
     add_internimage(commands)
     add_graph(commands)
     add_weight_files(commands)

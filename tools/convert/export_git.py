@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -16,6 +14,7 @@ from data_pipeline.samples.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokeniz
 from pretrain.build import evaluation_image
 from pretrain.engine.checkpoint.files import MANIFEST, file_entry
 from pretrain.models.vit import VitSettings
+from tools.convert.formats.clip import resize_positions
 from tools.convert.record import ExportRecord
 from tools.convert.transformers_git import SpecialIds, transformers_model, without_bars
 from tools.support.trained import TrainedCaptioner
@@ -71,7 +70,7 @@ def write_git(captioner: TrainedCaptioner, folder: Path, image_size: int | None)
     )
     with without_bars(), writing(folder):
         model.save_pretrained(folder)
-    _write_tokenizer(tokenizer, captioner.decoder.max_positions, folder)
+    write_tokenizer(tokenizer, captioner.decoder.max_positions, folder, tokenizer.eos_id)
     _write_json(folder / "preprocessor_config.json", image_processor(image, "GitProcessor"))
     (folder / "README.md").write_text(_usage(record), encoding="utf-8")
     record.write(folder)
@@ -116,17 +115,11 @@ def _at_size(
     if size == vit.image_size:
         return vit, weights
     name = f"encoders.{encoder}.embedding.positions"
-    old, new = vit.image_size // vit.patch_size, size // vit.patch_size
-    class_row, grid = weights[name][:1], weights[name][1:]
-    grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
-    weights[name] = torch.cat([class_row, grid.flatten(2)[0].T])
+    weights[name] = resize_positions(weights[name], size // vit.patch_size)
     return vit.model_copy(update={"image_size": size}), weights
 
 
-def _record(
-    captioner: TrainedCaptioner, image: ImageSettings, notes: list[str]
-) -> ExportRecord:
+def _record(captioner: TrainedCaptioner, image: ImageSettings, notes: list[str]) -> ExportRecord:
     data = captioner.task.data
     return ExportRecord(
         recipe=captioner.recipe.name,
@@ -148,10 +141,12 @@ def _record(
     )
 
 
-def _write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
+def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path, end: int) -> None:
+    """tokenizer.json that puts both ends around a text, and its configuration; end: the number that
+    stands for the end there."""
     definition = dict(tokenizer.definition)
-    if not _adds_both_ends(tokenizer):
-        definition["post_processor"] = _both_ends(tokenizer)
+    if end != tokenizer.eos_id or not _adds_both_ends(tokenizer):
+        definition["post_processor"] = _both_ends(tokenizer, end)
     if _begins_with_a_space(tokenizer):
         definition["decoder"] = _without_first_space(definition["decoder"])
     _write_json(folder / TOKENIZER_FILE, definition)
@@ -190,7 +185,7 @@ def _adds_both_ends(tokenizer: Tokenizer) -> bool:
     return backend.encode("").ids == [tokenizer.bos_id, tokenizer.eos_id]
 
 
-def _both_ends(tokenizer: Tokenizer) -> dict[str, Any]:
+def _both_ends(tokenizer: Tokenizer, end: int) -> dict[str, Any]:
     """A post-processor that does, as captions are in training."""
     bos, eos = tokenizer.specials["bos"], tokenizer.specials["eos"]
 
@@ -207,7 +202,7 @@ def _both_ends(tokenizer: Tokenizer) -> dict[str, Any]:
         "pair": [special(bos), text("A"), text("B"), special(eos)],
         "special_tokens": {
             token: {"id": token, "ids": [token_id], "tokens": [token]}
-            for token, token_id in ((bos, tokenizer.bos_id), (eos, tokenizer.eos_id))
+            for token, token_id in ((bos, tokenizer.bos_id), (eos, end))
         },
     }
 

@@ -175,9 +175,7 @@ def _need_onnx() -> None:
         except ImportError:
             missing.append(package)
     if missing:
-        raise ValueError(
-            f"ONNX needs packages that are not here: pip install {' '.join(missing)}"
-        )
+        raise ValueError(f"ONNX needs packages that are not here: pip install {' '.join(missing)}")
 
 
 def _save_onnx(
@@ -187,9 +185,13 @@ def _save_onnx(
     file: Path,
 ) -> None:
     exported = torch.onnx.export(
-        program, dynamo=True, opset_version=_OPSET, input_names=["images"],
-        output_names=list(names), verbose=False,
-    )  # fmt: skip
+        program,
+        dynamo=True,
+        opset_version=_OPSET,
+        input_names=["images"],
+        output_names=list(names),
+        verbose=False,
+    )
     model = exported.model
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = type(value.shape)(["batch", *list(value.shape)[1:]])

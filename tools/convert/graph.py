@@ -42,7 +42,9 @@ def export(options: argparse.Namespace, console: Console) -> int:
     console.print(
         f"{options.out}: images (batch, 3, {size[0]}, {size[1]}) to {', '.join(names)}; read back "
         f"and run: largest difference {difference:.1e}",
-        markup=False, highlight=False, soft_wrap=True,
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
     return 0
 
@@ -75,8 +77,13 @@ def _of_run(options: argparse.Namespace) -> Chosen:
         model = Logits(run.model.encoders[objective.encoder], objective.pool, objective.head)
         image = evaluation_image(tasks[task])
         size = image.size if image.fixed_size else None
-    about = {"image_mean": image.mean, "image_std": image.std, "recipe": run.recipe.name,
-             "step": run.manifest["step"], "weights": options.weights}  # fmt: skip
+    about = {
+        "image_mean": image.mean,
+        "image_std": image.std,
+        "recipe": run.recipe.name,
+        "step": run.manifest["step"],
+        "weights": options.weights,
+    }
     return Chosen(model, about, size)
 
 

@@ -89,13 +89,20 @@ def import_weights(
     notes: list[str] = []
     vision = config.get("vision_config") or {}
     vit = _vit(
-        ours, f"encoders.{encoder}", vision, encoder_heads or vision.get("num_attention_heads"),
+        ours,
+        f"encoders.{encoder}",
+        vision,
+        encoder_heads or vision.get("num_attention_heads"),
         notes,
-    )  # fmt: skip
+    )
     decoder = _decoder(
-        ours, f"objectives.{task}.decoder", config, found,
-        decoder_heads or config.get("num_attention_heads"), notes,
-    )  # fmt: skip
+        ours,
+        f"objectives.{task}.decoder",
+        config,
+        found,
+        decoder_heads or config.get("num_attention_heads"),
+        notes,
+    )
     named = config.get("num_image_with_embedding") or 0
     if config and named != decoder.frames:
         raise ValueError(

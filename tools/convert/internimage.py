@@ -130,9 +130,7 @@ def _to_ours(
     tensors: Mapping[str, Tensor], settings: InternImageSettings, options: argparse.Namespace
 ) -> tuple[InternImageSettings, dict[str, Tensor]]:
     """Our tensors, and the settings without a head if nothing of it is taken."""
-    ours = import_internimage(
-        tensors, settings, options.encoder, options.task, options.leave_out
-    )
+    ours = import_internimage(tensors, settings, options.encoder, options.task, options.leave_out)
     bare = settings.model_copy(update={"head": None})
     start = f"encoders.{options.encoder}."
     own = {name.removeprefix(start) for name in ours if name.startswith(start)}
@@ -152,10 +150,12 @@ def _recipe(
     }
     if f"objectives.{options.task}.head.weight" in ours:
         pool = "mean" if settings.head is None else "head"
-        recipe["tasks"] = {options.task: {
-            "objective": {"type": "classification", "encoder": options.encoder, "pool": pool},
-            "data": {"classes": len(tensors["head.weight"])},
-        }}  # fmt: skip
+        recipe["tasks"] = {
+            options.task: {
+                "objective": {"type": "classification", "encoder": options.encoder, "pool": pool},
+                "data": {"classes": len(tensors["head.weight"])},
+            }
+        }
     return to_yaml(recipe)
 
 
@@ -187,8 +187,10 @@ def export_command(options: argparse.Namespace, console: Console) -> int:
 
     _check_place(options)
     if options.format == "m3i" and options.weights == "target":
-        raise ValueError("--format m3i holds the momentum target beside the trained weights: leave "
-                         "--weights target out")
+        raise ValueError(
+            "--format m3i holds the momentum target beside the trained weights: leave "
+            "--weights target out"
+        )
     with console.status("reading the checkpoint"):
         run = open_run(options.run_dir, options.weights)
     settings = run.recipe.model.encoders.get(options.encoder)
@@ -198,21 +200,24 @@ def export_command(options: argparse.Namespace, console: Console) -> int:
     ours = run.model.state_dict()
     if options.classes is not None:
         ours |= _zeros_for_classes(run, options)
-    if options.format == "detection":
+    if options.format in ("detection", "bevformer"):
         settings = settings.model_copy(update={"head": None})
     config_of_settings(settings, 0 if options.task is None else 1)  # or an error that says why not
     theirs = export_internimage(ours, options.format, options.encoder, options.task)
     if options.format == "transformers":
         _write_folder(options.out, theirs, _files_beside(run.recipe, settings, options, theirs))
     else:
-        wrapping = "state_dict" if options.format == "detection" else "model"
+        wrapping = "state_dict" if options.format in ("detection", "bevformer") else "model"
         _write_file(options.out, {wrapping: OrderedDict(theirs)})
         _write_settings(options.out, settings)
     _check_read_back(options, settings, ours)
     _say(console, f"{options.out}: {len(theirs)} tensors, read back bit for bit")
     if options.classes is not None:
-        _say(console, f"the linear layer (clip.classifier) is zeros for {options.classes} classes: "
-                      "the run has learned none")
+        _say(
+            console,
+            f"the linear layer (clip.classifier) is zeros for {options.classes} classes: "
+            "the run has learned none",
+        )
     if options.format != "transformers":  # there it is config.json
         _say(console, f"{settings_beside(options.out)}: its settings, for import-internimage")
     return 0
@@ -231,21 +236,27 @@ def _zeros_for_classes(run: "TrainedRun", options: argparse.Namespace) -> dict[s
     Raises ValueError: it has one, or is no M3I task, or the layout needs none.
     """
     if options.format != "m3i":
-        raise ValueError(f"--classes is for --format m3i; {options.format} needs no linear layer: "
-                         "leave it out")
+        raise ValueError(
+            f"--classes is for --format m3i; {options.format} needs no linear layer: leave it out"
+        )
     names = [n for n, task in run.recipe.tasks.items() if task.objective.type == "m3i"]
     if options.task not in names:
         raise ValueError(
             f"--classes needs --task with the name of an m3i task; the run has: {', '.join(names)}"
-            if names else "the run has no m3i task, which --classes is for: leave it out"
+            if names
+            else "the run has no m3i task, which --classes is for: leave it out"
         )
     objective = run.model.objectives[options.task]
     if objective.head is not None:
-        raise ValueError(f"task {options.task!r} has learned {objective.head.out_features} classes,"
-                         " which are written: leave --classes out")
+        raise ValueError(
+            f"task {options.task!r} has learned {objective.head.out_features} classes,"
+            " which are written: leave --classes out"
+        )
     start = f"objectives.{options.task}.head."
-    return {f"{start}weight": torch.zeros(options.classes, objective.pooled_width),
-            f"{start}bias": torch.zeros(options.classes)}  # fmt: skip
+    return {
+        f"{start}weight": torch.zeros(options.classes, objective.pooled_width),
+        f"{start}bias": torch.zeros(options.classes),
+    }
 
 
 def _check_place(options: argparse.Namespace) -> None:

@@ -63,16 +63,18 @@ def config_of_settings(settings: InternImageSettings, classes: int) -> dict[str,
     if settings.head is None and classes:
         raise ValueError("the official code has no linear layer without a head (conv or projector)")
     if settings.head not in (None, ConvHeadSettings(), ProjectorSettings()):
-        raise ValueError("the official code has no projector but one of width 1024 with 16 heads "
-                         "and 768 outputs")
+        raise ValueError(
+            "the official code has no projector but one of width 1024 with 16 heads and 768 outputs"
+        )
     return {
         "model_type": "internimage",
         "architectures": ["InternImageModel"],
         "auto_map": {
             "AutoConfig": "configuration_internimage.InternImageConfig",
             "AutoModel": "modeling_internimage.InternImageModel",
-            "AutoModelForImageClassification":
-                "modeling_internimage.InternImageModelForImageClassification",
+            "AutoModelForImageClassification": (
+                "modeling_internimage.InternImageModelForImageClassification"
+            ),
         },
         "core_op": "DCNv3",
         "channels": settings.channels,

@@ -142,8 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("--count", type=positive, default=20_000, help="number of scenes")
     scenes.add_argument("--size", type=positive, default=64, help="side of the images in pixels")
     scenes.add_argument("--two-digit-share", type=float, default=0.5, help="of all scenes")
-    scenes.add_argument("--large", action="store_true",
-                        help="one digit of two thirds of the side, easier to read")
+    scenes.add_argument(
+        "--large", action="store_true", help="one digit of two thirds of the side, easier to read"
+    )
 
     folder = add_image_source(sources, "folder", "image folder, sub-folder = class", _folder_job)
     folder.add_argument("--images", type=Path, required=True, help="folder with the classes")

@@ -102,9 +102,7 @@ def _job(options: argparse.Namespace) -> PackJob:
     if options.separator != "none":
         separator = getattr(tokenizer, f"{options.separator}_id")
     files, passed_over = _files(options.input)
-    spool = spool_documents(
-        files, options.text_field, tokenizer, separator, options.seed, place
-    )
+    spool = spool_documents(files, options.text_field, tokenizer, separator, options.seed, place)
     if spool.left_out and options.on_missing == "error":
         shown = "\n  ".join(spool.left_out[:_FAULTS_SHOWN])
         raise SampleFault(

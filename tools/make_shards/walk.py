@@ -19,16 +19,42 @@ from data_pipeline.plain_text import is_utf8
 _OF_SYSTEMS = frozenset(
     name.lower()
     for name in (
-        "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information",
-        "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "__pycache__",
-        "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r",
+        "__MACOSX",
+        "@eaDir",
+        "lost+found",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "#recycle",
+        "#snapshot",
+        "@Recycle",
+        "@Recently-Snapshot",
+        "__pycache__",
+        "Thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "Icon\r",
     )
-)  # fmt: skip
+)
 # TIFF and JPEG files of which the picture is a small preview of something else.
-_PREVIEWS = frozenset({
-    ".3fr", ".arw", ".cr2", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mos", ".nef", ".nrw", ".pef",
-    ".sr2", ".srw", ".thm",
-})  # fmt: skip
+_PREVIEWS = frozenset(
+    {
+        ".3fr",
+        ".arw",
+        ".cr2",
+        ".dcr",
+        ".dng",
+        ".erf",
+        ".iiq",
+        ".kdc",
+        ".mos",
+        ".nef",
+        ".nrw",
+        ".pef",
+        ".sr2",
+        ".srw",
+        ".thm",
+    }
+)
 HIDDEN, OF_A_SYSTEM, OTHER, UNREADABLE = "hidden", "of a system", "of another kind", "unreadable"
 _NO_SUFFIX = "no suffix"
 

@@ -62,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = [cell for cell, found in results.items() if found]
     seconds = time.monotonic() - started
     if wrong:
-        console.print(f"[red]{len(wrong)} of {len(cells)} modes are wrong[/] ({seconds:.0f} s); do "
-                      "not train several tasks under them with this DeepSpeed")
+        console.print(
+            f"[red]{len(wrong)} of {len(cells)} modes are wrong[/] ({seconds:.0f} s); do "
+            "not train several tasks under them with this DeepSpeed"
+        )
         return 1
     note_pass(options.world, len(cells))
     console.print(f"all {len(cells)} modes equal plain PyTorch ({seconds:.0f} s)")
@@ -86,13 +88,20 @@ def launch(cells: "Sequence[Cell]", world: int, out: Path) -> str:
     processes = []
     for rank, path in enumerate(logs):
         environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
         }
         with open(path, "w", encoding="utf-8") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log,
-                                              stderr=subprocess.STDOUT))
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
     failed = ""
     deadline = time.monotonic() + TIME_LIMIT_S
     while not failed and any(process.poll() is None for process in processes):
@@ -141,14 +150,19 @@ def show(results: "dict[Cell, list[str]]") -> None:
     """A table: stage and offload by optimizer and accumulation."""
     from tools.selfcheck.parity_cells import OPTIMIZERS, Cell
 
-    words = {"one": "one task", "all": "tasks in turn", "mixed": "tasks mixed",
-             "reentrant": "reentrant refused"}
-    columns = [(tasks, optimizer, micro) for tasks in words for optimizer in OPTIMIZERS
-               for micro in (1, 3)]
-    columns = [c for c in columns
-               if any((r.tasks, r.optimizer, r.micro_steps) == c for r in results)]
-    table = Table("mode", *(f"{o}, {words[t]}, {m} micro"
-                            for t, o, m in columns))
+    words = {
+        "one": "one task",
+        "all": "tasks in turn",
+        "mixed": "tasks mixed",
+        "reentrant": "reentrant refused",
+    }
+    columns = [
+        (tasks, optimizer, micro) for tasks in words for optimizer in OPTIMIZERS for micro in (1, 3)
+    ]
+    columns = [
+        c for c in columns if any((r.tasks, r.optimizer, r.micro_steps) == c for r in results)
+    ]
+    table = Table("mode", *(f"{o}, {words[t]}, {m} micro" for t, o, m in columns))
     for stage, offload in sorted({(c.stage, c.offload) for c in results}):
         row = [f"ZeRO-{stage}{', offload' if offload else ''}"]
         for tasks, optimizer, micro in columns:
@@ -168,14 +182,21 @@ def note_pass(world: int, cells: int) -> None:
     path = record_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        note = {"passed": True, "world": world, "cells": cells,
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        note = {
+            "passed": True,
+            "world": world,
+            "cells": cells,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
         path.write_text(json.dumps(note) + "\n", encoding="utf-8")
         console.print(f"noted in {path}", highlight=False)
     except OSError as error:
-        console.print(f"the pass could not be noted in {path}: {error.strerror}; training several "
-                      f"tasks on an unlisted DeepSpeed will ask again. Set {CACHE_VARIABLE} to a "
-                      "folder that can be written, here and there", highlight=False)
+        console.print(
+            f"the pass could not be noted in {path}: {error.strerror}; training several "
+            f"tasks on an unlisted DeepSpeed will ask again. Set {CACHE_VARIABLE} to a "
+            "folder that can be written, here and there",
+            highlight=False,
+        )
 
 
 if __name__ == "__main__":

@@ -38,8 +38,12 @@ FROZEN = ("encoders.still.*", "objectives.*.output.bias")
 OPTIMIZERS = {
     "sgd": OptimizerSettings(kind="sgd", lr=0.5, weight_decay=0.0, clip_norm=None, frozen=FROZEN),
     "adamw": OptimizerSettings(
-        kind="adamw", lr=1e-2, weight_decay=0.05, clip_norm=0.5,
-        lr_multipliers={"objectives.*": 2.0}, frozen=FROZEN,
+        kind="adamw",
+        lr=1e-2,
+        weight_decay=0.05,
+        clip_norm=0.5,
+        lr_multipliers={"objectives.*": 2.0},
+        frozen=FROZEN,
     ),
 }
 TOLERANCE = 1e-6
@@ -62,8 +66,10 @@ class Cell:
     @property
     def name(self) -> str:
         offload = "offload" if self.offload else "device"
-        return (f"zero{self.stage}-{offload}-micro{self.micro_steps}-{self.tasks}-"
-                f"{self.optimizer}-{self.precision}")
+        return (
+            f"zero{self.stage}-{offload}-micro{self.micro_steps}-{self.tasks}-"
+            f"{self.optimizer}-{self.precision}"
+        )
 
     @classmethod
     def parse(cls, name: str) -> "Cell":
@@ -83,23 +89,36 @@ def all_cells() -> list[Cell]:
     """The fp32 matrix, mixed steps (which offload cannot do), what is refused, and bf16."""
     matrix = [
         Cell(stage, offload, micro, tasks, optimizer)
-        for stage in (1, 2, 3) for offload in (False, True) for micro in (1, 3)
-        for tasks in ("one", "all") for optimizer in OPTIMIZERS
+        for stage in (1, 2, 3)
+        for offload in (False, True)
+        for micro in (1, 3)
+        for tasks in ("one", "all")
+        for optimizer in OPTIMIZERS
     ]
     mixed = [Cell(stage, False, 1, "mixed", o) for stage in (1, 2, 3) for o in OPTIMIZERS]
     refused = [Cell(stage, False, 1, "reentrant", "sgd") for stage in (1, 2, 3)]
-    return matrix + mixed + refused + [Cell(stage, offload, 1, "all", "adamw", "bf16")
-                                       for stage in (1, 2, 3) for offload in (False, True)]
+    return (
+        matrix
+        + mixed
+        + refused
+        + [
+            Cell(stage, offload, 1, "all", "adamw", "bf16")
+            for stage in (1, 2, 3)
+            for offload in (False, True)
+        ]
+    )
 
 
 def telling_cells() -> list[Cell]:
     """Of `all_cells`, those that imply the others: every mode with several micro-steps and with one
     optimizer each, and one refusal."""
     return [
-        cell for cell in all_cells()
-        if cell.precision == "bf16" or cell == Cell(3, False, 1, "reentrant", "sgd")
-        or (cell.tasks, cell.optimizer, cell.micro_steps) in
-        (("all", "sgd", 3), ("all", "adamw", 1), ("mixed", "sgd", 1))
+        cell
+        for cell in all_cells()
+        if cell.precision == "bf16"
+        or cell == Cell(3, False, 1, "reentrant", "sgd")
+        or (cell.tasks, cell.optimizer, cell.micro_steps)
+        in (("all", "sgd", 3), ("all", "adamw", 1), ("mixed", "sgd", 1))
     ]
 
 
@@ -133,15 +152,18 @@ def gathered_partitions(engine, pick) -> dict[str, torch.Tensor]:
 
     pieces = [
         (f.parameter, f.start, pick(p)[f.offset : f.offset + f.numel].detach().clone())
-        for p in list_partitions(engine) for f in p.fragments
+        for p in list_partitions(engine)
+        for f in p.fragments
     ]
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, pieces)
     merged: dict[str, list] = {}
     for name, start, values in (piece for rank in everyone for piece in rank):
         merged.setdefault(name, []).append((start, values))
-    return {name: torch.cat([v for _, v in sorted(parts, key=lambda p: p[0])])
-            for name, parts in merged.items()}
+    return {
+        name: torch.cat([v for _, v in sorted(parts, key=lambda p: p[0])])
+        for name, parts in merged.items()
+    }
 
 
 def note_gradients(engine) -> Callable[[], dict[str, torch.Tensor]]:
@@ -163,7 +185,8 @@ def note_gradients(engine) -> Callable[[], dict[str, torch.Tensor]]:
 def whole_parameters(engine) -> list[str]:
     """Names of the parameters that ZeRO-3 keeps whole between steps, without those that stay."""
     return [
-        name for name, p in engine.module.named_parameters()
+        name
+        for name, p in engine.module.named_parameters()
         if hasattr(p, "ds_id") and p.ds_status.name == "AVAILABLE" and not p.ds_persist
     ]
 
@@ -230,8 +253,11 @@ def run_cell(ranks, cell: Cell, out: Path) -> dict[str, list]:
             engine, [TaskWindow(task, micro, totals, weight) for task, weight in parts.items()]
         )
         for mapping, before in zip((*micro, totals), given, strict=True):
-            wrong += [f"step {step}: {name} was replaced in a dict that the model was given"
-                      for name in before if mapping[name] is not before[name]]
+            wrong += [
+                f"step {step}: {name} was replaced in a dict that the model was given"
+                for name in before
+                if mapping[name] is not before[name]
+            ]
         wrong += [f"step {step}: {name} stays whole after it" for name in whole_parameters(engine)]
         loss = sum(shares[task]["loss"].double() * weight for task, weight in parts.items())
         dist.all_reduce(loss)
@@ -311,8 +337,10 @@ def plain_run(tasks: str, optimizer: str) -> Reference:
     for step in range(STEPS):
         batch = parity_batch(step)
         totals = {"images": batch["valid"].sum().float()}
-        loss = sum(model(task, "undivided", batch, totals)["loss"] * weight
-                   for task, weight in turn.parts(step).items())
+        loss = sum(
+            model(task, "undivided", batch, totals)["loss"] * weight
+            for task, weight in turn.parts(step).items()
+        )
         torch_optimizer.zero_grad()
         loss.backward()
         for p in trained:
@@ -340,9 +368,11 @@ def faults(cell: Cell, out: Path, reference: Reference | None) -> list[str]:
     kept = {name.removeprefix("still."): t for name, t in tensors.items() if name[:6] == "still."}
     if kept.keys() != reference.frozen.keys():
         found.append(f"frozen are {sorted(kept)}, not {sorted(reference.frozen)}")
-    found += [f"{name} is frozen, and not what the seed gives"
-              for name in kept.keys() & reference.frozen.keys()
-              if not torch.equal(kept[name], reference.frozen[name])]
+    found += [
+        f"{name} is frozen, and not what the seed gives"
+        for name in kept.keys() & reference.frozen.keys()
+        if not torch.equal(kept[name], reference.frozen[name])
+    ]
     for what, tolerance in (("losses", TOLERANCE), ("norms", 1e-5)):
         pairs = zip(mine[what], getattr(reference, what), strict=True)
         for step, (ours, theirs) in enumerate(pairs):

@@ -116,9 +116,7 @@ def _verify(options: argparse.Namespace) -> int:
     paths = expand_specs(options.shards, storage)
     job = VerifyJob(storage, records_of(paths, storage))
     damaged_samples, damaged_shards, samples = 0, 0, 0
-    for path, (faults, in_samples, count) in _for_each(
-        verify_one, paths, options.processes, job
-    ):
+    for path, (faults, in_samples, count) in _for_each(verify_one, paths, options.processes, job):
         samples += count
         damaged_samples += in_samples
         damaged_shards += bool(faults)

@@ -32,18 +32,24 @@ def add_command(commands: Any, text: str) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("shards", nargs="+", help="folders, tars, globs or {000..123} expressions")
     parser.add_argument(
-        "--max-gib", type=_positive, nargs="+", required=True, metavar="GIB",
+        "--max-gib",
+        type=_positive,
+        nargs="+",
+        required=True,
+        metavar="GIB",
         help="sizes of a node's cache",
-    )  # fmt: skip
+    )
     parser.add_argument("--global-batch", type=_natural, default=1024, help="(default %(default)s)")
     parser.add_argument("--nodes", type=_natural, default=1, help="(default %(default)s)")
     parser.add_argument("--epochs", type=_positive, default=3.0, help="(default %(default)s)")
     default = str(CacheSettings.model_fields["block_mib"].default)
     parser.add_argument(
-        "--block-mib", type=_block_bytes, default=default,
+        "--block-mib",
+        type=_block_bytes,
+        default=default,
         metavar="MIB",
         help=f"as loader.cache.block_mib; null: whole shards (default {default})",
-    )  # fmt: skip
+    )
     default = CacheSettings.model_fields["read_ahead_steps"].default
     parser.add_argument("--read-ahead-steps", type=_natural, default=default, help="(default 32)")
 
@@ -56,11 +62,17 @@ def run(options: argparse.Namespace) -> int:
     order = Order.plan(len(shards), 0, options.global_batch)
     reads = NodeReads(
         StepSampler(
-            lambda step: ("all", step), {"all": _Batches(options.global_batch)}, 0,
-            options.nodes, 0, shown,
+            lambda step: ("all", step),
+            {"all": _Batches(options.global_batch)},
+            0,
+            options.nodes,
+            0,
+            shown,
         ),
-        {"all": order.rows}, Blocks({"all": shards}, options.block_mib), range(1),
-    )  # fmt: skip
+        {"all": order.rows},
+        Blocks({"all": shards}, options.block_mib),
+        range(1),
+    )
     console = Console(width=None if Console().is_terminal else 120)
     total = reads.blocks.total_bytes
     needed = total / len(shards) * shown * options.global_batch / options.nodes
@@ -75,7 +87,8 @@ def run(options: argparse.Namespace) -> int:
         room = plannable_bytes(int(gib * _GIB))
         ahead = simulate(reads, room, 0, shown, read_ahead_steps=options.read_ahead_steps)
         for policy, outcome in (
-            ("known future", ahead), ("LRU", simulate_lru(reads, gib * _GIB, 0, shown))
+            ("known future", ahead),
+            ("LRU", simulate_lru(reads, gib * _GIB, 0, shown)),
         ):
             table.add_row(f"{gib:g} GiB", policy, *_figures(outcome, needed))
     console.print(table)

@@ -28,11 +28,17 @@ def add_command(commands: Any, text: str) -> None:
     parser.add_argument("run_dir", metavar="RUN", help="folder of the run")
     parser.add_argument("--task", help="this task only; needed to exclude if there are several")
     parser.add_argument(
-        "--release", nargs="+", default=[], metavar="KEY|ROW|SHARD",
+        "--release",
+        nargs="+",
+        default=[],
+        metavar="KEY|ROW|SHARD",
         help="samples that shall take part again from the next epoch on",
     )
     parser.add_argument(
-        "--exclude", nargs="+", default=[], metavar="KEY|ROW",
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="KEY|ROW",
         help="samples that shall take part no more from the next epoch on",
     )
 
@@ -60,8 +66,10 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     for entry in listed:
         since = "not yet" if entry.from_position is None else f"from sample {entry.from_position}"
-        print(f"{entry.task}, {since}: {entry.shard}, key {entry.key!r}, row {entry.row}: "
-              f"{entry.reason}")
+        print(
+            f"{entry.task}, {since}: {entry.shard}, key {entry.key!r}, row {entry.row}: "
+            f"{entry.reason}"
+        )
     print(f"{len(listed)} samples; {len(read_edits(run_dir))} changes by hand since the run began")
     return 0
 
@@ -78,7 +86,8 @@ def _not_taken_in(run_dir: Path) -> Iterator[Listed]:
 def _released(listed: list[Listed], wanted: list[str]) -> Iterator[Edit]:
     for what in wanted:
         found = [
-            entry for entry in listed
+            entry
+            for entry in listed
             if what in (entry.key, str(entry.row), entry.shard, os.path.basename(entry.shard))
         ]
         if not found:

@@ -295,9 +295,11 @@ def _resolved(
             shown.append(f"{key!r} in {' and '.join(dict.fromkeys(where))} ({counts[key]} times)")
         more = f"\n  and {len(clashing) - _SHOWN} more" if len(clashing) > _SHOWN else ""
         raise ValueError(
-            f"{len(clashing)} keys stand for several samples:\n  " + "\n  ".join(shown) + more
+            f"{len(clashing)} keys stand for several samples:\n  "
+            + "\n  ".join(shown)
+            + more
             + "\n(--on-clash prefix tells them apart, --on-clash first keeps one of each)"
-        )  # fmt: skip
+        )
     if on_clash == "prefix":
         pairs = zip(keys, numbers, strict=True)
         named = [f"{number}/{key}" if key in clashing else key for key, number in pairs]

@@ -69,9 +69,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def cells_of_shards(
-    shards: ShardSet, source: str | None, count: int
-) -> Iterator[Cell | BadSample]:
+def cells_of_shards(shards: ShardSet, source: str | None, count: int) -> Iterator[Cell | BadSample]:
     """Cells of `count` samples spread evenly over the shards, or what is wrong with one.
 
     Args: source: of captions, see CaptionDataSettings; None: where there are any.

@@ -191,9 +191,7 @@ class _Group:
     """Why it is not whole."""
 
 
-def _index(
-    file: BinaryIO, path: str, part: Part, known: set[str], lost: list[str]
-) -> ShardIndex:
+def _index(file: BinaryIO, path: str, part: Part, known: set[str], lost: list[str]) -> ShardIndex:
     """Index the whole samples of an archive; append a line to `lost` for whatever is not whole.
 
     known: all extensions in the file.

@@ -12,8 +12,14 @@ if TYPE_CHECKING:
 def add_run(parser: Any, required: bool = True) -> None:
     """Add --run, whose value is `run_dir`, to a parser or a group of one."""
     options = {"required": True} if required else {}
-    parser.add_argument("--run", dest="run_dir", type=Path, metavar="RUN", **options,
-                        help="run directory (its newest checkpoint) or a checkpoint folder")
+    parser.add_argument(
+        "--run",
+        dest="run_dir",
+        type=Path,
+        metavar="RUN",
+        **options,
+        help="run directory (its newest checkpoint) or a checkpoint folder",
+    )
 
 
 def add_weights(parser: Any, targets: bool = True) -> None:
@@ -22,14 +28,22 @@ def add_weights(parser: Any, targets: bool = True) -> None:
     text = {"master": "trained weights", "ema": "their moving average (`ema` in the recipe)"}
     if targets:
         text["target"] = "momentum targets in the place of what these follow"
-    parser.add_argument("--weights", choices=text, default="master",
-                        help=", or ".join(text.values()) + " (default %(default)s)")
+    parser.add_argument(
+        "--weights",
+        choices=text,
+        default="master",
+        help=", or ".join(text.values()) + " (default %(default)s)",
+    )
 
 
 def add_device(parser: Any) -> None:
     """Add --device, where a model runs; `device_of` says which torch.device that is."""
-    parser.add_argument("--device", type=_device, metavar="DEVICE",
-                        help="where the model runs (default: a GPU if there is one, else cpu)")
+    parser.add_argument(
+        "--device",
+        type=_device,
+        metavar="DEVICE",
+        help="where the model runs (default: a GPU if there is one, else cpu)",
+    )
 
 
 def device_of(name: str | None) -> "torch.device":

@@ -221,10 +221,12 @@ def _free_place(
         for at in (left, right):
             place = at, top, at + width, top + height
             if not any(
-                place[0] <= other[2] and other[0] <= place[2]
-                and place[1] <= other[3] and other[1] <= place[3]
+                place[0] <= other[2]
+                and other[0] <= place[2]
+                and place[1] <= other[3]
+                and other[1] <= place[3]
                 for other in taken
-            ):  # fmt: skip
+            ):
                 return place
     return None
 
@@ -252,8 +254,11 @@ def _wrap(text: str, font: Font, width: int) -> list[str]:
                 lines.append(line)
                 line = ""
             else:
-                end = next(n for n in range(len(word), 0, -1)
-                           if n == 1 or font.getlength(word[:n]) <= width)
+                end = next(
+                    n
+                    for n in range(len(word), 0, -1)
+                    if n == 1 or font.getlength(word[:n]) <= width
+                )
                 lines.append(word[:end])
                 word = word[end:]
     lines = [*lines, line] if line or not lines else lines

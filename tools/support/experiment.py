@@ -65,7 +65,10 @@ def train_one(folder: Path, run: Run) -> int:
     command = [sys.executable, "-m", "pretrain.train", *what]
     with open(folder.with_name(f"{folder.name}.log"), "w", encoding="utf-8") as log:
         return subprocess.run(
-            command, stdout=log, stderr=subprocess.STDOUT, check=False,
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         ).returncode
 

@@ -120,13 +120,14 @@ class _Axes:
             x, _ = self.place(value, self.y_range[0])
             draw.line((x, bottom, x, bottom + gap / 2), fill=_FRAME, width=_SCALE)
             draw.text((x, bottom + gap), f"{value:g}", fill=_FAINT, font=font, anchor="ma")
-        draw.line((self.left, self.top, self.left, bottom, right, bottom), fill=_FRAME,
-                  width=_SCALE)
+        draw.line(
+            (self.left, self.top, self.left, bottom, right, bottom), fill=_FRAME, width=_SCALE
+        )
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """At most `_TICKS` + 1 round numbers within [low, high], at least one at or beyond its middle.
-    """
+    """At most `_TICKS` + 1 round numbers within [low, high], at least one at or beyond its
+    middle."""
     span = high - low or 1.0
     power = 10.0 ** math.floor(math.log10(span / _TICKS))
     step = next(f * power for f in (1, 2, 5, 10, 20) if span / (f * power) <= _TICKS)

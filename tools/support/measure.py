@@ -21,9 +21,16 @@ LEAST_REPEATS = 5
 _end: float | None = None
 _shortened: list[str] = []
 LIBRARIES = (
-    "torch", "numpy", "deepspeed", "transformers", "webdataset", "simplejpeg", "pillow",
-    "opencv-python-headless", "tokenizers",
-)  # fmt: skip
+    "torch",
+    "numpy",
+    "deepspeed",
+    "transformers",
+    "webdataset",
+    "simplejpeg",
+    "pillow",
+    "opencv-python-headless",
+    "tokenizers",
+)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,17 @@ import torch
 from torch import Tensor
 
 _STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
-}  # fmt: skip
+}
 
 
 def read_torch_zip(path: Path) -> Any:
@@ -43,8 +49,15 @@ def read_torch_zip(path: Path) -> Any:
                 raise zipfile.BadZipFile("it was written on a machine of another byte order")
             with archive.open(names[0]) as stream:
                 return _unpickle(_TensorUnpickler(stream, archive, prefix))
-    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error,
-            pickle.UnpicklingError) as error:  # fmt: skip
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        pickle.UnpicklingError,
+    ) as error:
         # Of a changed header zipfile says that it is encrypted, compressed, or of another alphabet.
         raise ValueError(f"{path} is damaged, or no file of torch.save: {error}") from None
 
@@ -52,8 +65,15 @@ def read_torch_zip(path: Path) -> Any:
 def _unpickle(unpickler: "_TensorUnpickler") -> Any:
     try:
         return unpickler.load()
-    except (EOFError, TypeError, ValueError, LookupError, AttributeError, RuntimeError,
-            OverflowError) as error:  # fmt: skip
+    except (
+        EOFError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         # What a pickle that was made to do harm runs into, too.
         raise pickle.UnpicklingError(f"its pickle is no plain one ({error})") from None
 
@@ -124,8 +144,9 @@ class _TensorUnpickler(pickle.Unpickler):
         if module == "torch" and name in _STORAGES:
             return _Storage(_STORAGES[name])
         if (module, name) in (
-            ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
-        ):  # fmt: skip
+            ("torch._utils", "_rebuild_tensor_v2"),
+            ("torch._utils", "_rebuild_parameter"),
+        ):
             return _Rebuild()
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict

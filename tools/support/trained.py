@@ -123,8 +123,11 @@ def _targets_in_place(
     found: dict[str, torch.Tensor] = {}
     for task in declared_targets(model):
         for target, online in module_pairs(model, task):
-            moved = {online + name.removeprefix(target): tensor.clone()
-                     for name, tensor in state.items() if name.startswith(f"{target}.")}
+            moved = {
+                online + name.removeprefix(target): tensor.clone()
+                for name, tensor in state.items()
+                if name.startswith(f"{target}.")
+            }
             if found.keys() & moved.keys():
                 raise ValueError(
                     f"weights target: {online} has momentum targets in several tasks, {task} among "
@@ -134,6 +137,11 @@ def _targets_in_place(
     if not found:
         raise ValueError("weights target: the run has no task with a momentum target (m3i)")
     return found
+
+
+def recipe_of(path: str | Path) -> Recipe:
+    """The recipe of what `open_run` would read, without reading a weight. Raises as it does."""
+    return load_resolved(_find(Path(path)) / "recipe.yaml")
 
 
 def _find(path: Path) -> Path:

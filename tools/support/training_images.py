@@ -64,9 +64,10 @@ def seen_in_training(
     whole = some = 0
     for shard in shown.shards:
         reading = [
-            one for one, known in zip(trained, digests, strict=True)
+            one
+            for one, known in zip(trained, digests, strict=True)
             if shard.index_digest in known or any(_names(spec, shard) for spec in one.shards)
-        ]  # fmt: skip
+        ]
         some += bool(reading)
         whole += any(one.where in (None, where) for one in reading)
     if not some:

@@ -1,9 +1,10 @@
-"""Weights of others from whatever file they come in: transformers folders, safetensors, torch.save.
-"""
+"""Weights of others from whatever file they come in: transformers folders, safetensors,
+torch.save."""
 
 import contextlib
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,12 @@ def read_tensors(
 
 
 def _load(path: Path, skip_objects: bool) -> Any:
+    if _is_torchscript(path):  # torch.load would hand it to torch.jit.load, which compiles code
+        raise ValueError(
+            f"{path} is a TorchScript archive, which is code and is not opened (OpenAI's own CLIP "
+            "files are such); take the same weights as a folder of transformers, or as open_clip's "
+            ".safetensors"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
@@ -95,6 +102,14 @@ def _load(path: Path, skip_objects: bool) -> Any:
             f"{path} is damaged ({type(error).__name__}), or holds more than tensors and is not "
             "opened, since that could run code"
         ) from None
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a zip archive has what torch.jit.save writes beside tensors."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _unwrap(path: Path, content: Any, wrappings: Sequence[str]) -> dict[str, Tensor]:

@@ -137,8 +137,9 @@ class BackgroundPart:
             self._writer = ChildProcess(
                 "pretrain.engine.checkpoint.writer", [str(descriptor)], [descriptor]
             )
-        self._writer.ask({"folder": str(folder), "pieces": pieces,
-                          "size": max(stop for _, _, stop in pieces)})
+        self._writer.ask(
+            {"folder": str(folder), "pieces": pieces, "size": max(stop for _, _, stop in pieces)}
+        )
         self._folder, self._since = folder, time.monotonic()
 
     def busy(self) -> bool:

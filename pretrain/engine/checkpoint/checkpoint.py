@@ -152,7 +152,9 @@ class Checkpoints:
     def _open(self, engine, step: int, trainer: dict, targets: TargetNetworks | None) -> Saving:
         final = self.root / checkpoint_name(step)
         manifest = {
-            "format": FORMAT, "step": step, "world": self._world,
+            "format": FORMAT,
+            "step": step,
+            "world": self._world,
             "zero_stage": engine.zero_optimization_stage(),
             "trainer": json.loads(json.dumps(trainer)),  # a copy: training goes on
             **describe_parameters(engine, sources_of(targets)),
@@ -260,9 +262,7 @@ class Checkpoints:
             CheckpointError: on every rank, if names or shapes differ from the model's (all named).
         """
         opened: list[FragmentReader] = []  # stays here: only plain results travel between ranks
-        self._agree(
-            lambda: opened.append(self._fill_partitions(engine, folder, averages, targets))
-        )
+        self._agree(lambda: opened.append(self._fill_partitions(engine, folder, averages, targets)))
         (reader,) = opened
         load_module_tensors(engine, reader)
         push_masters_to_module(engine)

@@ -39,15 +39,21 @@ def rank_contents(
             states[EMA] = averages[index]
         for name, tensor in states.items():
             tensors[f"{index}.{name}"] = tensor.detach()
-        maps.append({
-            "group": partition.group, "numel": partition.master.numel(),
-            "tensors": list(states), "scalars": scalars,
-            "fragments": [[f.parameter, f.start, f.offset, f.numel]
-                          for f in partition.fragments],
-        })
+        maps.append(
+            {
+                "group": partition.group,
+                "numel": partition.master.numel(),
+                "tensors": list(states),
+                "scalars": scalars,
+                "fragments": [
+                    [f.parameter, f.start, f.offset, f.numel] for f in partition.fragments
+                ],
+            }
+        )
     tensor_file, map_file = rank_files(rank)
     contents: Contents = {
-        tensor_file: tensors, map_file: json.dumps({"partitions": maps}).encode(),
+        tensor_file: tensors,
+        map_file: json.dumps({"partitions": maps}).encode(),
     }
     if rank == 0:
         contents[MODULE] = module

@@ -37,9 +37,12 @@ class Copies:
     """
 
     def __init__(
-        self, run_dir: Path, settings: CheckpointSettings, ownership: Ownership,
+        self,
+        run_dir: Path,
+        settings: CheckpointSettings,
+        ownership: Ownership,
         first_wait_s: float = 5.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._root, self._settings, self._ownership = run_dir / "checkpoints", settings, ownership
         self._file = run_dir / "control" / COPIES_FILE
         self._first_wait_s = self._wait_s = first_wait_s
@@ -75,11 +78,15 @@ class Copies:
         if self._child is None:
             self._child = ChildProcess("pretrain.engine.checkpoint.copy")
         self._going = pending[0]
-        self._child.ask({
-            "url": self._settings.copy_to, "folder": str(self._going),
-            "run": run_id_of(self._root), "keep_last": self._settings.keep_last,
-            "keep_every_steps": self._settings.keep_every_steps,
-        })
+        self._child.ask(
+            {
+                "url": self._settings.copy_to,
+                "folder": str(self._going),
+                "run": run_id_of(self._root),
+                "keep_last": self._settings.keep_last,
+                "keep_every_steps": self._settings.keep_every_steps,
+            }
+        )
 
     def _pending(self) -> list[Path]:
         """Checkpoints to copy, newest first."""
@@ -100,8 +107,13 @@ class Copies:
         else:
             self._error = answer["error"]
             self._not_before = time.monotonic() + self._wait_s
-            log.warning("%s could not be copied to %s: %s; again in %.0f s", folder.name, where,
-                        self._error, self._wait_s)
+            log.warning(
+                "%s could not be copied to %s: %s; again in %.0f s",
+                folder.name,
+                where,
+                self._error,
+                self._wait_s,
+            )
             self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
         self._report()
 
@@ -111,7 +123,8 @@ class Copies:
         said = {
             "url": without_secrets(self._settings.copy_to),
             "step": max((step_of(Path(name)) for name in self._done), default=None),
-            "pending": [step_of(path) for path in self._pending()], "error": self._error,
+            "pending": [step_of(path) for path in self._pending()],
+            "error": self._error,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         write_atomically(self._file, [json.dumps(said).encode()])
@@ -126,16 +139,20 @@ class Copies:
         self._pause_s = 0.05
         self.look()
         if self._pending():
-            log.info("waiting for copies of checkpoints, at most %g minutes",
-                     self._settings.copy_wait_minutes)
+            log.info(
+                "waiting for copies of checkpoints, at most %g minutes",
+                self._settings.copy_wait_minutes,
+            )
         while self._pending() and not self._ownership.lost and time.monotonic() < until:
             progress()
             time.sleep(self._pause_s)
             self.look()
         if left := self._pending():
-            log.warning("%s not copied to %s: the next start goes on with it",
-                        ", ".join(path.name for path in left),
-                        without_secrets(self._settings.copy_to))
+            log.warning(
+                "%s not copied to %s: the next start goes on with it",
+                ", ".join(path.name for path in left),
+                without_secrets(self._settings.copy_to),
+            )
         with contextlib.suppress(OSError):
             self._report()
         if self._child is not None:

@@ -85,8 +85,10 @@ class FarCheckpoints:
         found = self._content(path)
         if found is None:
             if self.steps():
-                raise CheckpointError(f"{self.url} holds checkpoints without {RUN_FILE}: choose "
-                                      "an empty folder as checkpoint.copy_to")
+                raise CheckpointError(
+                    f"{self.url} holds checkpoints without {RUN_FILE}: choose "
+                    "an empty folder as checkpoint.copy_to"
+                )
             self._write(path, json.dumps({"run": run_id}).encode())
         elif json.loads(found).get("run") != run_id:
             raise CheckpointError(
@@ -106,8 +108,9 @@ class FarCheckpoints:
             raise CheckpointError(f"{source} is damaged: its SHA-256 differs from the manifest's")
         info = self._info(path)
         if info["size"] != entry["bytes"]:
-            raise CheckpointError(f"{path} has {info['size']:,} bytes at {self.url} instead of "
-                                  f"{entry['bytes']:,}")
+            raise CheckpointError(
+                f"{path} has {info['size']:,} bytes at {self.url} instead of {entry['bytes']:,}"
+            )
         if _md5_of(info) == md5.hexdigest():
             return
         back = hashlib.sha256()
@@ -137,12 +140,15 @@ class FarCheckpoints:
         """Steps of all copies, whole or not, newest first."""
         self.fs.invalidate_cache()
         try:
-            names = [str(path).rstrip("/").rpartition("/")[2]
-                     for path in self.fs.ls(self.root, detail=False)]
+            names = [
+                str(path).rstrip("/").rpartition("/")[2]
+                for path in self.fs.ls(self.root, detail=False)
+            ]
         except FileNotFoundError:
             return []
-        return sorted((int(m[1]) for n in names if (m := re.match(r"step_(\d{9,})$", n))),
-                      reverse=True)
+        return sorted(
+            (int(m[1]) for n in names if (m := re.match(r"step_(\d{9,})$", n))), reverse=True
+        )
 
     def _forget(self, far: str) -> None:
         """Its manifest first: what is left in a crash is no copy."""
@@ -176,8 +182,9 @@ class FarCheckpoints:
         sealed = self._content(self._manifest_of(step))
         if sealed is None:
             steps = ", ".join(map(str, sorted(self.steps()))) or "none"
-            raise CheckpointError(f"{self.url} holds no whole copy of step {step}: there are "
-                                  f"{steps}")
+            raise CheckpointError(
+                f"{self.url} holds no whole copy of step {step}: there are {steps}"
+            )
         temporary = root / f".writing-{final.name}-{secrets.token_hex(4)}"
         temporary.mkdir(parents=True)
         try:
@@ -201,8 +208,10 @@ class FarCheckpoints:
                 out.write(block)
         sync_file(to)
         if to.stat().st_size != entry["bytes"] or digest.hexdigest() != entry["sha256"]:
-            raise CheckpointError(f"{path} at {self.url} is damaged: its size or SHA-256 differs "
-                                  "from the manifest's; fetch another step")
+            raise CheckpointError(
+                f"{path} at {self.url} is damaged: its size or SHA-256 differs "
+                "from the manifest's; fetch another step"
+            )
 
     def _complete(self, run_dir: Path, checkpoint: Path) -> None:
         root = checkpoint.parent

@@ -108,12 +108,16 @@ def check_parameters(engine, reader: FragmentReader, sources: dict[str, str]) ->
     problems += [f"the model lacks {n}" for n in sorted(set(theirs) - set(mine))]
     problems += [
         f"{n} is {theirs[n]} in the checkpoint, {mine[n]} in the model"
-        for n in sorted(set(mine) & set(theirs)) if mine[n] != theirs[n]
+        for n in sorted(set(mine) & set(theirs))
+        if mine[n] != theirs[n]
     ]
     if any(mine[n]["trained"] != theirs[n]["trained"] for n in mine.keys() & theirs.keys()):
-        problems.insert(0, "what is trained may not change within a run: put optimizer.frozen "
-                        "back, or start a new run from these weights (tools.convert "
-                        "export-weights, initial_weights)")
+        problems.insert(
+            0,
+            "what is trained may not change within a run: put optimizer.frozen "
+            "back, or start a new run from these weights (tools.convert "
+            "export-weights, initial_weights)",
+        )
     if problems:
         raise CheckpointError(f"{reader.folder} does not fit the model: {_shorten(problems)}")
 

@@ -257,17 +257,20 @@ def read_full_state(folder: Path, state: str = MASTER) -> dict[str, torch.Tensor
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    problems = [p for name, entry in manifest["files"].items()
-                if (p := verify_file(folder, name, entry))]
+    problems = [
+        p for name, entry in manifest["files"].items() if (p := verify_file(folder, name, entry))
+    ]
     if problems:
         raise CheckpointError("; ".join(problems))
     reader = FragmentReader(folder)
     kept = reader.kept()
     if state not in kept:
         raise CheckpointError(f"{folder} holds no {state!r} weights, but {', '.join(kept)}")
-    tensors = {name: reader.whole(name, state if about["trained"] else MASTER)
-               for name, about in manifest["parameters"].items()
-               if about["trained"] or "follows" in about}
+    tensors = {
+        name: reader.whole(name, state if about["trained"] else MASTER)
+        for name, about in manifest["parameters"].items()
+        if about["trained"] or "follows" in about
+    }
     tensors.update(reader.module_tensors())
     for alias, name in manifest["tied"].items():
         tensors[alias] = tensors[name]

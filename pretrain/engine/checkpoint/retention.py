@@ -1,9 +1,9 @@
 """Which checkpoints of a run stay, which go, and which are moved aside. Rank 0's work; no torch.
 
-    <run>/checkpoints/
-        step_000004000/
-        aside_1_after_step_000004000/     what `--from-step 4000` has left: step_000005000/, ...,
-                                          and metrics.jsonl, faults/ as they were
+<run>/checkpoints/
+    step_000004000/
+    aside_1_after_step_000004000/     what `--from-step 4000` has left: step_000005000/, ...,
+                                      and metrics.jsonl, faults/ as they were
 """
 
 import os
@@ -130,8 +130,10 @@ def step_to_go_back_to(
     gone back already: the checkpoints since then are what it is to go on from."""
     restarts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     back = _went_back(root)
-    if back and back[max(back)] == wanted and any(
-        environment.get(name, "0") not in ("", "0") for name in restarts
+    if (
+        back
+        and back[max(back)] == wanted
+        and any(environment.get(name, "0") not in ("", "0") for name in restarts)
     ):
         return None
     return wanted
@@ -139,8 +141,13 @@ def step_to_go_back_to(
 
 def cut_off_return(root: Path) -> int | None:
     """The step that the run was to go back to when something ended it in the middle of that."""
-    return next((step_of(Path(path.name.removeprefix(_UNFINISHED.format("")))) for path
-                 in root.glob(_UNFINISHED.format("step_*"))), None)
+    return next(
+        (
+            step_of(Path(path.name.removeprefix(_UNFINISHED.format(""))))
+            for path in root.glob(_UNFINISHED.format("step_*"))
+        ),
+        None,
+    )
 
 
 def went_back_from(root: Path, step: int) -> int | None:

@@ -34,6 +34,7 @@ class CheckpointSettings(Settings):
         if url is not None and "://" not in url:
             raise ValueError(f"{url!r} is no URL: of a folder, write file:///its/absolute/path")
         if url is not None and url.startswith("memory://"):
-            raise ValueError("memory:// is gone with the process that copies: take file:// or a "
-                             "store")
+            raise ValueError(
+                "memory:// is gone with the process that copies: take file:// or a store"
+            )
         return url

@@ -17,11 +17,22 @@ from pretrain.engine.checkpoint.files import CheckpointError
 log = logging.getLogger("omnipretrain.checkpoint")
 
 _DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32",
-    torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64",
-}  # fmt: skip
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+}
 _ORDER = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 _ALIGNMENT = 8  # of a file's first tensor, as the library of the format has it
 Piece = tuple[str, int, int]
@@ -40,8 +51,11 @@ def tensor_file_layout(
     entries, places, end = {}, [], 0
     for name, tensor in ordered:
         size = tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape),
-                         "data_offsets": [end, end + size]}
+        entries[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + size],
+        }
         places.append((end, tensor))
         end += size
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
@@ -135,8 +149,11 @@ class Snapshot:
         code = torch.cuda.cudart().cudaHostRegister(self._flat.data_ptr(), self._flat.numel(), 0)
         self._locked = int(code) == 0
         if not self._locked:
-            log.warning("the memory of snapshots cannot be page-locked (CUDA error %s): copies "
-                        "from the GPU are slower", code)
+            log.warning(
+                "the memory of snapshots cannot be page-locked (CUDA error %s): copies "
+                "from the GPU are slower",
+                code,
+            )
 
     def _unlock(self) -> None:
         if self._locked:

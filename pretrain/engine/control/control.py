@@ -136,8 +136,13 @@ class ControlFolder:
         """Say how the run stands; written after what it speaks of is on disk."""
         if not self.ownership.holds():
             return
-        status = {"state": state, "phase": self.phase, "step": step, "reason": reason,
-                  "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        status = {
+            "state": state,
+            "phase": self.phase,
+            "step": step,
+            "reason": reason,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
         if self.slow_rank is not None:
             status["slow_rank"] = self.slow_rank
         write_atomically(self.path / STATUS_FILE, [json.dumps(status).encode()])

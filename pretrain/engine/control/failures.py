@@ -22,9 +22,12 @@ _OF_RANK = re.compile(r"^rank \d+: ")
 
 
 def end_failed(
-    run_dir: Path, rank: int, error: Exception, ownership: Ownership | None,
+    run_dir: Path,
+    rank: int,
+    error: Exception,
+    ownership: Ownership | None,
     places: Sequence[Place] = (),
-) -> int:  # fmt: skip
+) -> int:
     """Leave the reason on disk, if this job may still write there; returns the exit code.
 
     Whoever has lost the run directory writes one line into the log file of its rank: errors that
@@ -71,8 +74,12 @@ def note_failure(run_dir: Path, rank: int, reason: str, ownership: Ownership) ->
     one speaks.
     """
     folder = run_dir / "control"
-    note = {"rank": rank, "reason": reason, "stack": traceback.format_exc(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    note = {
+        "rank": rank,
+        "reason": reason,
+        "stack": traceback.format_exc(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
     file = folder / f"failure_rank_{rank:05d}.json"
     with naming(file):
         file.write_text(json.dumps(note, indent=1), encoding="utf-8")

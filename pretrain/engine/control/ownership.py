@@ -94,9 +94,7 @@ class Ownership:
         )
 
 
-def claim(
-    run_dir: Path, environment: Mapping[str, str], take_over: bool = False
-) -> Ownership:
+def claim(run_dir: Path, environment: Mapping[str, str], take_over: bool = False) -> Ownership:
     """Take the run directory for this job; for rank 0.
 
     Args:
@@ -112,10 +110,15 @@ def claim(
     folder.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(16)
     owner = {
-        "token": token, "host": socket.gethostname(), "pid": os.getpid(),
-        "job": job_of(environment), "launch": launch_of(environment), "machine": this_machine(),
-        "started": start_ticks(os.getpid()), "since": _now(),
-    }  # fmt: skip
+        "token": token,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": job_of(environment),
+        "launch": launch_of(environment),
+        "machine": this_machine(),
+        "started": start_ticks(os.getpid()),
+        "since": _now(),
+    }
     with exclusive(folder / OWNER_FILE):  # of two starts at the same moment one is refused
         if not take_over:
             _refuse_if_occupied(folder, environment)
@@ -175,9 +178,7 @@ def owned_by_launch(run_dir: Path, environment: Mapping[str, str]) -> Ownership 
     return None
 
 
-def claimed_by_this_launch(
-    run_dir: Path, environment: Mapping[str, str], age_s: float
-) -> bool:
+def claimed_by_this_launch(run_dir: Path, environment: Mapping[str, str], age_s: float) -> bool:
     """Whether a launcher or scheduler has started this process anew after a start of the same
     command that the run directory was given to. So it is that run, and no other, which goes on.
 
@@ -197,8 +198,9 @@ def claimed_by_this_launch(
     restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT") or 0)
     if restarts == 0 or since + 1 < time.time() - age_s:
         return False
-    mine, theirs = (text.rpartition(" ")[0] for text in
-                    (launch_of(environment), str(owner.get("launch"))))
+    mine, theirs = (
+        text.rpartition(" ")[0] for text in (launch_of(environment), str(owner.get("launch")))
+    )
     return job is not None or mine == theirs  # but for the number of restarts
 
 

@@ -150,8 +150,10 @@ class Watchdog:
             return
         self._leave_by = self._leave_by or time.monotonic() + GRACE_S
         if phase != "save" and time.monotonic() > self._leave_by:
-            self._finish(f"{reason}; it could not stop by itself within {GRACE_S:.0f} s in "
-                         f"{phase} (step {step}); stacks of rank {self.rank}: {self._dump()}")
+            self._finish(
+                f"{reason}; it could not stop by itself within {GRACE_S:.0f} s in "
+                f"{phase} (step {step}); stacks of rank {self.rank}: {self._dump()}"
+            )
 
     def _report_often(self) -> None:
         """In a thread of its own: a store whose server has stopped holds a caller up for ever."""
@@ -160,8 +162,12 @@ class Watchdog:
 
     def _report(self) -> None:
         self._reports_made += 1
-        report = {"phase": self._phase, "step": self._step, "number": self._reports_made,
-                  "over": self._is_over}
+        report = {
+            "phase": self._phase,
+            "step": self._step,
+            "number": self._reports_made,
+            "over": self._is_over,
+        }
         try:
             self._store = self._store or self._open_store()
             self._store.set(_key(self.rank), json.dumps(report))
@@ -188,8 +194,12 @@ class Watchdog:
     def _dump(self) -> str:
         if self._stacks is None:
             return "not written (logs/ could not be)"
-        print(time.strftime("%Y-%m-%dT%H:%M:%S%z"), f"rank {self.rank}, {self._phase}, step "
-              f"{self._step}", file=self._stacks, flush=True)
+        print(
+            time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            f"rank {self.rank}, {self._phase}, step {self._step}",
+            file=self._stacks,
+            flush=True,
+        )
         main = sys._current_frames().get(threading.main_thread().ident)
         # First, and by itself: faulthandler shows at most 100 threads, the newest ones.
         stack = "".join(traceback.format_stack(main))
@@ -218,16 +228,26 @@ class Watchdog:
         except (OSError, RuntimeError):
             return STORE_IS_GONE
         never = [r for r in range(self.world) if r != self.rank and r not in reports]
-        silent = [rank for rank, report in reports.items()
-                  if report == earlier.get(rank) and not report["over"]]
-        if never or silent:
-            return _named([f"rank {rank} has never reported" for rank in never]
-                          + [f"rank {rank} does not report any more" for rank in silent])
-        return _named([
-            f"rank {rank} is in {report['phase']} of step {report['step']}"
+        silent = [
+            rank
             for rank, report in reports.items()
-            if (report["phase"], report["step"]) != (phase, step)
-        ]) or "all ranks report the same"
+            if report == earlier.get(rank) and not report["over"]
+        ]
+        if never or silent:
+            return _named(
+                [f"rank {rank} has never reported" for rank in never]
+                + [f"rank {rank} does not report any more" for rank in silent]
+            )
+        return (
+            _named(
+                [
+                    f"rank {rank} is in {report['phase']} of step {report['step']}"
+                    for rank, report in reports.items()
+                    if (report["phase"], report["step"]) != (phase, step)
+                ]
+            )
+            or "all ranks report the same"
+        )
 
     def _reports(self) -> dict[int, dict]:
         """rank -> its latest report, this rank left out; without those that never reported."""

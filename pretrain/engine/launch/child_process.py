@@ -36,7 +36,10 @@ class ChildProcess:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, str(os.getpid()), *arguments],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=descriptors, bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=descriptors,
+                bufsize=0,
                 env={**os.environ, "PYTHONPATH": path},
             )
         finally:

@@ -134,8 +134,9 @@ def _meet(rank: int, world: int, device: torch.device, timeout: timedelta | None
             if on_gpu:
                 claim_gpu(store, rank, str(torch.cuda.get_device_properties(device).uuid))
             if of_agent:
-                dist.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                        timeout=timeout)
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=world, timeout=timeout
+                )
         deepspeed.init_distributed(
             backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
         )

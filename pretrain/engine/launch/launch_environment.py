@@ -149,13 +149,18 @@ def _translate_mpirun(environment: MutableMapping[str, str]) -> None:
 
 
 def _set(
-    environment: MutableMapping[str, str], rank: int, world: int | str, local_rank: int,
+    environment: MutableMapping[str, str],
+    rank: int,
+    world: int | str,
+    local_rank: int,
     local_world: int,
-) -> None:  # fmt: skip
+) -> None:
     environment.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank),
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(local_rank),
         LOCAL_WORLD_SIZE=str(local_world),
-    )  # fmt: skip
+    )
 
 
 def _tasks_per_node(text: str) -> list[int]:

@@ -68,8 +68,7 @@ def _parent(pid: int) -> int:
 
 def _is_launcher(pid: int) -> bool:
     return any(
-        Path(word).name in _LAUNCHERS or word.startswith(_MODULES)
-        or "/deepspeed/launcher/" in word
+        Path(word).name in _LAUNCHERS or word.startswith(_MODULES) or "/deepspeed/launcher/" in word
         for word in _command(pid)[:5]  # what follows are arguments
     )
 

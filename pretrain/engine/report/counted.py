@@ -67,5 +67,10 @@ class TargetWatch:
                     "learned from them (without a value: %s): look at what the samples hold with "
                     "`python -m pretrain check RUN/recipe.yaml`; where labels or boxes "
                     "may be missing, say tasks.%s.data.unlabelled=expected (boxes: unannotated)",
-                    task, count, PATIENCE_STEPS, step, ", ".join(silent) or "nothing", task,
+                    task,
+                    count,
+                    PATIENCE_STEPS,
+                    step,
+                    ", ".join(silent) or "nothing",
+                    task,
                 )

@@ -34,7 +34,8 @@ class DataMetrics:
         replaced = faults[task].replaced if task in faults else 0
         values = torch.tensor(
             [replaced, *(counts.get(name, 0) for name in _COUNTERS)],
-            dtype=torch.int64, device=self.ranks.device,
+            dtype=torch.int64,
+            device=self.ranks.device,
         )
         dist.all_reduce(values)
         replaced, read, retries, hits, misses = values.tolist()
@@ -47,6 +48,9 @@ class DataMetrics:
             "read_mb_per_second": (read - before) / 1e6 / max(now - since, 1e-9),
         }
         if hits + misses:
-            metrics |= {"cache_hits": hits, "cache_misses": misses,
-                        "cache_hit_rate": hits / (hits + misses)}
+            metrics |= {
+                "cache_hits": hits,
+                "cache_misses": misses,
+                "cache_hit_rate": hits / (hits + misses),
+            }
         return metrics

@@ -26,9 +26,11 @@ class SlowRank(NamedTuple):
     """Its own time by the median of the others', in the middle one of these reports."""
 
     def __str__(self) -> str:
-        return (f"rank {self.rank} on {self.host} was the slowest in {self.share:.0%} of the last "
-                f"reports: it needs {self.factor:.1f} times what the others need for their data "
-                "and a forward pass, and they wait for it")
+        return (
+            f"rank {self.rank} on {self.host} was the slowest in {self.share:.0%} of the last "
+            f"reports: it needs {self.factor:.1f} times what the others need for their data "
+            "and a forward pass, and they wait for it"
+        )
 
 
 class SlowRanks:

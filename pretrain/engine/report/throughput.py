@@ -35,8 +35,11 @@ class Throughput:
         With several ranks, `slowest_rank` is the one that the others waited for (`slow_rank`).
         """
         metrics = dict(report.metrics)
-        mine = [*(report.seconds.get(name, 0.0) for name in _TIMES), self._peak_memory_gib(),
-                float(metrics.pop("flops"))]
+        mine = [
+            *(report.seconds.get(name, 0.0) for name in _TIMES),
+            self._peak_memory_gib(),
+            float(metrics.pop("flops")),
+        ]
         everyone = self._of_all_ranks(mine)
         *times, memory, _ = everyone.amax(0).tolist()
         work = everyone[:, -1].sum()

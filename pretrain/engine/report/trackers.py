@@ -41,8 +41,9 @@ def missing_packages(names: Sequence[str]) -> list[str]:
     return [
         f"logging.trackers: {name} is not installed, so nothing will be sent to it: "
         f"pip install {name.replace('_', '-')}"
-        for name in names if importlib.util.find_spec(name) is None
-    ]  # fmt: skip
+        for name in names
+        if importlib.util.find_spec(name) is None
+    ]
 
 
 class Trackers:
@@ -88,8 +89,9 @@ class TrackerThread:
     def wait_for_start(self) -> None:
         """Until it has started or failed: loader workers had better not fork in the middle."""
         if not self._started.wait(START_S):
-            log.warning("%s has not started within %.0f s; the run does not wait", self.name,
-                        START_S)
+            log.warning(
+                "%s has not started within %.0f s; the run does not wait", self.name, START_S
+            )
 
     def log(self, values: dict, step: int) -> None:
         """Put a line in its queue; a tracker that takes none any more is given up."""
@@ -141,8 +143,14 @@ def make_tracker(name: str, run_dir: Path, project: str):
     kind, folder = tracking.LOGGER_TYPE_TO_CLASS[name], run_dir / FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     if name == "wandb":
-        tracker = kind(project, name=run_dir.name, dir=str(folder), mode=_wandb_mode(folder),
-                       id=_identity(folder), resume="allow")
+        tracker = kind(
+            project,
+            name=run_dir.name,
+            dir=str(folder),
+            mode=_wandb_mode(folder),
+            id=_identity(folder),
+            resume="allow",
+        )
     elif name == "mlflow":
         _keep_mlflow_in(folder)
         tracker = kind(experiment_name=project, run_name=run_dir.name)
@@ -180,8 +188,11 @@ def _wandb_mode(folder: Path) -> str:
         reason = f"no way to {url.hostname}: {error}"
     if not reason:
         return "online"
-    log.info("wandb is offline (%s): send it later with wandb sync %s/wandb/offline-run-*", reason,
-             folder)
+    log.info(
+        "wandb is offline (%s): send it later with wandb sync %s/wandb/offline-run-*",
+        reason,
+        folder,
+    )
     return "offline"
 
 

@@ -84,7 +84,8 @@ class CachedFeatures:
             (shares["loss"] * factor).backward()
         self._gradients = {
             name: leaf.grad.split(self._sizes)
-            for name, leaf in leaves.items() if leaf.grad is not None
+            for name, leaf in leaves.items()
+            if leaf.grad is not None
         }
         return {name: value.detach() for name, value in shares.items()}
 

@@ -60,8 +60,11 @@ class TargetNetworks:
         self._parameters = dict(model.named_parameters())
         moving = moving_targets(model)
         self.sources = {target: online for target, (_, online) in moving.items()}
-        self._still = [(self._parameters[t], self._parameters[online])
-                       for t, (_, online) in target_sources(model).items() if t not in moving]
+        self._still = [
+            (self._parameters[t], self._parameters[online])
+            for t, (_, online) in target_sources(model).items()
+            if t not in moving
+        ]
         self._targets = declared_targets(model)
         self._divided = engine.zero_optimization_stage() == 3
         self._lay_out({target: task for target, (task, _) in moving.items()})
@@ -210,9 +213,7 @@ class TargetNetworks:
             parameters[0].all_gather(parameters)
 
 
-def _followed(
-    fragments: Iterable[Fragment], followers: Mapping[str, list[str]]
-) -> list[Fragment]:
+def _followed(fragments: Iterable[Fragment], followers: Mapping[str, list[str]]) -> list[Fragment]:
     """Pieces of targets for fragments of online parameters, one behind the other."""
     places: list[Fragment] = []
     offset = 0

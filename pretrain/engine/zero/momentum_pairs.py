@@ -52,8 +52,9 @@ def target_sources(model: nn.Module) -> dict[str, tuple[str, str]]:
             theirs = _parameters(model, online, task)
             mine = _parameters(model, target, task)
             _require_alike(target, _shapes(mine), online, _shapes(theirs))
-            _require_alike(target, _shapes(_buffers(model, target)), online,
-                           _shapes(_buffers(model, online)))
+            _require_alike(
+                target, _shapes(_buffers(model, target)), online, _shapes(_buffers(model, online))
+            )
             for name, parameter in mine.items():
                 first, source = names[id(parameter)], names[id(theirs[name])]
                 if parameter.requires_grad:
@@ -101,8 +102,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _require_alike(target: str, mine: dict, online: str, theirs: dict) -> None:
-    differing = [name for name in sorted(mine.keys() | theirs.keys())
-                 if mine.get(name) != theirs.get(name)]
+    differing = [
+        name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)
+    ]
     if differing:
         name = differing[0]
         raise ValueError(
@@ -115,8 +117,11 @@ def _require_alike(target: str, mine: dict, online: str, theirs: dict) -> None:
 def moving_targets(model: nn.Module) -> dict[str, tuple[str, str]]:
     """`target_sources`, without those whose online parameter is frozen: these never move."""
     parameters = dict(model.named_parameters())
-    return {target: about for target, about in target_sources(model).items()
-            if parameters[about[1]].requires_grad}
+    return {
+        target: about
+        for target, about in target_sources(model).items()
+        if parameters[about[1]].requires_grad
+    }
 
 
 def require_weights_in_memory(model: nn.Module, zero: Mapping) -> None:

@@ -90,10 +90,14 @@ def _cut(zero, group: int, names: dict[int, str]) -> list[list[Fragment]]:
         while position < end:
             rank = position // size
             stop = min(end, (rank + 1) * size)
-            ranks[rank].append(Fragment(
-                names[id(parameter)], position - flat_start, position - rank * size,
-                stop - position,
-            ))  # fmt: skip
+            ranks[rank].append(
+                Fragment(
+                    names[id(parameter)],
+                    position - flat_start,
+                    position - rank * size,
+                    stop - position,
+                )
+            )
             position = stop
     return ranks
 
@@ -110,9 +114,7 @@ def _stage3(zero, names: dict[int, str]) -> Iterator[Partition]:
             start = rank * share
             numel = min(share, parameter.ds_numel - start)
             if numel > 0:
-                partition.fragments.append(
-                    Fragment(names[id(parameter)], start, offset, numel)
-                )
+                partition.fragments.append(Fragment(names[id(parameter)], start, offset, numel))
             offset += share
         yield partition
 

@@ -95,7 +95,11 @@ def make_optimizer(groups: list[dict], settings: OptimizerSettings) -> torch.opt
     """The element-wise optimizer that ZeRO runs on flat fp32 partitions."""
     if settings.kind == "mt_adamw":
         return MTAdamW(
-            groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, omega=settings.omega,
+            groups,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            omega=settings.omega,
             max_compensation=settings.max_compensation,
         )
     if settings.kind == "sgd":
@@ -125,7 +129,10 @@ class TaskWindow(NamedTuple):
 
 
 def accumulate_and_step(
-    engine, task: str, micro_batches: Sequence[Mapping], totals: Mapping[str, torch.Tensor],
+    engine,
+    task: str,
+    micro_batches: Sequence[Mapping],
+    totals: Mapping[str, torch.Tensor],
     step: int = 0,
 ) -> Shares:
     """`accumulate_parts` for a step of one task; returns its metrics."""
@@ -210,9 +217,16 @@ def _summed_losses(
         for number in range(count):
             last = index == len(window.micro_batches) - 1 and number == count - 1
             engine.set_gradient_accumulation_boundary(ends_step and last)
-            shares = dict(run(
-                "losses_in_pass", dict(batch), dict(window.totals), held.seen(last), number, carried
-            ))
+            shares = dict(
+                run(
+                    "losses_in_pass",
+                    dict(batch),
+                    dict(window.totals),
+                    held.seen(last),
+                    number,
+                    carried,
+                )
+            )
             carried = shares.pop("carried", None)
             loss = shares["loss"] * factor
             if last:

@@ -85,8 +85,10 @@ class BatchNorm(nn.BatchNorm2d):
         """Statistics move with the module, but stay float32 when its parameters are cast."""
         kept = (self.running_mean, self.running_var)
         super()._apply(fn, recurse)
-        moved = (old.to(new.device) for old, new in
-                 zip(kept, (self.running_mean, self.running_var), strict=True))  # fmt: skip
+        moved = (
+            old.to(new.device)
+            for old, new in zip(kept, (self.running_mean, self.running_var), strict=True)
+        )
         if not any(tensor.is_meta for tensor in kept):
             self.running_mean, self.running_var = moved
         return self

@@ -72,17 +72,21 @@ class DCNv3(nn.Module):
         self.channels, self.groups = channels, groups
         self.points = kernel_size**2 - remove_center
         self.geometry = {
-            "groups": groups, "kernel_size": kernel_size, "dilation": dilation,
-            "pad": dilation * (kernel_size - 1) // 2, "offset_scale": offset_scale,
+            "groups": groups,
+            "kernel_size": kernel_size,
+            "dilation": dilation,
+            "pad": dilation * (kernel_size - 1) // 2,
+            "offset_scale": offset_scale,
             "remove_center": remove_center,
-        }  # fmt: skip
+        }
         self.center_feature_scale = center_feature_scale
         if center_feature_scale:
             self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(groups, channels))
             self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups))
             self.initial_std = {
-                "center_feature_scale_proj_weight": 0.0, "center_feature_scale_proj_bias": 0.0,
-            }  # fmt: skip
+                "center_feature_scale_proj_weight": 0.0,
+                "center_feature_scale_proj_bias": 0.0,
+            }
         self.dw_conv = nn.Sequential(
             Conv(channels, channels, dw_kernel_size, 1, dw_kernel_size // 2, groups=channels),
             layer_norm(channels, 1)

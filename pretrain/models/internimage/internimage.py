@@ -57,8 +57,10 @@ class InternImage(Encoder):
     ) -> None:
         super().__init__()
         if not len(depths) == len(groups) == STAGES:
-            raise ValueError(f"depths {tuple(depths)} and groups {tuple(groups)} must have one "
-                             f"number for each of the {STAGES} stages")
+            raise ValueError(
+                f"depths {tuple(depths)} and groups {tuple(groups)} must have one "
+                f"number for each of the {STAGES} stages"
+            )
         self.width = channels * 2 ** (STAGES - 1)
         self.depths = tuple(depths)
         self.gradient_checkpointing = gradient_checkpointing
@@ -73,8 +75,12 @@ class InternImage(Encoder):
                 Stage(
                     [
                         Layer(
-                            width, mixer(width, groups[stage], stage, layer), mlp_ratio, post_norm,
-                            res_post_norm, layer_scale,
+                            width,
+                            mixer(width, groups[stage], stage, layer),
+                            mlp_ratio,
+                            post_norm,
+                            res_post_norm,
+                            layer_scale,
                         )
                         for layer in range(depth)
                     ],
@@ -82,7 +88,7 @@ class InternImage(Encoder):
                     tuple(post_norm_layers) if stage == _POST_NORM_STAGE else (),
                     downsample=stage < STAGES - 1,
                 )
-            )  # fmt: skip
+            )
         self.head = head
         self._add_head()
 
@@ -97,8 +103,9 @@ class InternImage(Encoder):
             self.clip_projector = AttentionPool(width, self.head.heads, self.head.output)
             self.fc_norm = layer_norm(self.head.output)
         elif self.head is not None:
-            raise TypeError(f"head {self.head!r} must be ConvHeadSettings(), ProjectorSettings() "
-                            "or None")
+            raise TypeError(
+                f"head {self.head!r} must be ConvHeadSettings(), ProjectorSettings() or None"
+            )
 
     @property
     def pooled_width(self) -> int:

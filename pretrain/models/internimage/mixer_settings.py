@@ -1,5 +1,5 @@
-"""What mixes positions in a layer of InternImage: settings of DCNv3 and of what it is held against.
-"""
+"""What mixes positions in a layer of InternImage: settings of DCNv3 and of what it is held
+against."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ class HaloSettings(Settings):
         """The mixer of a layer, with a head for each group."""
         from pretrain.models.internimage.mixers import WindowAttention
 
-        return WindowAttention(
-            channels, groups, self.window, halo=self.halo, query_positions=True
-        )
+        return WindowAttention(channels, groups, self.window, halo=self.halo, query_positions=True)
 
 
 class ShiftedWindowSettings(Settings):

@@ -113,8 +113,9 @@ class InternImageSettings(EncoderSettings):
                 "would have no place"
             )
         if sorted(set(self.post_norm_layers)) != self.post_norm_layers:
-            raise ValueError(f"post_norm_layers: {self.post_norm_layers} must rise: a layer has "
-                             "one such norm")
+            raise ValueError(
+                f"post_norm_layers: {self.post_norm_layers} must rise: a layer has one such norm"
+            )
         if wrong := [n for n in self.post_norm_layers if not 0 <= n < self.depths[2]]:
             raise ValueError(
                 f"post_norm_layers: the third stage has layers 0..{self.depths[2] - 1}, not {wrong}"

@@ -16,7 +16,8 @@ from pretrain.models.internimage.internimage import InternImageSettings
 from pretrain.models.internimage.mixer_settings import DCNv3Settings
 from pretrain.models.internimage.sizes import SIZES
 
-Target = Literal["official", "detection", "transformers", "m3i"]
+Target = Literal["official", "detection", "bevformer", "transformers", "m3i"]
+_DETECTORS = {"detection": "backbone.", "bevformer": "img_backbone."}  # before the names
 
 _LAYER_SCALE, _GAMMA = re.compile(r"\.layer_scale([12])$"), re.compile(r"\.gamma([12])$")
 # The official loader of M3I weights writes this name, its model has `fc_norm.0`: a loader that is
@@ -54,7 +55,7 @@ def unwrap(state: Mapping[str, Tensor]) -> Unwrapped:
         tensors = {n: t for n, t in tensors.items() if not n.startswith("student_proj")}
     if any("mask_token" in name for name in tensors):
         tensors = _of_m3i(tensors, notes)
-    for prefix in ("backbone.", "model."):
+    for prefix in ("img_backbone.", "backbone.", "model."):
         if any(name.startswith(prefix) for name in tensors):
             tensors = _keep_under(prefix, tensors, notes)
     return Unwrapped(
@@ -222,10 +223,12 @@ def _check_complete(
     complaints = [
         f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
         for names, what in (
-            (missing, "are missing"), (unknown, "are unknown"), (other, "have another shape"),
+            (missing, "are missing"),
+            (unknown, "are unknown"),
+            (other, "have another shape"),
         )
         if names
-    ]  # fmt: skip
+    ]
     if complaints:
         raise ValueError(
             f"of the tensors {'; '.join(complaints)}; those that shall not be taken, or may be "
@@ -243,7 +246,8 @@ def export_internimage(
 
     tensors: a model's state dict; other encoders and tasks are left out.
     target: `m3i` is the layout of raw M3I checkpoints, of an M3I task.
-    task: whose linear layer goes along; none: none does. `detection` never has heads.
+    task: whose linear layer goes along; none: none does. `detection` and `bevformer`
+        never have heads.
 
     Raises:
         ValueError: there is no such encoder or task, or with `m3i` no M3I task with classes.
@@ -253,9 +257,9 @@ def export_internimage(
     if not official:
         names = sorted({".".join(name.split(".")[:2]) for name in tensors})
         raise ValueError(f"there is no encoder {encoder!r}; the model has {', '.join(names)}")
-    if target == "detection":
+    if target in _DETECTORS:
         return {
-            f"backbone.{name}": tensor
+            f"{_DETECTORS[target]}{name}": tensor
             for name, tensor in official.items()
             if name.startswith(("patch_embed.", "levels."))
         }

@@ -67,8 +67,9 @@ def _triton_missing() -> str | None:
     except ImportError as error:
         _log.warning(
             "no Triton kernels, plain PyTorch computes the operators, many times slower: %s. "
-            "Install it with `pip install triton`", error,
-        )  # fmt: skip
+            "Install it with `pip install triton`",
+            error,
+        )
         return str(error)
     return None
 

@@ -30,14 +30,28 @@ _HEADERS = ("lanes.h", "operator.h", "points.h", "sampling.h")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _VECTOR_FLAGS = {
     "AVX2": _AVX2,
-    "AVX512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
-               "-mprefer-vector-width=512"),
-}  # fmt: skip
+    "AVX512": (
+        *_AVX2,
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mprefer-vector-width=512",
+    ),
+}
 # Neither NaN nor rounding is given up: only what keeps loops from becoming vectors.
 _FLAGS = (
-    "-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
-    "-fno-trapping-math", "-fno-signed-zeros", "-DNDEBUG", "-w",
-)  # fmt: skip
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-DNDEBUG",
+    "-w",
+)
 _COMPILER_LIMIT_S = 900.0
 
 
@@ -98,8 +112,13 @@ def _fingerprint(compiler: list[str], flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for name in (*_SOURCES, *_HEADERS):
         digest.update((_HERE / name).read_bytes())
-    facts = (" ".join(compiler), _output([*compiler, "--version"]), flags, torch.__version__,
-             platform.machine())  # fmt: skip
+    facts = (
+        " ".join(compiler),
+        _output([*compiler, "--version"]),
+        flags,
+        torch.__version__,
+        platform.machine(),
+    )
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:20]
 
@@ -116,8 +135,9 @@ def _build(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
             _output([*compiler, *flags, *includes, "-c", str(_HERE / name), "-o", object_file])
         built = Path(folder) / path.name
         # OpenMP is not linked: it has to be the one that torch has loaded, not a second one.
-        _output([*compiler, "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10", "-o",
-                 str(built)])  # fmt: skip
+        _output(
+            [*compiler, "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10", "-o", str(built)]
+        )
         # On the disk before it has its name: loading half a library kills the process.
         with open(built, "rb") as file:
             os.fsync(file.fileno())
@@ -127,9 +147,12 @@ def _build(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
 def _output(command: list[str]) -> str:
     try:
         done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace",
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=_COMPILER_LIMIT_S,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired:
         raise BuildError(f"{command[0]} has not finished in {_COMPILER_LIMIT_S:g} s") from None
     if done.returncode:

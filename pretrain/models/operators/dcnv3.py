@@ -47,22 +47,33 @@ def dcnv3(
     Errors: ValueError or TypeError that names the argument which does not fit.
     """
     if group_channels is not None and groups * group_channels != value.shape[-1]:
-        raise ValueError(f"dcnv3: groups ({groups}) * group_channels ({group_channels}) must be "
-                         f"the {value.shape[-1]} channels of value {tuple(value.shape)}")
+        raise ValueError(
+            f"dcnv3: groups ({groups}) * group_channels ({group_channels}) must be "
+            f"the {value.shape[-1]} channels of value {tuple(value.shape)}"
+        )
     offset, mask = of_one_type(value, offset, mask)
     return torch.ops.omnipretrain.dcnv3(
-        value, offset, mask, _pair("kernel_size", kernel_size), _pair("stride", stride),
-        _pair("pad", pad), _pair("dilation", dilation), groups, offset_scale, remove_center,
+        value,
+        offset,
+        mask,
+        _pair("kernel_size", kernel_size),
+        _pair("stride", stride),
+        _pair("pad", pad),
+        _pair("dilation", dilation),
+        groups,
+        offset_scale,
+        remove_center,
         backend,
-    )  # fmt: skip
+    )
 
 
 def _pair(name: str, size: Size) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else size
     whole = isinstance(pair, (tuple, list)) and all(isinstance(side, int) for side in pair)
     if not whole or len(pair) != 2:
-        raise ValueError(f"dcnv3: {name} {size!r} must be a whole number, or two of them: "
-                         "(vertical, horizontal)")
+        raise ValueError(
+            f"dcnv3: {name} {size!r} must be a whole number, or two of them: (vertical, horizontal)"
+        )
     return tuple(pair)
 
 

@@ -42,9 +42,14 @@ def by_grid_sample(
     Raises ValueError or TypeError: arguments that do not fit together.
     """
     window = Window(
-        tuple(kernel_size), tuple(stride), tuple(pad), tuple(dilation), groups, offset_scale,
+        tuple(kernel_size),
+        tuple(stride),
+        tuple(pad),
+        tuple(dilation),
+        groups,
+        offset_scale,
         remove_center,
-    )  # fmt: skip
+    )
     window.check(value, offset, mask)
     _, height, width, channels = value.shape
     rows, columns = window.output_size(height, width)
@@ -65,9 +70,7 @@ def _by_group(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _grid(
-    offset: Tensor, window: Window, size: tuple[int, int], output: tuple[int, int]
-) -> Tensor:
+def _grid(offset: Tensor, window: Window, size: tuple[int, int], output: tuple[int, int]) -> Tensor:
     """Where to sample: (M, positions, points, 2), (x, y) from -1 to 1 over the edges of the map.
 
     offset: of the same shape, in pixels; size, output: rows and columns of map and output.

@@ -31,8 +31,7 @@ def forward(value: Tensor, offset: Tensor, mask: Tensor, window: Window) -> Tens
     out = value.new_empty(n, *window.output_size(height, width), channels)
     if out.numel():
         arguments = (value, offset, mask, out, *geometry(value, out, window))
-        launch(forward_kernel, _items(out, window), arguments,
-               settings(value, offset, out, window))  # fmt: skip
+        launch(forward_kernel, _items(out, window), arguments, settings(value, offset, out, window))
     return out
 
 
@@ -46,12 +45,22 @@ def backward(
     offset_gradient, mask_gradient = torch.empty_like(offset), torch.empty_like(mask)
     if gradient.numel():
         arguments = (
-            gradient, value, offset, mask, scatter.buffer, offset_gradient, mask_gradient,
-            scatter.scale, *geometry(value, gradient, window),
-        )  # fmt: skip
-        launch(backward_kernel, _items(gradient, window), arguments,
-               {"FIXED": scatter.fixed}
-               | settings(value, offset, gradient, window, scatter.buffer))  # fmt: skip
+            gradient,
+            value,
+            offset,
+            mask,
+            scatter.buffer,
+            offset_gradient,
+            mask_gradient,
+            scatter.scale,
+            *geometry(value, gradient, window),
+        )
+        launch(
+            backward_kernel,
+            _items(gradient, window),
+            arguments,
+            {"FIXED": scatter.fixed} | settings(value, offset, gradient, window, scatter.buffer),
+        )
     return scatter.result(value.dtype), offset_gradient, mask_gradient
 
 
@@ -73,24 +82,37 @@ def settings(
     middle = (window.kernel_size[1] // 2) * window.kernel_size[0] + window.kernel_size[0] // 2
     largest = max(offset.numel(), out.numel(), value.shape[1:].numel())
     return {
-        "STRIDE_Y": window.stride[0], "STRIDE_X": window.stride[1],
-        "ORIGIN_Y": center_y - window.pad[0], "ORIGIN_X": center_x - window.pad[1],
-        "STEP_Y": window.dilation[0], "STEP_X": window.dilation[1],
-        "CENTER_Y": center_y, "CENTER_X": center_x,
-        "KERNEL_ROWS": window.kernel_size[0], "POINTS": window.points,
+        "STRIDE_Y": window.stride[0],
+        "STRIDE_X": window.stride[1],
+        "ORIGIN_Y": center_y - window.pad[0],
+        "ORIGIN_X": center_x - window.pad[1],
+        "STEP_Y": window.dilation[0],
+        "STEP_X": window.dilation[1],
+        "CENTER_Y": center_y,
+        "CENTER_X": center_x,
+        "KERNEL_ROWS": window.kernel_size[0],
+        "POINTS": window.points,
         "REMOVED": middle if window.remove_center else window.points,
         "SCALE": float(window.offset_scale),
-    } | constants(
-        value, window.groups, value.shape[-1] // window.groups, largest, buffer
-    )  # fmt: skip
+    } | constants(value, window.groups, value.shape[-1] // window.groups, largest, buffer)
 
 
 @triton.jit
 def _place(
-    offset, first, point, origin_y, origin_x,
-    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, CENTER_Y: tl.constexpr, CENTER_X: tl.constexpr,
-    KERNEL_ROWS: tl.constexpr, REMOVED: tl.constexpr, SCALE: tl.constexpr, SUM: tl.constexpr,
-):  # fmt: skip
+    offset,
+    first,
+    point,
+    origin_y,
+    origin_x,
+    STEP_Y: tl.constexpr,
+    STEP_X: tl.constexpr,
+    CENTER_Y: tl.constexpr,
+    CENTER_X: tl.constexpr,
+    KERNEL_ROWS: tl.constexpr,
+    REMOVED: tl.constexpr,
+    SCALE: tl.constexpr,
+    SUM: tl.constexpr,
+):
     """Coordinates (y, x) at which a point is read, (BLOCK,)."""
     number = point + tl.where(point >= REMOVED, 1, 0)  # points go column by column
     step_x = (number // KERNEL_ROWS) * STEP_X - CENTER_X
@@ -106,15 +128,41 @@ def _place(
 )
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
-    value, offset, mask, out, items, height, width, rows, columns, magnitude,
-    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, ORIGIN_Y: tl.constexpr, ORIGIN_X: tl.constexpr,
-    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, CENTER_Y: tl.constexpr, CENTER_X: tl.constexpr,
-    KERNEL_ROWS: tl.constexpr, POINTS: tl.constexpr, REMOVED: tl.constexpr, SCALE: tl.constexpr,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr,
-    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr,
-    ELEMENT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr,
+    value,
+    offset,
+    mask,
+    out,
+    items,
+    height,
+    width,
+    rows,
+    columns,
+    magnitude,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    ORIGIN_Y: tl.constexpr,
+    ORIGIN_X: tl.constexpr,
+    STEP_Y: tl.constexpr,
+    STEP_X: tl.constexpr,
+    CENTER_Y: tl.constexpr,
+    CENTER_X: tl.constexpr,
+    KERNEL_ROWS: tl.constexpr,
+    POINTS: tl.constexpr,
+    REMOVED: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    SUM: tl.constexpr,
+    INDEX: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    WARPS: tl.constexpr,
     UNROLL: tl.constexpr,
-):  # fmt: skip
+):
     item, own, position, group, channel, used = block(
         items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, ELEMENT, WIDTH, SPAN, WARPS
     )
@@ -128,14 +176,36 @@ def forward_kernel(
     total = tl.zeros((channel.shape[0], item.shape[0], channel.shape[2]), SUM)
     for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
         y, x = _place(
-            offset, first, point, origin_y, origin_x,
-            STEP_Y, STEP_X, CENTER_Y, CENTER_X, KERNEL_ROWS, REMOVED, SCALE, SUM,
-        )  # fmt: skip
+            offset,
+            first,
+            point,
+            origin_y,
+            origin_x,
+            STEP_Y,
+            STEP_X,
+            CENTER_Y,
+            CENTER_X,
+            KERNEL_ROWS,
+            REMOVED,
+            SCALE,
+            SUM,
+        )
         weight = tl.load(mask + first + point).to(SUM)
         total = add_sample(
-            total, image, y, x, weight, height, width, used, GROUPS * CHANNELS, SUM, INDEX,
-            UNSIGNED, PAIRS,
-        )  # fmt: skip
+            total,
+            image,
+            y,
+            x,
+            weight,
+            height,
+            width,
+            used,
+            GROUPS * CHANNELS,
+            SUM,
+            INDEX,
+            UNSIGNED,
+            PAIRS,
+        )
     places = (out + item * CHANNELS)[None, :, None] + channel
     tl.store(places, total.to(out.dtype.element_ty), mask=own[None, :, None] & used)
 
@@ -147,16 +217,46 @@ def forward_kernel(
 )
 @triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
-    gradient, value, offset, mask, value_gradient, offset_gradient, mask_gradient, scale,
-    items, height, width, rows, columns, magnitude, FIXED: tl.constexpr,
-    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, ORIGIN_Y: tl.constexpr, ORIGIN_X: tl.constexpr,
-    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, CENTER_Y: tl.constexpr, CENTER_X: tl.constexpr,
-    KERNEL_ROWS: tl.constexpr, POINTS: tl.constexpr, REMOVED: tl.constexpr, SCALE: tl.constexpr,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr,
-    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr,
-    ELEMENT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr,
+    gradient,
+    value,
+    offset,
+    mask,
+    value_gradient,
+    offset_gradient,
+    mask_gradient,
+    scale,
+    items,
+    height,
+    width,
+    rows,
+    columns,
+    magnitude,
+    FIXED: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    ORIGIN_Y: tl.constexpr,
+    ORIGIN_X: tl.constexpr,
+    STEP_Y: tl.constexpr,
+    STEP_X: tl.constexpr,
+    CENTER_Y: tl.constexpr,
+    CENTER_X: tl.constexpr,
+    KERNEL_ROWS: tl.constexpr,
+    POINTS: tl.constexpr,
+    REMOVED: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    SUM: tl.constexpr,
+    INDEX: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    WARPS: tl.constexpr,
     UNROLL: tl.constexpr,
-):  # fmt: skip
+):
     item, own, position, group, channel, used = block(
         items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, ELEMENT, WIDTH, SPAN, WARPS
     )
@@ -172,14 +272,40 @@ def backward_kernel(
     fixed_scale = tl.load(scale)
     for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
         y, x = _place(
-            offset, first, point, origin_y, origin_x,
-            STEP_Y, STEP_X, CENTER_Y, CENTER_X, KERNEL_ROWS, REMOVED, SCALE, SUM,
-        )  # fmt: skip
+            offset,
+            first,
+            point,
+            origin_y,
+            origin_x,
+            STEP_Y,
+            STEP_X,
+            CENTER_Y,
+            CENTER_X,
+            KERNEL_ROWS,
+            REMOVED,
+            SCALE,
+            SUM,
+        )
         weight = tl.load(mask + first + point).to(SUM)
         along_y, along_x, along_weight = scatter_sample(
-            upstream, value, value_gradient, fixed_scale, image, y, x, weight, height, width, used,
-            FIXED, GROUPS * CHANNELS, SUM, INDEX, UNSIGNED, PAIRS,
-        )  # fmt: skip
+            upstream,
+            value,
+            value_gradient,
+            fixed_scale,
+            image,
+            y,
+            x,
+            weight,
+            height,
+            width,
+            used,
+            FIXED,
+            GROUPS * CHANNELS,
+            SUM,
+            INDEX,
+            UNSIGNED,
+            PAIRS,
+        )
         offsets = offset_gradient + 2 * first + 2 * point
         kind = offset_gradient.dtype.element_ty
         tl.store(offsets, (along_x * SCALE).to(kind), mask=own)

@@ -60,16 +60,22 @@ def _prepare(
         raise ValueError(f"ms_deform_attn: value {tuple(value.shape)} must be (N, S, heads, D)")
     n, pixels, heads, _ = value.shape
     if sum(height * width for height, width in sizes) != pixels:
-        raise ValueError(f"ms_deform_attn: sizes {sizes} must have together the {pixels} pixels "
-                         f"of value {tuple(value.shape)}")
+        raise ValueError(
+            f"ms_deform_attn: sizes {sizes} must have together the {pixels} pixels "
+            f"of value {tuple(value.shape)}"
+        )
     if weights.dim() != 5 or (n, heads, len(sizes)) != (weights.shape[0], *weights.shape[2:4]):
-        raise ValueError(f"ms_deform_attn: weights {tuple(weights.shape)} must be (N, Q, heads, "
-                         f"maps, points) = ({n}, Q, {heads}, {len(sizes)}, points)")
+        raise ValueError(
+            f"ms_deform_attn: weights {tuple(weights.shape)} must be (N, Q, heads, "
+            f"maps, points) = ({n}, Q, {heads}, {len(sizes)}, points)"
+        )
     if weights.shape[4] < 1:
         raise ValueError(f"ms_deform_attn: weights {tuple(weights.shape)} have no points")
     if locations.shape != (*weights.shape, 2):
-        raise ValueError(f"ms_deform_attn: locations {tuple(locations.shape)} must be "
-                         f"{(*weights.shape, 2)}, as weights and (x, y)")
+        raise ValueError(
+            f"ms_deform_attn: locations {tuple(locations.shape)} must be "
+            f"{(*weights.shape, 2)}, as weights and (x, y)"
+        )
     check_types("ms_deform_attn", value, {"locations": locations, "weights": weights})
     return maps
 

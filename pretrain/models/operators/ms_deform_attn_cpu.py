@@ -21,6 +21,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, locations and weights, each of its own shape and type."""
     return torch.ops.omnipretrain.ms_deform_attn_cpu_backward(
-        gradient.contiguous(), value.contiguous(), locations.contiguous(), weights.contiguous(),
+        gradient.contiguous(),
+        value.contiguous(),
+        locations.contiguous(),
+        weights.contiguous(),
         *maps,
-    )  # fmt: skip
+    )

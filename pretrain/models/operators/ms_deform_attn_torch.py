@@ -47,8 +47,9 @@ def backward(
     of_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
     to_locations, to_weights = _flat(of_locations, of_weights)
     flat_gradient, flat_locations, flat_weights = (
-        gradient.reshape(-1, heads, depth), *_flat(locations, weights)
-    )  # fmt: skip
+        gradient.reshape(-1, heads, depth),
+        *_flat(locations, weights),
+    )
     points_per_map = weights.shape[-1]
     for part in slices(len(flat_gradient), heads * depth, value.device):
         points = _points(flat_locations, flat_weights, part, locations.shape[1], value, maps)

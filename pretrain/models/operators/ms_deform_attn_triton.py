@@ -23,8 +23,16 @@ Sizes = tuple[tuple[int, ...], tuple[int, ...]]
 # Points of a map computed at a time.
 UNROLLS = (2, 1, 4)
 # No compilation of its own for each image size.
-_SIZES = ("heights", "more_heights", "widths", "more_widths", "items", "queries", "pixels",
-          "magnitude")  # fmt: skip
+_SIZES = (
+    "heights",
+    "more_heights",
+    "widths",
+    "more_widths",
+    "items",
+    "queries",
+    "pixels",
+    "magnitude",
+)
 # Sides of maps go to the kernels within numbers (`_packed`). A table of them would have to be kept
 # for later calls, in the GPU's memory: if a CUDA graph is made of the first one, in the graph's,
 # which others write over.
@@ -59,12 +67,22 @@ def backward(
     of_locations, of_weights = torch.empty_like(locations), torch.empty_like(weights)
     if gradient.numel():
         arguments = (
-            gradient, value, locations, weights, scatter.buffer, of_locations, of_weights,
-            scatter.scale, *geometry(value, queries, maps),
-        )  # fmt: skip
-        launch(backward_kernel, n * queries * heads, arguments,
-               {"FIXED": scatter.fixed}
-               | settings(value, locations, gradient, scatter.buffer))  # fmt: skip
+            gradient,
+            value,
+            locations,
+            weights,
+            scatter.buffer,
+            of_locations,
+            of_weights,
+            scatter.scale,
+            *geometry(value, queries, maps),
+        )
+        launch(
+            backward_kernel,
+            n * queries * heads,
+            arguments,
+            {"FIXED": scatter.fixed} | settings(value, locations, gradient, scatter.buffer),
+        )
     return scatter.result(value.dtype), of_locations, of_weights
 
 
@@ -84,14 +102,13 @@ def geometry(value: Tensor, queries: int, maps: Sizes) -> tuple:
     return *_packed(heights), *_packed(widths), items, queries, pixels, items.bit_length()
 
 
-def settings(
-    value: Tensor, locations: Tensor, out: Tensor, buffer: Tensor | None = None
-) -> dict:
+def settings(value: Tensor, locations: Tensor, out: Tensor, buffer: Tensor | None = None) -> dict:
     """What the kernels are compiled for; `buffer` is that of the backward pass."""
     largest = max(locations.numel(), out.numel(), value.shape[1:].numel())
     return {
-        "MAPS": locations.shape[3], "POINTS": locations.shape[4],
-    } | constants(value, *value.shape[2:], largest, buffer)  # fmt: skip
+        "MAPS": locations.shape[3],
+        "POINTS": locations.shape[4],
+    } | constants(value, *value.shape[2:], largest, buffer)
 
 
 def _packed(sides: Sequence[int]) -> tuple[int, int]:
@@ -124,14 +141,33 @@ def _place(locations, point, height, width, SUM: tl.constexpr):
 )
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
-    value, locations, weights, out,
-    heights, more_heights, widths, more_widths, items, queries, pixels, magnitude,
-    MAPS: tl.constexpr, POINTS: tl.constexpr,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr,
-    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr,
-    ELEMENT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr,
+    value,
+    locations,
+    weights,
+    out,
+    heights,
+    more_heights,
+    widths,
+    more_widths,
+    items,
+    queries,
+    pixels,
+    magnitude,
+    MAPS: tl.constexpr,
+    POINTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    SUM: tl.constexpr,
+    INDEX: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    WARPS: tl.constexpr,
     UNROLL: tl.constexpr,
-):  # fmt: skip
+):
     item, own, position, head, channel, used = block(
         items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, ELEMENT, WIDTH, SPAN, WARPS
     )
@@ -148,9 +184,20 @@ def forward_kernel(
             y, x = _place(locations, point, height, width, SUM)
             weight = tl.load(weights + point).to(SUM)
             total = add_sample(
-                total, image + start * step, y, x, weight, height, width, used, step, SUM, INDEX,
-                UNSIGNED, PAIRS,
-            )  # fmt: skip
+                total,
+                image + start * step,
+                y,
+                x,
+                weight,
+                height,
+                width,
+                used,
+                step,
+                SUM,
+                INDEX,
+                UNSIGNED,
+                PAIRS,
+            )
         start += height.to(tl.int64) * width
     places = (out + item * CHANNELS)[None, :, None] + channel
     tl.store(places, total.to(out.dtype.element_ty), mask=own[None, :, None] & used)
@@ -163,14 +210,38 @@ def forward_kernel(
 )
 @triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
-    gradient, value, locations, weights, value_gradient, location_gradient, weight_gradient, scale,
-    heights, more_heights, widths, more_widths, items, queries, pixels, magnitude,
-    FIXED: tl.constexpr, MAPS: tl.constexpr, POINTS: tl.constexpr,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, SUM: tl.constexpr,
-    INDEX: tl.constexpr, UNSIGNED: tl.constexpr, PAIRS: tl.constexpr,
-    ELEMENT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr,
+    gradient,
+    value,
+    locations,
+    weights,
+    value_gradient,
+    location_gradient,
+    weight_gradient,
+    scale,
+    heights,
+    more_heights,
+    widths,
+    more_widths,
+    items,
+    queries,
+    pixels,
+    magnitude,
+    FIXED: tl.constexpr,
+    MAPS: tl.constexpr,
+    POINTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    SUM: tl.constexpr,
+    INDEX: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    WARPS: tl.constexpr,
     UNROLL: tl.constexpr,
-):  # fmt: skip
+):
     item, own, position, head, channel, used = block(
         items, GROUPS, CHANNELS, BLOCK_CHANNELS, INDEX, ELEMENT, WIDTH, SPAN, WARPS
     )
@@ -189,9 +260,24 @@ def backward_kernel(
             y, x = _place(locations, point, height, width, SUM)
             weight = tl.load(weights + point).to(SUM)
             along_y, along_x, along_weight = scatter_sample(
-                upstream, value, value_gradient, fixed_scale, image + start * step, y, x, weight,
-                height, width, used, FIXED, step, SUM, INDEX, UNSIGNED, PAIRS,
-            )  # fmt: skip
+                upstream,
+                value,
+                value_gradient,
+                fixed_scale,
+                image + start * step,
+                y,
+                x,
+                weight,
+                height,
+                width,
+                used,
+                FIXED,
+                step,
+                SUM,
+                INDEX,
+                UNSIGNED,
+                PAIRS,
+            )
             kind = location_gradient.dtype.element_ty
             tl.store(location_gradient + 2 * point, (along_x * width).to(kind), mask=own)
             tl.store(location_gradient + 2 * point + 1, (along_y * height).to(kind), mask=own)

@@ -67,9 +67,13 @@ def register(
 
     for suffix, schema, kernel, on_meta in (
         ("", f"({signature}) -> Tensor", forward, forward_on_meta),
-        ("_backward", f"(Tensor gradient, {signature}) -> (Tensor, Tensor, Tensor)", backward,
-         backward_on_meta),
-    ):  # fmt: skip
+        (
+            "_backward",
+            f"(Tensor gradient, {signature}) -> (Tensor, Tensor, Tensor)",
+            backward,
+            backward_on_meta,
+        ),
+    ):
         operator = f"{NAMESPACE}::{name}{suffix}"
         torch.library.define(operator, schema)
         torch.library.impl(operator, "default", kernel)

@@ -82,8 +82,12 @@ def _corners(point: Points) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     for row, row_weight, row_slope in _neighbours(point.y, point.height, near):
         for column, column_weight, column_slope in _neighbours(point.x, point.width, near):
             rows = point.first_row + (row * point.width + column) * groups
-            yield (rows, row_weight * column_weight, row_weight * column_slope,
-                   row_slope * column_weight)
+            yield (
+                rows,
+                row_weight * column_weight,
+                row_weight * column_slope,
+                row_slope * column_weight,
+            )
 
 
 def _neighbours(coordinate: Tensor, size: int, near: Tensor) -> _Axis:

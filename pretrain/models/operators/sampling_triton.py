@@ -77,14 +77,17 @@ def constants(
     width = ACCESS // accessed.element_size() if buffer is None or _adds_vectors(buffer) else 1
     pairs = value.dtype == torch.bfloat16 and width > 1 and torch.version.hip is None
     return {
-        "GROUPS": groups, "CHANNELS": channels,
+        "GROUPS": groups,
+        "CHANNELS": channels,
         "BLOCK_CHANNELS": triton.next_power_of_2(channels),
-        "ELEMENT": accessed.element_size(), "WIDTH": width,
+        "ELEMENT": accessed.element_size(),
+        "WIDTH": width,
         "SUM": _TRITON_TYPES[sum_type(value.dtype)],
-        "INDEX": tl.int64 if wide else tl.int32, "UNSIGNED": tl.uint64 if wide else tl.uint32,
+        "INDEX": tl.int64 if wide else tl.int32,
+        "UNSIGNED": tl.uint64 if wide else tl.uint32,
         "PAIRS": pairs and not interpreted(),
         "enable_fp_fusion": True,  # as a later Triton will not do by itself
-    }  # fmt: skip
+    }
 
 
 def _adds_vectors(buffer: Tensor) -> bool:
@@ -164,10 +167,16 @@ class Scatter:
 
 @triton.jit
 def block(
-    items, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    INDEX: tl.constexpr, ELEMENT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    items,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    INDEX: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
     WARPS: tl.constexpr,
-):  # fmt: skip
+):
     """What a program computes: items (BLOCK,), their positions and groups, and which of them are
     its own: beyond the last one it computes that again, for no one. Channels (parts, 1, of a part),
     or (of a part, 1, parts), and which of them there are."""
@@ -217,19 +226,33 @@ def widen(read, SUM: tl.constexpr, PAIRS: tl.constexpr):
     float32: one instruction for each, where the compiler's own conversion takes three for two."""
     if PAIRS:
         bits = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [read],
-            dtype=tl.int32, is_pure=True, pack=2,
-        )  # fmt: skip
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [read],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=2,
+        )
         return bits.to(tl.float32, bitcast=True)
     return read.to(SUM)
 
 
 @triton.jit
 def add_sample(
-    total, image, y, x, weight, height, width, used,
-    PIXEL: tl.constexpr, SUM: tl.constexpr, INDEX: tl.constexpr, UNSIGNED: tl.constexpr,
+    total,
+    image,
+    y,
+    x,
+    weight,
+    height,
+    width,
+    used,
+    PIXEL: tl.constexpr,
+    SUM: tl.constexpr,
+    INDEX: tl.constexpr,
+    UNSIGNED: tl.constexpr,
     PAIRS: tl.constexpr,
-):  # fmt: skip
+):
     """`total` (BLOCK, channels) plus weight times the sample at (y, x) of a map.
 
     image: (BLOCK, channels) pointers into the map's first pixel; PIXEL: elements of a pixel.
@@ -251,10 +274,24 @@ def add_sample(
 
 @triton.jit
 def scatter_sample(
-    upstream, value, value_gradient, scale, image, y, x, weight, height, width, used,
-    FIXED: tl.constexpr, PIXEL: tl.constexpr, SUM: tl.constexpr, INDEX: tl.constexpr,
-    UNSIGNED: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
+    upstream,
+    value,
+    value_gradient,
+    scale,
+    image,
+    y,
+    x,
+    weight,
+    height,
+    width,
+    used,
+    FIXED: tl.constexpr,
+    PIXEL: tl.constexpr,
+    SUM: tl.constexpr,
+    INDEX: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     """Gradients (BLOCK,) of a point's y, x and weight; that of the values is scattered.
 
     upstream: (BLOCK, channels), gradient of the sum; image: (BLOCK, channels), 64-bit elements

@@ -66,8 +66,10 @@ class Window(NamedTuple):
             raise ValueError(f"dcnv3: value {_shape(value)} must be (N, H, W, C)")
         n, height, width, channels = value.shape
         if channels % self.groups:
-            raise ValueError(f"dcnv3: groups ({self.groups}) must divide the {channels} channels "
-                             f"of value {_shape(value)}")
+            raise ValueError(
+                f"dcnv3: groups ({self.groups}) must divide the {channels} channels "
+                f"of value {_shape(value)}"
+            )
         size = self.output_size(height, width)
         if min(size) < 1:
             raise ValueError(
@@ -95,8 +97,9 @@ class Window(NamedTuple):
         if self.remove_center:
             even = any(size % 2 == 0 for size in self.kernel_size)
             if even or self.kernel_size == (1, 1):
-                raise ValueError(f"dcnv3: remove_center needs an odd kernel_size above 1, not "
-                                 f"{self.kernel_size}")
+                raise ValueError(
+                    f"dcnv3: remove_center needs an odd kernel_size above 1, not {self.kernel_size}"
+                )
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -128,8 +131,10 @@ def check_types(operator: str, value: Tensor, others: dict[str, Tensor]) -> None
     for name, tensor in others.items():
         if tensor.dtype not in allowed:
             either = " or ".join(sorted(str(dtype) for dtype in allowed))
-            raise TypeError(f"{operator}: {name} is {tensor.dtype}; beside a value of "
-                            f"{value.dtype} it must be {either}")
+            raise TypeError(
+                f"{operator}: {name} is {tensor.dtype}; beside a value of "
+                f"{value.dtype} it must be {either}"
+            )
         if tensor.device != value.device:
             raise ValueError(f"{operator}: {name} is on {tensor.device}, value on {value.device}")
     if len({tensor.dtype for tensor in others.values()}) > 1:

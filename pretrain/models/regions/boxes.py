@@ -91,10 +91,12 @@ def boxes_of_masks(masks: Tensor) -> tuple[Tensor, Tensor]:
     for line in (masks.any(-2), masks.any(-1)):
         length = line.shape[-1]
         place = torch.arange(length, device=masks.device)
-        edges.append((
-            torch.where(line, place, length).amin(-1) / length,
-            torch.where(line, place + 1, 0).amax(-1) / length,
-        ))  # fmt: skip
+        edges.append(
+            (
+                torch.where(line, place, length).amin(-1) / length,
+                torch.where(line, place + 1, 0).amax(-1) / length,
+            )
+        )
     (left, right), (top, bottom) = edges
     return centred(torch.stack([left, top, right, bottom], dim=-1)), right > 0
 

@@ -48,9 +48,7 @@ class Predictions(NamedTuple):
 
     def masks(self, mask_features: Tensor) -> Tensor:
         """(B, Q, h, w) logits; mask_features: (B, h, w, width)."""
-        return self.mask_logits(mask_features.flatten(1, 2)).unflatten(
-            -1, mask_features.shape[1:3]
-        )
+        return self.mask_logits(mask_features.flatten(1, 2)).unflatten(-1, mask_features.shape[1:3])
 
     def mask_logits(self, features: Tensor) -> Tensor:
         """(B, Q, N) logits at places with these features (B, N, width)."""
@@ -101,12 +99,14 @@ class RegionDecoder(nn.Module):
         self.mask_embed = Mlp(width, width, width, 3)
         self.bbox_embed = box_head(width)
         self.decoder_norm = nn.LayerNorm(width)
-        self.decoder = nn.ModuleDict({
-            "layers": nn.ModuleList(
-                DecoderLayer(width, heads, levels, points, hidden) for _ in range(layers)
-            ),
-            "ref_point_head": Mlp(2 * width, width, width, 2),
-        })  # fmt: skip
+        self.decoder = nn.ModuleDict(
+            {
+                "layers": nn.ModuleList(
+                    DecoderLayer(width, heads, levels, points, hidden) for _ in range(layers)
+                ),
+                "ref_point_head": Mlp(2 * width, width, width, 2),
+            }
+        )
 
     def forward(self, memory: Memory, known: KnownBoxes | None = None) -> Regions:
         """Find regions, and put known boxes right.

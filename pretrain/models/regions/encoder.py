@@ -151,11 +151,13 @@ class DeformableEncoder(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.level_embed = nn.Parameter(torch.zeros(levels, width))
         self.initial_std = {"level_embed": 1.0}
-        self.encoder = nn.ModuleDict({
-            "layers": nn.ModuleList(
-                EncoderLayer(width, heads, levels, points, hidden) for _ in range(layers)
-            )
-        })  # fmt: skip
+        self.encoder = nn.ModuleDict(
+            {
+                "layers": nn.ModuleList(
+                    EncoderLayer(width, heads, levels, points, hidden) for _ in range(layers)
+                )
+            }
+        )
 
     def forward(self, tokens: Tensor, sizes: Sizes, present: Tensor | None) -> Tensor:
         """tokens: (B, S, width) of maps of these sizes; present: (B, S) bool or None.
@@ -164,10 +166,12 @@ class DeformableEncoder(nn.Module):
         """
         width = tokens.shape[-1]
         code = torch.cat([map_code(*size, width, tokens.device) for size in sizes])
-        level = torch.cat([
-            vector.expand(height * columns, width)
-            for vector, (height, columns) in zip(self.level_embed, sizes, strict=True)
-        ])  # fmt: skip
+        level = torch.cat(
+            [
+                vector.expand(height * columns, width)
+                for vector, (height, columns) in zip(self.level_embed, sizes, strict=True)
+            ]
+        )
         positions = code.to(tokens.dtype) + level
         references = map_centres(sizes, tokens.device)[None]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -183,9 +187,7 @@ class DeformableEncoder(nn.Module):
 
     def flops(self, places: int) -> int:
         """Multiplications and additions for so many pixels, without the sampling itself."""
-        linears = [
-            module for module in self.encoder.modules() if isinstance(module, nn.Linear)
-        ]
+        linears = [module for module in self.encoder.modules() if isinstance(module, nn.Linear)]
         return sum(2 * places * linear.weight.numel() for linear in linears)
 
 

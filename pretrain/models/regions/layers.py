@@ -184,9 +184,7 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, width_out: int, layers: int) -> None:
         super().__init__()
         widths = [width, *[hidden] * (layers - 1), width_out]
-        self.layers = nn.ModuleList(
-            xavier(nn.Linear(a, b)) for a, b in pairwise(widths)
-        )
+        self.layers = nn.ModuleList(xavier(nn.Linear(a, b)) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width). Returns (..., width_out)."""

@@ -47,13 +47,26 @@ class RegionProposals(nn.Module):
     ) -> None:
         super().__init__()
         self.pixel_decoder = PixelDecoder(
-            channels, levels, {4: 0, 8: 1}[finest_stride], width, encoder_layers, heads, points,
-            encoder_hidden, gradient_checkpointing,
-        )  # fmt: skip
-        self.predictor = RegionDecoder(
-            levels, width, decoder_layers, heads, points, decoder_hidden, queries,
+            channels,
+            levels,
+            {4: 0, 8: 1}[finest_stride],
+            width,
+            encoder_layers,
+            heads,
+            points,
+            encoder_hidden,
             gradient_checkpointing,
-        )  # fmt: skip
+        )
+        self.predictor = RegionDecoder(
+            levels,
+            width,
+            decoder_layers,
+            heads,
+            points,
+            decoder_hidden,
+            queries,
+            gradient_checkpointing,
+        )
         self.tokens = RegionTokens(width, channels[-1], token_width, kept, pools, pool_heads)
 
     @property

@@ -104,9 +104,7 @@ class Captioning(Objective):
             "token_accuracy": correct / tokens,
         }
 
-    def token_sums(
-        self, image_tokens: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def token_sums(self, image_tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Smoothed loss, cross-entropy and correct guesses, summed over supervised tokens.
 
         image_tokens: (B, N, D) of the encoder; of `batch` tokens, loss_mask and, if it is there,
@@ -182,9 +180,7 @@ class Captioning(Objective):
                 judge, loader, context.vocabulary, context.reduce, context.keep_images
             )
 
-    def _encode(
-        self, modules: Modules, images: Tensor, draws: SampleDraws | None = None
-    ) -> Tensor:
+    def _encode(self, modules: Modules, images: Tensor, draws: SampleDraws | None = None) -> Tensor:
         encoder, statistics = modules[self.encoder], (self.image_mean, self.image_std)
         if images.dim() == 4:
             return encode_images(encoder, images, *statistics, draws)

@@ -51,11 +51,13 @@ class CaptioningSettings(ObjectiveSettings):
         frames, most = task.data.frames, self.decoder.frames
         key = f"{where}.objective.decoder.frames"
         if (frames or 0) > most:
-            return [f"{where}.data.frames={frames} exceeds {key}={most}: set that to {frames} or "
-                    "more"]
+            return [
+                f"{where}.data.frames={frames} exceeds {key}={most}: set that to {frames} or more"
+            ]
         if most and not frames:
-            return [f"{key}={most} is for clips, but {where}.data.frames is not set: set both, or "
-                    "none"]
+            return [
+                f"{key}={most} is for clips, but {where}.data.frames is not set: set both, or none"
+            ]
         image = task.evaluation and task.evaluation.image
         if frames and image and not image.fixed_size:
             return [f"{where}.evaluation.image.mode={image.mode!r}: clips need one size"]

@@ -12,17 +12,33 @@ import re
 _DROPPED = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"})
 
 _REPLACED = str.maketrans(
-    {"\u2019": "'", "\u2018": " ` ", "\u201c": '"', "\u201d": '"', "\u2013": "--", "\u2014": "--",
-     "\u2026": "...", "\u20ac": "$", "\u00a3": "#", "\u00a0": " "}
-)  # fmt: skip
+    {
+        "\u2019": "'",
+        "\u2018": " ` ",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2013": "--",
+        "\u2014": "--",
+        "\u2026": "...",
+        "\u20ac": "$",
+        "\u00a3": "#",
+        "\u00a0": " ",
+    }
+)
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
 _IRREGULAR = {
-    "cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"),
-    "wanna": ("wan", "na"), "lemme": ("lem", "me"), "gimme": ("gim", "me"),
-    "'tis": ("'t", "is"), "'twas": ("'t", "was"), "y'all": ("y'", "all"),
-}  # fmt: skip
+    "cannot": ("can", "not"),
+    "gonna": ("gon", "na"),
+    "gotta": ("got", "ta"),
+    "wanna": ("wan", "na"),
+    "lemme": ("lem", "me"),
+    "gimme": ("gim", "me"),
+    "'tis": ("'t", "is"),
+    "'twas": ("'t", "was"),
+    "y'all": ("y'", "all"),
+}
 
 # Words that keep their full stop. "in." or "oz." are not among them.
 _ABBREVIATIONS = (

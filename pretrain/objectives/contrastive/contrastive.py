@@ -51,18 +51,13 @@ class Temperature(nn.Module):
         return self.log_scale.float().clamp(max=self.largest).exp()
 
 
-class Contrastive(CoupledObjective):
-    """Projections, temperature, loss and retrieval.
+class PairContrast(CoupledObjective):
+    """Loss and retrieval of images and texts, whatever makes their vectors.
+
+    A subclass gives `image_features`, `text_features`, `shared`, `readers` and `flops`.
 
     Args:
-        width: channels of the common space.
-        encoder, text_encoder: names of the encoders that it reads.
-        encoder_widths: channels of the image encoder's vector and of the text feature.
-        encoder_flops: FLOPs, forward and backward: (height, width) -> of an image, length -> of a
-            text.
-        image_mean, image_std: per channel, in units of the full range.
-        pool, temperature, max_scale, identical_captions_match, labels_match: as in
-            `ContrastiveSettings`.
+        identical_captions_match, labels_match: as in `ContrastiveSettings`.
     """
 
     counted_by: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -71,40 +66,36 @@ class Contrastive(CoupledObjective):
 
     def __init__(
         self,
-        width: int,
-        *,
-        encoder: str,
-        text_encoder: str,
-        encoder_widths: tuple[int, int],
-        encoder_flops: tuple[Callable[[int, int], int], Callable[[int], int]],
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-        pool: Pool = "mean",
-        temperature: float = 0.07,
-        max_scale: float = 100.0,
         identical_captions_match: bool = True,
         labels_match: Literal["prompts", "never"] | None = None,
     ) -> None:
         super().__init__()
-        self.image_projection = _projection(encoder_widths[0], width)
-        self.text_projection = _projection(encoder_widths[1], width)
-        self.temperature = Temperature(temperature, max_scale)
-        self.encoder = encoder
-        self.text_encoder = text_encoder
-        self.encoder_flops = encoder_flops
-        self.image_mean = tuple(image_mean)
-        self.image_std = tuple(image_std)
-        self.pool: Pool = pool
         self.identical_captions_match = identical_captions_match
         self.labels_match = labels_match or ("prompts" if identical_captions_match else "never")
+
+    def image_features(
+        self,
+        modules: Modules,
+        images: Tensor,
+        draws: SampleDraws | None = None,
+        step_draws: StepDraws | None = None,
+    ) -> Tensor:
+        """images: (B, 3, H, W) uint8. Returns (B, width) float32 of unit length."""
+        raise NotImplementedError
+
+    def text_features(
+        self, modules: Modules, tokens: Tensor, step_draws: StepDraws | None = None
+    ) -> Tensor:
+        """tokens: (B, T) int64. Returns (B, width) float32 of unit length."""
+        raise NotImplementedError
+
+    def readers(self, modules: Modules) -> list[nn.Module]:
+        """The shared modules that are read."""
+        raise NotImplementedError
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Pairs of a micro-batch; their global sum is `totals`."""
         return {"pairs": int(batch["valid"].sum())}
-
-    def shared(self, modules: Modules, draws: StepDraws) -> dict[str, Tensor]:
-        """scale: (1,) float32, what similarities are multiplied by."""
-        return {"scale": self.temperature()}
 
     def features(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
         """image, text: (B, width) float32 of unit length.
@@ -112,9 +103,10 @@ class Contrastive(CoupledObjective):
         batch: images (B, 3, H, W) uint8; tokens (B, 1, T) int64; draws of the images, if the
             encoder needs some.
         """
+        step = batch.get("step_draws")
         return {
-            "image": self.image_features(modules, batch["images"], batch.get("draws")),
-            "text": self.text_features(modules, batch["tokens"][:, 0]),
+            "image": self.image_features(modules, batch["images"], batch.get("draws"), step),
+            "text": self.text_features(modules, batch["tokens"][:, 0], step),
         }
 
     def targets(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
@@ -156,32 +148,6 @@ class Contrastive(CoupledObjective):
             "temperature": mine / (pairs * shared["scale"].detach()[0]),
         }
 
-    def image_features(
-        self, modules: Modules, images: Tensor, draws: SampleDraws | None = None
-    ) -> Tensor:
-        """images: (B, 3, H, W) uint8. Returns (B, width) float32 of unit length."""
-        encoder = modules[self.encoder]
-        pixels = normalise_pixels(images, self.image_mean, self.image_std, encoder.dtype)
-        vectors = image_vectors(encoder, pixels, self.pool, draws)
-        return F.normalize(self.image_projection(vectors).float(), dim=1)
-
-    def text_features(self, modules: Modules, tokens: Tensor) -> Tensor:
-        """tokens: (B, T) int64. Returns (B, width) float32 of unit length."""
-        projected = self.text_projection(modules[self.text_encoder](tokens))
-        return F.normalize(projected.float(), dim=1)
-
-    def flops(self, batch: Batch) -> int:
-        """Model FLOPs, forward and backward, that this micro-batch asks for.
-
-        Padding, and the second forward pass over cached features, do not count.
-        """
-        of_image, of_text = self.encoder_flops
-        each = of_image(*batch["images"].shape[-2:]) + of_text(batch["tokens"].shape[-1])
-        # Not numel(): under ZeRO-3 a weight is empty outside of forward.
-        for layer in (self.image_projection, self.text_projection):
-            each += 3 * 2 * layer.in_features * layer.out_features
-        return int(batch["valid"].sum()) * each
-
     def evaluate(
         self, modules: Modules, loader: Iterable[Batch], context: EvaluationContext
     ) -> Evaluation:
@@ -194,8 +160,8 @@ class Contrastive(CoupledObjective):
         no examples.
         """
         parts: list[dict[str, Tensor]] = []
-        with torch.no_grad(), evaluating(self, *self._both(modules)):
-            scale = self.temperature().item()
+        with torch.no_grad(), evaluating(self, *self.readers(modules)):
+            scale = self.shared(modules, None)["scale"].item()
             for batch in loader:
                 parts.append(self._evaluation_features(modules, batch, context.device))
         metrics, images, texts = gathered_recalls(
@@ -222,7 +188,86 @@ class Contrastive(CoupledObjective):
             "row_of": row_of[present],
         }
 
-    def _both(self, modules: Modules) -> list[nn.Module]:
+
+class Contrastive(PairContrast):
+    """Projections, temperature, loss and retrieval.
+
+    Args:
+        width: channels of the common space.
+        encoder, text_encoder: names of the encoders that it reads.
+        encoder_widths: channels of the image encoder's vector and of the text feature.
+        encoder_flops: FLOPs, forward and backward: (height, width) -> of an image, length -> of a
+            text.
+        image_mean, image_std: per channel, in units of the full range.
+        pool, temperature, max_scale, identical_captions_match, labels_match: as in
+            `ContrastiveSettings`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        encoder: str,
+        text_encoder: str,
+        encoder_widths: tuple[int, int],
+        encoder_flops: tuple[Callable[[int, int], int], Callable[[int], int]],
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        pool: Pool = "mean",
+        temperature: float = 0.07,
+        max_scale: float = 100.0,
+        identical_captions_match: bool = True,
+        labels_match: Literal["prompts", "never"] | None = None,
+    ) -> None:
+        super().__init__(identical_captions_match, labels_match)
+        self.image_projection = _projection(encoder_widths[0], width)
+        self.text_projection = _projection(encoder_widths[1], width)
+        self.temperature = Temperature(temperature, max_scale)
+        self.encoder = encoder
+        self.text_encoder = text_encoder
+        self.encoder_flops = encoder_flops
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.pool: Pool = pool
+
+    def shared(self, modules: Modules, draws: StepDraws) -> dict[str, Tensor]:
+        """scale: (1,) float32, what similarities are multiplied by."""
+        return {"scale": self.temperature()}
+
+    def image_features(
+        self,
+        modules: Modules,
+        images: Tensor,
+        draws: SampleDraws | None = None,
+        step_draws: StepDraws | None = None,
+    ) -> Tensor:
+        """images: (B, 3, H, W) uint8. Returns (B, width) float32 of unit length."""
+        encoder = modules[self.encoder]
+        pixels = normalise_pixels(images, self.image_mean, self.image_std, encoder.dtype)
+        vectors = image_vectors(encoder, pixels, self.pool, draws)
+        return F.normalize(self.image_projection(vectors).float(), dim=1)
+
+    def text_features(
+        self, modules: Modules, tokens: Tensor, step_draws: StepDraws | None = None
+    ) -> Tensor:
+        """tokens: (B, T) int64. Returns (B, width) float32 of unit length."""
+        projected = self.text_projection(modules[self.text_encoder](tokens))
+        return F.normalize(projected.float(), dim=1)
+
+    def flops(self, batch: Batch) -> int:
+        """Model FLOPs, forward and backward, that this micro-batch asks for.
+
+        Padding, and the second forward pass over cached features, do not count.
+        """
+        of_image, of_text = self.encoder_flops
+        each = of_image(*batch["images"].shape[-2:]) + of_text(batch["tokens"].shape[-1])
+        # Not numel(): under ZeRO-3 a weight is empty outside of forward.
+        for layer in (self.image_projection, self.text_projection):
+            each += 3 * 2 * layer.in_features * layer.out_features
+        return int(batch["valid"].sum()) * each
+
+    def readers(self, modules: Modules) -> list[nn.Module]:
+        """As of `PairContrast`."""
         return [modules[self.encoder], modules[self.text_encoder]]
 
 

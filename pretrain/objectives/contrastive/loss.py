@@ -16,6 +16,7 @@ from pretrain.objectives.labels_match import (
 # An odd number: its powers modulo 2**64 never vanish.
 _HASH_BASE = 0x9E3779B97F4A7C15
 
+
 def contrastive_sums(
     image: Tensor,
     text: Tensor,

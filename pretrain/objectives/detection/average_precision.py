@@ -74,9 +74,12 @@ class Compared:
             name: np.array(values[name], dtype=bool).reshape(shape) for name in ("right", "ignored")
         }
         return cls(
-            values["image"], values["label"], np.array(values["scores"], dtype=np.float64),
-            objects=np.array(values["objects"], dtype=np.int64), **flags,
-        )  # fmt: skip
+            values["image"],
+            values["label"],
+            np.array(values["scores"], dtype=np.float64),
+            objects=np.array(values["objects"], dtype=np.int64),
+            **flags,
+        )
 
 
 def compare(image: int, truth: Truth, found: Found) -> list[Compared]:

@@ -49,8 +49,8 @@ def noisy_boxes(
         columns.append(np.stack([np.full(total, image), slots, start + slots % max(count, 1)]))
         start += count
     device = targets.boxes.device
-    images, slots, objects = (
-        torch.from_numpy(np.concatenate(columns, axis=1)).to(device, non_blocking=True)
+    images, slots, objects = torch.from_numpy(np.concatenate(columns, axis=1)).to(
+        device, non_blocking=True
     )
     # The numbers of a slot do not depend on how many slots other images have.
     drawn = draws.uniform("denoising", 4 * longest).T.reshape(-1, 4)

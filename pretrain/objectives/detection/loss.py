@@ -80,9 +80,14 @@ class DetectionLoss:
         """
         values, at_matching = self._point_values(regions.mask_features, targets, points)
         pairs = match(
-            regions.predictions, targets, *at_matching, self.costs,
-            alpha=self.alpha, gamma=self.gamma, giou_eps=self.giou_eps,
-        )  # fmt: skip
+            regions.predictions,
+            targets,
+            *at_matching,
+            self.costs,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            giou_eps=self.giou_eps,
+        )
         boxes = torch.as_tensor(boxes, dtype=torch.float32, device=targets.boxes.device)
         boxes = boxes.clamp(min=1.0)
         found = [
@@ -94,9 +99,7 @@ class DetectionLoss:
         if denoising is not None:
             part = sum(
                 self._weighted(
-                    self.losses(
-                        prediction, targets, denoising.pairs, values, denoising.weights
-                    )
+                    self.losses(prediction, targets, denoising.pairs, values, denoising.weights)
                 )
                 for prediction in regions.denoising
             )
@@ -177,10 +180,16 @@ class DetectionLoss:
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and dice loss of each pair, (M,)."""
         embeds = prediction.mask_embeds.flatten(0, 1).index_select(0, rows)
-        logits = exact(torch.cat([
-            own @ features.T
-            for own, features in zip(embeds.split(list(pairs.counts)), values.features, strict=True)
-        ]))  # fmt: skip
+        logits = exact(
+            torch.cat(
+                [
+                    own @ features.T
+                    for own, features in zip(
+                        embeds.split(list(pairs.counts)), values.features, strict=True
+                    )
+                ]
+            )
+        )
         if values.labels is None:
             nothing = logits.sum(-1) * 0.0  # the head runs as it does where there are masks
             return nothing, nothing

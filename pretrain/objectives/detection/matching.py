@@ -60,9 +60,14 @@ def match(
     totals = []
     for prediction in predictions:
         parts = pair_costs(
-            prediction, targets, mask_features, mask_labels,
-            alpha=alpha, gamma=gamma, giou_eps=giou_eps,
-        )  # fmt: skip
+            prediction,
+            targets,
+            mask_features,
+            mask_labels,
+            alpha=alpha,
+            gamma=gamma,
+            giou_eps=giou_eps,
+        )
         totals.append(sum(weights[name] * cost for name, cost in parts.items()))
     return assign(torch.stack(totals), targets.counts)
 
@@ -118,8 +123,10 @@ def assign(costs: Tensor, counts: Sequence[int]) -> list[Pairs]:
     """
     host = np.nan_to_num(
         costs.cpu().numpy().astype(np.float64),
-        nan=_FORBIDDING, posinf=_FORBIDDING, neginf=_FORBIDDING,
-    )  # fmt: skip
+        nan=_FORBIDDING,
+        posinf=_FORBIDDING,
+        neginf=_FORBIDDING,
+    )
     starts = np.cumsum([0, *counts])
     layers, paired = [], tuple(min(count, costs.shape[2]) for count in counts)
     for cost in host:

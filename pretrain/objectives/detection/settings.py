@@ -65,6 +65,10 @@ class DetectionLossSettings(Settings):
         from pretrain.objectives.detection.loss import DetectionLoss
 
         return DetectionLoss(
-            self.weights.by_name(), self.costs.by_name(), self.alpha, self.gamma, self.giou_eps,
+            self.weights.by_name(),
+            self.costs.by_name(),
+            self.alpha,
+            self.gamma,
+            self.giou_eps,
             self.crowd_cover,
-        )  # fmt: skip
+        )

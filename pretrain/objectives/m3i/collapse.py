@@ -58,6 +58,8 @@ def warn_of_collapse(rank: float, deviation: float, width: int) -> bool:
             "the targets have an effective rank of %.1f of %d channels and a standard deviation of "
             "%.2f: they collapse, and a falling intra or inter loss means nothing; keep "
             "center_targets, raise decorrelation or momentum_start, or lower the learning rate",
-            rank, width, deviation,
+            rank,
+            width,
+            deviation,
         )
     return True

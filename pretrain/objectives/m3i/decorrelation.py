@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def normalised_targets(
-    tokens: Tensor, valid: Tensor, images: Tensor, center: bool
-) -> Tensor:
+def normalised_targets(tokens: Tensor, valid: Tensor, images: Tensor, center: bool) -> Tensor:
     """What is predicted of the target branch's tokens: mean 0 and variance 1 over channels.
 
     With `center` the mean token of the global batch is taken off first. A collective then.

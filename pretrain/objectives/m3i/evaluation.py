@@ -19,7 +19,7 @@ from pretrain.objectives.retrieval import gathered_recalls
 
 
 class Evaluated(Protocol):
-    """What is asked of an M3I: see `m3i_module.M3I`."""
+    """What is asked of an M3I: see `module.M3I`."""
 
     encoder: str
     text_encoder: str | None
@@ -120,9 +120,12 @@ def _texts_and_images(
     image = nn.functional.normalize(vectors.float(), dim=1)
     row_of = batch["row"][:, None].expand(present.shape)
     found = {
-        "image": image[has], "row": batch["row"][has], "text": text[present.flatten()],
-        "caption_id": caption_ids(tokens, mask)[present], "row_of": row_of[present],
-    }  # fmt: skip
+        "image": image[has],
+        "row": batch["row"][has],
+        "text": text[present.flatten()],
+        "caption_id": caption_ids(tokens, mask)[present],
+        "row_of": row_of[present],
+    }
     return {name: value.cpu() for name, value in found.items()}
 
 

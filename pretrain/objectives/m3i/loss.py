@@ -34,9 +34,11 @@ def counted_by(with_text: bool, with_classes: bool) -> dict[str, tuple[str, ...]
     return {
         "loss": tuple(COUNTED_BY[kind] for kind in kinds),
         **{kind: (COUNTED_BY[kind],) for kind in kinds},
-        "image_to_text": ("texts",), "text_to_image": ("texts",), "top1": ("labels",),
+        "image_to_text": ("texts",),
+        "text_to_image": ("texts",),
+        "top1": ("labels",),
         **{name: ("images",) for name in of_images},
-    }  # fmt: skip
+    }
 
 
 def count_targets(batch: Mapping[str, Any]) -> dict[str, int]:
@@ -83,8 +85,12 @@ def m3i_losses(
     metrics: dict[str, Tensor] = {}
     if "text" in features:
         loss, image_hits, text_hits = contrastive_sums(
-            features["image"], features["text"], features["scale"], features["caption_id"],
-            features["has_text"], identical_match=True,
+            features["image"],
+            features["text"],
+            features["scale"],
+            features["caption_id"],
+            features["has_text"],
+            identical_match=True,
             match_class=features["match_class"],
         )
         texts = totals["texts"].clamp(min=1.0)
@@ -113,8 +119,10 @@ def _dense_losses(
     found = {}
     for place, kind in enumerate(("intra", "inter")):
         squares = decorrelated_squares(
-            features["prediction"][place::2], features["target"][place::2],
-            moments.correlation[place], decorrelation,
+            features["prediction"][place::2],
+            features["target"][place::2],
+            moments.correlation[place],
+            decorrelation,
         )
         number = (images[place] * tokens[place]).clamp(min=1.0)
         found[kind] = (squares * counted[place::2]).sum() / number

@@ -83,7 +83,9 @@ class M3I(CoupledObjective):
     ) -> None:
         super().__init__()
         self.settings, self.encoder, self.text_encoder = (
-            settings, settings.encoder, settings.text_encoder
+            settings,
+            settings.encoder,
+            settings.text_encoder,
         )
         width = encoder.grid("cells").width
         self.mark = SourceMark(encoder.grid("stem").width)
@@ -179,7 +181,10 @@ class M3I(CoupledObjective):
             for name, value in totals.items()
         }
         losses, metrics, moments = m3i_losses(
-            features, totals, settings.decorrelation, settings.label_smoothing,
+            features,
+            totals,
+            settings.decorrelation,
+            settings.label_smoothing,
             settings.center_targets,
         )
         weights = {kind: getattr(settings.weights, kind) for kind in losses}
@@ -254,9 +259,7 @@ class M3I(CoupledObjective):
         size = tuple(batch["images"].shape[-2:])
         grid = self.target.encoder.grid("cells").sides(*size)
         own = own_tokens(pair_masks(draws, self._cells(size)), grid)
-        views = torch.where(
-            first[:, None, None, None], batch["images"], batch["second_images"]
-        )
+        views = torch.where(first[:, None, None, None], batch["images"], batch["second_images"])
         found = {
             "target": self.target(self._pixels(self.target.encoder, views)),
             "counted": ~own | ~first[:, None],

@@ -1,4 +1,4 @@
-"""M3I pretraining (arXiv 2211.09807): settings; what they build is in `m3i_module`."""
+"""M3I pretraining (arXiv 2211.09807): settings; what they build is in `module.py`."""
 
 from __future__ import annotations
 
@@ -144,8 +144,10 @@ class M3ISettings(ObjectiveSettings):
             return []
         found = []
         if encoder.cells_problem is not None:
-            found.append(f"{where} reads dense features of model.encoders.{self.encoder}, "
-                         f"{encoder.cells_problem}")
+            found.append(
+                f"{where} reads dense features of model.encoders.{self.encoder}, "
+                f"{encoder.cells_problem}"
+            )
         for field, free in (("group_attention", False), ("pooled_width", None)):
             if getattr(self, field) != free:
                 found.append(f"{where}.{field} is for a vit, not for an {encoder.type}: remove it")
@@ -155,12 +157,17 @@ class M3ISettings(ObjectiveSettings):
         """Settings of losses that are not there."""
         absent = []
         if self.text_encoder is None:
-            fields = {"weights.text": self.weights.text, "temperature": self.temperature,
-                      "max_scale": self.max_scale}
+            fields = {
+                "weights.text": self.weights.text,
+                "temperature": self.temperature,
+                "max_scale": self.max_scale,
+            }
             absent.append((f"{where}.objective.text_encoder", fields))
         if task.data.classes is None:
-            fields = {"weights.category": self.weights.category,
-                      "label_smoothing": self.label_smoothing}
+            fields = {
+                "weights.category": self.weights.category,
+                "label_smoothing": self.label_smoothing,
+            }
             absent.append((f"{where}.data.classes", fields))
         plain = type(self)()
         return [
@@ -190,16 +197,22 @@ class M3ISettings(ObjectiveSettings):
         if self.balance is None:
             return found
         if engine.stage == 3:
-            found.append(f"{engine.file}: zero_optimization.stage=3 frees weights that {key} needs "
-                         f"for its own backward pass: take zero1 or zero2, or set {key}=null")
+            found.append(
+                f"{engine.file}: zero_optimization.stage=3 frees weights that {key} needs "
+                f"for its own backward pass: take zero1 or zero2, or set {key}=null"
+            )
         if engine.precision == "fp16":
-            found.append(f"precision=fp16: {key} measures gradients without the loss scale, and "
-                         f"fp16 rounds them to 0: take bf16 or fp32, or set {key}=null")
+            found.append(
+                f"precision=fp16: {key} measures gradients without the loss scale, and "
+                f"fp16 rounds them to 0: take bf16 or fp32, or set {key}=null"
+            )
         if engine.micro_steps > 1:
-            found.append(f"{key} needs the batch of a rank in one micro-step, but "
-                         f"{where}.global_batch={task.global_batch} is {engine.micro_steps} of "
-                         f"{where}.micro_batch={task.micro_batch} on {engine.world} rank(s): raise "
-                         f"micro_batch, or set {key}=null")
+            found.append(
+                f"{key} needs the batch of a rank in one micro-step, but "
+                f"{where}.global_batch={task.global_batch} is {engine.micro_steps} of "
+                f"{where}.micro_batch={task.micro_batch} on {engine.world} rank(s): raise "
+                f"micro_batch, or set {key}=null"
+            )
         return found
 
     def build(self, context: BuildContext) -> M3I:
@@ -212,8 +225,8 @@ class M3ISettings(ObjectiveSettings):
         from pretrain.objectives.image_tokens import find_encoder
         from pretrain.objectives.m3i.module import M3I
 
-        text = None if self.text_encoder is None else find_encoder(
-            context.encoders, self.text_encoder
+        text = (
+            None if self.text_encoder is None else find_encoder(context.encoders, self.text_encoder)
         )
         return M3I(
             settings=self,

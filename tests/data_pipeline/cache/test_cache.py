@@ -159,7 +159,10 @@ def test_each_block_is_downloaded_once(server, settings):
     check(again)
     assert asked_of_tars(server) == asked
     assert again.source.counters == {
-        "bytes_read": 0, "retries": 0, "cache_hits": 100, "cache_misses": 0
+        "bytes_read": 0,
+        "retries": 0,
+        "cache_hits": 100,
+        "cache_misses": 0,
     }
     assert not other_files(Path(settings.folder))
 
@@ -183,9 +186,7 @@ def test_what_is_expected_is_fetched_side_by_side(server, settings):
 def test_processes_share_downloads(server, settings):
     server.always = slow(0.02)
     shards = ShardSet.open(server.url + "/set", QUICK)
-    processes = [
-        fork.Process(target=lambda: check(reader(shards, settings))) for _ in range(4)
-    ]
+    processes = [fork.Process(target=lambda: check(reader(shards, settings))) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -275,8 +276,11 @@ def test_a_damaged_copy_that_cannot_be_removed_is_read_past(
         content = bytearray(path.read_bytes())
         content[offset] ^= 1
         path.write_bytes(content)
-        (copy,) = (p for p in blocks_in(settings) if p.name == extent_of_row(
-            shards, 0, 5, settings.block_bytes).name)  # fmt: skip
+        (copy,) = (
+            p
+            for p in blocks_in(settings)
+            if p.name == extent_of_row(shards, 0, 5, settings.block_bytes).name
+        )
         copy.write_bytes(bytes(copy.stat().st_size))
         with pytest.raises(BadSample, match="'000005'"):
             reader(shards, settings).read(5)

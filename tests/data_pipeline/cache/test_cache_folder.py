@@ -210,8 +210,11 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path):
     note.write_bytes(b"")
     folder = CacheFolder(tmp_path, 1000)
     for action in (
-        folder.scan, folder.used, lambda: folder.reserve("aa1", 10),
-        lambda: folder.reading_ahead().__enter__(), lambda: folder.remove("english.txt"),
+        folder.scan,
+        folder.used,
+        lambda: folder.reserve("aa1", 10),
+        lambda: folder.reading_ahead().__enter__(),
+        lambda: folder.remove("english.txt"),
     ):
         with pytest.raises(CacheError, match=r"holds 'en', which is not of a cache; name an empty"):
             action()
@@ -231,9 +234,13 @@ def test_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     folder = CacheFolder(tmp_path / "file" / "cache", 1000)
     for action in (
-        folder.scan, folder.used, lambda: folder.reserve("aa1", 10),
-        lambda: folder.fetching("aa1").__enter__(), lambda: folder.reading_ahead().__enter__(),
-        lambda: folder.read("aa1", 10, 0, 10), lambda: folder.remove("aa1"),
+        folder.scan,
+        folder.used,
+        lambda: folder.reserve("aa1", 10),
+        lambda: folder.fetching("aa1").__enter__(),
+        lambda: folder.reading_ahead().__enter__(),
+        lambda: folder.read("aa1", 10, 0, 10),
+        lambda: folder.remove("aa1"),
     ):
         with pytest.raises(CacheError, match=r"cache .*file/cache: Not a directory"):
             action()
@@ -248,8 +255,12 @@ def test_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refused)
-        for action in (lambda: usable.reserve("aa2", 10), usable.scan, lambda: usable.remove("aa1"),
-                       lambda: usable.reading_ahead().__enter__()):  # fmt: skip
+        for action in (
+            lambda: usable.reserve("aa2", 10),
+            usable.scan,
+            lambda: usable.remove("aa1"),
+            lambda: usable.reading_ahead().__enter__(),
+        ):
             with pytest.raises(CacheError, match=r"user/.*\. Users .*umask 002.*of your own$"):
                 action()
         assert usable.read("aa1", 10, 0, 10) == b"x" * 10  # what is there is used all the same

@@ -164,16 +164,26 @@ def test_the_cache_does_what_the_simulation_says(tmp_path, tasks, blocks_in_cap,
     steps = range(0, 100)
     fetched, missed = run_through(tasks, settings, steps, world, ranks)
     expected = simulate(
-        node_reads(tasks, 0, 100, world, ranks), plannable_bytes(settings.max_bytes), 0, 100,
+        node_reads(tasks, 0, 100, world, ranks),
+        plannable_bytes(settings.max_bytes),
+        0,
+        100,
         read_ahead_steps=4,
     )
     lru = simulate_lru(node_reads(tasks, 0, 100, world, ranks), settings.max_bytes, 0, 100)
     assert (fetched, missed) == (expected.fetched, 0)
     assert expected.fetched < 0.9 * lru.fetched or expected.fetched == lru.fetched
     if blocks_in_cap == 200:  # everything fits
-        assert fetched == len(np.unique(np.concatenate(
-            [blocks for _, _, blocks in node_reads(tasks, 0, 100, world, ranks).steps(0, 100)]
-        )))
+        assert fetched == len(
+            np.unique(
+                np.concatenate(
+                    [
+                        blocks
+                        for _, _, blocks in node_reads(tasks, 0, 100, world, ranks).steps(0, 100)
+                    ]
+                )
+            )
+        )
 
 
 def test_a_run_that_goes_on_elsewhere_uses_what_is_there(tmp_path, tasks):
@@ -191,7 +201,9 @@ def test_a_run_that_goes_on_elsewhere_uses_what_is_there(tmp_path, tasks):
 
 def test_blocks_of_others_go_first_and_shares_are_fair(tmp_path, tasks):
     settings = CacheSettings(
-        folder=str(tmp_path / "cache"), max_gib=60.9 * BLOCK / 2**30, block_mib=BLOCK / 2**20,
+        folder=str(tmp_path / "cache"),
+        max_gib=60.9 * BLOCK / 2**30,
+        block_mib=BLOCK / 2**20,
         read_ahead_steps=4,
     )
     other = {"a": Task(16, 4, small_order(400, 9), equal_shards(tmp_path / "other", 400, 2000))}
@@ -199,7 +211,10 @@ def test_blocks_of_others_go_first_and_shares_are_fair(tmp_path, tasks):
     alone, missed = run_through(tasks, settings, range(0, 60))
     assert missed == 0
     expected = simulate(
-        node_reads(tasks, 0, 60, 1, [0]), plannable_bytes(settings.max_bytes), 0, 60,
+        node_reads(tasks, 0, 60, 1, [0]),
+        plannable_bytes(settings.max_bytes),
+        0,
+        60,
         read_ahead_steps=4,
     )
     assert alone <= 1.1 * expected.fetched
@@ -272,9 +287,7 @@ def loader(shards, cache, start=0, stop=14, rank=0, world=1, workers=0, node=Non
         for each in streams.values():
             each.reader = SampleReader(shards, CachedShards(shards, cache))
     settings = LoaderSettings(workers=workers, cache=cache, **{"max_bad_fraction": 1.0, **options})
-    return StepLoader(
-        streams, schedule, settings, rank, world, start, stop, node_ranks=node
-    )
+    return StepLoader(streams, schedule, settings, rank, world, start, stop, node_ranks=node)
 
 
 def read_aheads() -> list:
@@ -289,12 +302,9 @@ def uninterrupted(photos) -> dict:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     ("workers", "method", "kib"),
-    [(0, "fork", 10**6), (2, "fork", 150),
-     pytest.param(1, "spawn", 10**6, marks=pytest.mark.slow)],
+    [(0, "fork", 10**6), (2, "fork", 150), pytest.param(1, "spawn", 10**6, marks=pytest.mark.slow)],
 )
-def test_batches_do_not_know_of_the_cache(
-    tmp_path, photos, uninterrupted, workers, method, kib
-):
+def test_batches_do_not_know_of_the_cache(tmp_path, photos, uninterrupted, workers, method, kib):
     cache = CacheSettings(
         folder=str(tmp_path / "cache"), max_gib=kib / 2**20, block_mib=16 * KIB, read_ahead_steps=4
     )
@@ -304,7 +314,13 @@ def test_batches_do_not_know_of_the_cache(
         found = {}
         for rank in range(2):
             ours = loader(
-                shards, cache, start, rank=rank, world=2, workers=workers, node=range(2),
+                shards,
+                cache,
+                start,
+                rank=rank,
+                world=2,
+                workers=workers,
+                node=range(2),
                 start_method=method,
             )
             windows = iter(ours)

@@ -13,8 +13,14 @@ from data_pipeline.shards.columns import MISSING_TEXT
 
 ROWS = 12
 NAN = float("nan")
-COMPARE = {"<": operator.lt, "<=": operator.le, "==": operator.eq,
-           "!=": operator.ne, ">=": operator.ge, ">": operator.gt}  # fmt: skip
+COMPARE = {
+    "<": operator.lt,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    ">": operator.gt,
+}
 
 
 def columns_of(seed: int) -> dict[str, np.ndarray]:
@@ -59,24 +65,32 @@ leaves = st.one_of(
 
 def _deeper(inner):
     def pair(sign, function):
-        return st.tuples(inner, inner).map(lambda two: (
-            f"({two[0][0]} {sign} {two[1][0]})",
-            lambda row: function(two[0][1](row), two[1][1](row)),
-        ))  # fmt: skip
+        return st.tuples(inner, inner).map(
+            lambda two: (
+                f"({two[0][0]} {sign} {two[1][0]})",
+                lambda row: function(two[0][1](row), two[1][1](row)),
+            )
+        )
 
     def call(name, function):
-        return st.lists(inner, min_size=2, max_size=3).map(lambda parts: (
-            f"{name}({', '.join(text for text, _ in parts)})",
-            lambda row: function(*(value(row) for _, value in parts)),
-        ))  # fmt: skip
+        return st.lists(inner, min_size=2, max_size=3).map(
+            lambda parts: (
+                f"{name}({', '.join(text for text, _ in parts)})",
+                lambda row: function(*(value(row) for _, value in parts)),
+            )
+        )
 
     return st.one_of(
-        pair("+", operator.add), pair("-", operator.sub), pair("*", operator.mul),
-        pair("/", _divide), pair("%", _modulo),
-        call("min", _extreme(min)), call("max", _extreme(max)),
+        pair("+", operator.add),
+        pair("-", operator.sub),
+        pair("*", operator.mul),
+        pair("/", _divide),
+        pair("%", _modulo),
+        call("min", _extreme(min)),
+        call("max", _extreme(max)),
         inner.map(lambda one: (f"abs({one[0]})", lambda row: abs(one[1](row)))),
         inner.map(lambda one: (f"(-{one[0]})", lambda row: -one[1](row))),
-    )  # fmt: skip
+    )
 
 
 numbers = st.recursive(leaves, _deeper, max_leaves=6)
@@ -108,24 +122,28 @@ def _membership(drawn):
 
 
 comparisons = st.one_of(
-    st.tuples(numbers, st.lists(st.tuples(st.sampled_from([*COMPARE]), numbers),
-                                min_size=1, max_size=3)).map(_chain),
+    st.tuples(
+        numbers, st.lists(st.tuples(st.sampled_from([*COMPARE]), numbers), min_size=1, max_size=3)
+    ).map(_chain),
     st.tuples(numbers, st.booleans(), st.lists(st.sampled_from([-1, 0, 1.5, 2]))).map(_membership),
     numbers.map(lambda one: (f"missing({one[0]})", lambda row: math.isnan(one[1](row)))),
-)  # fmt: skip
+)
 
 
 def _logic(inner):
     def join(word, function):
-        return st.lists(inner, min_size=2, max_size=3).map(lambda parts: (
-            "(" + f" {word} ".join(text for text, _ in parts) + ")",
-            lambda row: function(value(row) for _, value in parts),
-        ))  # fmt: skip
+        return st.lists(inner, min_size=2, max_size=3).map(
+            lambda parts: (
+                "(" + f" {word} ".join(text for text, _ in parts) + ")",
+                lambda row: function(value(row) for _, value in parts),
+            )
+        )
 
     return st.one_of(
-        join("and", all), join("or", any),
+        join("and", all),
+        join("or", any),
         inner.map(lambda one: (f"(not {one[0]})", lambda row: not one[1](row))),
-    )  # fmt: skip
+    )
 
 
 conditions = st.recursive(comparisons, _logic, max_leaves=5)
@@ -255,7 +273,7 @@ def test_unknown_columns_come_with_a_suggestion():
         ("a > \0", "."),
         ("a > 1 " * 20_000, "more than 100000 characters"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(text, message):
     with pytest.raises(ExpressionError, match=message):
         Expression(text)

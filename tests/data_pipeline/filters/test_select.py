@@ -136,10 +136,12 @@ def test_a_damaged_index_is_an_error_and_leaves_nothing_behind(shards, cache):
 
 def test_sources_read_kept_rows_only(tmp_path, shards):
     write_other(tmp_path / "other")
-    data = CaptionDataSettings(sources={
-        "a": {"shards": [str(tmp_path / "data")], "where": "cls == 2", "weight": 3},
-        "b": {"shards": [str(tmp_path / "other")], "where": "height > 0"},
-    })  # fmt: skip
+    data = CaptionDataSettings(
+        sources={
+            "a": {"shards": [str(tmp_path / "data")], "where": "cls == 2", "weight": 3},
+            "b": {"shards": [str(tmp_path / "other")], "where": "height > 0"},
+        }
+    )
     sources = open_sources(data)
     assert [source.samples for source in sources] == [19, 3]
     order = plan_order(sources, 8, 0, "task")

@@ -32,8 +32,12 @@ def draws(seed: int, **settings) -> Colours:
 
 def share(name: str, count: int = 600, **settings) -> float:
     """How often a change is drawn."""
-    return np.mean([getattr(draws(seed, **settings), name) != getattr(Colours(), name)
-                    for seed in range(count)])
+    return np.mean(
+        [
+            getattr(draws(seed, **settings), name) != getattr(Colours(), name)
+            for seed in range(count)
+        ]
+    )
 
 
 def test_nothing_is_changed_without_settings():
@@ -84,8 +88,15 @@ def test_hue_turns(turns):
 
 def test_a_part_of_an_image_is_changed_in_place():
     """As large-scale jitter needs it, whose padding keeps its colour."""
-    every = {"brightness": 1.2, "contrast": 0.7, "saturation": 1.4, "hue": 0.1, "grayscale": True,
-             "blur": 1.0, "solarize": True}  # fmt: skip
+    every = {
+        "brightness": 1.2,
+        "contrast": 0.7,
+        "saturation": 1.4,
+        "hue": 0.1,
+        "grayscale": True,
+        "blur": 1.0,
+        "solarize": True,
+    }
     for name, value in every.items():
         canvas = np.full((70, 90, 3), 7, np.uint8)
         canvas[:60, :80] = picture(3)

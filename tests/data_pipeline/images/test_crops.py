@@ -89,9 +89,13 @@ def test_resize_takes_flipped_and_swapped_views():
 
 @settings(max_examples=60)
 @given(
-    st.integers(16, 300), st.integers(16, 300), st.sampled_from([1, 2, 4, 8]), st.booleans(),
-    st.booleans(), st.data(),
-)  # fmt: skip
+    st.integers(16, 300),
+    st.integers(16, 300),
+    st.sampled_from([1, 2, 4, 8]),
+    st.booleans(),
+    st.booleans(),
+    st.data(),
+)
 def test_aligned_boxes(width, height, factor, flip_x, flip_y, data):
     x, y = data.draw(st.integers(0, width - 9)), data.draw(st.integers(0, height - 9))
     w, h = data.draw(st.integers(9, width - x)), data.draw(st.integers(9, height - y))

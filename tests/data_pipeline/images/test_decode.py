@@ -76,8 +76,10 @@ def test_ycck_jpegs():
     planes = 255 - np.asarray(Image.fromarray(ink[:, :, :3]).convert("YCbCr"))
     data = saved(
         Image.fromarray(np.dstack([planes, ink[:, :, 3]]), "CMYK"),
-        "JPEG", quality=98, subsampling=0,
-    )  # fmt: skip
+        "JPEG",
+        quality=98,
+        subsampling=0,
+    )
     transform = data.index(b"Adobe") + 11
     assert data[transform] == 0
     data = data[:transform] + b"\x02" + data[transform + 1 :]
@@ -360,10 +362,17 @@ def cv2_tiff(pixels: np.ndarray) -> bytes:
     form = {"f": 3, "i": 2, "u": 1}[pixels.dtype.kind]
     rows = pixels.tobytes()
     entries = {
-        256: (4, pixels.shape[1]), 257: (4, pixels.shape[0]), 258: (3, 8 * pixels.itemsize),
-        259: (3, 1), 262: (3, 1), 273: (4, 8), 277: (3, 1), 278: (4, pixels.shape[0]),
-        279: (4, len(rows)), 339: (3, form),
-    }  # fmt: skip
+        256: (4, pixels.shape[1]),
+        257: (4, pixels.shape[0]),
+        258: (3, 8 * pixels.itemsize),
+        259: (3, 1),
+        262: (3, 1),
+        273: (4, 8),
+        277: (3, 1),
+        278: (4, pixels.shape[0]),
+        279: (4, len(rows)),
+        339: (3, form),
+    }
     folder = b"".join(struct.pack("<HHII", tag, k, 1, v) for tag, (k, v) in entries.items())
     head = b"II*\0" + struct.pack("<I", 8 + len(rows))
     return head + rows + struct.pack("<H", len(entries)) + folder + bytes(4)

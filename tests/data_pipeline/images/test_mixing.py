@@ -69,8 +69,13 @@ def batches(folder, world: int, micro_batch: int) -> dict[int, tuple]:
     found = {}
     for rank in range(world):
         loader = StepLoader(
-            {"classify": stream}, lambda step: ("classify", step), LoaderSettings(workers=0),
-            rank, world, 0, 3,
+            {"classify": stream},
+            lambda step: ("classify", step),
+            LoaderSettings(workers=0),
+            rank,
+            world,
+            0,
+            3,
         )
         for batch in (b for window in loader for b in window.micro_batches):
             mixes = torch.cat([batch["mix_share"][:, None], batch["mix_box"]], dim=1).tolist()

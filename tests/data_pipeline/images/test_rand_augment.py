@@ -147,9 +147,9 @@ def test_every_operation_is_drawn_in_both_directions(monkeypatch):
     import data_pipeline.images.rand_augment as module
 
     drawn = []
-    monkeypatch.setattr(module, "augment", lambda i, name, share, sign, f: drawn.append(
-        (name, share, sign)
-    ))
+    monkeypatch.setattr(
+        module, "augment", lambda i, name, share, sign, f: drawn.append((name, share, sign))
+    )
     for position in range(400):
         rand_augment(noisy(11), RandAugmentSettings(probability=1), FILL, rng(position))
     assert len(drawn) == 800

@@ -174,14 +174,17 @@ def test_sizes_are_drawn_per_step(tmp_path):
     sizes = [batch["images"].shape[-1] for batch in whole]
     assert set(sizes) == {16, 24, 40}
     assert sizes[::2] == sizes[1::2]  # both micro-steps
-    assert all(b["images"].shape == b["second_images"].shape == (4, 3, s, s)
-               for b, s in zip(whole, sizes, strict=True))  # fmt: skip
+    assert all(
+        b["images"].shape == b["second_images"].shape == (4, 3, s, s)
+        for b, s in zip(whole, sizes, strict=True)
+    )
     for rank in range(2):
         share = batches(shards, 1, (10, 30), rank, 2, **data)
         assert [batch["images"].shape[-1] for batch in share] == sizes[20::2]
     later = batches(shards, steps=(10, 30), **data)
-    assert all(torch.equal(a["images"], b["images"])
-               for a, b in zip(later, whole[20:], strict=True))  # fmt: skip
+    assert all(
+        torch.equal(a["images"], b["images"]) for a, b in zip(later, whole[20:], strict=True)
+    )
     assert fields(image, None).buffers(1) == {"images": (1, 40, 40, 3)}
     assert fields(image, None, train=False).of_step(0, "a", 3).buffers(1) == {
         "images": (1, 32, 32, 3)

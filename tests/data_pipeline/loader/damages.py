@@ -194,9 +194,7 @@ def no_jpeg(folder: Path, rng: np.random.Generator) -> set[str]:
 
 def missing_member(folder: Path, rng: np.random.Generator) -> set[str]:
     gone = str(rng.choice(["jpg", "json"]))
-    return _repacked(
-        folder, rng, lambda found: {e: data for e, data in found.items() if e != gone}
-    )
+    return _repacked(folder, rng, lambda found: {e: data for e, data in found.items() if e != gone})
 
 
 def damaged_json(folder: Path, rng: np.random.Generator) -> set[str]:
@@ -228,19 +226,41 @@ def unsafe_name(folder: Path, rng: np.random.Generator) -> None:
 PACKED: dict[str, Damage] = {
     function.__name__: function
     for function in (
-        truncation, flip_in_header, flip_in_payload, flip_in_padding, zeroed_blocks, missing_block,
-        more_bytes, swapped_tars, swapped_with_indices, missing_tar, missing_shard, missing_index,
-        truncated_without_index, damaged_index, cut_index, index_of_another_shard,
-        damaged_manifest, cut_jpeg, no_jpeg, missing_member, damaged_json,
+        truncation,
+        flip_in_header,
+        flip_in_payload,
+        flip_in_padding,
+        zeroed_blocks,
+        missing_block,
+        more_bytes,
+        swapped_tars,
+        swapped_with_indices,
+        missing_tar,
+        missing_shard,
+        missing_index,
+        truncated_without_index,
+        damaged_index,
+        cut_index,
+        index_of_another_shard,
+        damaged_manifest,
+        cut_jpeg,
+        no_jpeg,
+        missing_member,
+        damaged_json,
     )
-}  # fmt: skip
+}
 BUNDLED: dict[str, Damage] = {
     function.__name__: function
     for function in (
-        truncation, flip_in_header, flip_in_payload, zeroed_blocks, swapped_tars, missing_tar,
+        truncation,
+        flip_in_header,
+        flip_in_payload,
+        zeroed_blocks,
+        swapped_tars,
+        missing_tar,
         damaged_index,
     )
-}  # fmt: skip
+}
 FOREIGN: dict[str, Damage] = {
     function.__name__: function
     for function in (truncation, zeroed_blocks, missing_block, duplicate_keys, unsafe_name)

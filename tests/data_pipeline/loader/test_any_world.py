@@ -56,10 +56,16 @@ def _cache(tmp_path_factory):
         yield
 
 
-conditions = st.sampled_from([
-    None, "captions.count > 0", "key >= '00008'", "captions.count != 1 and bytes:jpg > 1500",
-    "not missing(captions.words.max) or key < '00010'", "shard != 'test-000001.tar'",
-])  # fmt: skip
+conditions = st.sampled_from(
+    [
+        None,
+        "captions.count > 0",
+        "key >= '00008'",
+        "captions.count != 1 and bytes:jpg > 1500",
+        "not missing(captions.words.max) or key < '00010'",
+        "shard != 'test-000001.tar'",
+    ]
+)
 
 
 @st.composite
@@ -88,9 +94,7 @@ worlds = st.tuples(
 
 def stream(folders, plan, micro_batch: int) -> TaskStream:
     image = ImageSettings(size=16, flip_probability=0.5, brightness=0.3)
-    parts = {
-        name: {"shards": [folders[name]], "where": plan["where"][name]} for name in ("x", "y")
-    }
+    parts = {name: {"shards": [folders[name]], "where": plan["where"][name]} for name in ("x", "y")}
     if plan["weights"] is None:
         data = parts["x"]
     else:
@@ -103,8 +107,15 @@ def stream(folders, plan, micro_batch: int) -> TaskStream:
     sources = open_sources(data)
     order = plan_order(sources, plan["global_batch"], plan["seed"], "task")
     fields = CaptionProcessor(data, tokenizer(), train=True)
-    return TaskStream("task", SampleReader(concatenated(sources)), order, fields, plan["seed"],
-                      plan["global_batch"], min(micro_batch, plan["global_batch"]))  # fmt: skip
+    return TaskStream(
+        "task",
+        SampleReader(concatenated(sources)),
+        order,
+        fields,
+        plan["seed"],
+        plan["global_batch"],
+        min(micro_batch, plan["global_batch"]),
+    )
 
 
 def contents(task: TaskStream, request: MicroBatch) -> dict[int, tuple]:
@@ -175,8 +186,13 @@ def _kept(shards: tuple, where: str) -> np.ndarray:
 
 
 def test_epochs_of_sources_are_exact_with_conditions(folders):
-    plan = {"where": {"x": "captions.count > 0", "y": "key < '00010'"}, "weights": (3.0, 1.0),
-            "global_batch": 8, "captions_per_image": 1, "seed": 0}  # fmt: skip
+    plan = {
+        "where": {"x": "captions.count > 0", "y": "key < '00010'"},
+        "weights": (3.0, 1.0),
+        "global_batch": 8,
+        "captions_per_image": 1,
+        "seed": 0,
+    }
     task = stream(folders, plan, 8)
     assert task.n_rows == 45 + 10
     samples = 8 * 40
@@ -190,8 +206,13 @@ def test_epochs_of_sources_are_exact_with_conditions(folders):
 
 def test_the_first_batch_costs_the_same_anywhere(folders):
     """Position 10 or 10**9: CPU time of a stream that starts there, in turns, best of each."""
-    plan = {"where": {"x": "captions.count > 0", "y": None}, "weights": (3.0, 1.0),
-            "global_batch": 24, "captions_per_image": 1, "seed": 1}  # fmt: skip
+    plan = {
+        "where": {"x": "captions.count > 0", "y": None},
+        "weights": (3.0, 1.0),
+        "global_batch": 24,
+        "captions_per_image": 1,
+        "seed": 1,
+    }
     spent = {10: [], 10**9: []}
     for _ in range(7):
         for start, seconds in spent.items():

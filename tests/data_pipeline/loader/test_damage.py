@@ -34,9 +34,13 @@ CASES = [
 def task(shards: ShardSet):
     """Without augmentation, so that a sample always has the same pixels; both members are used."""
     found = stream(
-        shards, BATCH, 4, name="a", caption_source="json:captions",
+        shards,
+        BATCH,
+        4,
+        name="a",
+        caption_source="json:captions",
         image=ImageSettings(size=16, mode="center_crop"),
-    )  # fmt: skip
+    )
     found.reader.first_wait_s = 0.001
     return found
 
@@ -63,9 +67,11 @@ def load(shards: ShardSet, rank: int = 0, world: int = 1, start: int = 0) -> tup
             for place in batch["valid"].nonzero().flatten().tolist():
                 tokens = batch["tokens"][place][batch["loss_mask"][place]]
                 found[int(batch["position"][place])] = (
-                    int(batch["row"][place]), batch["key"][place],
-                    batch["images"][place].numpy().tobytes(), tokens.tolist(),
-                )  # fmt: skip
+                    int(batch["row"][place]),
+                    batch["key"][place],
+                    batch["images"][place].numpy().tobytes(),
+                    tokens.tolist(),
+                )
     counted = loader.faults().get("a")
     assert counted is None or counted.replaced == len(faults)
     assert len({tuple(size) for size in sizes}) == 1  # however many samples are bad

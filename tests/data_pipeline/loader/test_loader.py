@@ -58,8 +58,13 @@ def contents(windows) -> dict[tuple[int, int], tuple]:
                 key = (window.step, int(batch["position"][place]))
                 assert key not in found
                 pixels = batch["images"][place].numpy().tobytes()
-                found[key] = (window.task, int(batch["row"][place]), batch["key"][place],
-                              pixels, supervised)  # fmt: skip
+                found[key] = (
+                    window.task,
+                    int(batch["row"][place]),
+                    batch["key"][place],
+                    pixels,
+                    supervised,
+                )
     return found
 
 

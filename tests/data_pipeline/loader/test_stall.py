@@ -126,8 +126,12 @@ def test_the_last_spans_are_kept():
     activity.idle()
     found = board.spans()
     assert [(s.stage, s.step, s.position) for s in found] == [
-        ("order", 3, -1), ("read", 3, 5), ("decode", 3, 5), ("order", 4, -1), ("collate", 4, -1)
-    ]  # fmt: skip
+        ("order", 3, -1),
+        ("read", 3, 5),
+        ("decode", 3, 5),
+        ("order", 4, -1),
+        ("collate", 4, -1),
+    ]
     assert all(s.process == os.getpid() and s.begin <= s.end for s in found)
     assert all(a.end <= b.begin for a, b in itertools.pairwise(found))
     for step in range(5000):

@@ -61,9 +61,11 @@ def windows(weak: WeakStream, steps: int, rank=0, world=1, start=0, **options) -
 def keys(found: list) -> list[str]:
     batches = [batch for window in found for batch in window.micro_batches]
     return [
-        key for batch in batches for key, valid in zip(batch["key"], batch["valid"], strict=True)
+        key
+        for batch in batches
+        for key, valid in zip(batch["key"], batch["valid"], strict=True)
         if valid
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -73,9 +75,7 @@ def test_all_ranks_have_equal_batches_and_read_other_samples(folder, world, work
         windows(stream(urls(folder), 12, 4), 5, rank, world, workers=workers)
         for rank in range(world)
     ]
-    shapes = {
-        tuple(len(b["valid"]) for w in found for b in w.micro_batches) for found in ranks
-    }
+    shapes = {tuple(len(b["valid"]) for w in found for b in w.micro_batches) for found in ranks}
     assert len(shapes) == 1
     everything = [key for found in ranks for key in keys(found)]
     assert len(everything) == 60
@@ -106,9 +106,7 @@ def test_shards_are_shared_out(shards, slots):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_fewer_shards_than_readers(folder):
     weak = [urls(folder)[0], urls(folder)[1]]
-    found = [
-        keys(windows(stream(weak, 10, 2, shuffle_samples=1), 1, rank, 5)) for rank in range(5)
-    ]
+    found = [keys(windows(stream(weak, 10, 2, shuffle_samples=1), 1, rank, 5)) for rank in range(5)]
     together = [key for part in found for key in part]
     assert len(together) == 10 and len(set(together)) == 10
 

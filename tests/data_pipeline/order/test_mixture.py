@@ -42,15 +42,19 @@ def test_arrangements_are_uniform_and_zeros_are_allowed():
 
 
 def mixed(sizes: dict[str, int], values: list[float], seed: int = 5) -> MixedOrder:
-    return MixedOrder({n: Order.plan(s, i, 64) for i, (n, s) in enumerate(sizes.items())},
-                      values, seed)  # fmt: skip
+    return MixedOrder(
+        {n: Order.plan(s, i, 64) for i, (n, s) in enumerate(sizes.items())}, values, seed
+    )
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 400), st.sampled_from([0.5, 1.0, 2.0, 3.7])),
-             min_size=1, max_size=4),
+    st.lists(
+        st.tuples(st.integers(1, 400), st.sampled_from([0.5, 1.0, 2.0, 3.7])),
+        min_size=1,
+        max_size=4,
+    ),
     st.integers(0, 3),
-)  # fmt: skip
+)
 @settings(max_examples=30, deadline=None)
 def test_exact_counts_and_every_row_once_per_epoch_of_its_source(parts, first_cycle):
     sizes = {f"s{i}": size for i, (size, _) in enumerate(parts)}
@@ -61,8 +65,12 @@ def test_exact_counts_and_every_row_once_per_epoch_of_its_source(parts, first_cy
         rows = order.rows(np.arange(cycle * length, (cycle + 1) * length))
         counts, _ = np.histogram(rows, bounds)
         assert counts.tolist() == (2 * order.cycle.counts).tolist()
-    horizon = min(20_000, 4 * length * max(-(-s // c) for s, c in zip(
-        sizes.values(), 2 * order.cycle.counts, strict=True)))  # fmt: skip
+    horizon = min(
+        20_000,
+        4
+        * length
+        * max(-(-s // c) for s, c in zip(sizes.values(), 2 * order.cycle.counts, strict=True)),
+    )
     rows = order.rows(np.arange(horizon))
     for number, size in enumerate(sizes.values()):
         own = rows[(rows >= bounds[number]) & (rows < bounds[number + 1])] - bounds[number]
@@ -89,8 +97,10 @@ def test_substitutes_stay_in_their_source_and_out_of_the_batch():
     assert len(set(np.stack(every[1:]).ravel().tolist())) == 15 * 32
     assert order.can_avoid(batch, int(batch[0]))
     tiny = mixed({"big": 2000, "tiny": 3}, [1.0, 1.0])
-    verdicts = {int(c): tiny.can_avoid(batch, int(p)) for p, c in
-                zip(batch, tiny.locate(batch)[0], strict=True)}  # fmt: skip
+    verdicts = {
+        int(c): tiny.can_avoid(batch, int(p))
+        for p, c in zip(batch, tiny.locate(batch)[0], strict=True)
+    }
     assert verdicts == {0: True, 1: False}
 
 

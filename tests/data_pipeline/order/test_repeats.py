@@ -46,9 +46,11 @@ IMAGES = {
 
 
 @given(
-    st.sampled_from(sorted(IMAGES)), st.sampled_from([2, 3, 4]), st.sampled_from([2, 4, 10]),
+    st.sampled_from(sorted(IMAGES)),
+    st.sampled_from([2, 3, 4]),
+    st.sampled_from([2, 4, 10]),
     st.integers(0, 10**9),
-)  # fmt: skip
+)
 @settings(max_examples=40, deadline=None)
 def test_a_batch_shows_its_images_once_in_each_part(kind, repeats, own, step):
     images, batch = IMAGES[kind], own * repeats
@@ -101,9 +103,14 @@ def test_is_the_same_forever():
     assert order.places(np.array([10**9])).tolist() == [10**9 // 12 * 4 + 10**9 % 12 % 4]
 
 
-@pytest.mark.parametrize(("batch", "repeats", "way_out"), [
-    (256, 3, "use 252 or 258"), (9, 3, "use 6 or 12"), (4, 4, "use 8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch", "repeats", "way_out"),
+    [
+        (256, 3, "use 252 or 258"),
+        (9, 3, "use 6 or 12"),
+        (4, 4, "use 8"),
+    ],
+)
 def test_batches_that_do_not_divide_into_whole_pairs(batch, repeats, way_out):
     with pytest.raises(ValueError, match=rf"global_batch={batch} is not a multiple .*{way_out}"):
         RepeatedOrder(Order(N, seed=0), batch, repeats)
@@ -151,9 +158,7 @@ def shards(tmp_path_factory) -> ShardSet:
 def repeated(shards: ShardSet, micro_batch: int = 4, repeats: int = REPEATS) -> TaskStream:
     task = stream(shards, BATCH, micro_batch)
     order = plan_order([Source("", shards, 1.0)], BATCH, 7, task.name, repeats)
-    return TaskStream(
-        task.name, task.reader, order, task.fields, task.seed, BATCH, micro_batch
-    )
+    return TaskStream(task.name, task.reader, order, task.fields, task.seed, BATCH, micro_batch)
 
 
 def load(shards: ShardSet, world: int, workers: int, start: int = 0) -> dict[int, tuple]:

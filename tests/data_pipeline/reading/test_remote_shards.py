@@ -471,9 +471,7 @@ def test_use_in_other_processes(server, method):
     reader.read(0)
     context = multiprocessing.get_context(method)
     queue = context.Queue()
-    workers = [
-        context.Process(target=read_in_another_process, args=(reader, queue)) for _ in "12"
-    ]
+    workers = [context.Process(target=read_in_another_process, args=(reader, queue)) for _ in "12"]
     for worker in workers:
         worker.start()
     for row in range(100):
@@ -540,9 +538,19 @@ def test_memory_of_the_read_ahead_is_bounded(tmp_path):
 
 
 FAULTS = [
-    dropped, short, status(503), shifted, status(429, Retry_After="0"), whole, status(403),
-    slow(0.05), short, dropped, status(500), slow(2.5),
-]  # fmt: skip
+    dropped,
+    short,
+    status(503),
+    shifted,
+    status(429, Retry_After="0"),
+    whole,
+    status(403),
+    slow(0.05),
+    short,
+    dropped,
+    status(500),
+    slow(2.5),
+]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -43,8 +43,14 @@ def scene(height: int = 120, width: int = 160) -> tuple[np.ndarray, dict]:
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flat])))
     counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
     segmentations[2] = {"size": [height, width], "counts": counts}
-    record = {"boxes": boxes, "labels": [0, 1, 2], "crowd": [0, 0, 1],
-              "segmentations": segmentations, "width": width, "height": height}  # fmt: skip
+    record = {
+        "boxes": boxes,
+        "labels": [0, 1, 2],
+        "crowd": [0, 0, 1],
+        "segmentations": segmentations,
+        "width": width,
+        "height": height,
+    }
     return pixels, record
 
 
@@ -103,8 +109,9 @@ def test_large_scale_jitter_pads_with_the_mean():
     fill = np.rint(255 * np.array(image.mean))
     assert (item["images"][38:] == fill).all() and (item["images"][:, 50:] == fill).all()
     scale = 50 / 160
-    assert np.allclose(item["boxes"][0], np.array([10, 20 * 38 / 120 / scale, 60,
-                                                   70 * 38 / 120 / scale]) * scale)  # fmt: skip
+    assert np.allclose(
+        item["boxes"][0], np.array([10, 20 * 38 / 120 / scale, 60, 70 * 38 / 120 / scale]) * scale
+    )
 
 
 def test_large_scale_jitter_in_evaluation_shows_the_whole_image():
@@ -118,8 +125,14 @@ def test_large_scale_jitter_in_evaluation_shows_the_whole_image():
 def test_what_is_cut_away_is_dropped():
     """By the share that is left, and by the side in the output."""
     crop = ImageSettings(size=120, mode="center_crop")  # shows x from 20 to 140
-    boxes = [[0, 0, 20, 50], [10, 0, 30, 50], [16, 0, 26, 50], [130, 10, 140.5, 20],
-             [30, 30, 30.5, 40], [-0.9, 0, 25, 9]]  # fmt: skip
+    boxes = [
+        [0, 0, 20, 50],
+        [10, 0, 30, 50],
+        [16, 0, 26, 50],
+        [130, 10, 140.5, 20],
+        [30, 30, 30.5, 40],
+        [-0.9, 0, 25, 9],
+    ]
     record = {"boxes": boxes, "labels": [0] * 6}
 
     def left(**options) -> list:
@@ -150,8 +163,12 @@ def test_boxes_may_be_drawn_around_what_is_left_of_masks():
 
 def test_batch():
     maker = fields(masks=True, image=ImageSettings(size=64, scale=(0.9, 1.0)))
-    items = [load(maker, scene()[1], 1), None, load(maker, {"boxes": [], "labels": []}, 2),
-             load(maker, {"note": 1}, 3)]  # fmt: skip
+    items = [
+        load(maker, scene()[1], 1),
+        None,
+        load(maker, {"boxes": [], "labels": []}, 2),
+        load(maker, {"note": 1}, 3),
+    ]
     batch = maker.collate(items, [True, False, True, True])
     shapes = {name: (tuple(value.shape), value.dtype) for name, value in batch.items()}
     assert shapes == {
@@ -191,19 +208,19 @@ def test_batches_are_the_same_in_workers_and_at_any_start(tmp_path):
     with ShardWriter(tmp_path, "train", max_samples=10) as writer:
         for number in range(30):
             pixels, record = scene()
-            part = {name: record[name][: number % 4] for name in
-                    ("boxes", "labels", "crowd", "segmentations")}  # fmt: skip
-            writer.write(f"{number:03d}", {
-                "png": encoded(pixels, "PNG"), "json": json.dumps(part).encode()
-            })  # fmt: skip
+            part = {
+                name: record[name][: number % 4]
+                for name in ("boxes", "labels", "crowd", "segmentations")
+            }
+            writer.write(
+                f"{number:03d}", {"png": encoded(pixels, "PNG"), "json": json.dumps(part).encode()}
+            )
     shards = ShardSet.open(str(tmp_path))
     image = ImageSettings(size=64, mode="large_scale_jitter", sizes=[48, 64], flip_probability=0.5)
     maker = fields(image=image, masks=True)
 
     def batches(workers: int, start: int) -> list:
-        stream = TaskStream(
-            "detect", SampleReader(shards), Order.plan(30, 7, 4), maker, 7, 4, 4
-        )
+        stream = TaskStream("detect", SampleReader(shards), Order.plan(30, 7, 4), maker, 7, 4, 4)
         options = LoaderSettings(workers=workers)
         steps = (lambda step: ("detect", step)), options, 0, 1, start, 12
         return [window.micro_batches[0] for window in StepLoader({"detect": stream}, *steps)]
@@ -212,7 +229,7 @@ def test_batches_are_the_same_in_workers_and_at_any_start(tmp_path):
     assert {batch["images"].shape[-1] for batch in whole} == {48, 64}
     assert len({tuple(batch["counts"].tolist()) for batch in whole}) > 5
     for later in (batches(2, 0), batches(0, 5)):
-        for a, b in zip(later, whole[-len(later):], strict=True):
+        for a, b in zip(later, whole[-len(later) :], strict=True):
             tensors = {name for name, value in a.items() if isinstance(value, torch.Tensor)}
             assert {"masks", "boxes"} < tensors
             assert all(torch.equal(a[name], b[name]) for name in tensors)
@@ -223,8 +240,12 @@ def test_annotations_belong_to_the_upright_image():
     turned = np.rot90(pixels)  # counter-clockwise: EXIF 6 turns it back
     exif = Image.Exif()
     exif[0x0112] = 6
-    item = load(fields(False, image=ImageSettings(size=120, mode="keep_aspect")), record,
-                pixels=np.ascontiguousarray(turned), exif=exif)  # fmt: skip
+    item = load(
+        fields(False, image=ImageSettings(size=120, mode="keep_aspect")),
+        record,
+        pixels=np.ascontiguousarray(turned),
+        exif=exif,
+    )
     assert np.array_equal(item["images"], pixels)
     assert item["boxes"].tolist() == record["boxes"]
 
@@ -318,7 +339,11 @@ def test_boxes_and_masks_follow_rand_augment(colourless, mode, scale):
     whole = (pixels == COLOURS[2]).all(2)
     record["segmentations"][2] = {"size": list(whole.shape), "counts": run_lengths(whole)}
     image = ImageSettings(
-        size=128, mode=mode, flip_probability=0.5, scale=(0.3, 1.0), jitter=(0.6, 2.0),
+        size=128,
+        mode=mode,
+        flip_probability=0.5,
+        scale=(0.3, 1.0),
+        jitter=(0.6, 2.0),
         rand_augment=RandAugmentSettings(operations=3, probability=1.0, magnitude_std=3.0),
     )
     maker = fields(image=image, masks=True)

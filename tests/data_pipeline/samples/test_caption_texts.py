@@ -151,9 +151,12 @@ def test_texts_say_which_class_their_name_is_of():
 
 def test_cleaning():
     reader = texts(
-        "txt", replace={"<PERSON>": "person", "<PER": "x", "person": "y"}, lowercase=True,
-        max_words=4, final_period=True,
-    )  # fmt: skip
+        "txt",
+        replace={"<PERSON>": "person", "<PER": "x", "person": "y"},
+        lowercase=True,
+        max_words=4,
+        final_period=True,
+    )
     (found,) = reader.draw(sample("A <PERSON>  and\na <PER in Ulm"), 1, forbidden).texts
     assert found == "a person and a x in ulm."
     assert reader.cut(found) == "a person and a."

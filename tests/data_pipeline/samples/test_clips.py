@@ -22,9 +22,14 @@ from data_pipeline.shards.shard_set import ShardSet
 from tests.data_pipeline.photos import tokenizer
 
 AUGMENTED = ImageSettings(
-    size=32, scale=(0.3, 1.0), flip_probability=0.5, brightness=0.4, hue=0.1, rand_augment={},
+    size=32,
+    scale=(0.3, 1.0),
+    flip_probability=0.5,
+    brightness=0.4,
+    hue=0.1,
+    rand_augment={},
     erase={"probability": 0.5},
-)  # fmt: skip
+)
 
 
 def jpeg(seed: int, height: int = 60, width: int = 80) -> bytes:
@@ -117,9 +122,14 @@ def test_in_training_all_frames_meet_the_same_draws():
 def test_batches(shards, workers):
     def windows(start, changes=None):
         loader = StepLoader(
-            {"clips": stream(shards, **(changes or {}))}, lambda step: ("clips", step),
-            LoaderSettings(workers=workers), 0, 1, start, 5,
-        )  # fmt: skip
+            {"clips": stream(shards, **(changes or {}))},
+            lambda step: ("clips", step),
+            LoaderSettings(workers=workers),
+            0,
+            1,
+            start,
+            5,
+        )
         return [batch for window in loader for batch in window.micro_batches]
 
     batches = windows(0)

@@ -42,8 +42,12 @@ def test_labels_are_read_from_text_and_json():
 
 @pytest.mark.parametrize(
     ("source", "members"),
-    [("cls", {}), ("json:label", {}), ("json:label", {"json": b"{}"}),
-     ("json:label", {"json": b'{"label": null}'})],
+    [
+        ("cls", {}),
+        ("json:label", {}),
+        ("json:label", {"json": b"{}"}),
+        ("json:label", {"json": b'{"label": null}'}),
+    ],
 )
 def test_samples_without_a_label(source, members):
     assert label(members, label_source=source) == -1
@@ -84,31 +88,37 @@ def soft(value, **options):
     return fields(**{**SOFT, **options}).sample(sample(**members), rng_for)
 
 
-@pytest.mark.parametrize(("value", "target", "largest"), [
-    ([0.1, 0.2, 0.7, 0], [0.1, 0.2, 0.7, 0], 2),
-    ({"3": 0.75, "1": 0.25}, [0, 0.25, 0, 0.75], 3),
-    ([0.333, 0.333, 0.333, 0], [1 / 3, 1 / 3, 1 / 3, 0], 0),  # rounded numbers
-    (2, [0, 0, 1, 0], 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "target", "largest"),
+    [
+        ([0.1, 0.2, 0.7, 0], [0.1, 0.2, 0.7, 0], 2),
+        ({"3": 0.75, "1": 0.25}, [0, 0.25, 0, 0.75], 3),
+        ([0.333, 0.333, 0.333, 0], [1 / 3, 1 / 3, 1 / 3, 0], 0),  # rounded numbers
+        (2, [0, 0, 1, 0], 2),
+    ],
+)
 def test_probabilities(value, target, largest):
     item = soft(value)
     assert item["target"].dtype == np.float32 and item["target"].tolist() == pytest.approx(target)
     assert item["label"] == largest
 
 
-@pytest.mark.parametrize(("value", "message"), [
-    ([0.5, 0.5], "json:p: 2 probabilities for 4 classes"),
-    ([0.5, 0.5, 0.5, 0.5], "probabilities add up to 2, not 1"),
-    ({"0": 0.5}, r"probabilities add up to 0\.5, not 1"),
-    ([1.5, -0.5, 0, 0], r"not a probability: '1\.5'"),
-    ([float("nan"), 1, 0, 0], "not a probability: 'nan'"),
-    ([True, 0, 0, 0], "not a probability: 'True'"),
-    (["1", 0, 0, 0], "not a probability: '1'"),
-    ({"4": 1.0}, r"label 4 is not in 0\.\.3"),
-    ({"cat": 1.0}, "not a whole number: 'cat'"),
-    (0.5, "not a whole number"),
-    ([[1]] * 4, r"not a probability: '\[1\]'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([0.5, 0.5], "json:p: 2 probabilities for 4 classes"),
+        ([0.5, 0.5, 0.5, 0.5], "probabilities add up to 2, not 1"),
+        ({"0": 0.5}, r"probabilities add up to 0\.5, not 1"),
+        ([1.5, -0.5, 0, 0], r"not a probability: '1\.5'"),
+        ([float("nan"), 1, 0, 0], "not a probability: 'nan'"),
+        ([True, 0, 0, 0], "not a probability: 'True'"),
+        (["1", 0, 0, 0], "not a probability: '1'"),
+        ({"4": 1.0}, r"label 4 is not in 0\.\.3"),
+        ({"cat": 1.0}, "not a whole number: 'cat'"),
+        (0.5, "not a whole number"),
+        ([[1]] * 4, r"not a probability: '\[1\]'"),
+    ],
+)
 def test_bad_probabilities_are_bad_samples(value, message):
     with pytest.raises(BadSample, match=message):
         soft(value)
@@ -162,8 +172,10 @@ def test_images_are_those_of_caption_data():
         mine.sample(Sample(0, "a", "k", {"cls": b"1"}), rng_for)
     wide = encoded(picture(1, 20, 40), "PNG")
     mixed = fields(image=ImageSettings(size=16, mode="keep_aspect"))
-    items = [mixed.sample(Sample(0, "a", "k", {"png": d}), rng_for)
-             for d in (wide, encoded(picture(1, 40, 20), "PNG"))]
+    items = [
+        mixed.sample(Sample(0, "a", "k", {"png": d}), rng_for)
+        for d in (wide, encoded(picture(1, 40, 20), "PNG"))
+    ]
     with pytest.raises(ValueError, match="set micro_batch to 1"):
         mixed.collate(items, [True, True])
 
@@ -236,14 +248,22 @@ def test_smaller_views_draw_other_boxes():
     assert abs(np.corrcoef(means.T)[0, 1]) < 0.35
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"smaller_views": (8, 12)}, "must descend"),
-    ({"smaller_views": (8, 0)}, "must descend"),
-    ({"smaller_views": (16,)}, r"16 is not below image\.size=16"),
-    ({"image": ImageSettings(size=16, sizes=[12, 16]), "smaller_views": (12,)},
-     r"12 is not below image\.sizes=12"),
-    ({"image": ImageSettings(size=16, mode="keep_aspect"), "smaller_views": (8,)}, "keep_aspect"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"smaller_views": (8, 12)}, "must descend"),
+        ({"smaller_views": (8, 0)}, "must descend"),
+        ({"smaller_views": (16,)}, r"16 is not below image\.size=16"),
+        (
+            {"image": ImageSettings(size=16, sizes=[12, 16]), "smaller_views": (12,)},
+            r"12 is not below image\.sizes=12",
+        ),
+        (
+            {"image": ImageSettings(size=16, mode="keep_aspect"), "smaller_views": (8,)},
+            "keep_aspect",
+        ),
+    ],
+)
 def test_views_that_are_no_smaller_ones(options, message):
     with pytest.raises(ValidationError, match=message):
         fields(**options)

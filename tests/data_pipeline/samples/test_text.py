@@ -50,8 +50,20 @@ def documents(tmp_path_factory) -> dict[str, Path]:
 
 
 def pack_rows(source: Path, tokenizer: Path, out: Path, *options) -> int:
-    arguments = ["text", "--input", source, "--tokenizer", tokenizer, "--tokens", LENGTH,
-                 "--out", out, "--processes", 1, *options]  # fmt: skip
+    arguments = [
+        "text",
+        "--input",
+        source,
+        "--tokenizer",
+        tokenizer,
+        "--tokens",
+        LENGTH,
+        "--out",
+        out,
+        "--processes",
+        1,
+        *options,
+    ]
     return main([str(argument) for argument in arguments])
 
 
@@ -92,9 +104,12 @@ def test_seed_separator_and_bundles(tmp_path, documents, tokenizer):
     source = documents["lines.txt"]
     results = {}
     for name, options in {
-        "a": [], "b": [], "seed": ["--seed", 1], "none": ["--separator", "none"],
+        "a": [],
+        "b": [],
+        "seed": ["--seed", 1],
+        "none": ["--separator", "none"],
         "bundle": ["--bundle", 8],
-    }.items():  # fmt: skip
+    }.items():
         assert pack_rows(source, tokenizer, tmp_path / name, *options) == 0
         results[name] = unpack(tmp_path / name / "train")
     assert results["a"] == results["b"] == results["bundle"] != results["seed"]

@@ -30,10 +30,17 @@ def tokenizer():
 
 
 def settings(**options) -> M3IDataSettings:
-    return M3IDataSettings(**{
-        "shards": ["x"], "image": VIEW, "second_view": VIEW, "text_length": 12,
-        "label_source": "cls", "classes": 10, **options,
-    })  # fmt: skip
+    return M3IDataSettings(
+        **{
+            "shards": ["x"],
+            "image": VIEW,
+            "second_view": VIEW,
+            "text_length": 12,
+            "label_source": "cls",
+            "classes": 10,
+            **options,
+        }
+    )
 
 
 def load(fields, position: int = 0, **members: bytes) -> dict:
@@ -45,9 +52,12 @@ def test_a_text_and_a_class_may_be_missing(tokenizer):
     fields = M3IProcessor(settings(), tokenizer, train=True)
     assert fields.extensions == {*MEMBERS, "txt", "cls"}
     items = [
-        load(fields, 0, txt=b"a red digit", cls=b"7"), load(fields, 1, txt=b"a blue seven"),
-        load(fields, 2, cls=b"0"), load(fields, 3), None,
-    ]  # fmt: skip
+        load(fields, 0, txt=b"a red digit", cls=b"7"),
+        load(fields, 1, txt=b"a blue seven"),
+        load(fields, 2, cls=b"0"),
+        load(fields, 3),
+        None,
+    ]
     batch = fields.collate(items, [True] * 4 + [False])
     assert batch["labels"].tolist() == [7, -1, 0, -1, -1]
     assert batch["loss_mask"].any(2)[:, 0].tolist() == [True, True, False, False, False]
@@ -82,9 +92,14 @@ def test_which_texts_were_made_from_class_names(tokenizer):
     sources = [{"source": "json:label", "class_names": ["red", "blue"]}, {"source": "txt"}]
     fields = M3IProcessor(settings(caption_source=sources), tokenizer, train=True)
     label = [json.dumps({"label": n}).encode() for n in (0, 1)]
-    item = [load(fields, 0, json=label[0], cls=b"3"), load(fields, 1, json=label[1], cls=b"3"),
-            load(fields, 2, json=label[1]), load(fields, 3, txt=b"blue", cls=b"3"),
-            load(fields, 4, cls=b"3"), None]  # fmt: skip
+    item = [
+        load(fields, 0, json=label[0], cls=b"3"),
+        load(fields, 1, json=label[1], cls=b"3"),
+        load(fields, 2, json=label[1]),
+        load(fields, 3, txt=b"blue", cls=b"3"),
+        load(fields, 4, cls=b"3"),
+        None,
+    ]
     red, blue, again, *rest = fields.collate(item, [True] * 5 + [False])["prompt_class"].tolist()
     assert blue == again != red and min(red, blue) >= 0 and rest == [-1, -1, -1]
 
@@ -165,13 +180,16 @@ def test_the_view_that_nobody_asks_for_is_not_made(tokenizer, tmp_path):
     assert reduced_less
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"second_view": None}, "second_view is missing"),
-    ({"classes": None}, r"label_source=cls and classes=None go together"),
-    ({"label_source": None}, r"label_source=None and classes=10 go together"),
-    ({"second_view": ImageSettings(size=48)}, "different size or sizes.*make them equal"),
-    ({"label_source": "json:"}, "label_source 'json:'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"second_view": None}, "second_view is missing"),
+        ({"classes": None}, r"label_source=cls and classes=None go together"),
+        ({"label_source": None}, r"label_source=None and classes=10 go together"),
+        ({"second_view": ImageSettings(size=48)}, "different size or sizes.*make them equal"),
+        ({"label_source": "json:"}, "label_source 'json:'"),
+    ],
+)
 def test_impossible_settings(options, message):
     with pytest.raises(ValidationError, match=message):
         settings(**options)

@@ -40,28 +40,50 @@ def index_of(tmp_path, records: list[dict[str, bytes]]) -> ShardIndex:
 
 def test_every_kind_of_column(tmp_path):
     records = [
-        {"width": 3, "crowd": True,
-         "exif": {"iso": 100, "gps": {"lat": 1.5, "deep": {"er": {"x": 1}}}},
-         "title": "  a red\n bird ", "captions": ["one", "two words", ""], "tags": [],
-         "mixed": True},
-        {"width": 4, "crowd": False, "exif": {"iso": 200, "flash": False, "lenses": [1, 2]},
-         "title": "", "captions": ["é"], "tags": ["a", 1], "mixed": 7},
+        {
+            "width": 3,
+            "crowd": True,
+            "exif": {"iso": 100, "gps": {"lat": 1.5, "deep": {"er": {"x": 1}}}},
+            "title": "  a red\n bird ",
+            "captions": ["one", "two words", ""],
+            "tags": [],
+            "mixed": True,
+        },
+        {
+            "width": 4,
+            "crowd": False,
+            "exif": {"iso": 200, "flash": False, "lenses": [1, 2]},
+            "title": "",
+            "captions": ["é"],
+            "tags": ["a", 1],
+            "mixed": 7,
+        },
         {"width": 5, "crowd": True, "exif": {"iso": 70_000}, "captions": "plain", "mixed": 2.5},
-    ]  # fmt: skip
+    ]
     index = index_of(tmp_path, [{"json": json.dumps(r).encode(), "txt": b"x  yy"} for r in records])
     wanted = {
-        "width": [3, 4, 5], "crowd": [1, 0, 1],
-        "exif.iso": [100, 200, 70_000], "exif.gps.lat": [1.5, NAN, NAN],
-        "exif.flash": [NAN, 0, NAN], "exif.lenses.count": [NAN, 2, NAN],
-        "title.characters": [10, 0, NAN], "title.words": [3, 0, NAN],
-        "captions.count": [3, 1, NAN], "tags.count": [0, 2, NAN],
-        "captions.words.min": [0, 1, NAN], "captions.words.max": [2, 1, NAN],
-        "captions.characters.min": [0, 1, NAN], "captions.characters.max": [9, 1, NAN],
-        "captions.words": [NAN, NAN, 1], "captions.characters": [NAN, NAN, 5],
-        "txt.words": [2, 2, 2], "txt.characters": [4, 4, 4],
+        "width": [3, 4, 5],
+        "crowd": [1, 0, 1],
+        "exif.iso": [100, 200, 70_000],
+        "exif.gps.lat": [1.5, NAN, NAN],
+        "exif.flash": [NAN, 0, NAN],
+        "exif.lenses.count": [NAN, 2, NAN],
+        "title.characters": [10, 0, NAN],
+        "title.words": [3, 0, NAN],
+        "captions.count": [3, 1, NAN],
+        "tags.count": [0, 2, NAN],
+        "captions.words.min": [0, 1, NAN],
+        "captions.words.max": [2, 1, NAN],
+        "captions.characters.min": [0, 1, NAN],
+        "captions.characters.max": [9, 1, NAN],
+        "captions.words": [NAN, NAN, 1],
+        "captions.characters": [NAN, NAN, 5],
+        "txt.words": [2, 2, 2],
+        "txt.characters": [4, 4, 4],
         "mixed": [1, 7, 2.5],
-        "bytes:txt": [5, 5, 5], "bytes:json": [len(json.dumps(r)) for r in records],
-    }  # fmt: skip
+        "bytes:txt": [5, 5, 5],
+        "bytes:json": [len(json.dumps(r)) for r in records],
+    }
     assert column_names(index) == set(wanted)
     for name, values in wanted.items():
         column = column_of(index, name)
@@ -71,16 +93,24 @@ def test_every_kind_of_column(tmp_path):
     assert column_of(index, "no such") is None and column_of(index, "bytes:jpg") is None
     stored = index.derived.columns
     assert [stored[n].dtype for n in ("crowd", "exif.iso", "exif.flash")] == [
-        np.uint8, np.uint32, np.float64,
-    ]  # fmt: skip
+        np.uint8,
+        np.uint32,
+        np.float64,
+    ]
 
 
 def test_texts_that_are_few_and_short(tmp_path):
     records = [
-        {"class": ["owl", "emu"][n % 2], "url": f"u/{n}", "note": "x" * (101 * (n == 7)),
-         "o": {"nsfw": "NO"}, "odd": "a \ud83d", **({"licence": "CC BY"} if n % 3 else {})}
+        {
+            "class": ["owl", "emu"][n % 2],
+            "url": f"u/{n}",
+            "note": "x" * (101 * (n == 7)),
+            "o": {"nsfw": "NO"},
+            "odd": "a \ud83d",
+            **({"licence": "CC BY"} if n % 3 else {}),
+        }
         for n in range(MAX_TEXTS + 1)
-    ]  # fmt: skip
+    ]
     index = index_of(tmp_path, [{"json": json.dumps(r).encode(), "txt": b"x"} for r in records])
     assert text_names(index) == {"class", "licence", "url", "note", "o.nsfw", "odd"}
     assert texts_of(index, "class").tolist() == ["owl", "emu"] * 128

@@ -295,8 +295,9 @@ def test_manifest_round_trip_and_damage(tmp_path):
     manifest.save(tmp_path)
     assert (tmp_path / "manifest.json").read_bytes() == before
     assert manifest.fields == {"cls": 10, "jpg": 10, "json": 10}
-    lengths = [f"captions.{unit}.{end}" for unit in ("characters", "words")
-               for end in ("max", "min")]  # fmt: skip
+    lengths = [
+        f"captions.{unit}.{end}" for unit in ("characters", "words") for end in ("max", "min")
+    ]
     assert manifest.columns == sorted(["captions.count", "cls", "score", "width", *lengths])
 
     def change(**fields):

@@ -22,9 +22,7 @@ def members_of(data: bytes) -> list[tuple[str, bytes]]:
 
 def make_tar(entries: list[tuple[str, bytes]], tar_format: int = tarfile.USTAR_FORMAT) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(
-        fileobj=buffer, mode="w", format=tar_format, encoding="utf-8"
-    ) as tar:
+    with tarfile.open(fileobj=buffer, mode="w", format=tar_format, encoding="utf-8") as tar:
         for name, payload in entries:
             info = tarfile.TarInfo(name)
             info.size = len(payload)

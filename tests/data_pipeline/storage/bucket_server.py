@@ -63,14 +63,14 @@ class BucketServer(FaultyServer):
             for key in found
         )
         folders = "".join(
-            f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>"
-            for name in deeper
+            f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>" for name in deeper
         )
         send_xml(
-            request, 200,
+            request,
+            200,
             f"<ListBucketResult><KeyCount>{len(found) + len(deeper)}</KeyCount>"
             f"<IsTruncated>false</IsTruncated>{files}{folders}</ListBucketResult>",
-        )  # fmt: skip
+        )
 
 
 class GoogleBucketServer(FaultyServer):
@@ -96,10 +96,14 @@ class GoogleBucketServer(FaultyServer):
     def _about(self, bucket: str, name: str) -> dict[str, str]:
         state = (self.folder / bucket / name).stat()
         return {
-            "kind": "storage#object", "bucket": bucket, "name": name, "size": str(state.st_size),
+            "kind": "storage#object",
+            "bucket": bucket,
+            "name": name,
+            "size": str(state.st_size),
             "etag": f"{state.st_size:x}-{state.st_mtime_ns:x}",
-            "timeCreated": "2026-01-01T00:00:00.000Z", "updated": "2026-01-01T00:00:00.000Z",
-        }  # fmt: skip
+            "timeCreated": "2026-01-01T00:00:00.000Z",
+            "updated": "2026-01-01T00:00:00.000Z",
+        }
 
 
 class MachineCredentials:
@@ -124,9 +128,12 @@ class MachineCredentials:
             def do_GET(self) -> None:
                 role = self.path.rpartition("/")[2]
                 found = {
-                    "Code": "Success", "AccessKeyId": "machine", "SecretAccessKey": "hush",
-                    "Token": "t", "Expiration": "2099-01-01T00:00:00Z",
-                }  # fmt: skip
+                    "Code": "Success",
+                    "AccessKeyId": "machine",
+                    "SecretAccessKey": "hush",
+                    "Token": "t",
+                    "Expiration": "2099-01-01T00:00:00Z",
+                }
                 _send(self, 200, "text/plain", json.dumps(found) if role else "role")
 
             def _send_with_ttl(self, text: str) -> None:

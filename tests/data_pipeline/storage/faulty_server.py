@@ -57,9 +57,10 @@ def garbled(request: Any) -> None:
 def anonymous(request: Any) -> None:
     """The right answer, with nothing that tells this version of the file from another."""
     request.send_header = lambda name, value: (
-        None if name in ("ETag", "Last-Modified") else type(request).send_header(
-            request, name, value)
-    )  # fmt: skip
+        None
+        if name in ("ETag", "Last-Modified")
+        else type(request).send_header(request, name, value)
+    )
     try:
         request.send_file()
     finally:

@@ -80,10 +80,13 @@ def test_bytes_are_booked_and_questions_are_not(flaky, monkeypatch):
 @pytest.mark.parametrize(
     "fault",
     [
-        OSError(errno.EIO, "flaky"), TimeoutError("late"), ConnectionResetError("reset"),
-        PermissionError("clock skew"), RuntimeError("of the driver"),
+        OSError(errno.EIO, "flaky"),
+        TimeoutError("late"),
+        ConnectionResetError("reset"),
+        PermissionError("clock skew"),
+        RuntimeError("of the driver"),
     ],
-)  # fmt: skip
+)
 def test_faults_that_heal_change_nothing(flaky, fault):
     files = storage()
     flaky.faults = [fault, fault, None, fault, "short", fault]

@@ -68,10 +68,21 @@ def test_ranges_over_one_connection(server):
 @pytest.mark.parametrize(
     "fault",
     [
-        status(408), status(429), status(500), status(502), status(503), status(504),
-        dropped, short, shifted, whole, slow(1.0), status(403), status(503, Retry_After="0"),
+        status(408),
+        status(429),
+        status(500),
+        status(502),
+        status(503),
+        status(504),
+        dropped,
+        short,
+        shifted,
+        whole,
+        slow(1.0),
+        status(403),
+        status(503, Retry_After="0"),
     ],
-)  # fmt: skip
+)
 def test_faults_that_heal_change_nothing(server, fault):
     # Where silence is no fault, only a hang counts as one.
     http = storage(timeout_s=0.3 if fault.__qualname__.startswith("slow") else 5.0)
@@ -197,8 +208,8 @@ def tagged(**headers: str):
 
     def fault(request):
         names = {name.replace("_", "-"): value for name, value in headers.items()}
-        request.send_header = lambda name, value: (
-            type(request).send_header(request, name, names.get(name, value))
+        request.send_header = lambda name, value: type(request).send_header(
+            request, name, names.get(name, value)
         )
         try:
             request.send_file()
@@ -285,8 +296,13 @@ def test_credentials_and_proxies_of_the_environment(server, tmp_path, monkeypatc
     seen = []
 
     def look(request):
-        seen.append((request.path, request.headers.get("Authorization"),
-                     request.headers.get("Proxy-Authorization")))  # fmt: skip
+        seen.append(
+            (
+                request.path,
+                request.headers.get("Authorization"),
+                request.headers.get("Proxy-Authorization"),
+            )
+        )
         request.send_file()
 
     server.always = look

@@ -99,8 +99,11 @@ def test_shards_of_buckets(store, www, monkeypatch, request):
     for path in (www / "bucket" / "set").glob("*.tar"):
         shutil.copy(path, raw)
     with contextlib.ExitStack() as stack:
-        url = request.getfixturevalue("server").url if store == "ours" else (
-            stack.enter_context(moto(www)))  # fmt: skip
+        url = (
+            request.getfixturevalue("server").url
+            if store == "ours"
+            else (stack.enter_context(moto(www)))
+        )
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         for specs in (
             "s3://bucket/set",
@@ -145,9 +148,16 @@ def test_a_bucket_that_may_not_be_listed(server, www, caplog):
 
 
 FAULTS = [
-    dropped, short, refused(503, "SlowDown"), refused(500, "InternalError"), status(429), whole,
-    refused(403, "RequestTimeTooSkewed"), refused(400, "RequestTimeout"), garbled,
-]  # fmt: skip
+    dropped,
+    short,
+    refused(503, "SlowDown"),
+    refused(500, "InternalError"),
+    status(429),
+    whole,
+    refused(403, "RequestTimeTooSkewed"),
+    refused(400, "RequestTimeout"),
+    garbled,
+]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -238,8 +248,11 @@ def test_google_buckets(www, monkeypatch):
     with GoogleBucketServer(www) as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
-        for specs in ("gs://bucket/set", "gs://bucket/set/*.tar",
-                      "gs://bucket/set/train-00000{0..2}.tar"):  # fmt: skip
+        for specs in (
+            "gs://bucket/set",
+            "gs://bucket/set/*.tar",
+            "gs://bucket/set/train-00000{0..2}.tar",
+        ):
             opened = ShardSet.open(specs, QUICK)
             assert opened.fingerprint == local.fingerprint and is_whole(opened)
         with pytest.raises(FileNotFoundError, match=r"gs://bucket/none\.tar: there is no"):

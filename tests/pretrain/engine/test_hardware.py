@@ -14,9 +14,10 @@ NVME = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
 def gpu_of(monkeypatch, capability: int) -> None:
     """As torch answers on such a GPU: it calls emulation support, unless asked not to."""
     monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported",
+        torch.cuda,
+        "is_bf16_supported",
         lambda including_emulation=True: including_emulation or capability >= 8,
-    )  # fmt: skip
+    )
 
 
 def test_bf16_is_not_emulated(monkeypatch):

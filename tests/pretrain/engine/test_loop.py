@@ -41,18 +41,27 @@ def box_batch() -> dict:
 
 def make_loop(engine, control) -> Loop:
     return Loop(
-        engine, RANKS, 0, (1e-3, lambda step: 1.0), 0, {"detect": 3}, control,
+        engine,
+        RANKS,
+        0,
+        (1e-3, lambda step: 1.0),
+        0,
+        {"detect": 3},
+        control,
         SimpleNamespace(received=None),
-    )  # fmt: skip
+    )
 
 
 def test_fields_of_the_data_reach_the_objective_as_they_are():
     batch = box_batch()
     fields = dict(batch)
     engine = SimpleNamespace(module=SimpleNamespace(objectives={"detect": Boxes()}))
-    control = SimpleNamespace(stop_requested=lambda: None, save_requested=lambda: False,
-                              profile_requested=lambda: False,
-                              ownership=SimpleNamespace(lost=False))
+    control = SimpleNamespace(
+        stop_requested=lambda: None,
+        save_requested=lambda: False,
+        profile_requested=lambda: False,
+        ownership=SimpleNamespace(lost=False),
+    )
     loop = make_loop(engine, control)
     totals, _ = loop._agree(StepWindow(0, [Part("detect", [batch])], {}))
     assert totals["detect"]["boxes"] == 5
@@ -60,25 +69,36 @@ def test_fields_of_the_data_reach_the_objective_as_they_are():
     assert all(batch[name] is value for name, value in fields.items())
 
 
-@pytest.mark.parametrize("begin, stop_at, evaluation, reported", [
-    (0, 3, None, [3]), (0, 12, None, [10]), (20, 23, None, []), (0, 3, 2, [2, 3]), (0, 1, None, [1])
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "begin, stop_at, evaluation, reported",
+    [
+        (0, 3, None, [3]),
+        (0, 12, None, [10]),
+        (20, 23, None, []),
+        (0, 3, 2, [2, 3]),
+        (0, 1, None, [1]),
+    ],
+)
 def test_a_run_that_stops_early_reports_a_step(monkeypatch, begin, stop_at, evaluation, reported):
     """Without a line, nobody would see later what it did; every tenth step is due."""
     engine = SimpleNamespace(
-        module=SimpleNamespace(objectives={"detect": Boxes()}), was_step_applied=lambda: True,
+        module=SimpleNamespace(objectives={"detect": Boxes()}),
+        was_step_applied=lambda: True,
         get_global_grad_norm=lambda: 1.0,
-    )  # fmt: skip
+    )
     monkeypatch.setattr(loop_module, "set_learning_rate", lambda *_: None)
     monkeypatch.setattr(loop_module, "mean_square_share", lambda *_: None)
-    monkeypatch.setattr(loop_module, "accumulate_parts",
-                        lambda *_: {"detect": {"loss": torch.tensor(1.0)}})
+    monkeypatch.setattr(
+        loop_module, "accumulate_parts", lambda *_: {"detect": {"loss": torch.tensor(1.0)}}
+    )
     state, found = TrainerState(step=begin), []
     control = SimpleNamespace(
-        stop_requested=lambda: "enough" if state.step == stop_at - 1 else None, beat=lambda: None,
-        save_requested=lambda: False, profile_requested=lambda: False,
+        stop_requested=lambda: "enough" if state.step == stop_at - 1 else None,
+        beat=lambda: None,
+        save_requested=lambda: False,
+        profile_requested=lambda: False,
         ownership=SimpleNamespace(lost=False),
-    )  # fmt: skip
+    )
     trainer = SimpleNamespace(
         recipe=SimpleNamespace(steps=100, logging=SimpleNamespace(every_steps=10)),
         evaluator=SimpleNamespace(is_due=lambda step: bool(evaluation) and step % evaluation == 0),
@@ -86,7 +106,10 @@ def test_a_run_that_stops_early_reports_a_step(monkeypatch, begin, stop_at, eval
     )
     windows = (StepWindow(n, [Part("detect", [box_batch()])], {}) for n in range(begin, 100))
     reason = make_loop(engine, control).run(
-        windows, state, wants_report=partial(Trainer._wants_report, trainer),
-        on_report=lambda state, report: found.append(state.step), after_step=lambda *_: False,
-    )  # fmt: skip
+        windows,
+        state,
+        wants_report=partial(Trainer._wants_report, trainer),
+        on_report=lambda state, report: found.append(state.step),
+        after_step=lambda *_: False,
+    )
     assert (found, state.step) == (reported, stop_at) and reason == "stop requested"

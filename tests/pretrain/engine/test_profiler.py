@@ -20,11 +20,20 @@ CPU = torch.device("cpu")
 SNAPSHOT = {"segments": [], "device_traces": [[]], "allocator_settings": {}}
 
 
-@pytest.mark.parametrize("text, found", [
-    ("", ((0,), 3)), ("ranks=9,0,9", ((0, 9), 3)), ("steps=5\nranks=1\n", ((1,), 5)),
-    ("ranks=10", None), ("ranks=-1", None), ("steps=0", None), ("steps=1,2", None), ("all", None),
-    ("ranks=", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("", ((0,), 3)),
+        ("ranks=9,0,9", ((0, 9), 3)),
+        ("steps=5\nranks=1\n", ((1,), 5)),
+        ("ranks=10", None),
+        ("ranks=-1", None),
+        ("steps=0", None),
+        ("steps=1,2", None),
+        ("all", None),
+        ("ranks=", None),
+    ],
+)
 def test_requests(text, found):
     if found is None:
         with pytest.raises(ValueError, match=r"of 0 to 9\) and steps=3"):
@@ -71,9 +80,13 @@ def test_a_trace_of_two_steps_and_what_goes_wrong(control, tmp_path, caplog):
 
 def test_spans_of_workers_stand_at_their_time(control, tmp_path, monkeypatch):
     """In the clock of the trace; those from before are left out."""
-    monkeypatch.setattr("pretrain.engine.profiler.time", SimpleNamespace(
-        time_ns=lambda: 5_000_000_000, monotonic_ns=lambda: 2_000_000_000,
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        "pretrain.engine.profiler.time",
+        SimpleNamespace(
+            time_ns=lambda: 5_000_000_000,
+            monotonic_ns=lambda: 2_000_000_000,
+        ),
+    )
     spans = [Span(7, 1.0, 1.5, "read", 4, 11), Span(7, 2.0, 2.25, "decode", 4, 12)]
     profiler = Profiler(tmp_path, Ranks(0, 1, 0, 1, CPU), control, lambda: spans)
     profiler._first, profiler._marks = 3, [4_900_000_000, 5_100_000_000]
@@ -85,19 +98,25 @@ def test_spans_of_workers_stand_at_their_time(control, tmp_path, monkeypatch):
 
 def test_ranks_with_the_same_process_numbers_stay_apart():
     """So do their flows; times count from the earliest."""
+
     def trace(base: int) -> dict:
         named = {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "python"}}
-        return {"baseTimeNanoseconds": base, "traceEvents": [
-            named, {"ph": "X", "name": "op", "pid": 1, "tid": 1, "ts": 10.0, "dur": 1.0},
-            {"ph": "s", "name": "flow", "pid": 1, "tid": 1, "ts": 10.0, "id": 5},
-        ]}  # fmt: skip
+        return {
+            "baseTimeNanoseconds": base,
+            "traceEvents": [
+                named,
+                {"ph": "X", "name": "op", "pid": 1, "tid": 1, "ts": 10.0, "dur": 1.0},
+                {"ph": "s", "name": "flow", "pid": 1, "tid": 1, "ts": 10.0, "id": 5},
+            ],
+        }
 
     found = merged({0: trace(1_000_000), 3: trace(3_000_000)})
     assert found["baseTimeNanoseconds"] == 1_000_000
     events = [e for e in found["traceEvents"] if e["name"] == "op"]
     assert [event["ts"] for event in events] == [10.0, 2010.0]
-    titles = {e["pid"]: e["args"]["name"] for e in found["traceEvents"]
-              if e["name"] == "process_name"}
+    titles = {
+        e["pid"]: e["args"]["name"] for e in found["traceEvents"] if e["name"] == "process_name"
+    }
     assert [titles[e["pid"]] for e in events] == ["rank 0: python", "rank 3: python"]
     assert [e["id"] for e in found["traceEvents"] if e["name"] == "flow"] == ["0:5", "3:5"]
 

@@ -81,7 +81,9 @@ def test_positions_of_the_ledger_count_images_however_often_they_are_repeated(tm
     assert [quarantine.metrics(t)["quarantined_samples"] for t in ("plain", "mixed")] == [1, 2]
     quarantine.write_list()
     assert [(e.task, e.row) for e in read_list(tmp_path)] == [
-        ("mixed", 3), ("mixed", 41), ("plain", 7)
+        ("mixed", 3),
+        ("mixed", 41),
+        ("plain", 7),
     ]
     again = streams()
     again["plain"].order = RepeatedOrder(again["plain"].order, 12, 3)
@@ -180,10 +182,17 @@ def test_a_line_that_is_being_written_waits_for_the_next_time(tmp_path):
 )
 def test_what_does_not_fit_the_run_is_an_error(tmp_path, ledger, edit, text):
     entries = [
-        {"kind": "quarantine", "step": 1, "task": task, "source": source, "from_position": start,
-         "excluded": [[1, 2]], "released": []}
+        {
+            "kind": "quarantine",
+            "step": 1,
+            "task": task,
+            "source": source,
+            "from_position": start,
+            "excluded": [[1, 2]],
+            "released": [],
+        }
         for task, source, start in ledger
-    ]  # fmt: skip
+    ]
     (tmp_path / "quarantine_edits.jsonl").write_text(edit)
     with pytest.raises(RunDirError, match=text):
         start(tmp_path, TrainerState(ledger=entries)).revise({})

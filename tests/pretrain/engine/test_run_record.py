@@ -17,8 +17,9 @@ RECORDS = {
 }
 NEVER_SAVED = {
     "control/status.json": json.dumps({"state": "running", "step": 0, "reason": ""}),
-    "starts.jsonl": '{"from_step": 0}\n', "metrics.jsonl": '{"step": 4}\n',
-}  # fmt: skip
+    "starts.jsonl": '{"from_step": 0}\n',
+    "metrics.jsonl": '{"step": 4}\n',
+}
 
 
 def lay_out(run, files: dict[str, str]) -> None:
@@ -79,8 +80,11 @@ def test_the_command_changes_nothing_then(tmp_path, how, capsys):
     path = write_recipe(tmp_path / "r.yaml", tiny_recipe(tmp_path, run))
     lay_out(run, RECORDS | {"recipe.yaml": path.read_text()})
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    arguments = {"--resume": ["--resume", str(run)], "anew": [str(path)],
-                 "--start-or-resume": [str(path), "--start-or-resume", "steps=12"]}
+    arguments = {
+        "--resume": ["--resume", str(run)],
+        "anew": [str(path)],
+        "--start-or-resume": [str(path), "--start-or-resume", "steps=12"],
+    }
     assert main(arguments[how]) == 2
     assert "no checkpoint is there" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before

@@ -23,14 +23,20 @@ OUTPUTS = {
 def encoder_of(kind: str) -> tuple[Encoder, torch.Tensor]:
     """An encoder in evaluation, and a batch of two for it."""
     if kind.startswith("text"):
-        encoder = TextEncoder(30, 2, 12, 1, 2, max_positions=16, causal=kind == "text",
-                              pool="end" if kind == "text" else "mean")
+        encoder = TextEncoder(
+            30,
+            2,
+            12,
+            1,
+            2,
+            max_positions=16,
+            causal=kind == "text",
+            pool="end" if kind == "text" else "mean",
+        )
         inputs = torch.tensor([[1, 5, 6, 2, 9, 9], [1, 7, 8, 9, 3, 2]])
     else:
         head = {"conv": {"type": "conv"}, "projector": SMALL_PROJECTOR}.get(kind)
-        encoder = (
-            VisionTransformer(32, 8, 24, 2, 2) if kind == "vit" else small_encoder(head=head)
-        )
+        encoder = VisionTransformer(32, 8, 24, 2, 2) if kind == "vit" else small_encoder(head=head)
         inputs = torch.randn(2, 3, *SIDES, generator=torch.Generator().manual_seed(0))
     initialise(encoder, 0)
     return encoder.eval(), inputs

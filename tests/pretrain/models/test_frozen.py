@@ -31,7 +31,11 @@ class Head(Objective):
 
 def small_model(gradient_checkpointing: bool = False) -> MultiTaskModel:
     encoder = VitSettings(
-        image_size=16, patch_size=8, width=16, layers=2, heads=2,
+        image_size=16,
+        patch_size=8,
+        width=16,
+        layers=2,
+        heads=2,
         gradient_checkpointing=gradient_checkpointing,
     ).build()
     model = MultiTaskModel({"image": encoder}, {"task": Head()})
@@ -126,9 +130,13 @@ def test_what_is_not_trained_anyhow_is_not_met():
     assert model["target"].training  # its objective decides
 
 
-@pytest.mark.parametrize("settings", [
-    {"no_decay": ("one.*",)}, {"lr_multipliers": {"one.*": 2.0}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_decay": ("one.*",)},
+        {"lr_multipliers": {"one.*": 2.0}},
+    ],
+)
 def test_settings_that_meet_only_what_is_frozen_are_refused(settings):
     model = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 4)})
     freeze(model, ("one.*",))

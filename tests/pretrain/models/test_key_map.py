@@ -9,10 +9,9 @@ RULES = (
     ("<E>.stem", "<V>.stem.weight"),
     ("<E>.norm.{p}", "<V>.ln.{p}"),
     ("<E>.stages.{s}.down.{p}", "<V>.down{s}.{p}"),
-    ("<E>.stages.{s}.blocks.{b}.qkv.{p}",
-     tuple(f"<V>.{{s}}.{{b}}.{part}.{{p}}" for part in "qkv")),
+    ("<E>.stages.{s}.blocks.{b}.qkv.{p}", tuple(f"<V>.{{s}}.{{b}}.{part}.{{p}}" for part in "qkv")),
     ("<E>.stages.{s}.blocks.{b}.mlp.{p}", "<V>.{s}.{b}.mlp.{s}.{p}"),
-)  # fmt: skip
+)
 DEPTHS = (2, 1, 12)  # of unequal stages, and a number of two digits
 
 
@@ -29,8 +28,10 @@ def ours() -> dict[str, torch.Tensor]:
                 shapes[f"stages.{stage}.blocks.{block}.qkv.{p}"] = (6, 2)
                 shapes[f"stages.{stage}.blocks.{block}.mlp.{p}"] = (2, 2)
     generator = torch.Generator().manual_seed(0)
-    return {f"encoders.image.{name}": torch.randn(shape, generator=generator)
-            for name, shape in shapes.items()}
+    return {
+        f"encoders.image.{name}": torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
 
 
 def test_what_goes_out_comes_back():
@@ -38,9 +39,11 @@ def test_what_goes_out_comes_back():
     theirs = key_map().to_theirs(state)
     assert len(theirs) == len(state) + 2 * 2 * sum(DEPTHS)  # two more for each of the qkv
     assert theirs["net.tower.2.11.mlp.2.bias"].equal(
-        state["encoders.image.stages.2.blocks.11.mlp.bias"])
+        state["encoders.image.stages.2.blocks.11.mlp.bias"]
+    )
     assert theirs["net.tower.0.1.k.weight"].equal(
-        state["encoders.image.stages.0.blocks.1.qkv.weight"][2:4])
+        state["encoders.image.stages.0.blocks.1.qkv.weight"][2:4]
+    )
     back = key_map().to_ours(theirs)
     assert back.keys() == state.keys() and all(back[name].equal(state[name]) for name in state)
 

@@ -24,11 +24,19 @@ def texts() -> torch.Tensor:
 
 def clip_names(layers: int) -> dict[str, str]:
     """Their name -> ours, of one-to-one tensors."""
-    names = {"embeddings.token_embedding.weight": "embedding.words.weight",
-             "embeddings.position_embedding.weight": "embedding.positions",
-             "final_layer_norm.weight": "norm.weight", "final_layer_norm.bias": "norm.bias"}
-    parts = {"layer_norm1": "norm_attention", "layer_norm2": "norm_mlp", "mlp.fc1": "mlp.expand",
-             "mlp.fc2": "mlp.reduce", "self_attn.out_proj": "attention.output"}
+    names = {
+        "embeddings.token_embedding.weight": "embedding.words.weight",
+        "embeddings.position_embedding.weight": "embedding.positions",
+        "final_layer_norm.weight": "norm.weight",
+        "final_layer_norm.bias": "norm.bias",
+    }
+    parts = {
+        "layer_norm1": "norm_attention",
+        "layer_norm2": "norm_mlp",
+        "mlp.fc1": "mlp.expand",
+        "mlp.fc2": "mlp.reduce",
+        "self_attn.out_proj": "attention.output",
+    }
     for i in range(layers):
         for theirs, ours in parts.items():
             for leaf in ("weight", "bias"):
@@ -41,11 +49,20 @@ def test_equals_transformers_clip(activation):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     encoder = small(activation=activation, position_std=0.5).eval()
-    theirs = CLIPTextModel(CLIPTextConfig(
-        vocab_size=WORDS, hidden_size=16, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=12, hidden_act=activation,
-        bos_token_id=1, eos_token_id=EOS, pad_token_id=0,
-    )).eval()
+    theirs = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=WORDS,
+            hidden_size=16,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=12,
+            hidden_act=activation,
+            bos_token_id=1,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))

@@ -18,15 +18,19 @@ WORDS, BOS, EOS, CLASSES = 40, 1, 2, 7
 def build_pair_model(dropout: float = 0.0, **changes) -> MultiTaskModel:
     """Tasks `contrast` (`changes` are fields of its settings) and `classify`; no values yet."""
     vit = VitSettings(image_size=16, patch_size=8, width=16, layers=1, heads=2, position_std=0.5)
-    text = TextEncoderSettings(width=12, layers=1, heads=2, max_positions=16, position_std=0.3,
-                               dropout=dropout)
+    text = TextEncoderSettings(
+        width=12, layers=1, heads=2, max_positions=16, position_std=0.3, dropout=dropout
+    )
     encoders = {"image": vit.build(), "text": text.build(text_context(WORDS, EOS))}
     contrast = ContrastiveSettings(**{"width": 8, "temperature": 0.2, **changes})
     context = BuildContext(encoders, None, MEAN, STD, classes=CLASSES)
-    return MultiTaskModel(encoders, {
-        "contrast": contrast.build(context),
-        "classify": ClassificationSettings().build(context),
-    })
+    return MultiTaskModel(
+        encoders,
+        {
+            "contrast": contrast.build(context),
+            "classify": ClassificationSettings().build(context),
+        },
+    )
 
 
 def pair_model(seed: int = 0, dropout: float = 0.0, **changes) -> MultiTaskModel:
@@ -54,9 +58,10 @@ def pair_batch(count: int, seed: int = 0, length: int = 8) -> dict:
         mask[i, 0, 1 : 2 + words] = True
     labels = torch.randint(-1, CLASSES, (count,), generator=generator)
     return {
-        "images": torch.randint(0, 256, (count, 3, 16, 16), generator=generator,
-                                dtype=torch.uint8),
-        "tokens": tokens, "loss_mask": mask, "labels": labels,
+        "images": torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8),
+        "tokens": tokens,
+        "loss_mask": mask,
+        "labels": labels,
         "prompt_class": torch.where(torch.arange(count) % 2 == 1, labels, -1),
         "valid": torch.ones(count, dtype=torch.bool),
         "row": torch.arange(count),

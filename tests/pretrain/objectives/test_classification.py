@@ -35,7 +35,7 @@ def test_equals_torch_on_the_labelled_images(pool):
     assert objective.counts(batch) == {"images": 12, "labels": int((labels >= 0).sum())}
     assert 0 < (labels >= 0).sum() < 12
     out, found = loss_and_gradients(model, batch)
-    pixels = (batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1))
+    pixels = batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1)
     tokens = model.encoders["image"](pixels / torch.tensor(STD).view(3, 1, 1))
     logits = objective.head(tokens.mean(1) if pool == "mean" else tokens[:, 0])[labels >= 0]
     labels = labels[labels >= 0]
@@ -74,8 +74,11 @@ def test_nothing_labelled_gives_zero_through_every_parameter():
     batch["labels"][:] = -1
     out, found = loss_and_gradients(model, batch, {"images": 8, "labels": 3})
     assert [float(out[name].detach()) for name in out] == [0.0] * 5
-    names = {n for n, _ in model.named_parameters()
-             if n.startswith(("encoders.image.", "objectives.classify."))}
+    names = {
+        n
+        for n, _ in model.named_parameters()
+        if n.startswith(("encoders.image.", "objectives.classify."))
+    }
     assert set(found) == names
     assert not any(gradient.any() for gradient in found.values())
     # Nor does a whole global batch without labels divide by zero.
@@ -106,12 +109,13 @@ def test_soft_targets_equal_torch_on_the_labelled_images():
     model, batch = pair_model(), soft_batch(12)
     known = batch["labels"] >= 0
     out, found = loss_and_gradients(model, batch)
-    pixels = (batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1))
+    pixels = batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1)
     tokens = model.encoders["image"](pixels / torch.tensor(STD).view(3, 1, 1))
     logits = model.objectives["classify"].head(tokens.mean(1))[known]
     targets = batch["targets"][known]
     torch.testing.assert_close(
-        out["cross_entropy"], -(targets * logits.log_softmax(1)).sum(1).mean())
+        out["cross_entropy"], -(targets * logits.log_softmax(1)).sum(1).mean()
+    )
     smooth = 0.9 * targets + 0.1 / CLASSES
     torch.testing.assert_close(out["loss"], -(smooth * logits.log_softmax(1)).sum(1).mean())
     hits = (logits.argmax(1) == targets.argmax(1)).float().mean()
@@ -153,8 +157,9 @@ def test_the_first_weights_of_the_head_have_the_deviation_that_the_recipe_says()
 
 def test_an_encoder_must_be_there():
     with pytest.raises(ValueError, match=r"'eye' is not in model\.encoders \(image, text\)"):
-        ClassificationSettings(encoder="eye").build(BuildContext(
-            dict(pair_model().encoders), None, MEAN, STD, classes=3))
+        ClassificationSettings(encoder="eye").build(
+            BuildContext(dict(pair_model().encoders), None, MEAN, STD, classes=3)
+        )
 
 
 def test_flops_leave_padding_out():
@@ -169,8 +174,10 @@ def test_evaluation_counts_every_sample_once_over_ranks():
     model, batch = pair_model().train(), pair_batch(11)
     objective = model.objectives["classify"]
     whole, _ = loss_and_gradients(model, batch)
-    parts = [rows_of(batch, [*range(s, min(s + 3, 11)), *[-1] * (s + 3 - 11)][:3])
-             for s in range(0, 12, 3)]
+    parts = [
+        rows_of(batch, [*range(s, min(s + 3, 11)), *[-1] * (s + 3 - 11)][:3])
+        for s in range(0, 12, 3)
+    ]
     shares: list = []
 
     def run(rank: int, reduce):

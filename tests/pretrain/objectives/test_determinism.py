@@ -65,8 +65,9 @@ class Step:
         self.model.zero_grad()
         loss = self.model(self.task, "undivided", self.batch, self.totals)["loss"]
         loss.backward()
-        gradients = {n: p.grad.clone() for n, p in self.model.named_parameters()
-                     if p.grad is not None}  # fmt: skip
+        gradients = {
+            n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None
+        }
         assert len(gradients) > 10
         return {"loss": loss.detach()} | gradients
 
@@ -99,12 +100,15 @@ def test_a_gpu_repeats_its_bits(case, dtype, switched_on, monkeypatch):
 
 EVALUATIONS = {
     "captioning": (
-        small_model, "caption", lambda: small_batch() | {"captions": [["w3 w4"]] * 3}, Words()
+        small_model,
+        "caption",
+        lambda: small_batch() | {"captions": [["w3 w4"]] * 3},
+        Words(),
     ),
     "classification": (pair_model, "classify", lambda: pair_batch(12), None),
     "contrast": (pair_model, "contrast", lambda: pair_batch(12), None),
     "M3I": (m3i_model, "m3i", lambda: m3i_batch(8), None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", EVALUATIONS)
@@ -138,13 +142,13 @@ def test_the_watch_sees_what_has_no_fixed_order():
     rows, columns = torch.tensor([0, 0]), torch.tensor([1, 1])
     calls = {
         "upsample_bicubic2d_backward": lambda: F.interpolate(x, 8, mode="bicubic").sum().backward(),
-        "_upsample_bilinear2d_aa_backward": lambda: F.interpolate(
-            x, 8, mode="bilinear", antialias=True
-        ).sum().backward(),
+        "_upsample_bilinear2d_aa_backward": lambda: (
+            F.interpolate(x, 8, mode="bilinear", antialias=True).sum().backward()
+        ),
         "_adaptive_avg_pool2d_backward": lambda: F.adaptive_avg_pool2d(x, 3).sum().backward(),
-        "grid_sampler_2d_backward": lambda: F.grid_sample(
-            x, torch.zeros(1, 3, 3, 2), align_corners=False
-        ).sum().backward(),
+        "grid_sampler_2d_backward": lambda: (
+            F.grid_sample(x, torch.zeros(1, 3, 3, 2), align_corners=False).sum().backward()
+        ),
         "cumsum": lambda: x.cumsum(1),
         "median": lambda: x.median(1),
         "bincount": lambda: rows.bincount(torch.ones(2)),

@@ -39,9 +39,15 @@ def batches(shards, rank: int, world: int, micro_batch: int, **options) -> list[
         shards=["unused"], classes=CLASSES, image=ImageSettings(size=16, mode="center_crop")
     )
     stream = TaskStream(
-        "held_out", SampleReader(shards), None, LabelProcessor(settings, train=False), 0,
-        micro_batch * world, micro_batch, options.pop("selection", None),
-    )  # fmt: skip
+        "held_out",
+        SampleReader(shards),
+        None,
+        LabelProcessor(settings, train=False),
+        0,
+        micro_batch * world,
+        micro_batch,
+        options.pop("selection", None),
+    )
     limits = FaultLimits(max_bad_fraction=1.0)
     return list(EvaluationLoader(stream, rank, world, limits=limits, **options))
 

@@ -24,15 +24,27 @@ def three_tasks(seed: int = 0) -> MultiTaskModel:
     """All objectives on one InternImage that drops half of the branches of its last layer."""
     text = TextEncoderSettings(width=12, layers=1, heads=2, max_positions=16)
     encoders = {"image": small_encoder(drop_path=0.5), "text": text.build(text_context(WORDS, EOS))}
-    decoder = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32, "max_positions": 16,
-               "dropout": 0.0}  # fmt: skip
-    model = MultiTaskModel(encoders, {
-        "caption": CaptioningSettings(decoder=decoder, max_new_tokens=4).build(BuildContext(
-            encoders, Words(WORDS), MEAN, STD)),
-        "classify": ClassificationSettings().build(
-            BuildContext(encoders, None, MEAN, STD, classes=CLASSES)),
-        "contrast": ContrastiveSettings(width=8).build(BuildContext(encoders, None, MEAN, STD)),
-    }, seed=seed)  # fmt: skip
+    decoder = {
+        "width": 16,
+        "layers": 1,
+        "heads": 2,
+        "mlp_width": 32,
+        "max_positions": 16,
+        "dropout": 0.0,
+    }
+    model = MultiTaskModel(
+        encoders,
+        {
+            "caption": CaptioningSettings(decoder=decoder, max_new_tokens=4).build(
+                BuildContext(encoders, Words(WORDS), MEAN, STD)
+            ),
+            "classify": ClassificationSettings().build(
+                BuildContext(encoders, None, MEAN, STD, classes=CLASSES)
+            ),
+            "contrast": ContrastiveSettings(width=8).build(BuildContext(encoders, None, MEAN, STD)),
+        },
+        seed=seed,
+    )
     initialise(model, 0)
     return model.train()
 

@@ -34,13 +34,14 @@ def by_loops(pixels: torch.Tensor, batch: dict) -> tuple[torch.Tensor, list[floa
         labelled = batch["labels"][row] >= 0 and batch["labels"][other] >= 0
         for y in range(height):
             for x in range(width):
-                inside = (round(box[0] * height) <= y < round(box[2] * height)
-                          and round(box[1] * width) <= x < round(box[3] * width))
+                inside = round(box[0] * height) <= y < round(box[2] * height) and round(
+                    box[1] * width
+                ) <= x < round(box[3] * width)
                 part = (1.0 if inside else share) if labelled else 0.0
                 total += part
-                mixed[row, :, y, x] = (
-                    (1 - part) * pixels[row, :, y, x] + part * pixels[other, :, y, x]
-                )
+                mixed[row, :, y, x] = (1 - part) * pixels[row, :, y, x] + part * pixels[
+                    other, :, y, x
+                ]
         weights.append(total / (height * width))
     return mixed, weights
 
@@ -67,7 +68,7 @@ def test_loss_is_that_of_soft_targets(form):
         batch["targets"] = own * (batch["labels"] >= 0)[:, None]
     objective = model.objectives["classify"]
     totals = objective.counts(batch)
-    pixels = (batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1))
+    pixels = batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1)
     mixed, weights = by_loops(pixels / torch.tensor(STD).view(3, 1, 1), batch)
     logits = objective.head(model.encoders["image"](mixed).mean(1))
     swapped = own.view(4, 2, CLASSES).flip(1).view(8, CLASSES)

@@ -33,17 +33,23 @@ def mixed_pairs() -> dict:
 
 
 def enlarged_pairs() -> dict:
-    """Images for which position tables are resized, and maps of InternImage have several windows.
-    """
+    """Images for which position tables are resized, and maps of InternImage have several
+    windows."""
     return pairs() | {"images": torch.randint(0, 256, (6, 3, 48, 40), dtype=torch.uint8)}
 
 
 def internimage_classifier(mixer: str = "dcnv3") -> MultiTaskModel:
     """With drop path, a batch norm and a second size."""
-    encoders = {"image": InternImageSettings(
-        channels=16, depths=[1, 1, 2, 1], groups=[1, 2, 4, 8], drop_path=0.2,
-        head={"type": "conv"}, mixer={"type": mixer},
-    ).build()}  # fmt: skip
+    encoders = {
+        "image": InternImageSettings(
+            channels=16,
+            depths=[1, 1, 2, 1],
+            groups=[1, 2, 4, 8],
+            drop_path=0.2,
+            head={"type": "conv"},
+            mixer={"type": mixer},
+        ).build()
+    }
     settings = ClassificationSettings(pool="head", smaller_sizes=[8])
     objective = settings.build(BuildContext(encoders, None, MEAN, STD, classes=CLASSES))
     return MultiTaskModel(encoders, {"classify": objective})
@@ -52,25 +58,32 @@ def internimage_classifier(mixer: str = "dcnv3") -> MultiTaskModel:
 CASES: dict[str, tuple[Callable, str, Callable]] = {
     "captioning": (small_model_without_values, "caption", small_batch),
     "recomputed": (
-        lambda: small_model_without_values(gradient_checkpointing=True), "caption", small_batch
+        lambda: small_model_without_values(gradient_checkpointing=True),
+        "caption",
+        small_batch,
     ),
     "classification": (build_pair_model, "classify", pairs),
     "mixed": (build_pair_model, "classify", mixed_pairs),
     "InternImage": (internimage_classifier, "classify", mixed_pairs),
-    **{mixer: (partial(internimage_classifier, mixer), "classify", enlarged_pairs)
-       for mixer in ("halo", "shifted_window", "reduced_attention", "depthwise_conv")},
+    **{
+        mixer: (partial(internimage_classifier, mixer), "classify", enlarged_pairs)
+        for mixer in ("halo", "shifted_window", "reduced_attention", "depthwise_conv")
+    },
     "resized": (build_pair_model, "contrast", enlarged_pairs),
     "clips": (
-        lambda: small_model_without_values(frames=2), "caption",
+        lambda: small_model_without_values(frames=2),
+        "caption",
         lambda: clips_of(small_batch(), 2),
     ),
     "contrast": (build_pair_model, "contrast", pairs),
     "M3I": (lambda: build_m3i(balance={}), "m3i", lambda: m3i_batch(6)),
     "M3I of groups": (lambda: build_m3i(group_attention=True), "m3i", lambda: m3i_batch(6)),
     "M3I of an InternImage": (
-        lambda: build_m3i("internimage"), "m3i", lambda: m3i_batch(4, size=(32, 64))
+        lambda: build_m3i("internimage"),
+        "m3i",
+        lambda: m3i_batch(4, size=(32, 64)),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)

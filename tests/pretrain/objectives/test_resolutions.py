@@ -62,21 +62,23 @@ def test_loss_is_the_mean_over_sizes(own_views):
     pixels = [pixels_of(batch["images"])]
     if own_views:
         objective.smaller_views = (12, 8)
-        views = {f"images_{side}": pair_batch(6, seed=side)["images"][..., :side, :side]
-                 for side in (12, 8)}  # fmt: skip
+        views = {
+            f"images_{side}": pair_batch(6, seed=side)["images"][..., :side, :side]
+            for side in (12, 8)
+        }
         batch = batch | views
         pixels += map(pixels_of, views.values())
     else:
         objective.smaller_sizes = (12, 8)
-        pixels += [F.interpolate(pixels[0], (side, side), mode="bicubic", antialias=True)
-                   for side in (12, 8)]  # fmt: skip
+        pixels += [
+            F.interpolate(pixels[0], (side, side), mode="bicubic", antialias=True)
+            for side in (12, 8)
+        ]
     out = model("classify", "undivided", batch, totals)
     vectors = [model.encoders["image"](p).mean(1) for p in pixels]
     counted = batch["labels"] >= 0
     losses = [
-        F.cross_entropy(
-            objective.head(own)[counted], batch["labels"][counted], label_smoothing=0.1
-        )
+        F.cross_entropy(objective.head(own)[counted], batch["labels"][counted], label_smoothing=0.1)
         for own in vectors
     ]
     torch.testing.assert_close(losses[0], whole["loss"])
@@ -87,8 +89,10 @@ def test_loss_is_the_mean_over_sizes(own_views):
     torch.testing.assert_close(out["loss"], (sum(losses) + 0.7 * sum(pulls)) / 3)
     assert out["top1"] == whole["top1"] and out["cross_entropy"] == whole["cross_entropy"]
     assert out.keys() == whole.keys()
-    flops = [objective.encoder_flops(*p.shape[2:]) + 3 * 2 * objective.head.weight.numel()
-             for p in pixels]  # fmt: skip
+    flops = [
+        objective.encoder_flops(*p.shape[2:]) + 3 * 2 * objective.head.weight.numel()
+        for p in pixels
+    ]
     assert objective.flops(batch) == 6 * sum(flops)
 
 
@@ -99,8 +103,16 @@ def passes_model(own_views: bool, consistency: float):
     sizes = (48, 32)
     objective = ClassificationSettings(
         pool="head", smaller_sizes=() if own_views else sizes, scale_consistency=consistency
-    ).build(BuildContext({"image": encoder}, None, MEAN, STD, classes=CLASSES,
-            smaller_views=sizes if own_views else ()))  # fmt: skip
+    ).build(
+        BuildContext(
+            {"image": encoder},
+            None,
+            MEAN,
+            STD,
+            classes=CLASSES,
+            smaller_views=sizes if own_views else (),
+        )
+    )
     model = MultiTaskModel({"image": encoder}, {"classify": objective}, seed=3)
     initialise(objective, 0)
     generator = torch.Generator().manual_seed(0)
@@ -110,10 +122,13 @@ def passes_model(own_views: bool, consistency: float):
     labels = targets.argmax(1)
     labels[4] = -1
     batch = {
-        "labels": labels, "targets": targets, "valid": torch.ones(6, dtype=torch.bool),
-        "position": torch.arange(6), "mix_share": torch.tensor([0.3, 0.3, 0, 0, 0.5, 0.5]),
+        "labels": labels,
+        "targets": targets,
+        "valid": torch.ones(6, dtype=torch.bool),
+        "position": torch.arange(6),
+        "mix_share": torch.tensor([0.3, 0.3, 0, 0, 0.5, 0.5]),
         "mix_box": torch.tensor([[0.0] * 4] * 2 + [[0.1, 0.2, 0.6, 0.9]] * 2 + [[0.0] * 4] * 2),
-    }  # fmt: skip
+    }
     names = {"images": 64, "images_48": 48, "images_32": 32}
     batch |= {
         name: torch.randint(0, 256, (6, 3, side, side), generator=generator, dtype=torch.uint8)
@@ -135,9 +150,7 @@ def test_passes_add_up_to_one_graph(own_views, consistency):
             count, carried, out = model.objectives["classify"].passes(batch), None, {}
             assert count == 3
             for number in range(count):
-                shares = model(
-                    "classify", "losses_in_pass", batch, totals, {}, number, carried
-                )
+                shares = model("classify", "losses_in_pass", batch, totals, {}, number, carried)
                 carried = shares.pop("carried", None)
                 assert carried is None or not carried.requires_grad
                 assert (carried is None) == (number == 2 or not consistency)
@@ -146,15 +159,19 @@ def test_passes_add_up_to_one_graph(own_views, consistency):
         else:
             out = model("classify", "undivided", batch, totals)
             out["loss"].backward()
-        found.append((out, {n: p.grad for n, p in model.named_parameters()},
-                      dict(model.named_buffers())))  # fmt: skip
+        found.append(
+            (out, {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers()))
+        )
     (joint, gradients, buffers), (out, own, statistics) = found
     assert out.keys() == joint.keys()
     for name, value in joint.items():
         torch.testing.assert_close(out[name], value.detach(), atol=1e-6, rtol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(
-            own[name], gradient, atol=1e-6 * max(1.0, gradient.abs().max().item()), rtol=0,
+            own[name],
+            gradient,
+            atol=1e-6 * max(1.0, gradient.abs().max().item()),
+            rtol=0,
             msg=lambda text, name=name: f"{name}: {text}",
         )
     assert all(torch.equal(statistics[name], buffer) for name, buffer in buffers.items())

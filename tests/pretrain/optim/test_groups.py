@@ -156,8 +156,12 @@ def test_layers_before_the_last_learn_slower():
     settings = OptimizerSettings(lr=1.0, weight_decay=0.0, layer_decay={"encoders.image": 0.5})
     found = {name: lr for name, (lr, _) in by_name(small_vit_model(), settings).items()}
     expected = {
-        "embedding.": 0.5**4, "norm_before.": 0.5**4, "blocks.0.": 0.5**3, "blocks.1.": 0.5**2,
-        "blocks.2.": 0.5, "norm_after.": 1.0,
+        "embedding.": 0.5**4,
+        "norm_before.": 0.5**4,
+        "blocks.0.": 0.5**3,
+        "blocks.1.": 0.5**2,
+        "blocks.2.": 0.5,
+        "norm_after.": 1.0,
     }
     for name, lr in found.items():
         inner = name.removeprefix("encoders.image.")
@@ -176,7 +180,9 @@ def test_every_parameter_of_the_transformer_has_one_layer():
 
 def test_layer_decay_multiplies_the_patterns_and_merges_groups():
     settings = OptimizerSettings(
-        lr=1.0, weight_decay=0.1, layer_decay={"encoders.image": 0.5},
+        lr=1.0,
+        weight_decay=0.1,
+        layer_decay={"encoders.image": 0.5},
         lr_multipliers={"encoders.*": 0.5, "head.*": 0.25},
     )
     found = by_name(small_vit_model(), settings)

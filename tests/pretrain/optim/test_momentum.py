@@ -31,15 +31,18 @@ def test_updates_out_of_range_are_refused(update, updates):
         MomentumTargets({"target": "online"}).momentum_at(update, updates)
 
 
-@pytest.mark.parametrize(("pairs", "values", "message"), [
-    ({}, {}, "no pair"),
-    ({"": "online"}, {}, "an empty path"),
-    ({"target": ""}, {}, "an empty path"),
-    ({"target": "a", "target.inner": "b"}, {}, "target.inner lies within target"),
-    ({"target": "online"}, {"start": -0.1}, r"start=-0.1 is not in \[0, 1\]"),
-    ({"target": "online"}, {"end": 1.1}, r"end=1.1 is not in \[0, 1\]"),
-    ({"target": "online"}, {"start": float("nan")}, "start=nan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pairs", "values", "message"),
+    [
+        ({}, {}, "no pair"),
+        ({"": "online"}, {}, "an empty path"),
+        ({"target": ""}, {}, "an empty path"),
+        ({"target": "a", "target.inner": "b"}, {}, "target.inner lies within target"),
+        ({"target": "online"}, {"start": -0.1}, r"start=-0.1 is not in \[0, 1\]"),
+        ({"target": "online"}, {"end": 1.1}, r"end=1.1 is not in \[0, 1\]"),
+        ({"target": "online"}, {"start": float("nan")}, "start=nan"),
+    ],
+)
 def test_declarations_without_sense_are_refused(pairs, values, message):
     with pytest.raises(ValueError, match=message):
         MomentumTargets(pairs, **values)

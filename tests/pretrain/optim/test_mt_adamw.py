@@ -23,14 +23,20 @@ def read_golden(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def optimizer_for(hyper: dict, golden: dict, parameters: dict) -> MTAdamW:
     groups = [
-        {"params": [p], "name": name,
-         "weight_decay": hyper["weight_decay"] if name in hyper["decayed"] else 0.0}
+        {
+            "params": [p],
+            "name": name,
+            "weight_decay": hyper["weight_decay"] if name in hyper["decayed"] else 0.0,
+        }
         for name, p in parameters.items()
     ]
     return MTAdamW(
-        groups, betas=(hyper["beta1"], hyper["beta2"]), eps=hyper["eps"],
+        groups,
+        betas=(hyper["beta1"], hyper["beta2"]),
+        eps=hyper["eps"],
         omega={str(k): w for k, w in enumerate(golden["omega"].tolist())},
-        normalise=hyper["normalise"], compensate=hyper["compensate"],
+        normalise=hyper["normalise"],
+        compensate=hyper["compensate"],
         bias_correction=hyper["bias_corr"],
     )
 
@@ -65,7 +71,9 @@ def test_equals_golden(path, dtype):
                 # A moment of un-normalised gradients may be a small rest of large ones.
                 largest = max(1.0, expected.abs().max().item())
                 torch.testing.assert_close(
-                    tensor, expected[step].to(dtype).reshape(p.shape), rtol=rtol,
+                    tensor,
+                    expected[step].to(dtype).reshape(p.shape),
+                    rtol=rtol,
                     atol=atol * largest,
                 )
 
@@ -75,8 +83,7 @@ def trained(scales=(1.0,) * 12, split: bool = False, **settings) -> torch.Tensor
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(40, generator=generator)
     pieces = [p[:15], p[15:]]
-    groups = [{"params": [piece], "lr": lr} for piece, lr in zip(pieces, (1e-2, 3e-2),
-                                                                  strict=True)]
+    groups = [{"params": [piece], "lr": lr} for piece, lr in zip(pieces, (1e-2, 3e-2), strict=True)]
     optimizer = MTAdamW(groups, weight_decay=0.1, omega={"b": 0.5}, **settings)
     for step, scale in enumerate(scales):
         gradient = scale * torch.randn(40, generator=generator)
@@ -98,8 +105,11 @@ def trained(scales=(1.0,) * 12, split: bool = False, **settings) -> torch.Tensor
 def test_constant_factors_on_the_gradient_cancel():
     """A loss scale, a loss weight of one task, or one odd step."""
     plain = trained()
-    for scales in ([1024.0] * 12, [1e-3 if s % 3 == 2 else 1.0 for s in range(12)],
-                   [1.0] * 5 + [1e6] + [1.0] * 6):
+    for scales in (
+        [1024.0] * 12,
+        [1e-3 if s % 3 == 2 else 1.0 for s in range(12)],
+        [1.0] * 5 + [1e6] + [1.0] * 6,
+    ):
         torch.testing.assert_close(trained(scales), plain, rtol=1e-5, atol=1e-6)
 
 
@@ -170,8 +180,10 @@ def json_like(state: dict) -> dict:
     return {
         "param_groups": state["param_groups"],
         "state": {
-            key: {k: v.clone() if torch.is_tensor(v) else json.loads(json.dumps(v))
-                  for k, v in values.items()}
+            key: {
+                k: v.clone() if torch.is_tensor(v) else json.loads(json.dumps(v))
+                for k, v in values.items()
+            }
             for key, values in state["state"].items()
         },
     }

@@ -44,16 +44,19 @@ def test_warm_up_stable_decay_values():
     assert set(values[10:41]) == {1.0}
     assert values[41:] == [pytest.approx(1.0 - 0.09 * step) for step in range(1, 10)]
     assert factors(50, kind="wsd", warmup_steps=0)[44:] == [
-        1.0, 1.0, *(pytest.approx(1 - step / 5) for step in range(1, 5))
-    ]  # fmt: skip
+        1.0,
+        1.0,
+        *(pytest.approx(1 - step / 5) for step in range(1, 5)),
+    ]
 
 
 @given(st.integers(0, 50), st.integers(1, 50), st.integers(0, 100), st.integers(0, 200))
 def test_a_longer_run_has_the_same_rates_up_to_the_decay(warmup, decay, stable, more):
     settings = {"kind": "wsd", "warmup_steps": warmup, "decay_steps": decay}
     short = warmup + decay + stable
-    assert factors(short, **settings)[: short - decay + 1] == (
-        factors(short + more, **settings)[: short - decay + 1]
+    assert (
+        factors(short, **settings)[: short - decay + 1]
+        == (factors(short + more, **settings)[: short - decay + 1])
     )
 
 

@@ -22,8 +22,9 @@ def test_equals_the_distance_between_weights(kind, steps, monkeypatch):
             optimizer.gradient_norm = p.grad.norm()
         before = p.clone()
         optimizer.step()
-    found = update_size.sum_of_squared_steps(optimizer, optimizer.param_groups[0],
-                                             optimizer.state[p])
+    found = update_size.sum_of_squared_steps(
+        optimizer, optimizer.param_groups[0], optimizer.state[p]
+    )
     assert found.item() == pytest.approx(((p - before) / 1e-3).square().sum().item(), rel=1e-9)
 
 

@@ -38,7 +38,10 @@ def main() -> int:
         else:
             commands[-1].append(argument)
     for module, *arguments in commands:
-        code = importlib.import_module(module).main(arguments)
+        found = importlib.import_module(module)
+        if hasattr(found, "__path__"):  # a package, which `python -m` would run by this file
+            found = importlib.import_module(f"{module}.__main__")
+        code = found.main(arguments)
         if code:
             return code
     return 0

@@ -61,8 +61,12 @@ class ToyClassificationSettings(ClassificationSettings):
             return 3 * (encoder.flops(height, width) + refiner.flops(tokens))
 
         return Refined(
-            context.classes, encoder=self.encoder, encoder_width=refiner.width,
-            encoder_flops=flops, image_mean=context.image_mean, image_std=context.image_std,
+            context.classes,
+            encoder=self.encoder,
+            encoder_width=refiner.width,
+            encoder_flops=flops,
+            image_mean=context.image_mean,
+            image_std=context.image_std,
             refiner=self.refiner,
         )
 

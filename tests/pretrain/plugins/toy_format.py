@@ -20,11 +20,13 @@ TOY_FORMAT = KeyMap(RULES, {"E": "encoders"}, model="toy", theirs="their")
 class TheirModel(nn.Module):
     def __init__(self, width: int = 16, patch: int = 8) -> None:
         super().__init__()
-        self.stem = nn.ModuleDict({
-            "upper": nn.Conv2d(3, width // 2, patch, patch),
-            "lower": nn.Conv2d(3, width // 2, patch, patch),
-            "norm": nn.LayerNorm(width),
-        })
+        self.stem = nn.ModuleDict(
+            {
+                "upper": nn.Conv2d(3, width // 2, patch, patch),
+                "lower": nn.Conv2d(3, width // 2, patch, patch),
+                "norm": nn.LayerNorm(width),
+            }
+        )
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
 
     def forward(self, images: Tensor) -> Tensor:

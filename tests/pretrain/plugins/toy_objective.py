@@ -34,8 +34,9 @@ class ToyObjectiveSettings(ObjectiveSettings):
 
     def build(self, context: BuildContext) -> "ToyObjective":
         width = context.encoders[self.encoder].width
-        return ToyObjective(self.encoder, width, context.classes, context.image_mean,
-                            context.image_std)  # fmt: skip
+        return ToyObjective(
+            self.encoder, width, context.classes, context.image_mean, context.image_std
+        )
 
 
 @dataclass(frozen=True)

@@ -30,43 +30,77 @@ def fault(*changes: str) -> str:
 
 
 def test_a_run_directory_reads_back(tmp_path):
-    recipe = load_recipe("digits_multitask", overrides(
-        "size: S, drop_path: 0.4, mixer: {offset_scale: 2.0}",
-        "tasks.classify.objective.pool=head", "tasks.contrast.objective.pool=head",
-    ))
+    recipe = load_recipe(
+        "digits_multitask",
+        overrides(
+            "size: S, drop_path: 0.4, mixer: {offset_scale: 2.0}",
+            "tasks.classify.objective.pool=head",
+            "tasks.contrast.objective.pool=head",
+        ),
+    )
     encoder = recipe.model.encoders["image"]
     assert (encoder.channels, encoder.drop_path, encoder.mixer.offset_scale) == (80, 0.4, 2.0)
     recipe.dump(tmp_path / "recipe.yaml")
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["model"]["encoders"]["image"][
-        "depths"] == [4, 4, 21, 4]
+        "depths"
+    ] == [4, 4, 21, 4]
     assert load_resolved(tmp_path / "recipe.yaml") == recipe
 
 
-@pytest.mark.parametrize("changes, message", [
-    (overrides(SMALL, "tasks.classify.objective.pool=class_token"),
-     "tasks.classify.objective.encoder='image' cannot give pool=class_token: this internimage has "
-     "mean"),
-    (["tasks.classify.objective.pool=head"],
-     "tasks.classify.objective.encoder='image' cannot give pool=head: this vit has mean and "
-     "class_token"),
-    (overrides(SMALL, "tasks.classify.objective.pool=head"),
-     "tasks.classify.objective.encoder='image' cannot give pool=head: this internimage has mean, "
-     "and with a `head` also that"),
-    (overrides("size: T"),
-     "model.encoders.image.head: no task has `pool: head`, so it would only decay: remove it "
-     "(head=null), or let an objective use it"),
-    (overrides("size: H", "tasks.classify.objective.pool=head", "tasks.caption.data.image.size=48"),
-     "tasks.caption.data.image.size=48 is not a multiple of 32, as model.encoders.image "
-     "(internimage) needs: use 32 or 64"),
-    (overrides("size: H", "tasks.classify.objective.pool=head",
-               "tasks.classify.data.image.mode=keep_aspect", "tasks.classify.micro_batch=1"),
-     "tasks.classify.data.image.mode=keep_aspect gives sides that are not multiples of 32, as "
-     "model.encoders.image (internimage) needs: use another mode"),
-    (overrides(f"{SMALL}, mixer: {{type: halo, dw_kernel_size: 5}}"),
-     "model.encoders.image.mixer.dw_kernel_size: unknown key"),
-    (overrides(f"{SMALL}, post_norm_layers: [2]"),
-     "model.encoders.image: post_norm_layers: the third stage has layers 0..1, not [2]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            overrides(SMALL, "tasks.classify.objective.pool=class_token"),
+            "tasks.classify.objective.encoder='image' cannot give pool=class_token: this "
+            "internimage has "
+            "mean",
+        ),
+        (
+            ["tasks.classify.objective.pool=head"],
+            "tasks.classify.objective.encoder='image' cannot give pool=head: this vit has mean and "
+            "class_token",
+        ),
+        (
+            overrides(SMALL, "tasks.classify.objective.pool=head"),
+            "tasks.classify.objective.encoder='image' cannot give pool=head: this internimage "
+            "has mean, "
+            "and with a `head` also that",
+        ),
+        (
+            overrides("size: T"),
+            "model.encoders.image.head: no task has `pool: head`, so it would only decay: remove "
+            "it "
+            "(head=null), or let an objective use it",
+        ),
+        (
+            overrides(
+                "size: H", "tasks.classify.objective.pool=head", "tasks.caption.data.image.size=48"
+            ),
+            "tasks.caption.data.image.size=48 is not a multiple of 32, as model.encoders.image "
+            "(internimage) needs: use 32 or 64",
+        ),
+        (
+            overrides(
+                "size: H",
+                "tasks.classify.objective.pool=head",
+                "tasks.classify.data.image.mode=keep_aspect",
+                "tasks.classify.micro_batch=1",
+            ),
+            "tasks.classify.data.image.mode=keep_aspect gives sides that are not multiples of "
+            "32, as "
+            "model.encoders.image (internimage) needs: use another mode",
+        ),
+        (
+            overrides(f"{SMALL}, mixer: {{type: halo, dw_kernel_size: 5}}"),
+            "model.encoders.image.mixer.dw_kernel_size: unknown key",
+        ),
+        (
+            overrides(f"{SMALL}, post_norm_layers: [2]"),
+            "model.encoders.image: post_norm_layers: the third stage has layers 0..1, not [2]",
+        ),
+    ],
+)
 def test_impossible_combinations(changes, message):
     assert message in fault(*changes)
 
@@ -93,12 +127,16 @@ def test_a_linear_layer_for_other_classes_is_no_silent_matter(tmp_path):
     encoder = small_encoder(head={"type": "conv"})
     settings = ClassificationSettings(pool="head")
     models = {
-        classes: MultiTaskModel({"image": encoder}, {
-            "classify": settings.build(
-                BuildContext({"image": encoder}, None, (0,) * 3, (1,) * 3, classes)
-            )
-        }) for classes in (7, 10)
-    }  # fmt: skip
+        classes: MultiTaskModel(
+            {"image": encoder},
+            {
+                "classify": settings.build(
+                    BuildContext({"image": encoder}, None, (0,) * 3, (1,) * 3, classes)
+                )
+            },
+        )
+        for classes in (7, 10)
+    }
     save_file(models[10].state_dict(), tmp_path / "a.safetensors")
     for read in (lambda *where: list(_check_initial_weights(*where, [])), load_weights):
         with pytest.raises(ValueError, match=r"classify\.head\..*--head-rows FILE .*--leave-out"):
@@ -109,15 +147,18 @@ def test_a_linear_layer_for_other_classes_is_no_silent_matter(tmp_path):
 IN1K, IN22K = 1_281_167, 14_197_122
 
 
-@pytest.mark.parametrize("name, size, pixels, drop_path, epochs, micro_batch", [
-    ("internimage_t_in1k", "T", 224, 0.1, 300, 128),
-    ("internimage_s_in1k", "S", 224, 0.4, 300, 128),
-    ("internimage_b_in1k", "B", 224, 0.5, 300, 128),
-    ("internimage_l_in1k_384", "L", 384, 0.1, 20, 16),
-    ("internimage_xl_in1k_384", "XL", 384, 0.2, 20, 16),
-    ("internimage_h_in1k_640", "H", 640, 0.2, 20, 16),
-    ("internimage_g_in1k_512", "G", 512, 0.4, 20, 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, size, pixels, drop_path, epochs, micro_batch",
+    [
+        ("internimage_t_in1k", "T", 224, 0.1, 300, 128),
+        ("internimage_s_in1k", "S", 224, 0.4, 300, 128),
+        ("internimage_b_in1k", "B", 224, 0.5, 300, 128),
+        ("internimage_l_in1k_384", "L", 384, 0.1, 20, 16),
+        ("internimage_xl_in1k_384", "XL", 384, 0.2, 20, 16),
+        ("internimage_h_in1k_640", "H", 640, 0.2, 20, 16),
+        ("internimage_g_in1k_512", "G", 512, 0.4, 20, 8),
+    ],
+)
 def test_published_settings(name, size, pixels, drop_path, epochs, micro_batch):
     """Section by section what the released configurations say, rates scaled to the batch."""
     recipe = load_recipe(name)
@@ -154,20 +195,29 @@ def test_published_settings(name, size, pixels, drop_path, epochs, micro_batch):
 
 def test_the_configuration_of_the_papers_numbers():
     """What the header of the recipe says: without layer-wise decay nothing is slowed."""
-    recipe = load_recipe("internimage_l_in1k_384", [
-        "optimizer.layer_decay={encoders.image: null}",
-        "optimizer.multipliers_need_layer_decay=true",
-    ])  # fmt: skip
+    recipe = load_recipe(
+        "internimage_l_in1k_384",
+        [
+            "optimizer.layer_decay={encoders.image: null}",
+            "optimizer.multipliers_need_layer_decay=true",
+        ],
+    )
     assert recipe.optimizer.lr_multipliers == {"*.dcn.offset.*": 0.1}
     model = nn.ModuleDict({"encoders": nn.ModuleDict({"image": small_encoder()})})
     assert {g["lr_multiplier"] for g in parameter_groups(model, recipe.optimizer)} == {1.0}
 
 
-@pytest.mark.parametrize("name, size, pixels, epochs", [
-    ("internimage_l_in22k_192", "L", 192, 90), ("internimage_xl_in22k_192", "XL", 192, 90),
-    ("internimage_l_in22k_384", "L", 384, 10), ("internimage_xl_in22k_384", "XL", 384, 10),
-    ("internimage_h_in22k_384", "H", 384, 30), ("internimage_g_in22k_384", "G", 384, 30),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, size, pixels, epochs",
+    [
+        ("internimage_l_in22k_192", "L", 192, 90),
+        ("internimage_xl_in22k_192", "XL", 192, 90),
+        ("internimage_l_in22k_384", "L", 384, 10),
+        ("internimage_xl_in22k_384", "XL", 384, 10),
+        ("internimage_h_in22k_384", "H", 384, 30),
+        ("internimage_g_in22k_384", "G", 384, 30),
+    ],
+)
 def test_stages_on_imagenet_22k(name, size, pixels, epochs):
     recipe = load_recipe(name)
     task = recipe.tasks["classify"]
@@ -176,10 +226,18 @@ def test_stages_on_imagenet_22k(name, size, pixels, epochs):
     assert recipe.steps == pytest.approx(epochs * IN22K / task.global_batch, abs=1)
 
 
-@pytest.mark.parametrize("name", [
-    "internimage_t_in1k", "internimage_s_in1k", "internimage_b_in1k", "internimage_l_in1k_384",
-    "internimage_xl_in1k_384", "internimage_h_in1k_640", "internimage_g_in1k_512",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "internimage_t_in1k",
+        "internimage_s_in1k",
+        "internimage_b_in1k",
+        "internimage_l_in1k_384",
+        "internimage_xl_in1k_384",
+        "internimage_h_in1k_640",
+        "internimage_g_in1k_512",
+    ],
+)
 def test_optimizer_groups_of_the_recipes(name):
     """Every pattern matches, and the DCN multiplier and the decay by depth multiply."""
     recipe = load_recipe(name)

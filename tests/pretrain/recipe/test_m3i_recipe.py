@@ -19,51 +19,106 @@ def fault(*changes: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (["tasks.m3i.micro_batch=1"], "objective m3i mixes neighbours: micro_batch must be even"),
-    (["tasks.m3i.objective.cell=12"],
-     "tasks.m3i.objective.cell=12 is not a multiple of 8, as model.encoders.image needs: use 8"),
-    (["tasks.m3i.objective.cell=24"],
-     "tasks.m3i.data.image.size=40 is not a multiple of 24, as tasks.m3i.objective.cell=24 needs"),
-    (["tasks.m3i.objective.cell=40"],
-     "tasks.m3i.objective.cell=40 is all of an image, but two share the cells: lower cell"),
-    (["tasks.m3i.objective.encoder=text"],
-     "tasks.m3i.objective.encoder='text' must read images, but model.encoders.text.type=text"),
-    (["tasks.m3i.data.label_source=null", "tasks.m3i.data.classes=null",
-      "tasks.m3i.objective.weights.category=3"],
-     "tasks.m3i.objective.weights.category=3.0 has no effect with tasks.m3i.data.classes=null"),
-    (["tasks.m3i.data.label_source=null", "tasks.m3i.data.classes=null",
-      "tasks.m3i.objective.label_smoothing=0.1"],
-     "label_smoothing=0.1 has no effect with tasks.m3i.data.classes=null: remove it, or set"),
-    (["tasks.m3i.objective.text_encoder=null", "model.encoders.text=null",
-      "tasks.m3i.objective.weights.text=0.5", "tasks.m3i.objective.temperature=0.1"],
-     "objective.temperature=0.1 has no effect with tasks.m3i.objective.text_encoder=null"),
-    (["tasks.m3i.data.second_view=null"], "second_view is missing"),
-    (["tasks.m3i.data.captions_per_image=2"], "must be 1 for a m3i objective"),
-    (["tasks.m3i.data.text_length=40"], "exceeds model.encoders.text.max_positions=32"),
-    (["tasks.m3i.objective.text_encoder=null"], "model.encoders.text: no task uses this encoder"),
-    (["tasks.m3i.evaluation.micro_batch=7"], "evaluation.micro_batch=7 must be even"),
-    (["tasks.m3i.evaluation.image={size: 32}"],
-     "must give squares of tasks.m3i.data.image.size=40"),
-    ([f"model.encoders.image={INTERNIMAGE}"], "with `head: {type: projector}` alone: give it that"),
-    ([f"model.encoders.image={INTERNIMAGE[:-1]}, head: {{type: projector}}}}"],
-     "tasks.m3i.objective.cell=8 is not a multiple of 32"),
-    ([f"model.encoders.image={INTERNIMAGE[:-1]}, head: {{type: projector}}}}",
-      "tasks.m3i.objective.cell=32", "tasks.m3i.objective.group_attention=true"],
-     "tasks.m3i.objective.group_attention is for a vit, not for an internimage"),
-    ([f"model.encoders.image={INTERNIMAGE[:-1]}, head: {{type: projector}}}}",
-      "tasks.m3i.objective.cell=32"],
-     "tasks.m3i.objective.pooled_width is for a vit, not for an internimage: remove it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["tasks.m3i.micro_batch=1"], "objective m3i mixes neighbours: micro_batch must be even"),
+        (
+            ["tasks.m3i.objective.cell=12"],
+            "tasks.m3i.objective.cell=12 is not a multiple of 8, as model.encoders.image needs: "
+            "use 8",
+        ),
+        (
+            ["tasks.m3i.objective.cell=24"],
+            "tasks.m3i.data.image.size=40 is not a multiple of 24, as "
+            "tasks.m3i.objective.cell=24 needs",
+        ),
+        (
+            ["tasks.m3i.objective.cell=40"],
+            "tasks.m3i.objective.cell=40 is all of an image, but two share the cells: lower cell",
+        ),
+        (
+            ["tasks.m3i.objective.encoder=text"],
+            "tasks.m3i.objective.encoder='text' must read images, but "
+            "model.encoders.text.type=text",
+        ),
+        (
+            [
+                "tasks.m3i.data.label_source=null",
+                "tasks.m3i.data.classes=null",
+                "tasks.m3i.objective.weights.category=3",
+            ],
+            "tasks.m3i.objective.weights.category=3.0 has no effect with "
+            "tasks.m3i.data.classes=null",
+        ),
+        (
+            [
+                "tasks.m3i.data.label_source=null",
+                "tasks.m3i.data.classes=null",
+                "tasks.m3i.objective.label_smoothing=0.1",
+            ],
+            "label_smoothing=0.1 has no effect with tasks.m3i.data.classes=null: remove it, or set",
+        ),
+        (
+            [
+                "tasks.m3i.objective.text_encoder=null",
+                "model.encoders.text=null",
+                "tasks.m3i.objective.weights.text=0.5",
+                "tasks.m3i.objective.temperature=0.1",
+            ],
+            "objective.temperature=0.1 has no effect with tasks.m3i.objective.text_encoder=null",
+        ),
+        (["tasks.m3i.data.second_view=null"], "second_view is missing"),
+        (["tasks.m3i.data.captions_per_image=2"], "must be 1 for a m3i objective"),
+        (["tasks.m3i.data.text_length=40"], "exceeds model.encoders.text.max_positions=32"),
+        (
+            ["tasks.m3i.objective.text_encoder=null"],
+            "model.encoders.text: no task uses this encoder",
+        ),
+        (["tasks.m3i.evaluation.micro_batch=7"], "evaluation.micro_batch=7 must be even"),
+        (
+            ["tasks.m3i.evaluation.image={size: 32}"],
+            "must give squares of tasks.m3i.data.image.size=40",
+        ),
+        (
+            [f"model.encoders.image={INTERNIMAGE}"],
+            "with `head: {type: projector}` alone: give it that",
+        ),
+        (
+            [f"model.encoders.image={INTERNIMAGE[:-1]}, head: {{type: projector}}}}"],
+            "tasks.m3i.objective.cell=8 is not a multiple of 32",
+        ),
+        (
+            [
+                f"model.encoders.image={INTERNIMAGE[:-1]}, head: {{type: projector}}}}",
+                "tasks.m3i.objective.cell=32",
+                "tasks.m3i.objective.group_attention=true",
+            ],
+            "tasks.m3i.objective.group_attention is for a vit, not for an internimage",
+        ),
+        (
+            [
+                f"model.encoders.image={INTERNIMAGE[:-1]}, head: {{type: projector}}}}",
+                "tasks.m3i.objective.cell=32",
+            ],
+            "tasks.m3i.objective.pooled_width is for a vit, not for an internimage: remove it",
+        ),
+    ],
+)
 def test_impossible_combinations(changes, message):
     assert message in fault(*changes)
 
 
 def test_texts_and_classes_are_optional():
-    recipe = load_recipe("m3i_digits", [
-        "tasks.m3i.objective.text_encoder=null", "model.encoders.text=null",
-        "tasks.m3i.data.label_source=null", "tasks.m3i.data.classes=null",
-    ])  # fmt: skip
+    recipe = load_recipe(
+        "m3i_digits",
+        [
+            "tasks.m3i.objective.text_encoder=null",
+            "model.encoders.text=null",
+            "tasks.m3i.data.label_source=null",
+            "tasks.m3i.data.classes=null",
+        ],
+    )
     model = build_model(recipe, SimpleNamespace(vocab_size=300, eos_id=2))
     assert model.objectives["m3i"].head is None and list(model.encoders) == ["image"]
 
@@ -85,10 +140,16 @@ def test_shipped_recipes_build(name):
     assert shapes[0] == shapes[1]
     assert not any(getattr(objective.target.encoder, "drop_rates", []))
     assert objective.pooled_width == {"m3i_digits": 96}.get(name, 768)
-    assert objective.flops({
-        "images": torch.zeros(2, 3, 224, 224, device="meta"), "valid": torch.ones(2).bool(),
-        "tokens": torch.zeros(2, 1, 16, device="meta"),
-    }) > 1e9  # fmt: skip
+    assert (
+        objective.flops(
+            {
+                "images": torch.zeros(2, 3, 224, 224, device="meta"),
+                "valid": torch.ones(2).bool(),
+                "tokens": torch.zeros(2, 1, 16, device="meta"),
+            }
+        )
+        > 1e9
+    )
 
 
 def test_the_joint_stage_is_that_of_the_paper():

@@ -169,7 +169,8 @@ def test_every_fault_is_reported_at_once():
         (
             ["tasks.caption.objective.type=captoning"],
             "tasks.caption.objective.type: 'captoning' is not one of captioning, classification, "
-            "contrastive, m3i; did you mean 'captioning'?",
+            "contrastive, m3i, unified_caption, unified_classification, unified_mlm, "
+            "unified_retrieval; did you mean 'captioning'?",
         ),
         (
             ["model.encoders.image.heds=4"],
@@ -364,12 +365,16 @@ def test_sources_in_place_of_shards(tmp_path, monkeypatch):
             "sampling.mode=mixed a step has those of all tasks in one: use block or iid, or "
             "clip_norm",
         ),
-        (["sampling.mode=blok"], "sampling.mode: 'blok' is not one of block, iid, mixed; did you "
-                                 "mean 'block'?"),
-        (["sampling.stages=[{step: 5, weights: {caption: 1}}]"],
-         "sampling.stages[0].from_step: required, but not given"),
+        (
+            ["sampling.mode=blok"],
+            "sampling.mode: 'blok' is not one of block, iid, mixed; did you mean 'block'?",
+        ),
+        (
+            ["sampling.stages=[{step: 5, weights: {caption: 1}}]"],
+            "sampling.stages[0].from_step: required, but not given",
+        ),
     ],
-)  # fmt: skip
+)
 def test_sampling_that_cannot_work(overrides, expected):
     lines = [re.sub(r"^(override '.*?'|\S+): ", "", line) for line in faults(SECOND, *overrides)]
     assert expected in lines
@@ -415,7 +420,8 @@ def test_tasks_of_all_kinds_share_an_encoder():
         "contrast": ("contrastive", "captions"),
     }
     assert {name: e.type for name, e in recipe.model.encoders.items()} == {
-        "image": "vit", "text": "text"
+        "image": "vit",
+        "text": "text",
     }
     assert recipe.tasks["classify"].data.classes == 10
 
@@ -445,12 +451,14 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
     labels = "tasks.classify.data.type=labels"
     assert load_recipe("digits_multitask", [labels]) == load_recipe("digits_multitask")
     assert multi("tasks.contrast.data.type=labls") == (
-        "tasks.contrast.data.type: 'labls' is not one of boxes, captions, labels, m3i, images, "
-        "text; did you mean 'labels'?"
+        "tasks.contrast.data.type: 'labls' is not one of boxes, captions, labels, images, "
+        "text, m3i; did you mean 'labels'?"
     )
     shards = "{type: labels, shards: [x], classes: 3, image: {size: 64}}"
     (fault,) = faults(
-        "tasks.caption=null", "tasks.contrast=null", "model.encoders.text=null",
+        "tasks.caption=null",
+        "tasks.contrast=null",
+        "model.encoders.text=null",
         f"tasks.other={{objective: {{type: captioning}}, data: {shards}, global_batch: 2, "
         "micro_batch: 2}",
         recipe="digits_multitask",
@@ -522,8 +530,10 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
             "tasks.classify.data.image.size=64",
         ),
         (
-            ["tasks.classify.objective.smaller_sizes=[48]",
-             "tasks.classify.data.image.sizes=[64, 48]"],
+            [
+                "tasks.classify.objective.smaller_sizes=[48]",
+                "tasks.classify.data.image.sizes=[64, 48]",
+            ],
             "tasks.classify.objective.smaller_sizes: 48 is not below "
             "tasks.classify.data.image.sizes=48",
         ),
@@ -533,8 +543,10 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
             "model.encoders.image (vit) needs: use 32 or 48",
         ),
         (
-            ["tasks.classify.data.smaller_views=[48]",
-             "tasks.classify.objective.smaller_sizes=[32]"],
+            [
+                "tasks.classify.data.smaller_views=[48]",
+                "tasks.classify.objective.smaller_sizes=[32]",
+            ],
             "tasks.classify.objective.smaller_sizes and tasks.classify.data.smaller_views are two "
             "ways to show smaller images: remove one",
         ),
@@ -557,8 +569,11 @@ def test_the_objective_says_what_its_data_are_unless_they_say_so_themselves():
             "is not set: set both, or none",
         ),
         (
-            ["tasks.caption.objective.decoder.frames=6", "tasks.caption.data.frames=6",
-             "tasks.caption.data.second_view={size: 64}"],
+            [
+                "tasks.caption.objective.decoder.frames=6",
+                "tasks.caption.data.frames=6",
+                "tasks.caption.data.second_view={size: 64}",
+            ],
             "tasks.caption.data: frames=6: clips have no second_view; remove one",
         ),
         (
@@ -582,8 +597,10 @@ def test_faults_of_other_objectives(overrides, expected):
 
 
 def test_a_contrastive_task_needs_a_text_encoder():
-    found = [line.split(": ", 1)[1] for line in faults(
-        "tasks.contrast.objective.text_encoder=image", recipe="digits_multitask")]
+    found = [
+        line.split(": ", 1)[1]
+        for line in faults("tasks.contrast.objective.text_encoder=image", recipe="digits_multitask")
+    ]
     assert found == [
         "tasks.contrast.objective.text_encoder='image' must read text, but "
         "model.encoders.image.type=vit reads images: name another encoder",

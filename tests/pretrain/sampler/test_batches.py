@@ -116,8 +116,15 @@ def streams(folders) -> dict[str, TaskStream]:
     opened = [ShardSet.open(str(folder)) for folder in folders]
     sources = [Source("x", opened[0], 2.0), Source("y", opened[1], 1.0)]
     both = stream(opened[0], 12, 4, name="both")
-    both = TaskStream("both", SampleReader(concatenated(sources)),
-                      plan_order(sources, 12, 7, "both"), both.fields, 7, 12, 4)  # fmt: skip
+    both = TaskStream(
+        "both",
+        SampleReader(concatenated(sources)),
+        plan_order(sources, 12, 7, "both"),
+        both.fields,
+        7,
+        12,
+        4,
+    )
     return {"both": both, "plain": stream(opened[0], 10, 6, name="plain")}
 
 
@@ -125,20 +132,30 @@ def load(folders, mode: str, rank=0, world=1, workers=0, start=0, stop=8):
     weights = {"both": 1.0, "plain": 1.0}
     schedule = build_schedule([Stage(0, mode, weights)], weights, 2)
     loaded = StepLoader(
-        streams(folders), schedule, LoaderSettings(workers=workers, max_bad_fraction=1.0),
-        rank, world, start, stop,
-    )  # fmt: skip
+        streams(folders),
+        schedule,
+        LoaderSettings(workers=workers, max_bad_fraction=1.0),
+        rank,
+        world,
+        start,
+        stop,
+    )
     return list(loaded), loaded, schedule
 
 
 def contents(windows) -> dict:
     return {
         (window.step, part.task, int(batch["position"][i])): (
-            int(batch["row"][i]), batch["key"][i], batch["images"][i].numpy().tobytes(),
+            int(batch["row"][i]),
+            batch["key"][i],
+            batch["images"][i].numpy().tobytes(),
         )
-        for window in windows for part in window.parts for batch in part.micro_batches
-        for i in range(len(batch["valid"])) if batch["valid"][i]
-    }  # fmt: skip
+        for window in windows
+        for part in window.parts
+        for batch in part.micro_batches
+        for i in range(len(batch["valid"]))
+        if batch["valid"][i]
+    }
 
 
 @pytest.mark.parametrize("mode", ["block", "mixed"])
@@ -182,7 +199,9 @@ def test_faults_name_the_shard_of_the_source_and_substitutes_come_from_it(folder
             choices, _ = order.locate(np.array([position]))
             assert (row >= 60) == bool(choices[0])
     assert loader.streams["both"].epochs(72) == {
-        "epoch": 1.0, "epoch_x": 48 / 60, "epoch_y": 24 / 12,
-    }  # fmt: skip
+        "epoch": 1.0,
+        "epoch_x": 48 / 60,
+        "epoch_y": 24 / 12,
+    }
     located = loader.streams["both"].locate(np.arange(6))
     assert sum(str(folders[1]) in shard for shard in located) == 2

@@ -40,9 +40,7 @@ def assert_law(drawn: list[int], law: dict[int, Fraction]) -> None:
     [(1, Fraction(1, 3)), (7, Fraction(1, 2)), (40, Fraction(1, 50)), (300, Fraction(7, 10))],
 )
 def test_binomial_law(trials, chance):
-    law = {
-        k: comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(trials + 1)
-    }
+    law = {k: comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(trials + 1)}
     assert_law([binomial(trials, chance, "test", i) for i in range(DRAWS)], law)
 
 

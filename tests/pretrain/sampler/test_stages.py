@@ -61,8 +61,9 @@ def test_ratios_and_loss_weights_are_those_in_force():
             Stage(10, "iid", {"a": 1.0, "c": 1.0}),
             Stage(20, "mixed", {"a": 1.0, "b": 1.0, "c": 2.0}),
         ],
-        TASKS, 0,
-    )  # fmt: skip
+        TASKS,
+        0,
+    )
     assert schedule.ratio(9) == {"a": 0.25, "b": 0.75, "c": 0.0}
     assert schedule.ratio(10) == {"a": 0.5, "b": 0.0, "c": 0.5}
     assert schedule.ratio(10**9) == {"a": 1.0, "b": 1.0, "c": 1.0}
@@ -86,8 +87,9 @@ def test_ratios_and_loss_weights_are_those_in_force():
 def test_far_out_is_cheap_behind_borders():
     schedule = build_schedule(
         [Stage(0, "iid", {"a": 1.0, "b": 2.0}), Stage(10**9, "block", {"a": 1.0, "b": 1.0})],
-        ["a", "b"], 3,
-    )  # fmt: skip
+        ["a", "b"],
+        3,
+    )
     visits = schedule.visits(2 * 10**9)
     assert sum(visits.values()) == 2 * 10**9
     assert visits["a"] - schedule.visits(10**9)["a"] == 5 * 10**8

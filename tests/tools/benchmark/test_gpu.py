@@ -52,9 +52,11 @@ def test_dcnv4_gets_its_own_layout(monkeypatch):
     """The package as its sources read it: 18 offsets, then 9 weights, group by group."""
     groups, depth = 5, 16
     value, offset, mask = (
-        tensor.detach() for tensor in bench_gpu._inputs(2, 5, 4, groups * depth, groups,
-                                                        torch.float32, torch.device("cpu"))
-    )  # fmt: skip
+        tensor.detach()
+        for tensor in bench_gpu._inputs(
+            2, 5, 4, groups * depth, groups, torch.float32, torch.device("cpu")
+        )
+    )
 
     def kernel(value, joined, *rest):
         assert joined.shape[-1] == 136 and not joined[..., 135:].any()  # 5 * 27, and one zero

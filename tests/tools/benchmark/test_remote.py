@@ -13,8 +13,9 @@ def test_a_run_has_a_row_per_case():
     small = ["--repeats=5", "--samples=256", "--steps=3", "--step-s=0.01", "--delay-s=0.02"]
     result = bench_remote.run(parser.parse_args(small))
     rows = {row["case"]: row for row in result["rows"]}
-    local, direct, cached = (rows[c] for c in (bench_remote.LOCAL, bench_remote.DIRECT,
-                                               bench_remote.CACHED))  # fmt: skip
+    local, direct, cached = (
+        rows[c] for c in (bench_remote.LOCAL, bench_remote.DIRECT, bench_remote.CACHED)
+    )
     for row in (direct, cached):
         assert row["first batch, s"] > 0.02  # at least one answer stands before it
         assert row["MiB read"] > 0 and 0 <= row["waiting, share of the time"] < 1

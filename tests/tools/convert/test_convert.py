@@ -43,9 +43,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_transformers_loads_the_folder_without_code_of_ours(export, run_dir) -> None:
     names = set(contents(export))
     assert names == {
-        "README.md", "config.json", "generation_config.json", "model.safetensors",
-        "omnipretrain.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "omnipretrain.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert list(export.parent.iterdir()) == [export]  # nothing temporary stays
     processor = AutoProcessor.from_pretrained(export)
     assert type(processor).__name__ == "GitProcessor"
@@ -73,9 +79,11 @@ def test_the_record_says_where_the_export_came_from(export, run_dir) -> None:
     assert record.verification.passed
     differences = record.verification.differences
     assert set(differences) == {
-        "random images and captions", "generation on random images",
-        "held-out images and captions", "generation on held-out images",
-    }  # fmt: skip
+        "random images and captions",
+        "generation on random images",
+        "held-out images and captions",
+        "generation on held-out images",
+    }
     assert 0 < max(differences.values()) < 1e-4
     # The scenes have their final size, so that no resizing comes between.
     assert record.verification.preprocessing["largest"] < 1e-3
@@ -83,12 +91,13 @@ def test_the_record_says_where_the_export_came_from(export, run_dir) -> None:
 
 def test_round_trip_is_bitwise(export, run_dir, tmp_path, capsys) -> None:
     out = tmp_path / "back.safetensors"
-    assert run("import-git", export, "--out", out) == 0
+    assert run("import", "--encoder", "image", export, "--out", out) == 0  # sees that it is GIT
     weights = read_full_state(newest_whole(run_dir / "checkpoints"))
     expected = {
-        name: tensor for name, tensor in weights.items()
+        name: tensor
+        for name, tensor in weights.items()
         if name.startswith(("encoders.image.", "objectives.caption.decoder."))
-    }  # fmt: skip
+    }
     del expected["objectives.caption.decoder.output.weight"]  # tied
     found = load_file(out)
     assert found.keys() == expected.keys()
@@ -119,8 +128,9 @@ def test_the_moving_average_is_exported_on_request(export, run_dir, tmp_path) ->
     average, trained = read_full_state(checkpoint, "ema"), read_full_state(checkpoint)
     for name, tensor in load_file(back).items():
         assert torch.equal(tensor, average[name]), name
-    assert not torch.equal(average["encoders.image.norm_after.weight"],
-                           trained["encoders.image.norm_after.weight"])
+    assert not torch.equal(
+        average["encoders.image.norm_after.weight"], trained["encoders.image.norm_after.weight"]
+    )
 
 
 def test_a_checkpoint_is_as_open_to_others_as_what_lies_around_it(run_dir, tmp_path) -> None:
@@ -156,9 +166,7 @@ def test_an_untied_model_for_larger_images_than_its_table(scenes, tmp_path, caps
     assert torch.equal(found[name], ours[name])
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else(
-    export, run_dir, tmp_path, capsys
-) -> None:
+def test_an_earlier_export_is_replaced_and_nothing_else(export, run_dir, tmp_path, capsys) -> None:
     arguments = ("export-git", "--run", run_dir, "--out")
     out = tmp_path / "out"
     shutil.copytree(export, out)
@@ -359,8 +367,9 @@ def test_models_of_clips_are_read(name, tmp_path, capsys) -> None:
 def test_models_of_clips_are_not_written_as_a_folder(tmp_path) -> None:
     captioner = SimpleNamespace(
         vit=VitSettings(image_size=16, patch_size=8, width=32, layers=1, heads=4),
-        decoder=GitDecoderSettings(frames=6), task_name="caption",
-    )  # fmt: skip
+        decoder=GitDecoderSettings(frames=6),
+        task_name="caption",
+    )
     with pytest.raises(ValueError, match=r"tasks\.caption\.objective\.decoder\.frames=6: "):
         tools.convert.export_git.write_git(captioner, tmp_path, None)
     assert not list(tmp_path.iterdir())
@@ -424,7 +433,7 @@ def test_tokenizer_with_the_ends_in_its_own_file(tmp_path) -> None:
         source = source or Tokenizer.load(tmp_path / "0")
         folder = tmp_path / str(number)
         folder.mkdir()
-        tools.convert.export_git._write_tokenizer(source, 40, folder)
+        tools.convert.export_git.write_tokenizer(source, 40, folder, source.eos_id)
         loaded = AutoTokenizer.from_pretrained(folder)
         assert loaded("a red twos").input_ids == [2, 5, 6, 7, 8, 3]
         assert loaded.decode([2, 5, 6, 7, 8, 3], skip_special_tokens=True) == "a red twos"

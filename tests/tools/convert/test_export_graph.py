@@ -50,8 +50,14 @@ def official_file(folder, name: str) -> tuple[list[str], dict[str, torch.Tensor]
     settings = settings_of(f"internimage_tiny_{name}", info)
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     size = [str(side) for side in tensors["input"].shape[2:]]
-    return ["--source", str(folder / "a.pth"), "--settings", str(folder / "settings.yaml"),
-            "--image-size", *size], tensors  # fmt: skip
+    return [
+        "--source",
+        str(folder / "a.pth"),
+        "--settings",
+        str(folder / "settings.yaml"),
+        "--image-size",
+        *size,
+    ], tensors
 
 
 def run_onnx(file, images: torch.Tensor) -> tuple[list[str], list[torch.Tensor]]:
@@ -62,9 +68,13 @@ def run_onnx(file, images: torch.Tensor) -> tuple[list[str], list[torch.Tensor]]
     return [one.name for one in session.get_outputs()], [torch.from_numpy(o) for o in outputs]
 
 
-@pytest.mark.parametrize("name", [
-    "h_smallhead", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t_nonsquare", "rc")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "h_smallhead",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("t_nonsquare", "rc")),
+    ],
+)
 def test_official_weights_to_onnx(name, tmp_path, capsys):
     """With norms of all kinds, without middle points, with gates and the projector."""
     need_onnx()
@@ -116,8 +126,12 @@ def test_a_run_to_a_program_of_torch(internimage_run, tmp_path, weights):
     from tools.support.trained import open_run
 
     out = tmp_path / "a.pt2"
-    assert main(["export-graph", "--run", str(internimage_run), "--out", str(out), "--weights",
-                 weights]) == 0  # fmt: skip
+    assert (
+        main(
+            ["export-graph", "--run", str(internimage_run), "--out", str(out), "--weights", weights]
+        )
+        == 0
+    )
     trained = open_run(internimage_run, weights)
     image = trained.recipe.tasks["classify"].data.image
     images = torch.randn(5, 3, image.size, image.size)
@@ -167,8 +181,20 @@ def test_a_published_size(tmp_path, capsys):
         wanted = model(images)
     for name in ("t.onnx", "t.pt2"):
         out = tmp_path / name
-        assert main(["export-graph", "--source", str(tmp_path / "t.safetensors"), "--image-size",
-                     "64", "--out", str(out)]) == 0  # fmt: skip
+        assert (
+            main(
+                [
+                    "export-graph",
+                    "--source",
+                    str(tmp_path / "t.safetensors"),
+                    "--image-size",
+                    "64",
+                    "--out",
+                    str(out),
+                ]
+            )
+            == 0
+        )
         found = (
             run_onnx(out, images)[1]
             if name == "t.onnx"
@@ -178,12 +204,14 @@ def test_a_published_size(tmp_path, capsys):
 
 
 # The second one is right for the batch that the graph is traced on.
-@pytest.mark.parametrize("factor", [
-    pytest.param(lambda batch: 1.001, marks=pytest.mark.slow), lambda batch: 1.0 + (batch - 2),
-])  # fmt: skip
-def test_a_graph_that_computes_something_else_is_not_written(
-    factor, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize(
+    "factor",
+    [
+        pytest.param(lambda batch: 1.001, marks=pytest.mark.slow),
+        lambda batch: 1.0 + (batch - 2),
+    ],
+)
+def test_a_graph_that_computes_something_else_is_not_written(factor, tmp_path, monkeypatch, capsys):
     source, _ = official_file(tmp_path, "t")
     (standard,) = export_graph.standard_operators().items()
     wrong = {standard[0]: lambda *inputs: factor(inputs[0].shape[0]) * standard[1](*inputs)}
@@ -223,8 +251,9 @@ def test_what_is_refused(internimage_run, tmp_path, capsys):
         assert main(["export-graph", *arguments]) == 1
         assert message in " ".join(capsys.readouterr().err.split())
     state = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
-    torch.save({"model": {n: t for n, t in state.items() if not n.startswith("head.")}},
-               tmp_path / "a.pth")  # fmt: skip
+    torch.save(
+        {"model": {n: t for n, t in state.items() if not n.startswith("head.")}}, tmp_path / "a.pth"
+    )
     assert main(["export-graph", *source, *out]) == 1
     assert "no linear layer (head.weight): use --outputs maps" in capsys.readouterr().err
 

@@ -19,9 +19,13 @@ from tools.convert.__main__ import main
 from tools.support.trained import open_run
 
 ENCODER = {
-    "type": "internimage", "channels": 16, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8],
-    "head": {"type": "projector"}, "drop_path": 0.1,
-}  # fmt: skip
+    "type": "internimage",
+    "channels": 16,
+    "depths": [1, 1, 2, 1],
+    "groups": [1, 2, 4, 8],
+    "head": {"type": "projector"},
+    "drop_path": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +72,9 @@ def official_loader(state: dict) -> dict:
 def test_the_raw_layout(m3i_run, tmp_path):
     """Of the official loader everything gets its own weights; the momentum copy stays outside."""
     out = tmp_path / "raw.pth"
-    convert("export-internimage", "--run", m3i_run, "--format", "m3i", "--task", "m3i", "--out",
-            out)  # fmt: skip
+    convert(
+        "export-internimage", "--run", m3i_run, "--format", "m3i", "--task", "m3i", "--out", out
+    )
     state = torch.load(out, weights_only=True)["model"]
     run = open_run(m3i_run)
     ours = run.model.state_dict()
@@ -119,37 +124,56 @@ def test_the_raw_layout_of_a_run_without_classes(m3i_run, tmp_path, monkeypatch,
     official_loader(states[0])
 
 
-@pytest.mark.parametrize("kind, weights", [
-    ("m3i", "master"), ("official", "master"), ("official", "target"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, weights",
+    [
+        ("m3i", "master"),
+        ("official", "master"),
+        ("official", "target"),
+    ],
+)
 def test_the_next_stage_starts_from_it(m3i_run, scenes64, tmp_path, kind, weights):
     """Export, import, and a run of classification with other classes from `initial_weights`."""
     task = ["--task", "m3i"] if kind == "m3i" else []
-    convert("export-internimage", "--run", m3i_run, "--format", kind, "--weights", weights, *task,
-            "--out", tmp_path / "a.pth")  # fmt: skip
+    convert(
+        "export-internimage",
+        "--run",
+        m3i_run,
+        "--format",
+        kind,
+        "--weights",
+        weights,
+        *task,
+        "--out",
+        tmp_path / "a.pth",
+    )
     leave = ["--leave-out", "head.*"] if kind == "m3i" else []
-    convert("import-internimage", tmp_path / "a.pth", *leave,
-            "--out", tmp_path / "a.safetensors")  # fmt: skip
+    convert("import-internimage", tmp_path / "a.pth", *leave, "--out", tmp_path / "a.safetensors")
     given = load_file(tmp_path / "a.safetensors")
     state = read_full_state(m3i_run / "checkpoints/step_000000004")
     start = "objectives.m3i.target.encoder." if weights == "target" else "encoders.image."
     for name, tensor in given.items():
         assert torch.equal(tensor, state[name.replace("encoders.image.", start)])
     recipe = tiny_recipe(
-        scenes64, tmp_path / "run", steps=1, initial_weights=str(tmp_path / "a.safetensors"),
+        scenes64,
+        tmp_path / "run",
+        steps=1,
+        initial_weights=str(tmp_path / "a.safetensors"),
         optimizer={"kind": "sgd", "lr": 1e-30, "weight_decay": 0.0},
         schedule={"kind": "constant", "warmup_steps": 0},
-    )  # fmt: skip
+    )
     caption = recipe["tasks"].pop("caption")
     recipe["model"]["encoders"]["image"] = ENCODER
     recipe["tasks"]["classify"] = {
-        "global_batch": 8, "micro_batch": 8,
+        "global_batch": 8,
+        "micro_batch": 8,
         "objective": {"type": "classification", "pool": "head"},
         "data": {"shards": caption["data"]["shards"], "classes": 23, "image": {"size": 64}},
-    }  # fmt: skip
+    }
     path = write_recipe(tmp_path / "recipe.yaml", recipe)
     assert run_ranks("pretrain.train", [path], 1, tmp_path / "logs") == [0], tails(
-        tmp_path / "logs")
+        tmp_path / "logs"
+    )
     begun = read_full_state(tmp_path / "run/checkpoints/step_000000001")
     encoder = {n for n in begun if n.startswith("encoders.image.")}
     assert given.keys() == encoder
@@ -159,13 +183,26 @@ def test_the_next_stage_starts_from_it(m3i_run, scenes64, tmp_path, kind, weight
 def test_the_target_as_a_graph(m3i_run, tmp_path):
     """What a detector takes may be the momentum copy, too."""
     out = tmp_path / "a.pt2"
-    convert("export-graph", "--run", m3i_run, "--weights", "target", "--outputs", "maps",
-            "--image-size", 64, "--out", out)  # fmt: skip
+    convert(
+        "export-graph",
+        "--run",
+        m3i_run,
+        "--weights",
+        "target",
+        "--outputs",
+        "maps",
+        "--image-size",
+        64,
+        "--out",
+        out,
+    )
     images = torch.rand(3, 3, 64, 64)
     found = torch.export.load(out).module()(images)[-1]
     encoders = {w: open_run(m3i_run, w).model.encoders["image"] for w in ("master", "target")}
-    wanted = {w: encoder.encode(images, ("maps",)).maps[-1].permute(0, 3, 1, 2)
-              for w, encoder in encoders.items()}
+    wanted = {
+        w: encoder.encode(images, ("maps",)).maps[-1].permute(0, 3, 1, 2)
+        for w, encoder in encoders.items()
+    }
     torch.testing.assert_close(found, wanted["target"], atol=1e-5, rtol=1e-5)
     assert (found - wanted["master"]).abs().max() > 1e-4
 
@@ -176,11 +213,28 @@ def test_probes(m3i_run, scenes64, tmp_path):
     for weights in ("master", "target"):
         for pool in ("mean", "head"):
             file = tmp_path / f"{weights}_{pool}.json"
-            assert probe.main([
-                str(m3i_run), "--train", str(scenes64 / "train"), "--test",
-                str(scenes64 / "heldout"), "--classes", "10", "--workers", "0", "--pool", pool,
-                "--weights", weights, "--json", str(file),
-            ]) == 0  # fmt: skip
+            assert (
+                probe.main(
+                    [
+                        str(m3i_run),
+                        "--train",
+                        str(scenes64 / "train"),
+                        "--test",
+                        str(scenes64 / "heldout"),
+                        "--classes",
+                        "10",
+                        "--workers",
+                        "0",
+                        "--pool",
+                        pool,
+                        "--weights",
+                        weights,
+                        "--json",
+                        str(file),
+                    ]
+                )
+                == 0
+            )
             found[weights, pool] = json.loads(file.read_text())
     assert all(result["encoder"] == "image" for result in found.values())
     features = []
@@ -207,11 +261,20 @@ def test_another_recipe_starts_from_weights(m3i_run, tmp_path, weights):
         elif name in missing or (weights == "target" and ".projector." in name):
             continue
         assert torch.equal(parameter, state[name]), name
-    convert("export-weights", "--run", m3i_run, "--only", "encoders.image.*", "*.head.bias",
-            "--out", out)  # fmt: skip
+    convert(
+        "export-weights",
+        "--run",
+        m3i_run,
+        "--only",
+        "encoders.image.*",
+        "*.head.bias",
+        "--out",
+        out,
+    )
     part = load_file(out)
     assert {name for name in state if name.startswith("encoders.image.")} | {
-        "objectives.m3i.head.bias"} == part.keys()
+        "objectives.m3i.head.bias"
+    } == part.keys()
 
 
 def test_what_cannot_be_exported(m3i_run, run_dir, tmp_path, capsys):

@@ -56,8 +56,12 @@ def test_folder(tmp_path, flowers):
     assert list(members) == ["webp", "json", "cls"] and members["cls"] == b"0"
     assert members["webp"] == (flowers / "daisy/x/3.webp").read_bytes()
     assert record == {
-        "file": "daisy/x/3.webp", "class": "daisy", "width": 40, "height": 30, "label": 0,
-    }  # fmt: skip
+        "file": "daisy/x/3.webp",
+        "class": "daisy",
+        "width": 40,
+        "height": 30,
+        "label": 0,
+    }
     assert found["rose/2_v1"][1]["label"] == 1 and "png" in found["rose/2_v1"][0]
     manifest = Manifest.load(tmp_path / "out" / "train")
     assert manifest.classes == ["daisy", "rose"] and manifest.licence == "CC0"
@@ -122,8 +126,14 @@ def coco(tmp_path) -> dict[str, Path]:
     licences = [{"id": 4, "name": "CC BY", "url": "http://cc/by"}]
 
     def image(number, width, height):
-        return {"id": number, "file_name": f"{number}.jpg", "width": width, "height": height,
-                "license": 4, "flickr_url": f"http://f/{number}"}  # fmt: skip
+        return {
+            "id": number,
+            "file_name": f"{number}.jpg",
+            "width": width,
+            "height": height,
+            "license": 4,
+            "flickr_url": f"http://f/{number}",
+        }
 
     images = [image(0, 40, 30), image(1, 30, 40), image(2, 50, 50)]
     captions = {
@@ -141,12 +151,26 @@ def coco(tmp_path) -> dict[str, Path]:
         "images": images[:2],
         "categories": [{"id": 90, "name": "dog"}, {"id": 7, "name": "tree"}],
         "annotations": [
-            {"image_id": 0, "id": 1, "category_id": 90, "bbox": [1, 2, 10, 20.5], "area": 99.5,
-             "iscrowd": 0, "segmentation": [[1, 2, 11, 2, 11, 22.5]]},
-            {"image_id": 0, "id": 2, "category_id": 7, "bbox": [0, 0, 40, 30], "area": 1200,
-             "iscrowd": 1, "segmentation": run_lengths},
+            {
+                "image_id": 0,
+                "id": 1,
+                "category_id": 90,
+                "bbox": [1, 2, 10, 20.5],
+                "area": 99.5,
+                "iscrowd": 0,
+                "segmentation": [[1, 2, 11, 2, 11, 22.5]],
+            },
+            {
+                "image_id": 0,
+                "id": 2,
+                "category_id": 7,
+                "bbox": [0, 0, 40, 30],
+                "area": 1200,
+                "iscrowd": 1,
+                "segmentation": run_lengths,
+            },
         ],
-    }  # fmt: skip
+    }
     paths = {"images": tmp_path / "images"}
     for name, content in (("captions", captions), ("instances", instances)):
         paths[name] = tmp_path / f"{name}.json"
@@ -165,12 +189,19 @@ def test_coco(tmp_path, coco):
     members, record = found["000000000000"]
     assert members["jpg"] == (coco["images"] / "0.jpg").read_bytes()
     assert record == {
-        "image_id": 0, "file": "0.jpg", "width": 40, "height": 30,
-        "licence": "CC BY http://cc/by", "source": "http://f/0", "captions": ["a dog"],
-        "boxes": [[1, 2, 11, 22.5], [0, 0, 40, 30]], "labels": [1, 0], "crowd": [0, 1],
+        "image_id": 0,
+        "file": "0.jpg",
+        "width": 40,
+        "height": 30,
+        "licence": "CC BY http://cc/by",
+        "source": "http://f/0",
+        "captions": ["a dog"],
+        "boxes": [[1, 2, 11, 22.5], [0, 0, 40, 30]],
+        "labels": [1, 0],
+        "crowd": [0, 1],
         "areas": [99.5, 1200],
         "segmentations": [[[1, 2, 11, 2, 11, 22.5]], {"size": [30, 40], "counts": [0, 1200]}],
-    }  # fmt: skip
+    }
     assert found["000000000001"][1]["captions"] == ["a tree", "ein Baum \u2013 grün"]
     # Listed among the instances without any: no objects. Not listed: nobody has looked.
     assert found["000000000001"][1]["boxes"] == []

@@ -144,8 +144,14 @@ def test_base64_that_is_none_is_a_fault_of_the_sample(tmp_path, photos, capsys):
 
 
 def members_of(number: int, path: Path, **changes) -> dict[str, bytes]:
-    record = {"caption": f"photo {number}", "url": f"http://x/{number}", "status": "success",
-              "width": None, "sha256": "ab", **changes}  # fmt: skip
+    record = {
+        "caption": f"photo {number}",
+        "url": f"http://x/{number}",
+        "status": "success",
+        "width": None,
+        "sha256": "ab",
+        **changes,
+    }
     return {"jpg": path.read_bytes(), "txt": b"txt", "json": json.dumps(record).encode()}
 
 
@@ -161,8 +167,12 @@ def downloads(tmp_path, photos) -> Path:
                     info = tarfile.TarInfo(f"{part}{number:04d}.{extension}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-        stats = {"count": 5, "successes": len(numbers), "failed_to_download": 5 - len(numbers),
-                 "status_dict": {"success": len(numbers), "HTTP Error 404": 2}}  # fmt: skip
+        stats = {
+            "count": 5,
+            "successes": len(numbers),
+            "failed_to_download": 5 - len(numbers),
+            "status_dict": {"success": len(numbers), "HTTP Error 404": 2},
+        }
         (root / f"{part}_stats.json").write_text(json.dumps(stats))
     return root
 
@@ -175,9 +185,14 @@ def test_img2dataset_tars(tmp_path, downloads, photos, capsys):
     members, record = found["000010004"]
     assert members["jpg"] == photos[4].read_bytes()
     assert record == {
-        "file": "00001.tar/000010004.jpg", "caption": "photo 4", "url": "http://x/4",
-        "status": "success", "sha256": "ab", "width": 24, "height": 30,
-    }  # fmt: skip
+        "file": "00001.tar/000010004.jpg",
+        "caption": "photo 4",
+        "url": "http://x/4",
+        "status": "success",
+        "sha256": "ab",
+        "width": 24,
+        "height": 30,
+    }
     counted = Manifest.load(tmp_path / "out" / "train").details["input"]
     assert (counted["count"], counted["successes"], counted["failed_to_download"]) == (10, 4, 6)
 
@@ -241,9 +256,15 @@ def test_frames(tmp_path, clips):
         expected = (clips / f"dog/v.1/frame{frame}.jpg").read_bytes()
         assert members[f"f{place:03d}.jpg"] == expected
     assert record == {
-        "file": "dog/v.1", "frames_before": 12, "fps": 10.0, "class": "dog", "frames": 4,
-        "width": 16, "height": 12, "label": 1,
-    }  # fmt: skip
+        "file": "dog/v.1",
+        "frames_before": 12,
+        "fps": 10.0,
+        "class": "dog",
+        "frames": 4,
+        "width": 16,
+        "height": 12,
+        "label": 1,
+    }
     assert [e for e in found["cat/v2"][0] if e.startswith("f")] == [f"f00{n}.jpg" for n in range(3)]
     assert ShardSet.open(tmp_path / "out" / "train").column("frames").tolist().count(3) == 1
 
@@ -329,11 +350,15 @@ def test_parquet_of_bytes(tmp_path, photos):
         assert members["png" if number == 2 else "jpg"] == path.read_bytes()
         assert members["cls"] == b"%d" % (number % 2)
         assert record == {
-            "file": f"{number}.jpg", "kind": ["even", "odd"][number % 2],
-            "texts": [f"photo {number}"] * number, "score": number / 2 if number else None,
-            "when": f"2024-01-{1 + number:02d}", "width": 20 + number, "height": 30,
+            "file": f"{number}.jpg",
+            "kind": ["even", "odd"][number % 2],
+            "texts": [f"photo {number}"] * number,
+            "score": number / 2 if number else None,
+            "when": f"2024-01-{1 + number:02d}",
+            "width": 20 + number,
+            "height": 30,
             "label": number % 2,
-        }  # fmt: skip
+        }
     assert Manifest.load(tmp_path / "out" / "train").classes == ["even", "odd"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]  # no copy is left
 

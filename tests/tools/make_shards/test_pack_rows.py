@@ -23,9 +23,28 @@ from tools.make_shards.tables import table_source
 from tools.make_shards.walk import walk_images
 
 # What people's texts hold, and what readers of tables stumble over.
-HOSTILE = ['"', '""', '"open', 'close"', '12" vinyl', "a,b", "'", "\\", "\\N", "#", " x ", "é",
-           "\u2028", "\x0b", "NaN", "null", "=1+1", '"Sunset" over a bay',
-           "\ufeffmark", "\x1c"]  # fmt: skip
+HOSTILE = [
+    '"',
+    '""',
+    '"open',
+    'close"',
+    '12" vinyl',
+    "a,b",
+    "'",
+    "\\",
+    "\\N",
+    "#",
+    " x ",
+    "é",
+    "\u2028",
+    "\x0b",
+    "NaN",
+    "null",
+    "=1+1",
+    '"Sunset" over a bay',
+    "\ufeffmark",
+    "\x1c",
+]
 ROWS = 12
 BROKEN = {2, 7}
 """Numbers of rows whose image is missing."""
@@ -146,8 +165,15 @@ def yolo(root: Path, captions: list[str]) -> list:
     (root / "la").mkdir()
     (root / "la" / "0.txt").write_text("0 0.5 0.5 0.5 0.5")
     (root / "names.txt").write_text("dog\n")
-    return ["yolo", "--images", root / "im", "--labels", root / "la",
-            "--classes", root / "names.txt"]  # fmt: skip
+    return [
+        "yolo",
+        "--images",
+        root / "im",
+        "--labels",
+        root / "la",
+        "--classes",
+        root / "names.txt",
+    ]
 
 
 def frames(root: Path, captions: list[str]) -> list:
@@ -160,8 +186,20 @@ def frames(root: Path, captions: list[str]) -> list:
     return ["frames", "--images", root / "im", "--captions", root / "c.json"]
 
 
-PACKERS = [table_tsv, table_csv, table_quoted_tsv, table_jsonl, coco, git_tsv, img2dataset, parquet,
-           voc, folder, yolo, frames]  # fmt: skip
+PACKERS = [
+    table_tsv,
+    table_csv,
+    table_quoted_tsv,
+    table_jsonl,
+    coco,
+    git_tsv,
+    img2dataset,
+    parquet,
+    voc,
+    folder,
+    yolo,
+    frames,
+]
 
 
 @pytest.mark.parametrize("packer", PACKERS)
@@ -226,24 +264,41 @@ def test_quotes_of_a_tsv_are_text_and_said(tmp_path):
 
 def test_own_columns_stay_beside_ours(tmp_path):
     photo(tmp_path / "0.jpg", 40, 30)
-    row = {"path": "0.jpg", "width": 4000, "height": None, "file": "my id", "label": "dog",
-           "columns": [1], "score": float("nan")}  # fmt: skip
+    row = {
+        "path": "0.jpg",
+        "width": 4000,
+        "height": None,
+        "file": "my id",
+        "label": "dog",
+        "columns": [1],
+        "score": float("nan"),
+    }
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
     arguments = ["table", "--out", tmp_path / "out", "--table", tmp_path / "t.jsonl"]
     assert run(*arguments, "--image-field", "path", "--label-field", "label") == 0
     ((members, record),) = read_all(tmp_path / "out" / "train").values()
     assert record == {
-        "file": "0.jpg", "width": 40, "height": 30, "label": 0, "score": None,
+        "file": "0.jpg",
+        "width": 40,
+        "height": 30,
+        "label": 0,
+        "score": None,
         "columns": {"width": 4000, "file": "my id", "label": "dog", "columns": [1]},
-    }  # fmt: skip
+    }
     assert b"NaN" not in members["json"]
 
 
 def test_the_walk_takes_images_and_counts_the_rest(tmp_path):
     root = tmp_path / ".hidden root" / "in"
     taken = ["a/1.JPG", "a/saved.jfif", "b/x.y/old.jpe", "b/plain"]
-    passed = [".git/1.jpg", "a/.ipynb_checkpoints/1.jpg", "__MACOSX/a/1.jpg", "a/@eaDir/1.jpg",
-              "lost+found/1.jpg", "a/._1.jpg"]  # fmt: skip
+    passed = [
+        ".git/1.jpg",
+        "a/.ipynb_checkpoints/1.jpg",
+        "__MACOSX/a/1.jpg",
+        "a/@eaDir/1.jpg",
+        "lost+found/1.jpg",
+        "a/._1.jpg",
+    ]
     for name in [*taken, *passed]:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,11 @@ def voc(tmp_path) -> tuple[Path, Path]:
     for number in range(3):
         photo(images / f"{number}.jpg", 40, 30, seed=number)
     hard = "<difficult>1</difficult><truncated>1</truncated>"
-    write_voc(annotations, "0", voc_object("dog", (1, 1, 40, 30), hard)
-              + voc_object("cat", (11, 6, 20, 15)))  # fmt: skip
+    write_voc(
+        annotations,
+        "0",
+        voc_object("dog", (1, 1, 40, 30), hard) + voc_object("cat", (11, 6, 20, 15)),
+    )
     write_voc(annotations, "1", "")
     write_voc(annotations, "2", voc_object("dog", (2, 3, 4, 5)))
     return images, annotations
@@ -49,11 +52,17 @@ def test_voc(tmp_path, voc):
     assert run(*arguments_of("voc", tmp_path, images=voc[0], annotations=voc[1])) == 0
     found = read_all(tmp_path / "out" / "train")
     assert found["0"][1] == {
-        "file": "0.jpg", "width": 40, "height": 30,
+        "file": "0.jpg",
+        "width": 40,
+        "height": 30,
         # Its first pixel is number 1, and the last one is inside of the box.
-        "boxes": [[0, 0, 40, 30], [10, 5, 20, 15]], "labels": [1, 0], "crowd": [0, 0],
-        "areas": [1200, 100], "difficult": [1, 0], "truncated": [1, 0],
-    }  # fmt: skip
+        "boxes": [[0, 0, 40, 30], [10, 5, 20, 15]],
+        "labels": [1, 0],
+        "crowd": [0, 0],
+        "areas": [1200, 100],
+        "difficult": [1, 0],
+        "truncated": [1, 0],
+    }
     assert found["1"][1]["boxes"] == [] and found["1"][1]["labels"] == []
     assert Manifest.load(tmp_path / "out" / "train").classes == ["cat", "dog"]
 
@@ -171,22 +180,26 @@ def test_a_folder_that_labels_none_of_the_images_is_refused(yolo):
 def test_bad_yolo_labels_are_named(yolo, text, message):
     (yolo["labels"] / "2.txt").write_text(text + "\n")
     with pytest.raises(ValueError, match=message):
-        yolo_source(
-            yolo["images"], yolo["labels"], ["cat", "dog"], form=YoloForm(polygons=True)
-        )
+        yolo_source(yolo["images"], yolo["labels"], ["cat", "dog"], form=YoloForm(polygons=True))
 
 
-@pytest.mark.parametrize(("shape", "line"), [
-    ([2, 2], "0 0.5 0.5 0.4 0.6 0.45 0.3 0.55 0.35"),
-    ([2, 3], "0 0.5 0.5 0.4 0.6 0.45 0.3 2 0.55 0.35 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "line"),
+    [
+        ([2, 2], "0 0.5 0.5 0.4 0.6 0.45 0.3 0.55 0.35"),
+        ([2, 3], "0 0.5 0.5 0.4 0.6 0.45 0.3 2 0.55 0.35 1"),
+    ],
+)
 def test_yolo_key_points(tmp_path, shape, line):
     photo(tmp_path / "images" / "0.jpg", 100, 100)
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "0.txt").write_text(f"\ufeff{line}\n0 0.5 0.5 0.4 0.6\n", "utf-8")
     (tmp_path / "data.yaml").write_text(f"names: [person]\nkpt_shape: {shape}\n")
-    paths = {"images": tmp_path / "images", "labels": tmp_path / "labels",
-             "classes": tmp_path / "data.yaml"}  # fmt: skip
+    paths = {
+        "images": tmp_path / "images",
+        "labels": tmp_path / "labels",
+        "classes": tmp_path / "data.yaml",
+    }
     assert run(*arguments_of("yolo", tmp_path, **paths)) == 0
     ((_, record),) = read_all(tmp_path / "out" / "train").values()
     assert record["boxes"] == [[30, 20, 70, 80]] * 2 and "segmentations" not in record
@@ -223,8 +236,12 @@ def test_coco_boxes_are_checked_as_the_others(tmp_path, capsys):
         photo(tmp_path / "images" / f"{number}.jpg", 100, 80, seed=number)
 
     def annotation(image: int, box: list, segmentation=None, category=1) -> dict:
-        return {"image_id": image, "category_id": category, "bbox": box,
-                "segmentation": segmentation}  # fmt: skip
+        return {
+            "image_id": image,
+            "category_id": category,
+            "bbox": box,
+            "segmentation": segmentation,
+        }
 
     runs = {"size": [80, 100], "counts": [8000]}
     entries = [
@@ -258,8 +275,11 @@ def test_coco_boxes_are_checked_as_the_others(tmp_path, capsys):
     assert run(*arguments, "--on-bad-box", "drop") == 0
     found = [record for _, (_, record) in sorted(read_all(tmp_path / "out" / "train").items())]
     assert [record["boxes"] for record in found] == [
-        [[10, 10, 40, 40]], [], [[0, 0, 100, 80], [1, 1, 3, 3]], [[0, 0, 9, 9]],
-    ]  # fmt: skip
+        [[10, 10, 40, 40]],
+        [],
+        [[0, 0, 100, 80], [1, 1, 3, 3]],
+        [[0, 0, 9, 9]],
+    ]
     assert [r["segmentations"] for r in found[1:]] == [[], [None, runs], [None]]
     manifest = Manifest.load(tmp_path / "out" / "train")
     assert manifest.classes == ["cup"] and manifest.details["dropped_boxes"] == 8

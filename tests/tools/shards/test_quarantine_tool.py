@@ -23,11 +23,14 @@ def run_dir(data, tmp_path) -> Path:
     recipe = load_recipe(str(write_recipe(tmp_path / "r.yaml", tiny_recipe(data, folder))))
     recipe.dump(folder / "recipe.yaml")
     shard = str(data / "train/train-000000.tar")
-    write_list(folder, [
-        Listed("caption", shard, "000003", 3, "torn", 60),
-        Listed("caption", shard, "000007", 7, "not an image", None),
-        Listed("other", shard, "000007", 7, "not an image", None),
-    ])
+    write_list(
+        folder,
+        [
+            Listed("caption", shard, "000003", 3, "torn", 60),
+            Listed("caption", shard, "000007", 7, "not an image", None),
+            Listed("other", shard, "000007", 7, "not an image", None),
+        ],
+    )
     return folder
 
 

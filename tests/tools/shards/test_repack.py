@@ -164,8 +164,16 @@ def test_keys_that_clash_are_named_told_apart_or_dropped(tmp_path, capsys):
     assert f"'000003' in {a} and {b} (2 times)" in message
     assert run(a, b, "--out", tmp_path / "prefix", "--on-clash", "prefix") == 0
     found = read_all(tmp_path / "prefix" / "train")
-    assert set(found) == {"000000", "000001", "000002", "000005",
-                          "0/000003", "0/000004", "1/000003", "1/000004"}  # fmt: skip
+    assert set(found) == {
+        "000000",
+        "000001",
+        "000002",
+        "000005",
+        "0/000003",
+        "0/000004",
+        "1/000003",
+        "1/000004",
+    }
     assert found["1/000003"] == sample(3)[1]
     assert run(a, b, "--out", tmp_path / "first", "--on-clash", "first") == 0
     assert read_all(tmp_path / "first" / "train") == expected(*range(6))
@@ -231,8 +239,11 @@ def test_bench_times_what_there_is(tmp_path, scenes, capsys):
     assert main(["bench", str(scenes / "train"), *options, str(tmp_path / "b.json")]) == 0
     result = json.loads((tmp_path / "b.json").read_text())
     assert [row["case"] for row in result["rows"]] == [
-        "read", "read, decode", "read, decode, crop, resize", "loader, in this process"
-    ]  # fmt: skip
+        "read",
+        "read, decode",
+        "read, decode, crop, resize",
+        "loader, in this process",
+    ]
     assert all(row["samples/s"] > 0 and row["MB/s"] > 0 for row in result["rows"])
     with ShardWriter(tmp_path / "texts") as writer:
         writer.write("0", {"txt": b"no image"})

@@ -146,8 +146,9 @@ def test_nothing_that_is_saved_is_wrong(tmp_path_factory, data):
     assert found[-2:] == whole(2, 3)
 
 
-@pytest.mark.parametrize("kind", ["joined", "same keys", "no end", "cut header", "cut payload",
-                                  "bad header"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind", ["joined", "same keys", "no end", "cut header", "cut payload", "bad header"]
+)
 def test_the_advice_can_be_followed(tmp_path, monkeypatch, kind):
     """The error of whoever reads the tar names the command; what it writes can be read."""
     monkeypatch.chdir(tmp_path)
@@ -182,8 +183,16 @@ def test_a_shard_of_ours_that_was_cut_is_saved_beside_whole_ones(tmp_path):
     """It has an index and a manifest, which describe what is no longer there."""
     for name, numbers in (("a", [0, 1]), ("b", [2, 3])):
         (tmp_path / f"{name}.tar").write_bytes(archive(numbers))
-    pack = ["repack", str(tmp_path / "a.tar"), str(tmp_path / "b.tar"), "--out",
-            str(tmp_path / "set"), "--max-samples", "2", "--keep-order"]  # fmt: skip
+    pack = [
+        "repack",
+        str(tmp_path / "a.tar"),
+        str(tmp_path / "b.tar"),
+        "--out",
+        str(tmp_path / "set"),
+        "--max-samples",
+        "2",
+        "--keep-order",
+    ]
     assert main(pack) == 0
     path = tmp_path / "set" / "train" / "train-000001.tar"
     path.write_bytes(path.read_bytes()[: LENGTH + 700])

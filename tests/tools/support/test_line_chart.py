@@ -15,8 +15,12 @@ def near(image, colour: str) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0, 1, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), (10, 50, [10, 20, 30, 40, 50]),
-     (0.31, 0.37, [0.31, 0.32, 0.33, 0.34, 0.35, 0.36, 0.37]), (5, 5, [5.0])],
+    [
+        (0, 1, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (10, 50, [10, 20, 30, 40, 50]),
+        (0.31, 0.37, [0.31, 0.32, 0.33, 0.34, 0.35, 0.36, 0.37]),
+        (5, 5, [5.0]),
+    ],
 )
 def test_ticks_are_round_and_within(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)
@@ -24,10 +28,13 @@ def test_ticks_are_round_and_within(low, high, expected):
 
 def test_a_rising_curve_rises_and_a_falling_one_falls():
     steps = list(range(0, 101, 10))
-    panel = Panel("p", [
-        Line("up", steps, [s / 100 for s in steps]),
-        Line("down", steps, [1 - s / 100 for s in steps]),
-    ])  # fmt: skip
+    panel = Panel(
+        "p",
+        [
+            Line("up", steps, [s / 100 for s in steps]),
+            Line("down", steps, [1 - s / 100 for s in steps]),
+        ],
+    )
     image = line_chart([panel])
     for colour, sign in zip(COLOURS, (-1, 1), strict=False):
         rows, columns = np.nonzero(near(image, colour)[:320])  # above the legend

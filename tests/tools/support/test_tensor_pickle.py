@@ -44,10 +44,15 @@ class Bomb:
 def weights() -> dict[str, torch.Tensor]:
     shared = torch.arange(24, dtype=torch.float32)
     return OrderedDict(
-        plain=torch.randn(3, 4), view=shared[4:20].view(4, 4).T, same=shared,
-        half=torch.randn(5).bfloat16(), count=torch.tensor(7), empty=torch.zeros(0, 3),
-        flags=torch.tensor([True, False]), parameter=torch.nn.Parameter(torch.randn(2)),
-    )  # fmt: skip
+        plain=torch.randn(3, 4),
+        view=shared[4:20].view(4, 4).T,
+        same=shared,
+        half=torch.randn(5).bfloat16(),
+        count=torch.tensor(7),
+        empty=torch.zeros(0, 3),
+        flags=torch.tensor([True, False]),
+        parameter=torch.nn.Parameter(torch.randn(2)),
+    )
 
 
 def equal(found: dict, wanted: dict) -> bool:
@@ -60,10 +65,18 @@ def equal(found: dict, wanted: dict) -> bool:
 def test_objects_beside_the_weights_are_passed_over(tmp_path):
     wanted, settings = weights(), Configuration(lr=0.1)
     settings.extra = [1]
-    torch.save({
-        "model": wanted, "config": settings, "max_accuracy": np.float64(81.5), "epoch": 300,
-        "history": Listed([1, 2]), "names": {"a", "b"}, "dtype": torch.float32,
-    }, tmp_path / "a.pth")  # fmt: skip
+    torch.save(
+        {
+            "model": wanted,
+            "config": settings,
+            "max_accuracy": np.float64(81.5),
+            "epoch": 300,
+            "history": Listed([1, 2]),
+            "names": {"a", "b"},
+            "dtype": torch.float32,
+        },
+        tmp_path / "a.pth",
+    )
     Configuration.made = 0
     with pytest.raises(ValueError, match="holds more than tensors"):
         read_tensors(tmp_path / "a.pth")
@@ -79,8 +92,9 @@ def test_objects_beside_the_weights_are_passed_over(tmp_path):
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_bombs_do_not_go_off(tmp_path, protocol):
     target, wanted = tmp_path / "exploded", weights()
-    torch.save({"model": wanted, "config": Bomb(target)}, tmp_path / "a.pth",
-               pickle_protocol=protocol)  # fmt: skip
+    torch.save(
+        {"model": wanted, "config": Bomb(target)}, tmp_path / "a.pth", pickle_protocol=protocol
+    )
     assert equal(read_torch_zip(tmp_path / "a.pth")["model"], wanted)
     torch.save({"model": {"weight": Bomb(target)}}, tmp_path / "b.pth", pickle_protocol=protocol)
     with pytest.raises(ValueError, match="no state dict"):
@@ -105,22 +119,27 @@ _STORAGE = b"(X\x07\x00\x00\x00storage" + _ID % b"k"
 _REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 
 
-@pytest.mark.parametrize("data", [
-    # change what the function that rebuilds tensors does
-    _REBUILD + b"N}X\x0c\x00\x00\x00__defaults__K\x01s\x86b.",
-    # change a class that is shared by all later files
-    b"cwhatever\nThing\nN}X\x06\x00\x00\x00appendK\x01s\x86b.",
-    b"ccollections\nOrderedDict\nN}X\x06\x00\x00\x00updateK\x01s\x86b.",
-    # a tensor that reaches beyond its storage
-    _REBUILD + b"(" + _STORAGE + b"K\x00K\x09\x85K\x01\x85\x89NtR.",
-    # a tensor whose storage is none, a storage that is no file, a class called as a function
-    _REBUILD + b"(K\x01K\x00K\x01\x85K\x01\x85\x89NtR.",
-    b"(X\x07\x00\x00\x00storage" + _ID % b"z" + b".",
-    b"(X\x06\x00\x00\x00module" + _ID % b"k" + b".",
-    b"ctorch\nFloatStorage\n)R.",
-    # codes of copyreg, an unfinished file, no pickle
-    b"\x80\x02\x82\x01.", b"\x80\x02}", b"hello",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        # change what the function that rebuilds tensors does
+        _REBUILD + b"N}X\x0c\x00\x00\x00__defaults__K\x01s\x86b.",
+        # change a class that is shared by all later files
+        b"cwhatever\nThing\nN}X\x06\x00\x00\x00appendK\x01s\x86b.",
+        b"ccollections\nOrderedDict\nN}X\x06\x00\x00\x00updateK\x01s\x86b.",
+        # a tensor that reaches beyond its storage
+        _REBUILD + b"(" + _STORAGE + b"K\x00K\x09\x85K\x01\x85\x89NtR.",
+        # a tensor whose storage is none, a storage that is no file, a class called as a function
+        _REBUILD + b"(K\x01K\x00K\x01\x85K\x01\x85\x89NtR.",
+        b"(X\x07\x00\x00\x00storage" + _ID % b"z" + b".",
+        b"(X\x06\x00\x00\x00module" + _ID % b"k" + b".",
+        b"ctorch\nFloatStorage\n)R.",
+        # codes of copyreg, an unfinished file, no pickle
+        b"\x80\x02\x82\x01.",
+        b"\x80\x02}",
+        b"hello",
+    ],
+)
 def test_pickles_that_are_not_as_they_should_be(tmp_path, data):
     with pytest.raises(ValueError, match=r"a\.pth"):
         read_torch_zip(zipped(tmp_path / "a.pth", data, k=bytes(8)))

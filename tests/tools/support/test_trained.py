@@ -30,8 +30,9 @@ def test_parameters_and_buffers_of_all_pairs_move():
     moved = _targets_in_place(model, state)
     assert moved.keys() == {
         *(f"encoders.image.{name}" for name in model.encoders["image"].state_dict()),
-        "objectives.task0.projector.weight", "objectives.task0.projector.bias",
-    }  # fmt: skip
+        "objectives.task0.projector.weight",
+        "objectives.task0.projector.bias",
+    }
     assert moved["encoders.image.running_var"].tolist() == [3, 4]
     slow = model.objectives["task0"].slow.weight
     assert torch.equal(moved["objectives.task0.projector.weight"], slow)

@@ -28,8 +28,11 @@ OWNED = SimpleNamespace(lost=False, holds=lambda: True)
 
 def write_checkpoint(root, step: int, content: bytes = b"weights"):
     folder = root / checkpoint_name(step)
-    files = {"rank_00000.safetensors": content * 999, "recipe.yaml": b"name: x\n",
-             "tokenizer/tokenizer.json": b"{}"}  # fmt: skip
+    files = {
+        "rank_00000.safetensors": content * 999,
+        "recipe.yaml": b"name: x\n",
+        "tokenizer/tokenizer.json": b"{}",
+    }
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)

@@ -60,8 +60,9 @@ def test_what_a_run_goes_back_behind_is_kept_aside(root, tmp_path):
     first = set_aside(root, 5, [record, tmp_path / "faults"])
     assert first.newest == 8 and steps(root) == [1, 2, 3, 4, 5]
     assert sorted(path.name for path in first.folder.iterdir()) == [
-        "metrics.jsonl", *(checkpoint_name(step) for step in (6, 7, 8))
-    ]  # fmt: skip
+        "metrics.jsonl",
+        *(checkpoint_name(step) for step in (6, 7, 8)),
+    ]
     assert (root / "latest").read_text().strip() == checkpoint_name(5)
     second = set_aside(root, 5, [])
     assert second.newest is None and second.folder != first.folder

@@ -77,10 +77,13 @@ def test_a_second_one_waits_for_the_first():
     assert run.said[-1] == "committed 4"
 
 
-@pytest.mark.parametrize("steps_to_write, said", [
-    (2, [1, 2, 3, 4, 5, 6, "committed 2", "answered"]),
-    (0, [1, 2, 3, 4, "committed 2", "answered", 5, 6]),
-])
+@pytest.mark.parametrize(
+    "steps_to_write, said",
+    [
+        (2, [1, 2, 3, 4, 5, 6, "committed 2", "answered"]),
+        (0, [1, 2, 3, 4, "committed 2", "answered", 5, 6]),
+    ],
+)
 def test_who_asks_is_answered_once_and_when_it_is_there(steps_to_write, said):
     run = Run(every=100, steps_to_write=steps_to_write)
     run.take_step()
@@ -104,13 +107,24 @@ def test_asked_for_while_another_is_written():
 def test_files_are_those_of_the_library(tmp_path):
     """Of all types, sizes and orders of names; and the copy is what was there at the start."""
     generator = torch.Generator().manual_seed(0)
-    dtypes = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16,
-              torch.int32, torch.float32, torch.float64, torch.int64)  # fmt: skip
+    dtypes = (
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.float16,
+        torch.bfloat16,
+        torch.int32,
+        torch.float32,
+        torch.float64,
+        torch.int64,
+    )
     tensors = {
         f"{index}.{name}é": torch.randint(100, shape, generator=generator).to(dtype)
         for index, (name, shape) in enumerate([("a", (3, 5)), ("b", ()), ("c", (0,)), ("d", (7,))])
-        for dtype in dtypes for name in (f"{name}.{dtype}",)
-    }  # fmt: skip
+        for dtype in dtypes
+        for name in (f"{name}.{dtype}",)
+    }
     save_file(tensors, tmp_path / "library")
     background = BackgroundPart(torch.device("cpu"))
     try:

@@ -55,8 +55,15 @@ def test_a_second_start_is_refused_while_the_owner_lives(run):
     seen(run, 20)
     with pytest.raises(OccupiedError) as refused:
         claim(run, OTHER_JOB)
-    for part in (str(run), "process 123 on gpu07", "job SLURM_JOB_ID=7", " 2", " s ago",
-                 "--take-over", f"touch {run / 'control/stop'}"):  # fmt: skip
+    for part in (
+        str(run),
+        "process 123 on gpu07",
+        "job SLURM_JOB_ID=7",
+        " 2",
+        " s ago",
+        "--take-over",
+        f"touch {run / 'control/stop'}",
+    ):
         assert part in str(refused.value)
     with pytest.raises(OccupiedError):  # a rank that does not claim
         refuse_if_occupied(run, {"MASTER_ADDR": "h", "MASTER_PORT": "2"} | OTHER_JOB, 0.0)
@@ -81,10 +88,13 @@ def test_a_second_start_that_is_let_through(run, why):
 
 
 def test_a_dead_owner_of_this_machine_is_succeeded_at_once(run):
-    code = ("import sys; from pretrain.engine.control.ownership import claim;"
-            "claim(sys.argv[1], {}); print('claimed', flush=True); input()")  # fmt: skip
-    owner = subprocess.Popen([sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE)
+    code = (
+        "import sys; from pretrain.engine.control.ownership import claim;"
+        "claim(sys.argv[1], {}); print('claimed', flush=True); input()"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     owner.stdout.readline()
     with pytest.raises(OccupiedError, match=f"process {owner.pid} "):
         claim(run, {})
@@ -120,21 +130,32 @@ def test_another_node_waits_for_what_rank_0_knows(run):
 AGENT = {"MASTER_ADDR": "h", "MASTER_PORT": "1"}
 
 
-@pytest.mark.parametrize("first, now, age, same", [
-    ({"TORCHELASTIC_RESTART_COUNT": "0"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, 60, True),
-    ({"TORCHELASTIC_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, 60, True),
-    ({"TORCHELASTIC_RESTART_COUNT": "0"}, {"TORCHELASTIC_RESTART_COUNT": "0"}, 60, False),
-    # Refused at first, and started anew for that: the run is not this launch's.
-    ({"TORCHELASTIC_RESTART_COUNT": "0"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, -60, False),
-    ({"MASTER_PORT": "7"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, 60, False),
-    ({"TORCHELASTIC_RUN_ID": "a"}, {"TORCHELASTIC_RUN_ID": "b", "TORCHELASTIC_RESTART_COUNT": "1"},
-     60, False),
-    ({"TORCHELASTIC_RUN_ID": "a"},
-     {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "2", "MASTER_PORT": "9"}, 60, True),
-    (JOB, JOB | {"SLURM_RESTART_COUNT": "1"}, 0, True),
-    (JOB, JOB, 60, False),
-    (JOB, OTHER_JOB | {"SLURM_RESTART_COUNT": "1"}, 60, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "first, now, age, same",
+    [
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, 60, True),
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, 60, True),
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, {"TORCHELASTIC_RESTART_COUNT": "0"}, 60, False),
+        # Refused at first, and started anew for that: the run is not this launch's.
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, -60, False),
+        ({"MASTER_PORT": "7"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, 60, False),
+        (
+            {"TORCHELASTIC_RUN_ID": "a"},
+            {"TORCHELASTIC_RUN_ID": "b", "TORCHELASTIC_RESTART_COUNT": "1"},
+            60,
+            False,
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "a"},
+            {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "2", "MASTER_PORT": "9"},
+            60,
+            True,
+        ),
+        (JOB, JOB | {"SLURM_RESTART_COUNT": "1"}, 0, True),
+        (JOB, JOB, 60, False),
+        (JOB, OTHER_JOB | {"SLURM_RESTART_COUNT": "1"}, 60, False),
+    ],
+)
 def test_a_launcher_that_repeats_a_start_means_its_own_run(run, first, now, age, same):
     claim(run, AGENT | first)
     assert claimed_by_this_launch(run, AGENT | now, age) == same
@@ -161,8 +182,11 @@ def test_an_unreadable_claim_is_no_claim_once_it_stays_so(run, monkeypatch):
 
 def snapshot(run) -> dict[str, bytes]:
     """All files of a run but the log files of ranks."""
-    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*"))
-            if p.is_file() and p.parent.name != "logs"}  # fmt: skip
+    return {
+        str(p.relative_to(run)): p.read_bytes()
+        for p in sorted(run.rglob("*"))
+        if p.is_file() and p.parent.name != "logs"
+    }
 
 
 def test_the_loser_writes_nothing_that_others_read(run, tmp_path):
@@ -210,8 +234,9 @@ def test_of_what_ends_all_ranks_alike_one_speaks(run, capsys):
     for rank, error in enumerate([alike, alike, RuntimeError("a peer has left"), alike]):
         assert end_failed(run, rank, error, first) == FAILED
     assert capsys.readouterr().err.splitlines() == [
-        "rank 0: RuntimeError: rank 1: no labels", "rank 2: RuntimeError: a peer has left"
-    ]  # fmt: skip
+        "rank 0: RuntimeError: rank 1: no labels",
+        "rank 2: RuntimeError: a peer has left",
+    ]
     assert len(list(run.glob("control/failure_rank_*.json"))) == 4
     assert not list(run.glob("control/*.lock"))
 
@@ -235,12 +260,21 @@ def test_a_rank_that_fails_before_it_heard_of_the_claim(run):
 
 
 def test_of_two_starts_at_the_same_moment_one_is_refused(run):
-    code = ("import sys; from pretrain.engine.control.ownership import OccupiedError, claim\n"
-            "try: claim(sys.argv[1], {}); print('mine', flush=True)\n"
-            "except OccupiedError: print('refused', flush=True)\n"
-            "input()")  # fmt: skip
-    starts = [subprocess.Popen([sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    code = (
+        "import sys; from pretrain.engine.control.ownership import OccupiedError, claim\n"
+        "try: claim(sys.argv[1], {}); print('mine', flush=True)\n"
+        "except OccupiedError: print('refused', flush=True)\n"
+        "input()"
+    )
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(run)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
     said = sorted(start.stdout.readline().strip() for start in starts)
     for start in starts:
         start.communicate("\n")

@@ -32,9 +32,13 @@ def test_on_a_gpu():
     assert not torch.backends.cudnn.benchmark
 
 
-@pytest.mark.parametrize("name, value, other", [
-    (VARIABLES[0], ":0:0", ":16:8"), (VARIABLES[1], "1", "0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, other",
+    [
+        (VARIABLES[0], ":0:0", ":16:8"),
+        (VARIABLES[1], "1", "0"),
+    ],
+)
 def test_an_environment_that_asks_for_the_contrary(monkeypatch, name, value, other):
     monkeypatch.setenv(name, other)
     be_deterministic(on_gpu=True)

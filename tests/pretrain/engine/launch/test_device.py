@@ -15,8 +15,9 @@ def two_gpus(monkeypatch):
 
 def test_a_gpu_of_its_own_for_each_local_rank(two_gpus):
     assert [choose_device(rank, rank % 2) for rank in (4, 5)] == [
-        torch.device("cuda", 0), torch.device("cuda", 1)
-    ]  # fmt: skip
+        torch.device("cuda", 0),
+        torch.device("cuda", 1),
+    ]
     with pytest.raises(RuntimeError, match=r"rank 6: local rank 2 has no GPU.*shows 2;.*=cpu"):
         choose_device(6, 2)
 

@@ -21,9 +21,11 @@ from pretrain.engine.launch.gpu_surroundings import claim_gpu, keep_float32, set
 from tests.distributed.launch import ROOT, free_port
 
 DEFAULTS = {
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "2000",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": "/run/logs/nccl_trace_rank_",
-}  # fmt: skip
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_FR_DUMP_TEMP_FILE": "/run/logs/nccl_trace_rank_",
+}
 
 
 def defaults(**environment: str) -> dict[str, str]:
@@ -45,10 +47,15 @@ def test_what_is_set_by_default():
     assert "TORCH_FR_DUMP_TEMP_FILE" not in environment
 
 
-@pytest.mark.parametrize("name", [
-    *DEFAULTS, "PYTORCH_CUDA_ALLOC_CONF", "TORCH_NCCL_TRACE_BUFFER_SIZE",
-    "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        *DEFAULTS,
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+    ],
+)
 def test_the_users_values_win_under_either_name(name):
     environment = defaults(**{name: "theirs"})
     assert environment[name] == "theirs"
@@ -94,9 +101,12 @@ def test_two_ranks_on_one_gpu(monkeypatch):
     store = dist.PrefixStore("attempt", store)
     claim_gpu(store, 0, "GPU-a")
     claim_gpu(store, 1, "GPU-b")
-    with pytest.raises(RuntimeError, match=(
-        r"rank 2 on node7: its GPU \(GPU-a\) is the GPU of rank 0 on node7 too:.*here 0.*=cpu"
-    )):  # fmt: skip
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            r"rank 2 on node7: its GPU \(GPU-a\) is the GPU of rank 0 on node7 too:.*here 0.*=cpu"
+        ),
+    ):
         claim_gpu(store, 2, "GPU-a")
 
 
@@ -149,19 +159,29 @@ def start_ranks(tmp_path):
     def start(*uuids: str) -> list[subprocess.Popen]:
         port = free_port()
         inherited = {
-            name: value for name, value in os.environ.items()
+            name: value
+            for name, value in os.environ.items()
             if "ALLOC_CONF" not in name and name not in ("PYTHONFAULTHANDLER", "DS_ACCELERATOR")
-        }  # fmt: skip
+        }
         for rank, uuid in enumerate(uuids):
             with (tmp_path / f"rank_{rank}.txt").open("w") as out:
-                ranks.append(subprocess.Popen(
-                    [sys.executable, "-c", RANK, str(tmp_path / "run"), uuid], cwd=ROOT,
-                    env=inherited | {
-                        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(uuids)),
-                        "LOCAL_WORLD_SIZE": str(len(uuids)), "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": str(port),
-                    }, stdout=out, stderr=subprocess.STDOUT,
-                ))  # fmt: skip
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", RANK, str(tmp_path / "run"), uuid],
+                        cwd=ROOT,
+                        env=inherited
+                        | {
+                            "RANK": str(rank),
+                            "LOCAL_RANK": str(rank),
+                            "WORLD_SIZE": str(len(uuids)),
+                            "LOCAL_WORLD_SIZE": str(len(uuids)),
+                            "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": str(port),
+                        },
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
         return ranks
 
     yield start

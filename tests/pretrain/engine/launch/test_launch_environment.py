@@ -14,14 +14,23 @@ from pretrain.engine.launch.launch_environment import (
 )
 
 SRUN = {
-    "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3",
-    "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1",
-    "SLURM_PROCID": "2", "SLURM_NODEID": "1", "SLURM_LOCALID": "0",
-}  # fmt: skip
+    "SLURM_JOB_ID": "71",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "3",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+    "SLURM_PROCID": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "0",
+}
 MPIRUN = {
-    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "3407675393",
-}  # fmt: skip
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "3407675393",
+}
 
 
 def test_tasks_of_srun():
@@ -41,10 +50,13 @@ def test_tasks_of_srun():
 
 def test_many_nodes_of_srun():
     environment = SRUN | {
-        "SLURM_STEP_NUM_TASKS": "508", "SLURM_STEP_TASKS_PER_NODE": "8(x63),4",
-        "SLURM_STEP_NODELIST": "gpu-a[007-060,070-079],gpu-b3", "SLURM_PROCID": "506",
-        "SLURM_NODEID": "63", "SLURM_LOCALID": "2",
-    }  # fmt: skip
+        "SLURM_STEP_NUM_TASKS": "508",
+        "SLURM_STEP_TASKS_PER_NODE": "8(x63),4",
+        "SLURM_STEP_NODELIST": "gpu-a[007-060,070-079],gpu-b3",
+        "SLURM_PROCID": "506",
+        "SLURM_NODEID": "63",
+        "SLURM_LOCALID": "2",
+    }
     assert read_ranks(environment) == (506, 508, 2, 4)
     assert environment["MASTER_ADDR"] == "gpu-a007"
 
@@ -73,9 +85,11 @@ def test_tasks_that_are_dealt_out_in_turns():
     with pytest.raises(LaunchError, match="rank 0 is task 0 of node 0"):
         read_ranks(SRUN | turns | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"})
     # With one task a node there are no turns; of sockets there may be.
-    assert read_ranks(SRUN | turns | {
-        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "1"
-    }) == (1, 2, 0, 1)  # fmt: skip
+    assert read_ranks(
+        SRUN
+        | turns
+        | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "1"}
+    ) == (1, 2, 0, 1)
     assert read_ranks(SRUN | {"SLURM_DISTRIBUTION": "block:cyclic"}) == (2, 3, 0, 1)
 
 
@@ -110,10 +124,15 @@ def test_one_process_never_meets_a_port_that_is_taken():
     assert environment["MASTER_PORT"] == port
 
 
-@pytest.mark.parametrize("launcher, way", [
-    ({"LOCAL_SIZE": "2"}, "--master_port "), ({"TORCHELASTIC_RUN_ID": "x"}, "--master_port "),
-    (SRUN, "MASTER_PORT="), (MPIRUN, "MASTER_PORT="),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "launcher, way",
+    [
+        ({"LOCAL_SIZE": "2"}, "--master_port "),
+        ({"TORCHELASTIC_RUN_ID": "x"}, "--master_port "),
+        (SRUN, "MASTER_PORT="),
+        (MPIRUN, "MASTER_PORT="),
+    ],
+)
 def test_a_port_that_is_taken_is_named_with_the_way_out(launcher, way):
     """By what torch itself says of it; the port of the advice is free."""
     with socket.socket() as taken:
@@ -134,8 +153,14 @@ def test_a_port_that_is_taken_is_named_with_the_way_out(launcher, way):
 
 
 def test_torchrun_behind_srun():
-    environment = SRUN | {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE":
-                          "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}  # fmt: skip
+    environment = SRUN | {
+        "RANK": "5",
+        "WORLD_SIZE": "6",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": "29500",
+    }
     assert read_ranks(environment) == (5, 6, 1, 2)
     # The deepspeed launcher calls the processes of a node otherwise.
     environment["LOCAL_SIZE"] = environment.pop("LOCAL_WORLD_SIZE")
@@ -157,8 +182,13 @@ def test_processes_of_mpirun():
 def test_a_launcher_that_says_half():
     with pytest.raises(LaunchError, match="not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
         read_ranks({"RANK": "0", "WORLD_SIZE": "2"})
-    whole = {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a",
-             "MASTER_PORT": "1"}  # fmt: skip
+    whole = {
+        "RANK": "2",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }
     with pytest.raises(LaunchError, match="impossible ranks"):
         read_ranks(whole)
 

@@ -10,10 +10,16 @@ from pretrain.engine.launch import launchers as module
 from pretrain.engine.launch.launchers import age_of_start
 
 
-@pytest.mark.parametrize("command", [
-    "python\0/usr/bin/torchrun\0--nproc-per-node", "python\0-m\0torch.distributed.run\0-m",
-    "python\0-u\0-m\0deepspeed.launcher.launch\0x", "python\0-m\0pytest\0-q", "bash\0",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python\0/usr/bin/torchrun\0--nproc-per-node",
+        "python\0-m\0torch.distributed.run\0-m",
+        "python\0-u\0-m\0deepspeed.launcher.launch\0x",
+        "python\0-m\0pytest\0-q",
+        "bash\0",
+    ],
+)
 def test_a_start_begins_with_its_launcher(command, monkeypatch):
     """Which takes seconds until it starts a rank, and starts it anew after a crash."""
     ages = {1: 9000.0, 10: 600.0, 20: 12.0, 30: 4.0}  # init, shell, launcher, rank
@@ -48,7 +54,9 @@ def test_a_rank_notices_that_its_launcher_is_gone(tmp_path):
     script = tmp_path / "torchrun"
     script.write_text(LAUNCHER)
     with subprocess.Popen(
-        [sys.executable, str(script), "x", RANK], stdout=subprocess.PIPE, text=True,
+        [sys.executable, str(script), "x", RANK],
+        stdout=subprocess.PIPE,
+        text=True,
     ) as launcher:
         assert launcher.stdout.readline() == "alive None\n"
         launcher.send_signal(signal.SIGKILL)

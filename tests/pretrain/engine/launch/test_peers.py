@@ -44,11 +44,14 @@ def test_an_exit_code_is_named(child):
     os.waitpid(pid, 0)
 
 
-@pytest.mark.parametrize(("text", "echo"), [
-    ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3412", True),
-    ("Broken pipe", True),
-    ("mat1 and mat2 shapes cannot be multiplied", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "echo"),
+    [
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3412", True),
+        ("Broken pipe", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
 def test_errors_that_may_be_an_echo(text, echo):
     assert speaks_of_a_peer(RuntimeError(text)) == echo
     assert not speaks_of_a_peer(ValueError(text))

@@ -40,15 +40,25 @@ SHEETS = [
 def test_data_sheets(name, half, tf32, single):
     near = [pytest.approx(value, rel=0.025) for value in (half, half, tf32, single)]
     assert [
-        peak_tflops(name, "bf16"), peak_tflops(name, "fp16"), peak_tflops(name, "fp32", tf32=True),
+        peak_tflops(name, "bf16"),
+        peak_tflops(name, "fp16"),
+        peak_tflops(name, "fp32", tf32=True),
         peak_tflops(name, "fp32"),
-    ] == near  # fmt: skip
+    ] == near
 
 
-@pytest.mark.parametrize("name", [
-    "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A10G",
-    "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H20", "NVIDIA L40", "AMD Instinct MI300X",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA A10G",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA H20",
+        "NVIDIA L40",
+        "AMD Instinct MI300X",
+    ],
+)
 def test_names_that_only_look_known(name):
     assert peak_tflops(name, "bf16") is None and peak_tflops(name, "fp32") is None
 
@@ -60,11 +70,13 @@ def gpu(monkeypatch, name: str) -> None:
 def test_the_recipe_goes_before_the_table(monkeypatch):
     gpu(monkeypatch, "NVIDIA H200")
     assert choose_peak(500.0, GPU, "bf16") == (
-        500.0, "MFU refers to 500 TFLOP/s (logging.peak_tflops_per_device)"
-    )  # fmt: skip
+        500.0,
+        "MFU refers to 500 TFLOP/s (logging.peak_tflops_per_device)",
+    )
     assert choose_peak(None, GPU, "bf16") == (
-        989.4, "MFU refers to 989.4 TFLOP/s, the dense peak of NVIDIA H200 in bf16"
-    )  # fmt: skip
+        989.4,
+        "MFU refers to 989.4 TFLOP/s, the dense peak of NVIDIA H200 in bf16",
+    )
 
 
 def test_no_peak_says_what_to_set(monkeypatch):

@@ -155,18 +155,32 @@ def text_of(board, tag: str) -> str:
 def test_tensorboard_begins_with_what_matters(tmp_path):
     """It sorts groups of curves by their names."""
     with open_log(tmp_path, settings=LoggingSettings(), recipe="name: tiny\n") as log:
-        log.log(1, "a", {"gradient_norm": 2.0, "loss": 1.0, "learning_rate": 0.1, "samples": 8,
-                         "samples_per_second": 3.0})
+        log.log(
+            1,
+            "a",
+            {
+                "gradient_norm": 2.0,
+                "loss": 1.0,
+                "learning_rate": 0.1,
+                "samples": 8,
+                "samples_per_second": 3.0,
+            },
+        )
         log.log(1, "a", {"top1": 0.5, "top5": 0.7, "loss": 1.0}, kind="evaluation")
         log.images(1, "a", [np.zeros((4, 4, 3), np.uint8)], ["x"])
     board = read_board(tmp_path)
     tags = sorted([*board.Tags()["scalars"], *board.Tags()["images"]])
     assert tags == [
-        "at_a_glance/evaluation/a/top1", "at_a_glance/evaluation/a/top5", "at_a_glance/examples/a",
-        "at_a_glance/train/a/learning_rate", "at_a_glance/train/a/loss",
+        "at_a_glance/evaluation/a/top1",
+        "at_a_glance/evaluation/a/top5",
+        "at_a_glance/examples/a",
+        "at_a_glance/train/a/learning_rate",
+        "at_a_glance/train/a/loss",
         "at_a_glance/train/a/samples_per_second",
-        "detail/evaluation/a/loss", "detail/train/a/gradient_norm", "detail/train/a/samples",
-    ]  # fmt: skip
+        "detail/evaluation/a/loss",
+        "detail/train/a/gradient_norm",
+        "detail/train/a/samples",
+    ]
     assert "name: tiny" in text_of(board, "recipe")
 
 

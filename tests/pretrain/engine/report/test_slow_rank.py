@@ -18,10 +18,16 @@ from pretrain.engine.report.throughput import Throughput
 PLACES = [Place(f"node{rank // 2}", rank) for rank in range(4)]
 
 
-@pytest.mark.parametrize("world, slow, by, named", [
-    (2, None, 1.0, False), (4, None, 1.0, False),  # equal but for chance
-    (2, 1, 1.1, False), (2, 1, 1.5, True), (4, 2, 1.5, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "world, slow, by, named",
+    [
+        (2, None, 1.0, False),
+        (4, None, 1.0, False),  # equal but for chance
+        (2, 1, 1.1, False),
+        (2, 1, 1.5, True),
+        (4, 2, 1.5, True),
+    ],
+)
 def test_who_is_named(world, slow, by, named):
     draw, watch = random.Random(world), SlowRanks(PLACES)
     for _ in range(REPORTS):
@@ -82,9 +88,11 @@ def test_the_report_of_a_step(group_of_one, monkeypatch):
     throughput = Throughput(ranks, peak_tflops_per_device=1.0)
     monkeypatch.setattr(
         "pretrain.engine.report.throughput.dist",
-        SimpleNamespace(all_gather_into_tensor=lambda out, own: out.copy_(
-            torch.cat([own, own * torch.tensor([1, 1, 1, 1, 1, 3, 1, 2, 1, 3])])
-        )),
+        SimpleNamespace(
+            all_gather_into_tensor=lambda out, own: out.copy_(
+                torch.cat([own, own * torch.tensor([1, 1, 1, 1, 1, 3, 1, 2, 1, 3])])
+            )
+        ),
     )
     seconds = {"own": 1.0, "step": 2.0, "total": 4.0}
     found = throughput.describe(

@@ -84,10 +84,13 @@ def test_a_tracker_gets_recipe_and_numbers_and_accelerate_touches_nothing(record
     made = recorder.made
     assert made.project == "tiny"
     assert [what for what, *_ in made.seen] == ["start", "config", "log", "log", "log", "finish"]
-    assert made.seen[1][1] == {"name": "tiny", "optimizer.lr": 0.1,
-                               "optimizer.betas": "[0.9, 0.95]", "ema": "None"}
-    assert made.seen[3][1:] == (2, {"train/caption/loss": 0.5,
-                                    "train/caption/norm": float("inf")})
+    assert made.seen[1][1] == {
+        "name": "tiny",
+        "optimizer.lr": 0.1,
+        "optimizer.betas": "[0.9, 0.95]",
+        "ema": "None",
+    }
+    assert made.seen[3][1:] == (2, {"train/caption/loss": 0.5, "train/caption/norm": float("inf")})
     assert PartialState._shared_state == {} and not dist.is_initialized()
     del recorder.made
     log_steps(tmp_path / "other", "recorder", rank=1)
@@ -138,8 +141,10 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_flat():
     assert flat({"a": {"b": 1, "c": {"d": None}}, "e": True}) == {
-        "a.b": 1, "a.c.d": "None", "e": True
-    }  # fmt: skip
+        "a.b": 1,
+        "a.c.d": "None",
+        "e": True,
+    }
 
 
 def test_wandb_is_offline_without_a_network(tmp_path, monkeypatch, caplog):

@@ -45,8 +45,11 @@ def test_a_loss_scale_does_not_change_mt_adamw():
     for scale, divided_by in ((1.0, 1.0), (256.0, 256.0), (256.0, 512.0)):
         p = torch.ones(2)
         zero = FakeZero(MTAdamW([p], lr=0.1), divided_by)
-        balance = TaskBalance(SimpleNamespace(optimizer=zero), settings("mt_adamw", clip_norm=None),
-                              lambda step: RATIOS)
+        balance = TaskBalance(
+            SimpleNamespace(optimizer=zero),
+            settings("mt_adamw", clip_norm=None),
+            lambda step: RATIOS,
+        )
         for step in range(3):
             balance.before_step(step, "ab"[step % 2])
             p.grad = scale * torch.tensor([3.0, -4.0 + step])

@@ -19,8 +19,12 @@ TRANSFORMERS = (
     "git_video3_two_frames",
 )
 COMPLETE = (
-    "git_caption", "git_caption_untied", "git_orig_caption", "git_video3", "git_orig_video3"
-)  # fmt: skip
+    "git_caption",
+    "git_caption_untied",
+    "git_orig_caption",
+    "git_video3",
+    "git_orig_video3",
+)
 close = dict(atol=1e-5, rtol=1e-4)
 
 

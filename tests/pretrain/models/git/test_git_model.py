@@ -102,9 +102,12 @@ def test_generation_pads_ended_rows_and_stops_when_told() -> None:
     ids["eos_id"] = int(free[0, 2])
     answers = []
     stopped = generate_greedy(
-        decoder, image_tokens, **ids, max_new_tokens=6,
+        decoder,
+        image_tokens,
+        **ids,
+        max_new_tokens=6,
         agree=lambda done: answers.append(done) or len(answers) == 5,
-    )  # fmt: skip
+    )
     assert stopped.shape == (8, 6)
     assert len(answers) == 5
     for row, whole in zip(stopped.tolist(), free.tolist(), strict=True):
@@ -129,9 +132,13 @@ def test_text_must_fit_the_position_table() -> None:
     image_tokens = torch.zeros(1, 5, 32)
     with pytest.raises(ValueError, match="max_new_tokens must be 1 to 12"):
         generate_greedy(
-            model.objectives["caption"].decoder, image_tokens,
-            bos_id=1, eos_id=2, pad_id=0, max_new_tokens=13,
-        )  # fmt: skip
+            model.objectives["caption"].decoder,
+            image_tokens,
+            bos_id=1,
+            eos_id=2,
+            pad_id=0,
+            max_new_tokens=13,
+        )
 
 
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])

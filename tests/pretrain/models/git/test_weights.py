@@ -61,12 +61,12 @@ def test_vectors_of_frames_under_both_spellings_and_in_their_order() -> None:
     expected = import_git(golden)["objectives.caption.decoder.temporal.vectors"]
     assert expected.shape == (3, 1, 32)
     old = {name.replace("temporal", "temperal"): tensor for name, tensor in golden.items()}
-    assert torch.equal(
-        import_git(old)["objectives.caption.decoder.temporal.vectors"], expected
-    )
+    assert torch.equal(import_git(old)["objectives.caption.decoder.temporal.vectors"], expected)
     # As a safetensors file lists its names: 10 before 2.
-    many = {f"git.img_temporal_embedding.{i}": torch.full((1, 1, 32), i)
-            for i in sorted(range(12), key=str)}
+    many = {
+        f"git.img_temporal_embedding.{i}": torch.full((1, 1, 32), i)
+        for i in sorted(range(12), key=str)
+    }
     found = import_git(golden | many)["objectives.caption.decoder.temporal.vectors"]
     assert found[:, 0, 0].tolist() == list(range(12))
     del golden["git.img_temporal_embedding.1"]

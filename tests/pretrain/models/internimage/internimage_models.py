@@ -15,10 +15,14 @@ SMALL_PROJECTOR = {"type": "projector", "width": 64, "heads": 4, "output": 48}
 
 PUBLISHED = {
     # size: parameters with 1000 classes, tensors of the state dict
-    "T": (29_918_424, 633), "S": (50_079_880, 751), "B": (97_461_832, 751),
-    "L": (223_334_810, 839), "XL": (334_819_780, 883), "H": (1_089_636_760, 1357),
+    "T": (29_918_424, 633),
+    "S": (50_079_880, 751),
+    "B": (97_461_832, 751),
+    "L": (223_334_810, 839),
+    "XL": (334_819_780, 883),
+    "H": (1_089_636_760, 1357),
     "G": (3_076_373_352, 1295),
-}  # fmt: skip
+}
 
 
 def read_golden(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -61,9 +65,7 @@ class OfficialModel(nn.Module):
 
     def load_official(self, state: dict[str, Tensor]) -> None:
         assert self.official().keys() == state.keys()
-        self.load_state_dict({
-            n: state[n.removeprefix("encoder.")] for n in self.state_dict()
-        })  # fmt: skip
+        self.load_state_dict({n: state[n.removeprefix("encoder.")] for n in self.state_dict()})
 
 
 @dataclass
@@ -89,9 +91,16 @@ class Golden:
 
 def settings_of(name: str, info: dict[str, str]) -> InternImageSettings:
     """The settings that a golden file's metadata describe in official terms."""
-    flag = {key: info.get(key) == "True" for key in (
-        "post_norm", "res_post_norm", "center_feature_scale", "remove_center", "use_clip_projector",
-    )}  # fmt: skip
+    flag = {
+        key: info.get(key) == "True"
+        for key in (
+            "post_norm",
+            "res_post_norm",
+            "center_feature_scale",
+            "remove_center",
+            "use_clip_projector",
+        )
+    }
     projector = SMALL_PROJECTOR if name.endswith("smallhead") else {"type": "projector"}
     return InternImageSettings(
         channels=int(info["channels"]),
@@ -114,9 +123,9 @@ def settings_of(name: str, info: dict[str, str]) -> InternImageSettings:
 
 def small_settings(**changes) -> InternImageSettings:
     """An InternImage of four small stages, 128 channels in the last."""
-    return InternImageSettings(**{
-        "channels": 16, "depths": (1, 1, 2, 1), "groups": (1, 2, 4, 8), **changes
-    })  # fmt: skip
+    return InternImageSettings(
+        **{"channels": 16, "depths": (1, 1, 2, 1), "groups": (1, 2, 4, 8), **changes}
+    )
 
 
 def small_encoder(seed: int = 0, **changes) -> InternImage:

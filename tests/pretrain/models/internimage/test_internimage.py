@@ -33,9 +33,7 @@ MIXERS = ("dcnv3", "halo", "shifted_window", "reduced_attention", "depthwise_con
 
 
 def images(count: int = 2, height: int = 64, width: int = 64, seed: int = 0) -> torch.Tensor:
-    return torch.randn(
-        count, 3, height, width, generator=torch.Generator().manual_seed(seed)
-    )
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def draws(*positions: int, seed: int = 1, task: str = "classify") -> SampleDraws:
@@ -91,10 +89,21 @@ def test_flops_are_those_that_torch_counts(mixer):
         assert counter.get_total_flops() == wanted - sampled
 
 
-@pytest.mark.parametrize("size, side, giga", [
-    ("T", 224, 4.89), ("S", 224, 8.31), ("B", 224, 16.18), ("L", 384, 107.8), ("XL", 384, 162.9),
-    ("H", 224, 182.9), ("H", 384, 537), ("H", 640, 1493), ("G", 384, 1525), ("G", 512, 2711),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, side, giga",
+    [
+        ("T", 224, 4.89),
+        ("S", 224, 8.31),
+        ("B", 224, 16.18),
+        ("L", 384, 107.8),
+        ("XL", 384, 162.9),
+        ("H", 224, 182.9),
+        ("H", 384, 537),
+        ("H", 640, 1493),
+        ("G", 384, 1525),
+        ("G", 512, 2711),
+    ],
+)
 def test_flops_of_the_published_sizes(size, side, giga):
     """In the official count: multiply-adds, and 5 operations for a sampled point and channel."""
     with torch.device("meta"):
@@ -162,9 +171,13 @@ def test_drop_path_rates_rise_and_keep_the_mean():
 def test_recomputation_changes_nothing():
     def gradients(recompute: bool) -> list[torch.Tensor]:
         encoder = small_encoder(
-            drop_path=0.4, gradient_checkpointing=recompute, head=SMALL_PROJECTOR,
-            mixer={"center_feature_scale": True}, post_norm_layers=(1,), res_post_norm=True,
-        )  # fmt: skip
+            drop_path=0.4,
+            gradient_checkpointing=recompute,
+            head=SMALL_PROJECTOR,
+            mixer={"center_feature_scale": True},
+            post_norm_layers=(1,),
+            res_post_norm=True,
+        )
         encoder.train().encode(images(), ("pooled",), draws(3, 4)).pooled.square().sum().backward()
         return [p.grad for p in encoder.parameters()]
 
@@ -172,9 +185,13 @@ def test_recomputation_changes_nothing():
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("backend", [
-    "aot_eager", pytest.param("inductor", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param("inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_without_a_graph_break(backend):
     if backend == "inductor" and (missing() or not Path(get_path("include"), "Python.h").exists()):
         pytest.skip("inductor needs a C++ compiler and Python's headers")
@@ -194,9 +211,10 @@ def test_compiled_without_a_graph_break(backend):
 def test_torch_exports_it_for_any_batch():
     encoder = small_encoder(head={"type": "conv"}).eval()
     exported = torch.export.export(
-        Pooled(encoder), (images(2),),
+        Pooled(encoder),
+        (images(2),),
         dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=64)}},
-    )  # fmt: skip
+    )
     with torch.no_grad():
         found = exported.module()(images(5))
         torch.testing.assert_close(found, encoder.encode(images(5), ("pooled",)).pooled)
@@ -250,11 +268,13 @@ def test_batch_norm_equals_torch_and_leaves_padding_out():
     for name, value in torchs.state_dict().items():
         torch.testing.assert_close(own.state_dict()[name], value)
     valid = torch.tensor([True, False, True, True, False])
-    torch.testing.assert_close(own(x, valid)[valid], torchs(x[valid].permute(0, 3, 1, 2))
-                               .permute(0, 2, 3, 1))
+    torch.testing.assert_close(
+        own(x, valid)[valid], torchs(x[valid].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    )
     torch.testing.assert_close(own.running_var, torchs.running_var)
-    torch.testing.assert_close(own.eval()(x), torchs.eval()(x.permute(0, 3, 1, 2))
-                               .permute(0, 2, 3, 1))
+    torch.testing.assert_close(
+        own.eval()(x), torchs.eval()(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    )
 
 
 # ---- learning rates ----------------------------------------------------------------------------
@@ -263,20 +283,26 @@ def test_batch_norm_equals_torch_and_leaves_padding_out():
 GROUPED = {
     "t": {"head": {"type": "conv"}},
     "postnorm_ls": {
-        "head": {"type": "conv"}, "post_norm": True, "layer_scale": 1e-5, "stage_norm": False,
+        "head": {"type": "conv"},
+        "post_norm": True,
+        "layer_scale": 1e-5,
+        "stage_norm": False,
     },
     "h": {
-        "head": SMALL_PROJECTOR, "res_post_norm": True, "post_norm_layers": [0],
+        "head": SMALL_PROJECTOR,
+        "res_post_norm": True,
+        "post_norm_layers": [0],
         "mixer": {"center_feature_scale": True, "dw_kernel_size": 5},
     },
-}  # fmt: skip
+}
 
 
 def grouped(case: str, **settings) -> dict[str, tuple[float, float]]:
     """Official name -> learning rate and weight decay, at a peak of 1."""
     encoder = small_encoder(**GROUPED[case])
-    model = nn.ModuleDict({"encoders": nn.ModuleDict({"image": encoder}),
-                           "head": nn.Linear(encoder.pooled_width, 10)})  # fmt: skip
+    model = nn.ModuleDict(
+        {"encoders": nn.ModuleDict({"image": encoder}), "head": nn.Linear(encoder.pooled_width, 10)}
+    )
     multipliers = {"*.dcn.offset.*": 0.1}
     if case == "h":
         multipliers["*.dcn.center_feature_scale_proj_*"] = 0.1
@@ -290,9 +316,13 @@ def grouped(case: str, **settings) -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("case", sorted(GROUPED))
-@pytest.mark.parametrize(("kind", "layer_decay"), [
-    ("layer_decay_0.9", {"encoders.image": 0.9}), ("no_layer_decay", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "layer_decay"),
+    [
+        ("layer_decay_0.9", {"encoders.image": 0.9}),
+        ("no_layer_decay", {}),
+    ],
+)
 def test_the_official_grouping(case, kind, layer_decay):
     golden = json.loads((GOLDENS / "optim_groups.json").read_text())["groups"]
     wanted = golden[f"{case}/{kind}_dcn_mul_0.1"]
@@ -312,7 +342,10 @@ def test_without_layer_decay_offsets_learn_slower_all_the_same(case):
         assert rate == (0.1 if slow else 1.0), name
         assert decay == official[name][1]
         assert (decay == 0.0) == (
-            name.endswith("bias") or "norm" in name or "gamma" in name or ".dw_conv.1." in name
+            name.endswith("bias")
+            or "norm" in name
+            or "gamma" in name
+            or ".dw_conv.1." in name
             or "conv_head.1" in name
         ), name
 
@@ -343,27 +376,31 @@ def test_a_size_gives_way_to_what_is_said_beside_it():
     assert other.mixer.window == 8 and other.channels == 320
     for size in PUBLISHED:  # what a run directory holds reads back as what it was
         settings = InternImageSettings(size=size)
-        assert InternImageSettings.model_validate_json(
-            settings.model_dump_json(), strict=True
-        ) == settings
+        assert (
+            InternImageSettings.model_validate_json(settings.model_dump_json(), strict=True)
+            == settings
+        )
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"groups": (3, 4, 8, 16)}, r"groups\[0\] \(3\) must divide the 64"),
-    ({"size": "H", "layer_scale": 1e-5}, "res_post_norm goes with neither"),
-    ({"post_norm_layers": (18,)}, r"layers 0\.\.17, not \[18\]"),
-    ({"mixer": {"type": "halo", "offset_scale": 2.0}}, "offset_scale"),
-    ({"head": {"type": "projector", "width": 100}}, r"heads \(16\) must divide width"),
-    ({"size": "M"}, "size"),
-    ({"channels": 63, "groups": (1, 1, 1, 1)}, r"channels \(63\) must be even"),
-    ({"mixer": {"kernel_size": 4}}, "must be odd"),
-    ({"mixer": {"type": "depthwise_conv", "kernel_size": 2}}, "must be odd"),
-    ({"depths": (1, 0, 1, 1)}, "greater than 0"),
-    ({"post_norm_layers": (5, 5)}, r"post_norm_layers: \[5, 5\] must rise"),
-    ({"mixer": {"kernel_size": 1, "remove_center": True}}, "the only point of kernel_size 1"),
-    ({"mixer": {"offset_scale": float("inf")}}, "finite number"),
-    ({"post_norm": True, "layer_scale": float("nan")}, "finite number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"groups": (3, 4, 8, 16)}, r"groups\[0\] \(3\) must divide the 64"),
+        ({"size": "H", "layer_scale": 1e-5}, "res_post_norm goes with neither"),
+        ({"post_norm_layers": (18,)}, r"layers 0\.\.17, not \[18\]"),
+        ({"mixer": {"type": "halo", "offset_scale": 2.0}}, "offset_scale"),
+        ({"head": {"type": "projector", "width": 100}}, r"heads \(16\) must divide width"),
+        ({"size": "M"}, "size"),
+        ({"channels": 63, "groups": (1, 1, 1, 1)}, r"channels \(63\) must be even"),
+        ({"mixer": {"kernel_size": 4}}, "must be odd"),
+        ({"mixer": {"type": "depthwise_conv", "kernel_size": 2}}, "must be odd"),
+        ({"depths": (1, 0, 1, 1)}, "greater than 0"),
+        ({"post_norm_layers": (5, 5)}, r"post_norm_layers: \[5, 5\] must rise"),
+        ({"mixer": {"kernel_size": 1, "remove_center": True}}, "the only point of kernel_size 1"),
+        ({"mixer": {"offset_scale": float("inf")}}, "finite number"),
+        ({"post_norm": True, "layer_scale": float("nan")}, "finite number"),
+    ],
+)
 def test_impossible_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         InternImageSettings(**changes)
@@ -386,6 +423,10 @@ def test_modules_check_their_own_arguments():
         InternImage(16, (1, 1, 1, 1), (1, 2, 4, 8), head="conv")
     with pytest.raises(ValueError, match=r"InternImage gives tokens, cells, .* but no words"):
         small_encoder().encode(images(1), ("words",))
-    model = OfficialModel(InternImage(16, (1, 1, 1, 1), (1, 2, 4, 8), head=small_settings(
-        head={"type": "conv"}).head), 3)
+    model = OfficialModel(
+        InternImage(
+            16, (1, 1, 1, 1), (1, 2, 4, 8), head=small_settings(head={"type": "conv"}).head
+        ),
+        3,
+    )
     assert model(images(1)).shape == (1, 3)

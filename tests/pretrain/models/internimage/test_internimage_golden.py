@@ -86,10 +86,18 @@ def test_published_sizes_to_the_last_parameter(size):
     backbone = [
         p for n, p in encoder.named_parameters() if n.startswith(("patch_embed.", "levels."))
     ]
-    assert sum(p.numel() for p in backbone) == {
-        "T": 28_754_672, "S": 48_502_560, "B": 94_909_920, "L": 218_952_370, "XL": 328_971_228,
-        "H": 1_073_122_480, "G": 3_052_781_184,
-    }[size]  # fmt: skip
+    assert (
+        sum(p.numel() for p in backbone)
+        == {
+            "T": 28_754_672,
+            "S": 48_502_560,
+            "B": 94_909_920,
+            "L": 218_952_370,
+            "XL": 328_971_228,
+            "H": 1_073_122_480,
+            "G": 3_052_781_184,
+        }[size]
+    )
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -112,21 +120,27 @@ def official_shapes(size: str, classes: int) -> dict[str, tuple[int, ...]]:
     large, scaled = size in ("H", "G"), size in ("S", "B", "L", "XL")
     dw = 5 if large else 3
     shapes = {
-        **pair("patch_embed.conv1", c // 2, 3, 3, 3), **pair("patch_embed.norm1.1", c // 2),
-        **pair("patch_embed.conv2", c, c // 2, 3, 3), **pair("patch_embed.norm2.1", c),
-    }  # fmt: skip
+        **pair("patch_embed.conv1", c // 2, 3, 3, 3),
+        **pair("patch_embed.norm1.1", c // 2),
+        **pair("patch_embed.conv2", c, c // 2, 3, 3),
+        **pair("patch_embed.norm2.1", c),
+    }
     for i, (depth, g) in enumerate(zip(depths, groups, strict=True)):
         w = c * 2**i
         for j in range(depth):
             block = f"levels.{i}.blocks.{j}"
             shapes |= {
-                **pair(f"{block}.norm1.0", w), **pair(f"{block}.norm2.0", w),
+                **pair(f"{block}.norm1.0", w),
+                **pair(f"{block}.norm2.0", w),
                 **pair(f"{block}.dcn.dw_conv.0", w, 1, dw, dw),
                 **pair(f"{block}.dcn.dw_conv.1.1", w),
-                **pair(f"{block}.dcn.offset", g * 18, w), **pair(f"{block}.dcn.mask", g * 9, w),
-                **pair(f"{block}.dcn.input_proj", w, w), **pair(f"{block}.dcn.output_proj", w, w),
-                **pair(f"{block}.mlp.fc1", 4 * w, w), **pair(f"{block}.mlp.fc2", w, 4 * w),
-            }  # fmt: skip
+                **pair(f"{block}.dcn.offset", g * 18, w),
+                **pair(f"{block}.dcn.mask", g * 9, w),
+                **pair(f"{block}.dcn.input_proj", w, w),
+                **pair(f"{block}.dcn.output_proj", w, w),
+                **pair(f"{block}.mlp.fc1", 4 * w, w),
+                **pair(f"{block}.mlp.fc2", w, 4 * w),
+            }
             if scaled:
                 shapes |= {f"{block}.gamma1": (w,), f"{block}.gamma2": (w,)}
             if size == "H":
@@ -142,25 +156,31 @@ def official_shapes(size: str, classes: int) -> dict[str, tuple[int, ...]]:
             shapes |= pair(f"levels.{i}.downsample.norm.1", 2 * w)
     for p in range({"H": 5, "G": 8}.get(size, 0)):
         shapes |= pair(f"levels.2.post_norms.{p}.0", 4 * c)
-    return shapes | (projector_shapes(c) if large else conv_head_shapes(c)) | pair(
-        "head", classes, 768 if large else 12 * c
+    return (
+        shapes
+        | (projector_shapes(c) if large else conv_head_shapes(c))
+        | pair("head", classes, 768 if large else 12 * c)
     )
 
 
 def conv_head_shapes(c: int) -> dict[str, tuple[int, ...]]:
     return {
-        "conv_head.0.weight": (12 * c, 8 * c, 1, 1), **pair("conv_head.1.0", 12 * c),
-        "conv_head.1.0.running_mean": (12 * c,), "conv_head.1.0.running_var": (12 * c,),
+        "conv_head.0.weight": (12 * c, 8 * c, 1, 1),
+        **pair("conv_head.1.0", 12 * c),
+        "conv_head.1.0.running_mean": (12 * c,),
+        "conv_head.1.0.running_var": (12 * c,),
         "conv_head.1.0.num_batches_tracked": (),
-    }  # fmt: skip
+    }
 
 
 def projector_shapes(c: int) -> dict[str, tuple[int, ...]]:
     cross = "clip_projector.cross_dcn"
     return {
-        **pair("dcnv3_head_x4.0", 4096, 8 * c, 1, 1), **pair("dcnv3_head_x3", 1024, 4 * c, 1, 1),
+        **pair("dcnv3_head_x4.0", 4096, 8 * c, 1, 1),
+        **pair("dcnv3_head_x3", 1024, 4 * c, 1, 1),
         **{k: v for part in "qkv" for k, v in pair(f"clip_projector.norm1_{part}.0", 1024).items()},
         **{f"{cross}.{part}_bias": (1024,) for part in "qkv"},
         **{f"{cross}.{part}.weight": (1024, 1024) for part in "qkv"},
-        **pair(f"{cross}.proj", 768, 1024), **pair("fc_norm.0", 768),
-    }  # fmt: skip
+        **pair(f"{cross}.proj", 768, 1024),
+        **pair("fc_norm.0", 768),
+    }

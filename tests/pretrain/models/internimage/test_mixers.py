@@ -73,9 +73,12 @@ def test_reduced_attention(reduction):
         patches = F.unfold(padded.permute(0, 3, 1, 2), reduction, stride=reduction)
         weight = mixer.reduce.weight.flatten(1)
         small = F.layer_norm(
-            patches.transpose(1, 2) @ weight.T + mixer.reduce.bias, (CHANNELS,),
-            mixer.norm[0].weight, mixer.norm[0].bias, 1e-6,
-        )  # fmt: skip
+            patches.transpose(1, 2) @ weight.T + mixer.reduce.bias,
+            (CHANNELS,),
+            mixer.norm[0].weight,
+            mixer.norm[0].bias,
+            1e-6,
+        )
     k, v = mixer.key_value(small).unflatten(-1, (2, HEADS, -1)).unbind(2)
     q = mixer.query(x).unflatten(-1, (HEADS, -1))
     mixed = torch.empty_like(x)
@@ -104,10 +107,16 @@ def test_every_other_layer_shifts_its_windows():
     assert reductions == [8, 4, 2, 1]
 
 
-@pytest.mark.parametrize("mixer", [
-    {"type": "halo", "window": 3, "halo": 1}, {"type": "shifted_window", "window": 3},
-    {"type": "reduced_attention"}, {"type": "depthwise_conv", "kernel_size": 3}, {"type": "dcnv3"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {"type": "halo", "window": 3, "halo": 1},
+        {"type": "shifted_window", "window": 3},
+        {"type": "reduced_attention"},
+        {"type": "depthwise_conv", "kernel_size": 3},
+        {"type": "dcnv3"},
+    ],
+)
 def test_blocks_of_all_mixers_learn(mixer):
     """Every parameter gets a gradient, in the same block."""
     encoder = small_settings(

@@ -24,9 +24,13 @@ from tests.pretrain.models.internimage.internimage_models import (
 FORMS = {
     "t": {"head": {"type": "conv"}},
     "s": {"head": {"type": "conv"}, "post_norm": True, "layer_scale": 1e-5, "stage_norm": False},
-    "h": {"head": SMALL_PROJECTOR, "res_post_norm": True, "post_norm_layers": (1,),
-          "mixer": {"center_feature_scale": True, "dw_kernel_size": 5}},
-}  # fmt: skip
+    "h": {
+        "head": SMALL_PROJECTOR,
+        "res_post_norm": True,
+        "post_norm_layers": (1,),
+        "mixer": {"center_feature_scale": True, "dw_kernel_size": 5},
+    },
+}
 
 
 def official(form: str, classes: int = 5) -> tuple[InternImageSettings, dict[str, torch.Tensor]]:
@@ -113,10 +117,12 @@ def test_round_trip(form, target):
     settings, state = official(form)
     ours = import_internimage(state, settings, "eye", "sort")
     assert {name for name in ours if not name.startswith("encoders.eye.")} == {
-        "objectives.sort.head.weight", "objectives.sort.head.bias"
-    }  # fmt: skip
-    theirs = export_internimage(ours | {"encoders.other.weight": torch.zeros(1)}, target,
-                                "eye", "sort")  # fmt: skip
+        "objectives.sort.head.weight",
+        "objectives.sort.head.bias",
+    }
+    theirs = export_internimage(
+        ours | {"encoders.other.weight": torch.zeros(1)}, target, "eye", "sort"
+    )
     if target == "official":
         assert same(theirs, state)
     else:

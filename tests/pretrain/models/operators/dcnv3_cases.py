@@ -52,10 +52,16 @@ def random_case(
     geometry = {"kernel_size": 3, "stride": 1, "pad": 1, "dilation": 1, **geometry}
     pairs = {k: _pair(geometry[k]) for k in ("kernel_size", "stride", "pad", "dilation")}
     size = [
-        (shape[1 + a] + 2 * pairs["pad"][a] - pairs["dilation"][a] * (pairs["kernel_size"][a] - 1)
-         - 1) // pairs["stride"][a] + 1
+        (
+            shape[1 + a]
+            + 2 * pairs["pad"][a]
+            - pairs["dilation"][a] * (pairs["kernel_size"][a] - 1)
+            - 1
+        )
+        // pairs["stride"][a]
+        + 1
         for a in (0, 1)
-    ]  # fmt: skip
+    ]
     points = pairs["kernel_size"][0] * pairs["kernel_size"][1]
     points = (points - geometry.get("remove_center", False)) * geometry["groups"]
     tensors = {

@@ -41,8 +41,11 @@ def run(ptx: str, arguments: Sequence[Tensor | int], programs: int, warps: int) 
         NotImplementedError: an instruction that is not known, or threads that part.
     """
     parameters, code, labels = _parsed(ptx)
-    memory = [(t.data_ptr(), t.view(-1).view(torch.uint8).numpy())
-              for t in arguments if isinstance(t, Tensor)]  # fmt: skip
+    memory = [
+        (t.data_ptr(), t.view(-1).view(torch.uint8).numpy())
+        for t in arguments
+        if isinstance(t, Tensor)
+    ]
     numbers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     numbers += [0] * (len(parameters) - len(numbers))  # pointers that Triton adds for itself
     values = dict(zip(parameters, numbers, strict=True))
@@ -76,8 +79,10 @@ class _Program:
     def __init__(self, memory: list, values: dict[str, int], number: int, threads: int) -> None:
         self.memory, self.values, self.threads = memory, values, threads
         self.shared = np.zeros(_SHARED_BYTES, np.uint8)
-        self.registers = {"%tid.x": np.arange(threads, dtype=np.uint32),
-                          "%ctaid.x": np.full(threads, number, np.uint32)}  # fmt: skip
+        self.registers = {
+            "%tid.x": np.arange(threads, dtype=np.uint32),
+            "%ctaid.x": np.full(threads, number, np.uint32),
+        }
 
     def execute(self, code: list[_Instruction], labels: dict[str, int]) -> None:
         at = 0
@@ -168,4 +173,3 @@ class _Program:
                 data[at] = (data[at].view(new.dtype) + added).view(np.uint8)
 
     _atom = _red  # what was there before is not used
-

@@ -81,8 +81,15 @@ def _arithmetic(name: str, first: np.ndarray, *others: np.ndarray) -> np.ndarray
     if name in ("div", "rem") and not floating:  # truncated
         quotient = np.trunc(first.astype(np.longdouble) / others[0]).astype(first.dtype)
         return quotient if name == "div" else first - quotient * others[0]
-    names = {"add": "add", "sub": "sub", "mul": "mul", "div": "truediv", "and": "and_", "or": "or_",
-             "xor": "xor"}  # fmt: skip
+    names = {
+        "add": "add",
+        "sub": "sub",
+        "mul": "mul",
+        "div": "truediv",
+        "and": "and_",
+        "or": "or_",
+        "xor": "xor",
+    }
     if name not in names:
         raise NotImplementedError(name)
     return getattr(operator, names[name])(first, *others)

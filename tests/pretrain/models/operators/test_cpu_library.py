@@ -50,8 +50,9 @@ def unloaded():
 
 def _process() -> subprocess.Popen:
     code = "from pretrain.models.operators.cpu_library import library; print(library())"
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                            start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def test_processes_that_start_together_compile_once(pretended):
@@ -92,10 +93,16 @@ def test_without_a_compiler_torch_takes_over(unloaded, monkeypatch, caplog):
         results(case, "cpp")
 
 
-@pytest.mark.parametrize("action, words", [
-    ("echo 'lanes.h:1: error: too modern' >&2; exit 3", "status 3: lanes.h:1: error: too modern"),
-    ("echo Killed >&2; kill -9 $$", "status -9: Killed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "action, words",
+    [
+        (
+            "echo 'lanes.h:1: error: too modern' >&2; exit 3",
+            "status 3: lanes.h:1: error: too modern",
+        ),
+        ("echo Killed >&2; kill -9 $$", "status -9: Killed"),
+    ],
+)
 def test_a_compiler_that_fails_is_quoted(pretended, unloaded, tmp_path, action, words):
     pretended(action)
     assert words in cpu_library.missing()
@@ -116,8 +123,10 @@ def test_a_cache_that_cannot_be_written(pretended, unloaded, tmp_path):
 def test_a_library_is_named_by_what_it_depends_on(pretended, monkeypatch):
     pretended("true")
     compiler = [os.environ["CXX"]]
-    flags = {name: cpu_library._fingerprint(compiler, value)
-             for name, value in cpu_library._VECTOR_FLAGS.items()}  # fmt: skip
+    flags = {
+        name: cpu_library._fingerprint(compiler, value)
+        for name, value in cpu_library._VECTOR_FLAGS.items()
+    }
     assert len(set(flags.values())) == 2
     plain, narrow = (cpu_library._fingerprint([*compiler, *more], ()) for more in ((), ("-m32",)))
     assert plain != narrow
@@ -165,11 +174,19 @@ def test_narrower_vectors(capability):
     if cpu_library.missing() is not None:
         pytest.skip(cpu_library.missing())
     folder = Path(__file__).parent
-    tests = [folder / name for name in ("test_dcnv3.py", "test_dcnv3_backends.py",
-                                        "test_ms_deform_attn.py")]  # fmt: skip
-    code = (f"import sys, pytest, torch\n"
-            f"assert torch.backends.cpu.get_cpu_capability() == {capability.upper()!r}\n"
-            f"sys.exit(pytest.main(['-q', *{[str(test) for test in tests]!r}]))")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "ATEN_CPU_CAPABILITY": capability})  # fmt: skip
+    tests = [
+        folder / name
+        for name in ("test_dcnv3.py", "test_dcnv3_backends.py", "test_ms_deform_attn.py")
+    ]
+    code = (
+        f"import sys, pytest, torch\n"
+        f"assert torch.backends.cpu.get_cpu_capability() == {capability.upper()!r}\n"
+        f"sys.exit(pytest.main(['-q', *{[str(test) for test in tests]!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+    )
     assert done.returncode == 0, done.stdout + done.stderr

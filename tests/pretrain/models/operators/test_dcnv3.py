@@ -188,23 +188,38 @@ def test_backward_keeps_only_the_inputs():
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in inputs} and len(kept) == 3
 
 
-@pytest.mark.parametrize("change, error, words", [
-    ({"offset": torch.zeros(2, 4, 3, 35)}, ValueError, "offset .2, 4, 3, 35. must be .2, 4, 3, 36"),
-    ({"mask": torch.zeros(2, 4, 4, 18)}, ValueError, "mask .2, 4, 4, 18. must be .2, 4, 3, 18"),
-    ({"value": torch.zeros(4, 3, 4)}, ValueError, "value .4, 3, 4. must be .N, H, W, C"),
-    ({"groups": 3}, ValueError, "groups .3. must divide the 4 channels"),
-    ({"group_channels": 3}, ValueError, "group_channels .3. must be the 4 channels"),
-    ({"kernel_size": (0, 3)}, ValueError, "kernel_size .0, 3. must be at least 1"),
-    ({"kernel_size": (3, 3, 3)}, ValueError, "kernel_size .3, 3, 3. must be a whole number, or"),
-    ({"stride": 1.0}, ValueError, "stride 1.0 must be a whole number, or two"),
-    ({"kernel_size": 9}, ValueError, "smaller than the kernel"),
-    ({"kernel_size": 4, "remove_center": True}, ValueError, "odd kernel_size"),
-    ({"offset_scale": float("nan")}, ValueError, "offset_scale nan"),
-    ({"value": torch.zeros(2, 4, 3, 4, dtype=torch.int32)}, TypeError, "value is torch.int32"),
-    ({"mask": torch.zeros(2, 4, 3, 18, dtype=torch.float64)}, TypeError, "mask is torch.float64"),
-    ({"mask": torch.zeros(2, 4, 3, 18, device="meta")}, ValueError, "mask is on meta"),
-    ({"backend": "cuda"}, ValueError, "backend='cuda': on cpu there are auto, "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (
+            {"offset": torch.zeros(2, 4, 3, 35)},
+            ValueError,
+            "offset .2, 4, 3, 35. must be .2, 4, 3, 36",
+        ),
+        ({"mask": torch.zeros(2, 4, 4, 18)}, ValueError, "mask .2, 4, 4, 18. must be .2, 4, 3, 18"),
+        ({"value": torch.zeros(4, 3, 4)}, ValueError, "value .4, 3, 4. must be .N, H, W, C"),
+        ({"groups": 3}, ValueError, "groups .3. must divide the 4 channels"),
+        ({"group_channels": 3}, ValueError, "group_channels .3. must be the 4 channels"),
+        ({"kernel_size": (0, 3)}, ValueError, "kernel_size .0, 3. must be at least 1"),
+        (
+            {"kernel_size": (3, 3, 3)},
+            ValueError,
+            "kernel_size .3, 3, 3. must be a whole number, or",
+        ),
+        ({"stride": 1.0}, ValueError, "stride 1.0 must be a whole number, or two"),
+        ({"kernel_size": 9}, ValueError, "smaller than the kernel"),
+        ({"kernel_size": 4, "remove_center": True}, ValueError, "odd kernel_size"),
+        ({"offset_scale": float("nan")}, ValueError, "offset_scale nan"),
+        ({"value": torch.zeros(2, 4, 3, 4, dtype=torch.int32)}, TypeError, "value is torch.int32"),
+        (
+            {"mask": torch.zeros(2, 4, 3, 18, dtype=torch.float64)},
+            TypeError,
+            "mask is torch.float64",
+        ),
+        ({"mask": torch.zeros(2, 4, 3, 18, device="meta")}, ValueError, "mask is on meta"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda': on cpu there are auto, "),
+    ],
+)
 def test_mistakes_are_named(change, error, words):
     case = random_case((2, 4, 3, 4), groups=2)
     with pytest.raises(error, match=words):

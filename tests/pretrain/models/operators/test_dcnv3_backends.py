@@ -42,18 +42,26 @@ _pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
     spread=st.sampled_from([0.0, 1.0, 30.0]),
     center=st.booleans(),
 )
-def test_backends_agree(n, size, groups, depth, kernel_size, stride, pad, dilation, scale, spread,
-                        center):  # fmt: skip
+def test_backends_agree(
+    n, size, groups, depth, kernel_size, stride, pad, dilation, scale, spread, center
+):
     _need_cpp()
     # Images at least as large as the kernel needs.
     spans = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, kernel_size, pad, strict=True)]
     size = [max(s, span) for s, span in zip(size, spans, strict=True)]
     odd = all(k % 2 for k in kernel_size) and kernel_size != (1, 1)
     case = random_case(
-        (n, *size, groups * depth), spread=spread, dtype=torch.float64, groups=groups,
-        kernel_size=kernel_size, stride=stride, pad=pad, dilation=dilation, offset_scale=scale,
+        (n, *size, groups * depth),
+        spread=spread,
+        dtype=torch.float64,
+        groups=groups,
+        kernel_size=kernel_size,
+        stride=stride,
+        pad=pad,
+        dilation=dilation,
+        offset_scale=scale,
         remove_center=odd and not center,
-    )  # fmt: skip
+    )
     expected, found = results(case, "torch"), results(case, "cpp")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-11, rtol=1e-11)
@@ -97,8 +105,10 @@ def test_bits_do_not_depend_on_threads(threads):
 def test_inputs_of_any_layout(backend):
     case = random_case((2, 5, 4, 12), groups=3)
     expected = results(case, backend)
-    views = {name: tensor.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-             for name, tensor in case.tensors.items()}  # fmt: skip
+    views = {
+        name: tensor.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        for name, tensor in case.tensors.items()
+    }
     gradient = case.gradient[:1, :1].clone().expand_as(case.gradient)
     found = results(case._replace(tensors=views), backend)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -142,7 +152,12 @@ def test_under_autocast(backend):
     case, expected = golden(GOLDENS[2])
     tensors = {name: tensor.float() for name, tensor in case.tensors.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = dcnv3(tensors["value"].bfloat16(), tensors["offset"].bfloat16(), tensors["mask"],
-                       **case.geometry, backend=backend)  # fmt: skip
+        output = dcnv3(
+            tensors["value"].bfloat16(),
+            tensors["offset"].bfloat16(),
+            tensors["mask"],
+            **case.geometry,
+            backend=backend,
+        )
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.double(), expected["output"], atol=0.05, rtol=0)

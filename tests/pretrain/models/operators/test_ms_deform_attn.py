@@ -15,15 +15,16 @@ SHAPES = [
     {"sizes": [(5, 5)], "heads": 4, "depth": 16, "queries": 41, "points": 4},
     {"sizes": [(4, 6)], "depth": 61},
     {"sizes": [(3, 2), (1, 2), (2, 2), (2, 1), (1, 4), (2, 3)], "points": 2},
-]  # fmt: skip
+]
 
 
 def attention_case(
     sizes, *, n=2, queries=5, heads=2, depth=4, points=3, dtype=torch.float64, seed=0
 ):
     generator = torch.Generator().manual_seed(seed)
-    value = torch.randn(n, sum(h * w for h, w in sizes), heads, depth, generator=generator,
-                        dtype=torch.float64)  # fmt: skip
+    value = torch.randn(
+        n, sum(h * w for h, w in sizes), heads, depth, generator=generator, dtype=torch.float64
+    )
     shape = (n, queries, heads, len(sizes), points)
     # Some lie outside: from -0.25 to 1.25.
     locations = 1.5 * torch.rand(*shape, 2, generator=generator, dtype=torch.float64) - 0.25
@@ -54,15 +55,20 @@ def test_equals_transformers(shape, backend):
         expected = results(reference, tensors, gradient)
         found = results(
             lambda v, p, w: ms_deform_attn(v, sizes, p, w, backend=backend),
-            [t.to(dtype) for t in tensors], gradient.to(dtype),
-        )  # fmt: skip
-        for name, ours, right in zip(("output", "value", "locations", "weights"), found, expected,
-                                     strict=True):  # fmt: skip
+            [t.to(dtype) for t in tensors],
+            gradient.to(dtype),
+        )
+        for name, ours, right in zip(
+            ("output", "value", "locations", "weights"), found, expected, strict=True
+        ):
             scale = max(1.0, float(right.abs().max()))
             torch.testing.assert_close(
-                ours, right.to(dtype), atol=bound * scale, rtol=0,
+                ours,
+                right.to(dtype),
+                atol=bound * scale,
+                rtol=0,
                 msg=lambda text, name=name: f"{name}: {text}",
-            )  # fmt: skip
+            )
 
 
 def test_gradients_and_operator_contract(backend):
@@ -77,19 +83,34 @@ def test_gradients_and_operator_contract(backend):
     torch.library.opcheck(torch.ops.omnipretrain.ms_deform_attn_backward.default, backward)
 
 
-@pytest.mark.parametrize("change, error, words", [
-    ({"sizes": [(2, 3), (1, 2)]}, ValueError, "must have together the 7 pixels"),
-    ({"sizes": []}, ValueError, "sizes .. must be one or more"),
-    ({"value": torch.zeros(2, 7, 4)}, ValueError, "value .2, 7, 4. must be"),
-    ({"weights": torch.zeros(2, 5, 2, 3, 3)}, ValueError, "weights .2, 5, 2, 3, 3. must be"),
-    ({"weights": torch.zeros(2, 5, 2, 2, 0)}, ValueError, "weights .2, 5, 2, 2, 0. have no points"),
-    ({"locations": torch.zeros(2, 5, 2, 2, 3, 3)}, ValueError, "locations .2, 5, 2, 2, 3, 3. must"),
-    ({"weights": torch.zeros(2, 5, 2, 2, 3, dtype=torch.float16)}, TypeError, "weights is"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"sizes": [(2, 3), (1, 2)]}, ValueError, "must have together the 7 pixels"),
+        ({"sizes": []}, ValueError, "sizes .. must be one or more"),
+        ({"value": torch.zeros(2, 7, 4)}, ValueError, "value .2, 7, 4. must be"),
+        ({"weights": torch.zeros(2, 5, 2, 3, 3)}, ValueError, "weights .2, 5, 2, 3, 3. must be"),
+        (
+            {"weights": torch.zeros(2, 5, 2, 2, 0)},
+            ValueError,
+            "weights .2, 5, 2, 2, 0. have no points",
+        ),
+        (
+            {"locations": torch.zeros(2, 5, 2, 2, 3, 3)},
+            ValueError,
+            "locations .2, 5, 2, 2, 3, 3. must",
+        ),
+        ({"weights": torch.zeros(2, 5, 2, 2, 3, dtype=torch.float16)}, TypeError, "weights is"),
+    ],
+)
 def test_mistakes_are_named(change, error, words):
     (value, locations, weights), _ = attention_case([(2, 3), (1, 1)], dtype=torch.float32)
-    arguments = {"value": value, "sizes": [(2, 3), (1, 1)], "locations": locations,
-                 "weights": weights}  # fmt: skip
+    arguments = {
+        "value": value,
+        "sizes": [(2, 3), (1, 1)],
+        "locations": locations,
+        "weights": weights,
+    }
     with pytest.raises(error, match=words):
         ms_deform_attn(**{**arguments, **change})
 

@@ -26,15 +26,22 @@ def _passes(interpreted: bool, *selected: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", *selected, str(CASES)],
         env=environment | ({"TRITON_INTERPRET": "1"} if interpreted else {}),
-        capture_output=True, text=True, timeout=3600,  # for a GPU hundreds of kernels are compiled
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=3600,  # for a GPU hundreds of kernels are compiled
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("selected", [
-    ("-m", "not slow"), pytest.param(("-m", "slow"), marks=pytest.mark.slow),
-], ids=["telling", "others"])  # fmt: skip
+@pytest.mark.parametrize(
+    "selected",
+    [
+        ("-m", "not slow"),
+        pytest.param(("-m", "slow"), marks=pytest.mark.slow),
+    ],
+    ids=["telling", "others"],
+)
 def test_in_the_interpreter(selected):
     _passes(True, *selected)
 
@@ -46,8 +53,7 @@ def test_on_a_gpu():
 
 def _code(kernel, call: tuple[tuple, dict], capability: int) -> Code:
     """Of the candidate that takes a sector and a point at a time."""
-    config = next(c for c in kernel.configs
-                  if (c.kwargs["SPAN"], c.kwargs["UNROLL"]) == (32, 1))  # fmt: skip
+    config = next(c for c in kernel.configs if (c.kwargs["SPAN"], c.kwargs["UNROLL"]) == (32, 1))
     return compiled(kernel, *call, config, capability)
 
 

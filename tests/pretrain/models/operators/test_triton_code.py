@@ -48,9 +48,10 @@ def gpu(tmp_path, monkeypatch):
         for module in (dcnv3_triton, ms_deform_attn_triton):
             monkeypatch.setattr(module, "launch", launch)
         monkeypatch.setattr(
-            sampling_triton, "_adds_vectors",
+            sampling_triton,
+            "_adds_vectors",
             lambda buffer: capability >= 90 and buffer.dtype == torch.float32,
-        )  # fmt: skip
+        )
 
     return use
 
@@ -64,8 +65,12 @@ def _dcnv3_equals(case, dtype: torch.dtype) -> None:
     """Tensors begin one element into a buffer, as views do."""
     names = ("kernel_size", "stride", "pad", "dilation")
     pairs = (g if isinstance(g, tuple) else (g, g) for g in map(case.geometry.get, names))
-    window = Window(*pairs, case.geometry["groups"], case.geometry.get("offset_scale", 1.0),
-                    case.geometry.get("remove_center", False))  # fmt: skip
+    window = Window(
+        *pairs,
+        case.geometry["groups"],
+        case.geometry.get("offset_scale", 1.0),
+        case.geometry.get("remove_center", False),
+    )
     *inputs, gradient = (
         torch.nn.functional.pad(t.flatten(), (1, 7))[1:-7].view(t.shape)
         for t in (*case.tensors.values(), case.gradient)
@@ -81,12 +86,23 @@ def _dcnv3_equals(case, dtype: torch.dtype) -> None:
     "capability, candidate, channels, dtype, geometry",
     [
         (90, 0, 18, torch.bfloat16, {"stride": (1, 2), "pad": (0, 2), "offset_scale": 1.3}),
-        pytest.param(90, 3, 24, torch.float16, {"kernel_size": (2, 3), "dilation": (2, 1)},
-                     marks=pytest.mark.slow),
+        pytest.param(
+            90,
+            3,
+            24,
+            torch.float16,
+            {"kernel_size": (2, 3), "dilation": (2, 1)},
+            marks=pytest.mark.slow,
+        ),
         # 4 points, of which 3 are computed at a time.
-        pytest.param(90, 0, 6, torch.float32,
-                     {"kernel_size": (5, 1), "pad": (2, 0), "remove_center": True},
-                     marks=pytest.mark.slow),
+        pytest.param(
+            90,
+            0,
+            6,
+            torch.float32,
+            {"kernel_size": (5, 1), "pad": (2, 0), "remove_center": True},
+            marks=pytest.mark.slow,
+        ),
         (90, 3, 1, torch.float64, {"kernel_size": 1, "pad": 0, "offset_scale": 1.3}),
         (80, 1, 32, torch.bfloat16, {}),
     ],
@@ -102,8 +118,9 @@ def test_coordinates_at_the_edge_far_away_or_not_numbers(gpu, limit, monkeypatch
     gpu(90, 4)
     monkeypatch.setattr(sampling_triton, "INDEX_LIMIT", limit)
     case = random_case((1, 4, 5, 16), groups=2)
-    shifts = torch.tensor([-1e30, -3e9, -2, -1, 0, 1, 3, 4, 5, 3e9, 1e30, torch.inf, -torch.inf,
-                           torch.nan])  # fmt: skip
+    shifts = torch.tensor(
+        [-1e30, -3e9, -2, -1, 0, 1, 3, 4, 5, 3e9, 1e30, torch.inf, -torch.inf, torch.nan]
+    )
     offset = case.tensors["offset"]
     chosen = torch.randint(len(shifts), offset.shape, generator=torch.Generator().manual_seed(1))
     offset.copy_(shifts[chosen])
@@ -119,9 +136,13 @@ def test_deterministic(gpu):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("sizes", [
-    [(3, 5), (2, 3)], [(1, 32767), (2, 1), (1, 3), (2, 2), (4, 1), (1, 5)],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(3, 5), (2, 3)],
+        [(1, 32767), (2, 1), (1, 3), (2, 2), (4, 1), (1, 5)],
+    ],
+)
 def test_attention_on_maps_of_several_sizes(gpu, sizes):
     gpu(90, 3)  # of 5 points 2 are computed at a time
     tensors, gradient = attention_case(sizes, depth=16, queries=7, points=5, dtype=torch.bfloat16)
@@ -142,8 +163,10 @@ def test_attention_on_maps_of_several_sizes(gpu, sizes):
     ],
 )
 def test_accesses_are_checked(line, says):
-    code = (".entry f(.param .u64 .ptr .global .align 1 a) {\n.reg .b64 %rd<2>;\n"
-            f"ld.param.b64 %rd1, [a];\n{line}\nret;\n}}\n// -- End function")  # fmt: skip
+    code = (
+        ".entry f(.param .u64 .ptr .global .align 1 a) {\n.reg .b64 %rd<2>;\n"
+        f"ld.param.b64 %rd1, [a];\n{line}\nret;\n}}\n// -- End function"
+    )
     if says is None:
         ptx.run(code, [torch.zeros(16)], 1, 1)
     else:

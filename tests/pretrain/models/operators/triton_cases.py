@@ -44,15 +44,19 @@ def results(case: Case, backend: str, dtype: torch.dtype | None = None) -> dict:
 def close(found: dict, expected: dict, bound: float) -> None:
     for name in set(found) & set(expected):
         torch.testing.assert_close(
-            found[name], expected[name].to(found[name].dtype), atol=bound, rtol=bound,
+            found[name],
+            expected[name].to(found[name].dtype),
+            atol=bound,
+            rtol=bound,
             msg=lambda m, n=name: f"{n}: {m}",
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize(
-    "path", [path if path.stem.endswith(TELLING) else slow(path) for path in GOLDENS],
+    "path",
+    [path if path.stem.endswith(TELLING) else slow(path) for path in GOLDENS],
     ids=lambda path: path.stem.removeprefix("dcnv3_op_"),
-)  # fmt: skip
+)
 def test_goldens(path):
     case, expected = golden(path)
     expected.pop("output_official_f32grid")
@@ -126,16 +130,22 @@ def test_fixed_point_holds_all_that_can_fall_on_one_pixel():
     torch.use_deterministic_algorithms(True)
     try:
         y, x = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
-        inputs = {"value": torch.zeros(1, 4, 4, 8), "offset": -torch.stack((x, y), -1)[None],
-                  "mask": torch.ones(1, 4, 4, 1)}  # fmt: skip
+        inputs = {
+            "value": torch.zeros(1, 4, 4, 8),
+            "offset": -torch.stack((x, y), -1)[None],
+            "mask": torch.ones(1, 4, 4, 1),
+        }
         case = Case(inputs, {"groups": 1, "kernel_size": 1, "pad": 0}, torch.ones(1, 4, 4, 8))
         gradients = [results(case, "triton")["grad_value"][0, 0, 0]]
         tensors, gradient = attention_case([(2, 2)], n=1, queries=8, dtype=torch.float32)
         tensors[1].fill_(0.25), tensors[2].fill_(1.0), gradient.fill_(1.0)
-        gradients.append(attention_results(
-            lambda v, p, w: ms_deform_attn(v, [(2, 2)], p, w, backend="triton"),
-            [tensor.to(DEVICE) for tensor in tensors], gradient.to(DEVICE),
-        )[1][0, 0].cpu())  # fmt: skip
+        gradients.append(
+            attention_results(
+                lambda v, p, w: ms_deform_attn(v, [(2, 2)], p, w, backend="triton"),
+                [tensor.to(DEVICE) for tensor in tensors],
+                gradient.to(DEVICE),
+            )[1][0, 0].cpu()
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     assert (gradients[0] == 16).all()
@@ -170,10 +180,11 @@ def _attention_equals(shape: dict, dtype: torch.dtype, bound: float) -> None:
     found, expected = (
         attention_results(
             lambda v, p, w, b=backend: ms_deform_attn(v, shape["sizes"], p, w, backend=b),
-            [tensor.to(device) for tensor in tensors], gradient.to(device),
+            [tensor.to(device) for tensor in tensors],
+            gradient.to(device),
         )
         for backend, device in (("triton", DEVICE), ("torch", "cpu"))
-    )  # fmt: skip
+    )
     for ours, right in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.cpu(), right, atol=bound, rtol=bound)
 
@@ -249,8 +260,22 @@ def test_what_makes_indices_64_bit(monkeypatch):
 def test_coordinates_at_the_edge_far_away_or_not_numbers(dtype):
     """The range is open: at -1 and at the size exactly nothing is read, and nothing changes it."""
     case = random_case((1, 4, 5, 32), groups=2, dtype=dtype, pad=1)
-    shifts = [-1e30, -3e9, -2.0, -1.0, 0.0, 1.0, 3.0, 4.0, 5.0, 3e9, 1e30,
-              float("inf"), -float("inf"), float("nan")]  # fmt: skip
+    shifts = [
+        -1e30,
+        -3e9,
+        -2.0,
+        -1.0,
+        0.0,
+        1.0,
+        3.0,
+        4.0,
+        5.0,
+        3e9,
+        1e30,
+        float("inf"),
+        -float("inf"),
+        float("nan"),
+    ]
     offset = case.tensors["offset"]
     draw = torch.Generator().manual_seed(1)
     chosen = torch.randint(len(shifts), offset.shape, generator=draw)

@@ -10,10 +10,19 @@ from pretrain.models.regions.settings import RegionSettings
 CANVAS = (64, 96)
 CHANNELS = (16, 24, 32, 48)
 SMALL = {
-    "width": 32, "heads": 2, "points": 2, "encoder_layers": 2, "encoder_hidden": 48,
-    "decoder_layers": 3, "decoder_hidden": 48, "queries": 12, "kept": 8, "token_width": 40,
-    "pools": 2, "pool_heads": 2,
-}  # fmt: skip
+    "width": 32,
+    "heads": 2,
+    "points": 2,
+    "encoder_layers": 2,
+    "encoder_hidden": 48,
+    "decoder_layers": 3,
+    "decoder_hidden": 48,
+    "queries": 12,
+    "kept": 8,
+    "token_width": 40,
+    "pools": 2,
+    "pool_heads": 2,
+}
 
 
 def small_regions(seed: int = 0, **changes) -> RegionProposals:
@@ -64,7 +73,11 @@ def box_batch(counts: list[int], crowds: list[int] | None = None, seed: int = 2)
             crowd[image, count - crowds[image] : count] = True
     return {
         "images": torch.zeros(batch, 3, height, width, dtype=torch.uint8),
-        "boxes": boxes, "labels": labels, "crowd": crowd, "masks": masks,
-        "counts": torch.tensor(counts), "annotated": torch.ones(batch, dtype=torch.bool),
+        "boxes": boxes,
+        "labels": labels,
+        "crowd": crowd,
+        "masks": masks,
+        "counts": torch.tensor(counts),
+        "annotated": torch.ones(batch, dtype=torch.bool),
         "valid": torch.ones(batch, dtype=torch.bool),
-    }  # fmt: skip
+    }

@@ -17,23 +17,35 @@ SIZES = [(5, 6), (3, 3), (1, 2)]
 PLACES = sum(height * width for height, width in SIZES)
 WIDTH, HEADS, POINTS, HIDDEN = 32, 4, 3, 40
 ENCODER_KEYS = {
-    "self_attn_layer_norm": "norm1", "mlp.fc1": "linear1", "mlp.fc2": "linear2",
+    "self_attn_layer_norm": "norm1",
+    "mlp.fc1": "linear1",
+    "mlp.fc2": "linear2",
     "final_layer_norm": "norm2",
-}  # fmt: skip
+}
 DECODER_KEYS = {
-    "self_attn_layer_norm": "norm2", "encoder_attn_layer_norm": "norm1",
-    "encoder_attn": "cross_attn", "mlp.fc1": "linear1", "mlp.fc2": "linear2",
-    "final_layer_norm": "norm3", "self_attn.o_proj": "self_attn.out_proj",
-}  # fmt: skip
+    "self_attn_layer_norm": "norm2",
+    "encoder_attn_layer_norm": "norm1",
+    "encoder_attn": "cross_attn",
+    "mlp.fc1": "linear1",
+    "mlp.fc2": "linear2",
+    "final_layer_norm": "norm3",
+    "self_attn.o_proj": "self_attn.out_proj",
+}
 
 
 def config() -> DeformableDetrConfig:
     made = DeformableDetrConfig(
-        d_model=WIDTH, encoder_attention_heads=HEADS, decoder_attention_heads=HEADS,
-        encoder_ffn_dim=HIDDEN, decoder_ffn_dim=HIDDEN, encoder_n_points=POINTS,
-        decoder_n_points=POINTS, num_feature_levels=len(SIZES), dropout=0.0,
+        d_model=WIDTH,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=HIDDEN,
+        decoder_ffn_dim=HIDDEN,
+        encoder_n_points=POINTS,
+        decoder_n_points=POINTS,
+        num_feature_levels=len(SIZES),
+        dropout=0.0,
         activation_function="relu",
-    )  # fmt: skip
+    )
     made._attn_implementation = "eager"
     return made
 
@@ -52,8 +64,9 @@ def copied(theirs: torch.nn.Module, ours: torch.nn.Module, keys: dict[str, str])
         state[name] = value
     if hasattr(theirs.self_attn, "q_proj"):
         for kind in parts:
-            values = [getattr(getattr(theirs.self_attn, n), kind) for n in
-                      ("q_proj", "k_proj", "v_proj")]  # fmt: skip
+            values = [
+                getattr(getattr(theirs.self_attn, n), kind) for n in ("q_proj", "k_proj", "v_proj")
+            ]
             state[f"self_attn.in_proj_{kind}"] = torch.cat(values)
     ours.load_state_dict(state)
 
@@ -64,8 +77,11 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def common() -> dict:
     starts = torch.tensor([0, *(h * w for h, w in SIZES)]).cumsum(0)[:-1]
-    return {"spatial_shapes": torch.tensor(SIZES), "spatial_shapes_list": SIZES,
-            "level_start_index": starts}  # fmt: skip
+    return {
+        "spatial_shapes": torch.tensor(SIZES),
+        "spatial_shapes_list": SIZES,
+        "level_start_index": starts,
+    }
 
 
 def compared(ours, theirs, ours_in: torch.Tensor, theirs_in: torch.Tensor) -> None:
@@ -105,9 +121,13 @@ def test_decoder_layer():
     a, b = queries.clone().requires_grad_(), queries.clone().requires_grad_()
     found = ours(a, positions, None, boxes, memory, SIZES, present)
     right = theirs(
-        b, positions, boxes[:, :, None].expand(-1, -1, len(SIZES), -1),
-        encoder_hidden_states=memory, encoder_attention_mask=present, **common(),
-    )  # fmt: skip
+        b,
+        positions,
+        boxes[:, :, None].expand(-1, -1, len(SIZES), -1),
+        encoder_hidden_states=memory,
+        encoder_attention_mask=present,
+        **common(),
+    )
     compared(found, right, a, b)
 
 

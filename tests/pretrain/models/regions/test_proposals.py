@@ -80,8 +80,9 @@ def test_contents_are_detached_and_everything_else_learns():
     memory = model.pixel_decoder(maps, CANVAS, SIZES)
     regions = model.predictor(memory, known_boxes())
     late = sum(part.float().sum() for p in regions.predictions[2:] for part in p)
-    gradient = torch.autograd.grad(late, model.predictor.enc_output.weight, allow_unused=True,
-                                   retain_graph=True)  # fmt: skip
+    gradient = torch.autograd.grad(
+        late, model.predictor.enc_output.weight, allow_unused=True, retain_graph=True
+    )
     assert gradient == (None,)
     tokens = model.image_tokens(maps, regions, CANVAS, SIZES)
     every = [*regions.predictions, *regions.denoising]
@@ -116,17 +117,23 @@ def test_padding_is_neither_read_nor_proposed():
     with torch.no_grad():
         memory = model.pixel_decoder(maps, CANVAS, SIZES)
         noise = torch.randn(memory.tokens.shape, generator=torch.Generator().manual_seed(3))
-        other = memory._replace(
-            tokens=torch.where(memory.present[..., None], memory.tokens, noise)
-        )
+        other = memory._replace(tokens=torch.where(memory.present[..., None], memory.tokens, noise))
         found, same = model.predictor(memory), model.predictor(other)
     torch.testing.assert_close(found.contents, same.contents)
     assert found.predictions[0].boxes.isfinite().all()
 
 
-@pytest.mark.parametrize("levels, stride, places", [
-    (3, 8, 126), (4, 8, 128), (5, 8, 129), (3, 4, 504), (4, 4, 510), (5, 4, 512),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "levels, stride, places",
+    [
+        (3, 8, 126),
+        (4, 8, 128),
+        (5, 8, 129),
+        (3, 4, 504),
+        (4, 4, 510),
+        (5, 4, 512),
+    ],
+)
 def test_three_to_five_maps(levels, stride, places):
     model = small_regions(levels=levels, finest_stride=stride)
     with torch.no_grad():
@@ -186,8 +193,9 @@ def test_tokens_are_meaning_place_and_look():
                 look = F.adaptive_avg_pool2d(masks[image, query][None, None], 28).flatten()
                 right = (
                     tokens.semantic(regions.contents[image, query])
-                    + tokens.box(code) + tokens.mask(look)
-                )  # fmt: skip
+                    + tokens.box(code)
+                    + tokens.mask(look)
+                )
                 torch.testing.assert_close(
                     found.tokens[image, 8 + place], right, atol=1e-5, rtol=1e-4
                 )
@@ -223,21 +231,28 @@ def test_flops_are_those_of_a_pass():
 def test_names_are_those_of_mask_dino():
     names = set(small_regions().state_dict())
     for name in (
-        "pixel_decoder.input_proj.3.0.weight", "pixel_decoder.input_proj.0.1.bias",
+        "pixel_decoder.input_proj.3.0.weight",
+        "pixel_decoder.input_proj.0.1.bias",
         "pixel_decoder.transformer.level_embed",
         "pixel_decoder.transformer.encoder.layers.1.self_attn.sampling_offsets.bias",
         "pixel_decoder.transformer.encoder.layers.0.linear1.weight",
-        "pixel_decoder.adapter_1.weight", "pixel_decoder.adapter_1.norm.weight",
-        "pixel_decoder.layer_1.norm.bias", "pixel_decoder.mask_features.bias",
-        "predictor.enc_output.weight", "predictor.enc_output_norm.weight",
-        "predictor.label_enc.weight", "predictor.class_embed.bias",
-        "predictor.mask_embed.layers.2.weight", "predictor.bbox_embed.layers.2.bias",
-        "predictor.decoder_norm.weight", "predictor.decoder.ref_point_head.layers.1.weight",
+        "pixel_decoder.adapter_1.weight",
+        "pixel_decoder.adapter_1.norm.weight",
+        "pixel_decoder.layer_1.norm.bias",
+        "pixel_decoder.mask_features.bias",
+        "predictor.enc_output.weight",
+        "predictor.enc_output_norm.weight",
+        "predictor.label_enc.weight",
+        "predictor.class_embed.bias",
+        "predictor.mask_embed.layers.2.weight",
+        "predictor.bbox_embed.layers.2.bias",
+        "predictor.decoder_norm.weight",
+        "predictor.decoder.ref_point_head.layers.1.weight",
         "predictor.decoder.layers.2.self_attn.in_proj_weight",
         "predictor.decoder.layers.2.self_attn.out_proj.weight",
         "predictor.decoder.layers.2.cross_attn.value_proj.weight",
         "predictor.decoder.layers.2.norm3.weight",
-    ):  # fmt: skip
+    ):
         assert name in names
 
 

@@ -135,14 +135,24 @@ def test_agrees_with_transformers(seed: int) -> None:
     choose = lambda *options: options[int(torch.randint(len(options), (1,), generator=pick))]  # noqa: E731
     heads = choose(1, 2, 3)
     vit = VitSettings(
-        image_size=choose(12, 24), patch_size=choose(4, 6), width=heads * choose(8, 12),
-        layers=choose(1, 3), heads=heads, mlp_ratio=choose(2.0, 3.0),
+        image_size=choose(12, 24),
+        patch_size=choose(4, 6),
+        width=heads * choose(8, 12),
+        layers=choose(1, 3),
+        heads=heads,
+        mlp_ratio=choose(2.0, 3.0),
         activation=choose("gelu", "quick_gelu"),
-    )  # fmt: skip
+    )
     decoder = GitDecoderSettings(
-        width=heads * choose(8, 16), layers=choose(1, 2, 4), heads=heads, mlp_width=choose(20, 64),
-        max_positions=16, dropout=0.0, tied_output=choose(True, False), embedding_norm_eps=1e-12,
-    )  # fmt: skip
+        width=heads * choose(8, 16),
+        layers=choose(1, 2, 4),
+        heads=heads,
+        mlp_width=choose(20, 64),
+        max_positions=16,
+        dropout=0.0,
+        tied_output=choose(True, False),
+        embedding_norm_eps=1e-12,
+    )
     model = build(vit, decoder, Words(), label_smoothing=0.0)
     initialise(model, seed)
     with torch.no_grad():
@@ -232,9 +242,9 @@ def test_clips_are_images_whose_tokens_stand_side_by_side() -> None:
     turned = clips | {"images": clips["images"].flip(1)}
     assert loss_and_gradients(model, turned)[0]["loss"] != out["loss"]
     plain = small_model()
-    plain.load_state_dict({
-        name: tensor for name, tensor in model.state_dict().items() if "temporal" not in name
-    })  # fmt: skip
+    plain.load_state_dict(
+        {name: tensor for name, tensor in model.state_dict().items() if "temporal" not in name}
+    )
     assert torch.equal(
         objective.generate(model.encoders, batch["images"]),
         plain.objectives["caption"].generate(plain.encoders, batch["images"]),

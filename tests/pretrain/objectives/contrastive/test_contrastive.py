@@ -51,16 +51,20 @@ def test_identical_captions_share_the_target():
     image, text, scale = unit(4, 0), unit(4, 1), torch.tensor([9.0])
     text = text[[0, 1, 0, 3]]  # identical captions have identical features
     loss, image_hits, text_hits = sums(image, text, scale, [7, 8, 7, 9])
-    target = torch.tensor([[.5, 0, .5, 0], [0, 1, 0, 0], [.5, 0, .5, 0], [0, 0, 0, 1]])
+    target = torch.tensor([[0.5, 0, 0.5, 0], [0, 1, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 1]])
     logits = scale * image @ text.T
-    expected = (F.cross_entropy(logits, target, reduction="sum")
-                + F.cross_entropy(logits.T, target, reduction="sum")) / 2
+    expected = (
+        F.cross_entropy(logits, target, reduction="sum")
+        + F.cross_entropy(logits.T, target, reduction="sum")
+    ) / 2
     torch.testing.assert_close(loss, expected)
     assert image_hits == (target[range(4), logits.argmax(1)] > 0).sum()
     assert text_hits == (target[range(4), logits.argmax(0)] > 0).sum()
     strict, *_ = sums(image, text, scale, [7, 8, 7, 9], identical=False)
-    own = (F.cross_entropy(logits, torch.arange(4), reduction="sum")
-           + F.cross_entropy(logits.T, torch.arange(4), reduction="sum")) / 2
+    own = (
+        F.cross_entropy(logits, torch.arange(4), reduction="sum")
+        + F.cross_entropy(logits.T, torch.arange(4), reduction="sum")
+    ) / 2
     torch.testing.assert_close(strict, own)
 
 
@@ -91,10 +95,24 @@ def test_a_rank_of_padding_alone_has_a_finite_zero():
 
 
 def test_caption_ids_see_the_text_and_nothing_else():
-    tokens = torch.tensor([[1, 5, 6, 2, 0, 0], [1, 5, 6, 2, 7, 7], [1, 6, 5, 2, 0, 0],
-                           [1, 5, 2, 0, 0, 0], [1, 0, 2, 0, 0, 0]])
-    mask = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0],
-                         [0, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0]]).bool()
+    tokens = torch.tensor(
+        [
+            [1, 5, 6, 2, 0, 0],
+            [1, 5, 6, 2, 7, 7],
+            [1, 6, 5, 2, 0, 0],
+            [1, 5, 2, 0, 0, 0],
+            [1, 0, 2, 0, 0, 0],
+        ]
+    )
+    mask = torch.tensor(
+        [
+            [0, 1, 1, 1, 0, 0],
+            [0, 1, 1, 1, 0, 0],
+            [0, 1, 1, 1, 0, 0],
+            [0, 1, 1, 0, 0, 0],
+            [0, 1, 1, 0, 0, 0],
+        ]
+    ).bool()
     ids = caption_ids(tokens, mask)
     assert ids[0] == ids[1] and len(set(ids.tolist())) == 4
     assert caption_ids(F.pad(tokens, (0, 8)), F.pad(mask, (0, 8))).tolist() == ids.tolist()
@@ -108,7 +126,7 @@ def test_forward_is_the_plain_formula():
     objective, encoders = model.objectives["contrast"], model.encoders
     assert objective.counts(batch) == {"pairs": 7}
     out = model("contrast", "undivided", batch, {"pairs": 7})
-    pixels = (batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1))
+    pixels = batch["images"] / 255 - torch.tensor(MEAN).view(3, 1, 1)
     tokens = encoders["image"](pixels / torch.tensor(STD).view(3, 1, 1))
     image = F.normalize(tokens.mean(1) @ objective.image_projection.weight.T, dim=1)
     text = encoders["text"](batch["tokens"][:, 0])
@@ -128,9 +146,11 @@ def test_forward_is_the_plain_formula():
     for changes, matches in (
         ({"labels_match": "never"}, same),
         ({"identical_captions_match": False}, torch.eye(7).bool()),
-        ({"identical_captions_match": False, "labels_match": "prompts"},
-         torch.eye(7).bool() | of_class),
-    ):  # fmt: skip
+        (
+            {"identical_captions_match": False, "labels_match": "prompts"},
+            torch.eye(7).bool() | of_class,
+        ),
+    ):
         found = pair_model(**changes)("contrast", "undivided", batch, {"pairs": 7})["loss"]
         torch.testing.assert_close(found, loss(matches))
     assert out["temperature"].item() == pytest.approx(0.2)
@@ -139,7 +159,8 @@ def test_forward_is_the_plain_formula():
     out["loss"].backward()
     found = gradients(model)
     assert {n for n, _ in model.named_parameters()} - set(found) == {
-        "objectives.classify.head.weight", "objectives.classify.head.bias"
+        "objectives.classify.head.weight",
+        "objectives.classify.head.bias",
     }
     assert found["objectives.contrast.temperature.log_scale"].abs() > 1e-4
 
@@ -200,14 +221,16 @@ def recalls_by_hand(image, text, image_of, kind) -> dict[str, float]:
     match = [[kind[t] in kinds[i] for t in range(len(text))] for i in range(len(image))]
     queries = {
         "image_to_text": list(zip(similarity, match, strict=True)),
-        "text_to_image": [([row[t] for row in similarity], [row[t] for row in match])
-                          for t in range(len(text))],
+        "text_to_image": [
+            ([row[t] for row in similarity], [row[t] for row in match]) for t in range(len(text))
+        ],
     }
     found = {}
     for name, rows in queries.items():
         for k in (1, 5, 10):
-            best = [sorted(zip(s, m, strict=True), key=lambda p: (-p[0], p[1]))[:k]
-                    for s, m in rows]
+            best = [
+                sorted(zip(s, m, strict=True), key=lambda p: (-p[0], p[1]))[:k] for s, m in rows
+            ]
             found[f"{name}_r{k}"] = sum(any(m for _, m in top) for top in best) / len(rows)
     return found
 
@@ -241,8 +264,11 @@ def evaluation_batches(ranks: int) -> list[list[dict]]:
     mask[4, 1:] = False  # an image with one text
     batch |= {"tokens": tokens, "loss_mask": mask}
     per = 10 // ranks // 2 + 1
-    rows = [(start + i if start + i < 10 else -1) for start in range(0, 2 * ranks * per, per)
-            for i in range(per)]
+    rows = [
+        (start + i if start + i < 10 else -1)
+        for start in range(0, 2 * ranks * per, per)
+        for i in range(per)
+    ]
     parts = [rows_of(batch, rows[s : s + per]) for s in range(0, len(rows), per)]
     return [parts[rank::ranks] for rank in range(ranks)]
 

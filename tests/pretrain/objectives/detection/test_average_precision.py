@@ -16,8 +16,20 @@ from pretrain.objectives.detection.average_precision import (
 )
 
 GOLDEN = Path(__file__).parents[3] / "goldens" / "average_precision.json"
-NAMES = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100",
-         "AR_small", "AR_medium", "AR_large"]  # fmt: skip
+NAMES = [
+    "AP",
+    "AP50",
+    "AP75",
+    "AP_small",
+    "AP_medium",
+    "AP_large",
+    "AR1",
+    "AR10",
+    "AR100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+]
 SIDE = 200
 
 
@@ -68,9 +80,7 @@ def without_masks(scene: tuple[Truth, Found]) -> tuple[Truth, Found]:
 def ours(found: list[tuple[Truth, Found]], kind: str) -> dict:
     if kind == "boxes":
         found = [without_masks(scene) for scene in found]
-    return summarise(
-        one for image, scene in enumerate(found) for one in compare(image, *scene)
-    )
+    return summarise(one for image, scene in enumerate(found) for one in compare(image, *scene))
 
 
 def theirs(found: list[tuple[Truth, Found]], kind: str) -> dict:
@@ -82,18 +92,25 @@ def theirs(found: list[tuple[Truth, Found]], kind: str) -> dict:
     def entry(image, box, mask, label):
         runs = masks.encode(np.asfortranarray(mask.astype(np.uint8)))
         size = np.prod(box[2:] - box[:2]) if kind == "boxes" else mask.sum()
-        return {"image_id": image, "category_id": int(label), "area": float(size),
-                "bbox": [*box[:2], *(box[2:] - box[:2])], "segmentation": runs}  # fmt: skip
+        return {
+            "image_id": image,
+            "category_id": int(label),
+            "area": float(size),
+            "bbox": [*box[:2], *(box[2:] - box[:2])],
+            "segmentation": runs,
+        }
 
     annotations, results = [], []
     for image, (truth, guess) in enumerate(found):
-        for box, mask, label, crowd in zip(truth.boxes, truth.masks, truth.labels, truth.crowd,
-                                           strict=True):  # fmt: skip
+        for box, mask, label, crowd in zip(
+            truth.boxes, truth.masks, truth.labels, truth.crowd, strict=True
+        ):
             annotations.append(
                 entry(image, box, mask, label) | {"id": len(annotations) + 1, "iscrowd": int(crowd)}
             )
-        for box, mask, label, score in zip(guess.boxes, guess.masks, guess.labels, guess.scores,
-                                           strict=True):  # fmt: skip
+        for box, mask, label, score in zip(
+            guess.boxes, guess.masks, guess.labels, guess.scores, strict=True
+        ):
             one = entry(image, box, mask, label) | {"score": float(score)}
             if kind == "boxes":
                 del one["segmentation"]
@@ -103,8 +120,10 @@ def theirs(found: list[tuple[Truth, Found]], kind: str) -> dict:
     truth = COCO()
     truth.dataset = {
         "images": [{"id": n, "height": SIDE, "width": SIDE} for n in range(len(found))],
-        "categories": [{"id": n} for n in range(3)], "annotations": annotations, "info": {},
-    }  # fmt: skip
+        "categories": [{"id": n} for n in range(3)],
+        "annotations": annotations,
+        "info": {},
+    }
     truth.createIndex()
     run = COCOeval(truth, truth.loadRes(results), {"boxes": "bbox", "masks": "segm"}[kind])
     run.evaluate()

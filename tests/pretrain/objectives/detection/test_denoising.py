@@ -30,8 +30,11 @@ def test_each_group_holds_each_object_once(counts, queries):
     ]
     first, right = 0, []
     for image, count in enumerate(counts):
-        right += [(image, group, first + place) for group in range(groups[image])
-                  for place in range(count)]  # fmt: skip
+        right += [
+            (image, group, first + place)
+            for group in range(groups[image])
+            for place in range(count)
+        ]
         first += count
     assert seen == right
     assert int((known.groups >= 0).sum()) == len(right)
@@ -51,8 +54,8 @@ def test_noise_is_of_the_size_of_the_box():
     change = (own - right)[inside] / torch.cat([sides / 2, sides], 1)[inside]
     assert 0.39 < change.abs().max() <= 0.4001
     assert change.mean().abs() < 0.01 and change.std() == pytest.approx(0.8 / 12**0.5, rel=0.02)
-    assert noisy_boxes(targets, draws(5, 6), 8, noise=0.0).known.boxes[0, :4].equal(
-        targets.boxes[:4]
+    assert (
+        noisy_boxes(targets, draws(5, 6), 8, noise=0.0).known.boxes[0, :4].equal(targets.boxes[:4])
     )
 
 
@@ -76,8 +79,12 @@ def test_targets_of_a_batch():
     height, width = CANVAS
     for row, (image, place) in enumerate([(0, 0), (0, 1), (2, 0)]):
         x0, y0, x1, y1 = batch["boxes"][image, place].tolist()
-        right = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height,
-                 (x1 - x0) / width, (y1 - y0) / height]  # fmt: skip
+        right = [
+            (x0 + x1) / 2 / width,
+            (y0 + y1) / 2 / height,
+            (x1 - x0) / width,
+            (y1 - y0) / height,
+        ]
         assert targets.boxes[row].tolist() == pytest.approx(right, abs=1e-6)
         assert targets.labels[row] == batch["labels"][image, place]
         assert torch.equal(targets.masks[row], batch["masks"][[0, 1, 3][row]])

@@ -37,8 +37,7 @@ def no_masks(batch: int, width: int, dtype: torch.dtype) -> PointValues:
 
 def reference_pairs(tensors: dict, targets: Targets) -> Pairs:
     starts = torch.tensor([0, *targets.counts]).cumsum(0)
-    objects = [t + s for t, s in
-               zip(golden.per_image(tensors, "match_tgt"), starts, strict=False)]  # fmt: skip
+    objects = [t + s for t, s in zip(golden.per_image(tensors, "match_tgt"), starts, strict=False)]
     queries = torch.cat(golden.per_image(tensors, "match_src"))
     return Pairs(targets.images, queries, torch.cat(objects), targets.counts)
 
@@ -79,15 +78,14 @@ def test_losses_of_boxes_are_those_of_transformers():
         DeformableDetrHungarianMatcher(4, 5, 2), 5, 0.25, ["labels", "boxes"]
     )
     split = zip(targets.labels.split([3, 0, 7]), targets.boxes.split([3, 0, 7]), strict=True)
-    right = theirs({"logits": logits, "pred_boxes": boxes},
-                   [{"class_labels": a, "boxes": b} for a, b in split])  # fmt: skip
+    right = theirs(
+        {"logits": logits, "pred_boxes": boxes}, [{"class_labels": a, "boxes": b} for a, b in split]
+    )
     for term in TERMS[:3]:
         ours, other = found[term] / 10, right[f"loss_{REFERENCE[term]}"]
         torch.testing.assert_close(ours, other, atol=1e-6, rtol=1e-5)
         where = logits if term == "class" else boxes
-        gradients = [
-            torch.autograd.grad(x, where, retain_graph=True)[0] for x in (ours, other)
-        ]
+        gradients = [torch.autograd.grad(x, where, retain_graph=True)[0] for x in (ours, other)]
         torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
 
 
@@ -185,8 +183,11 @@ def test_no_prediction_is_wrong_for_what_a_crowd_covers():
     assert (logits.grad[0, 1] != 0).tolist() == [True, False]
     assert (logits.grad[0, 2] != 0).all()
     # What is paired is judged wherever it lies.
-    placed = replace(targets, crowd_boxes=torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]),
-                     crowd_labels=torch.tensor([[0]]))  # fmt: skip
+    placed = replace(
+        targets,
+        crowd_boxes=torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]),
+        crowd_labels=torch.tensor([[0]]),
+    )
     (gradient,) = torch.autograd.grad(
         DetectionLoss().losses(prediction, placed, pairs, values)["class"], logits
     )
@@ -211,8 +212,9 @@ def test_masks_are_compared_where_they_are_least_certain():
     mask = dice = 0.0
 
     def at(values, places):
-        return F.grid_sample(values[None, None].float(), 2 * places[None, None] - 1,
-                             align_corners=False)[0, 0, 0]  # fmt: skip
+        return F.grid_sample(
+            values[None, None].float(), 2 * places[None, None] - 1, align_corners=False
+        )[0, 0, 0]
 
     for image, query, row in zip(*pairs[:3], strict=True):
         own, label = masks[image, query], targets.masks[row]

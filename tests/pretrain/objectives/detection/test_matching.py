@@ -52,26 +52,29 @@ def random_case(counts: list[int], queries: int = 20, classes: int = 5, seed: in
     rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     batch, total = len(counts), sum(counts)
     prediction = Predictions(
-        4 * rand(batch, queries, classes) - 2, rand(batch, queries, 4) * 0.5 + 0.2,
+        4 * rand(batch, queries, classes) - 2,
+        rand(batch, queries, 4) * 0.5 + 0.2,
         4 * rand(batch, queries, 6) - 2,
-    )  # fmt: skip
+    )
     targets = Targets(
         boxes=rand(total, 4) * 0.5 + 0.2,
         labels=torch.randint(classes, (total,), generator=generator),
         images=torch.arange(batch).repeat_interleave(torch.tensor(counts)),
-        counts=tuple(counts), annotated=torch.ones(batch, dtype=torch.bool),
+        counts=tuple(counts),
+        annotated=torch.ones(batch, dtype=torch.bool),
         crowd_boxes=torch.zeros(batch, 0, 4),
         crowd_labels=torch.zeros(batch, 0, dtype=torch.int64),
         masks=rand(total, 8, 8) > 0.5,
-    )  # fmt: skip
+    )
     return prediction, targets, 2 * rand(batch, 8, 8, 6) - 1
 
 
 def of_transformers(prediction: Predictions, targets: Targets, features: torch.Tensor):
     outputs = {
-        "logits": prediction.logits, "pred_boxes": prediction.boxes,
+        "logits": prediction.logits,
+        "pred_boxes": prediction.boxes,
         "pred_masks": prediction.masks(features),
-    }  # fmt: skip
+    }
     split = zip(
         *(x.split(list(targets.counts)) for x in (targets.labels, targets.boxes, targets.masks)),
         strict=True,
@@ -159,9 +162,14 @@ def test_assignments_do_not_depend_on_other_images():
     (both,) = match([prediction], targets)
     rows = targets.images == 1
     alone = Targets(
-        targets.boxes[rows], targets.labels[rows], torch.zeros(5, dtype=torch.int64), (5,),
-        targets.annotated[1:], targets.crowd_boxes[1:], targets.crowd_labels[1:],
-    )  # fmt: skip
+        targets.boxes[rows],
+        targets.labels[rows],
+        torch.zeros(5, dtype=torch.int64),
+        (5,),
+        targets.annotated[1:],
+        targets.crowd_boxes[1:],
+        targets.crowd_labels[1:],
+    )
     (one,) = match([Predictions(*(x[1:] for x in prediction))], alone)
     np.testing.assert_array_equal(both.queries[3:], one.queries)
     np.testing.assert_array_equal(both.targets[3:] - 3, one.targets)

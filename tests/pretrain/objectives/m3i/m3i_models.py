@@ -39,12 +39,20 @@ def build_m3i(kind: str = "vit", texts: bool = True, classes: int | None = CLASS
     encoders = {"image": image.build()}
     if texts:
         encoders["text"] = text.build(text_context(WORDS, EOS))
-    settings = M3ISettings(**{
-        "text_encoder": "text" if texts else None, "decoder": DECODER, "temperature": 0.2,
-        **options, **changes,
-    })  # fmt: skip
-    objective = settings.build(BuildContext(
-        encoders, None, MEAN, STD, classes=classes, new_encoder=lambda _: image.build()))
+    settings = M3ISettings(
+        **{
+            "text_encoder": "text" if texts else None,
+            "decoder": DECODER,
+            "temperature": 0.2,
+            **options,
+            **changes,
+        }
+    )
+    objective = settings.build(
+        BuildContext(
+            encoders, None, MEAN, STD, classes=classes, new_encoder=lambda _: image.build()
+        )
+    )
     return MultiTaskModel(encoders, {"m3i": objective}, seed=3)
 
 
@@ -115,6 +123,13 @@ def half_cosine(update: int, updates: int, start: float, end: float) -> float:
 
 
 __all__ = [
-    "BOS", "EOS", "build_m3i", "features_of", "follow", "half_cosine", "m3i_batch", "m3i_model",
+    "BOS",
+    "EOS",
+    "build_m3i",
+    "features_of",
+    "follow",
+    "half_cosine",
+    "m3i_batch",
+    "m3i_model",
     "m3i_rows",
-]  # fmt: skip
+]

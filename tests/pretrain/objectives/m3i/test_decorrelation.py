@@ -40,8 +40,10 @@ def test_the_negative_term_equals_the_one_of_all_similarities():
         grads = [torch.autograd.grad(x, prediction, retain_graph=True)[0] for x in (found, wanted)]
         torch.testing.assert_close(*grads)
     strong = decorrelated_squares(prediction, target, moments.correlation[0], 0.5).mean()
-    assert strong > 1.02 * decorrelated_squares(
-        prediction, target, moments.correlation[0], 0.02).mean()
+    assert (
+        strong
+        > 1.02 * decorrelated_squares(prediction, target, moments.correlation[0], 0.02).mean()
+    )
 
 
 def test_padding_rows_are_not_in_the_moments():

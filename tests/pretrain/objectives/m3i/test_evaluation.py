@@ -84,7 +84,8 @@ def test_whole_images(found):
         texts = model.encoders["text"](batch["tokens"][has]) @ objective.text_projection.weight.T
         kept = has.any(1).nonzero()[:, 0]
         recalls = retrieval_recalls(
-            F.normalize(vectors[kept], dim=1), F.normalize(texts, dim=1),
+            F.normalize(vectors[kept], dim=1),
+            F.normalize(texts, dim=1),
             torch.searchsorted(kept, image_of),
             caption_ids(batch["tokens"], batch["loss_mask"])[has],
         )

@@ -25,9 +25,7 @@ def test_factors_equal_the_rule():
     torch.testing.assert_close(torch.stack(list(balance.factors().values())), wanted)
     balance.observe(losses(shared, {"a": 5.0, "b": 3.0, "c": 0.0}), shared)
     norms = torch.tensor([0.9 * 2 + 0.1 * 10, 6.0, 16.0])  # c had nothing to teach: as before
-    torch.testing.assert_close(
-        torch.stack(list(balance.factors().values())), norms.mean() / norms
-    )
+    torch.testing.assert_close(torch.stack(list(balance.factors().values())), norms.mean() / norms)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -80,10 +78,13 @@ def test_m3i_weighs_by_its_own_gradients():
     counts = {name: torch.tensor(float(n)) for name, n in totals.items()}
     parts, *_ = m3i_losses(caught["features"], counts, 0.02, 0.0, True)
     norms = {
-        kind: (found[kind] * torch.autograd.grad(parts[kind], caught["dense"],
-                                                 retain_graph=True)[0]).norm().item()
+        kind: (
+            found[kind] * torch.autograd.grad(parts[kind], caught["dense"], retain_graph=True)[0]
+        )
+        .norm()
+        .item()
         for kind in found
-    }  # fmt: skip
+    }
     for kind in ("inter", "category"):
         assert norms[kind] == pytest.approx(norms["intra"], rel=1e-4)
     assert norms["text"] == pytest.approx(2 * norms["intra"], rel=1e-4)

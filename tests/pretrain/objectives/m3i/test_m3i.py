@@ -52,7 +52,8 @@ def plain(model, batch, draws):
 
     def finer(mask, sides):
         return mask.repeat_interleave(sides[0] // cells[0], 0).repeat_interleave(
-            sides[1] // cells[1], 1)
+            sides[1] // cells[1], 1
+        )
 
     pixels, others = pixels_of(batch["images"]), pixels_of(batch["second_images"])
     predictions, count = [[], []], grid[0] * grid[1]
@@ -74,9 +75,9 @@ def plain(model, batch, draws):
         positions, scales = relative_positions(crops, batch["flips"][row, [0, second]][None], grid)
         asked = objective.predictor.positions(target_code(positions, scales, 32))
         code = grid_code(grid, 32, asked.device)[own]
-        joined = torch.cat([
-            objective.projector(seen) + code, objective.predictor.mask_token + asked
-        ], 1)  # fmt: skip
+        joined = torch.cat(
+            [objective.projector(seen) + code, objective.predictor.mask_token + asked], 1
+        )
         for block in objective.predictor.blocks:
             joined = block(joined)
         prediction = objective.predictor.output(joined[0, -count:])
@@ -98,18 +99,23 @@ def plain(model, batch, draws):
     image = F.normalize(vectors[has], dim=1)
     tokens = batch["tokens"][has, 0]
     ends = (tokens == 2).int().argmax(1)
-    text = torch.cat([
-        model.encoders["text"](row[None, : end + 1]) for row, end in zip(tokens, ends, strict=True)
-    ])  # fmt: skip
+    text = torch.cat(
+        [
+            model.encoders["text"](row[None, : end + 1])
+            for row, end in zip(tokens, ends, strict=True)
+        ]
+    )
     text = F.normalize(text @ objective.text_projection.weight.T, dim=1)
     logits = image @ text.T * objective.temperature.log_scale.exp()
     labels = batch["labels"]
     names = [tuple(t.tolist()) for t in tokens]
     classes = batch["prompt_class"][has]
-    target = torch.tensor([
-        [float(a == b or la == lb != -1) for b, lb in zip(names, classes, strict=True)]
-        for a, la in zip(names, classes, strict=True)
-    ])  # fmt: skip
+    target = torch.tensor(
+        [
+            [float(a == b or la == lb != -1) for b, lb in zip(names, classes, strict=True)]
+            for a, la in zip(names, classes, strict=True)
+        ]
+    )
     places, target = target.bool(), target / target.sum(1, keepdim=True)
     losses["text"] = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     norm = encoder.fc_norm if hasattr(encoder, "fc_norm") else objective.pool.norm
@@ -140,20 +146,27 @@ def pooled(objective, encoder, seen):
     return objective.pool.reduce(F.gelu(objective.pool.expand(seen[0].mean(0))))
 
 
-@pytest.mark.parametrize("kind, size, changes", [
-    ("vit", (16, 16), {}), ("vit", (16, 16), {"center_targets": False}),
-    ("vit", (12, 20), {"decorrelation": 0.3, "label_smoothing": 0.2}),  # 15 cells, so 8 and 7
-    ("internimage", (32, 96), {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, size, changes",
+    [
+        ("vit", (16, 16), {}),
+        ("vit", (16, 16), {"center_targets": False}),
+        ("vit", (12, 20), {"decorrelation": 0.3, "label_smoothing": 0.2}),  # 15 cells, so 8 and 7
+        ("internimage", (32, 96), {}),
+    ],
+)
 def test_forward_is_the_plain_formula(kind, size, changes):
     model, batch = m3i_model(kind, **changes), m3i_batch(12, size=size)
     follow(model, 0.5)
     wanted, metrics, target = plain(model, batch, SampleDraws(3, "m3i", batch["position"]))
     assert (target > 0).sum() > len(target) + 4, "some texts must match several images"
     assert model.objectives["m3i"].counts(batch) == {
-        "images": 12, "intra": 6, "inter": 6, "texts": 9,
+        "images": 12,
+        "intra": 6,
+        "inter": 6,
+        "texts": 9,
         "labels": int((batch["labels"] >= 0).sum()),
-    }  # fmt: skip
+    }
     out = run(model, batch)
     assert [name for name, value in out.items() if value.requires_grad] == ["loss"]
     for name in KINDS:
@@ -207,9 +220,7 @@ def test_group_attention_keeps_images_apart(group, monkeypatch):
     objective = model.objectives["m3i"]
     pixels = pixels_of(batch["images"]).requires_grad_()
     monkeypatch.setattr(type(objective), "_pixels", lambda *_: pixels)
-    features, _ = objective.encode(
-        model.encoders, batch, SampleDraws(3, "m3i", batch["position"])
-    )
+    features, _ = objective.encode(model.encoders, batch, SampleDraws(3, "m3i", batch["position"]))
     for own in range(4):
         asked = sum(features[n][own].square().sum() for n in ("prediction", "image", "logits"))
         asked = asked + features["prediction"][own].sum() + features["logits"][own].sum()
@@ -364,9 +375,14 @@ def test_the_target_follows_in_closed_form():
     assert targets.momentum_at(2, 5) == pytest.approx(half_cosine(2, 5, 0.995, 1.0))
 
 
-@pytest.mark.parametrize("kind, size, cells", [
-    ("internimage", (64, 64), 4), ("internimage", (32, 96), 3), ("vit", (20, 12), 15),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, size, cells",
+    [
+        ("internimage", (64, 64), 4),
+        ("internimage", (32, 96), 3),
+        ("vit", (20, 12), 15),
+    ],
+)
 def test_grids_of_even_and_odd_cells(kind, size, cells):
     model, batch = m3i_model(kind), m3i_batch(4, size=size)
     features, dense = features_of(model, batch, SampleDraws(3, "m3i", batch["position"]))

@@ -75,7 +75,9 @@ def test_a_pixel_of_the_upright_image_is_found_at_the_place():
         inside = (rows >= 0) & (rows <= 11) & (columns >= 0) & (columns <= 11)
         assert inside.sum() > 60
         sampled = cv2.remap(
-            np.ascontiguousarray(views[0]), columns.astype(np.float32), rows.astype(np.float32),
+            np.ascontiguousarray(views[0]),
+            columns.astype(np.float32),
+            rows.astype(np.float32),
             cv2.INTER_LINEAR,
         )
         assert np.abs(sampled - views[1])[inside].max() < 0.6  # pixels; remap counts in 1/32
