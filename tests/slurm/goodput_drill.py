@@ -25,7 +25,7 @@ FAULTS = ("a rank is killed", "a node is lost", "preemption")
 def strike(cluster: DevCluster, fault: str, nodes: list[str], job: str) -> None:
     """Let it happen to the running job."""
     if fault == "a rank is killed":
-        drill = "from slurm.drill import strike; strike('kill-rank', {!r})"
+        drill = "from slurm.drill import strike; strike('kill-rank', {!r}, 'pretrain.train')"
         cluster.ask(sys.executable, "-c", drill.format({"job": job, "nodes": ",".join(nodes)}))
     elif fault == "a node is lost":
         cluster.do("fail-node", nodes[0])
@@ -42,11 +42,19 @@ def strike(cluster: DevCluster, fault: str, nodes: list[str], job: str) -> None:
         )
 
 
+def after(run: Path, struck: float, step: int, fault: str) -> str:
+    """How long the run took from a fault to its next step in another try."""
+    tries = [start for start, _ in goodput.tries_of(run, time.time()) if start > struck]
+    steps = [at for _, at in goodput.lines_of(run) if tries and at > tries[0]]
+    took = f"the next one after {steps[0] - struck:.0f} s" if steps else "none since"
+    return f"{fault} at step {step}: {took}"
+
+
 def work(folder: Path, minutes: float, every: float, seed: int) -> dict:
     """Run, strike, stop, compare; returns what `status` says of the run."""
     pack_scenes(folder / "data")
     chosen, began = random.Random(seed), time.monotonic()
-    faults = int(minutes / every) - 1
+    faults, moments = int(minutes / every) - 1, []
     with dev_cluster(3) as cluster:
         run = TrainerRun(
             cluster,
@@ -60,15 +68,16 @@ def work(folder: Path, minutes: float, every: float, seed: int) -> dict:
         (job,) = run.submit("--nodes", "2", "--time", "600")
         for number in range(1, faults + 1):
             time.sleep(max(began + 60 * every * number - time.monotonic(), 0))
-            fault, step = chosen.choice(FAULTS), run.last()
-            print(f"{time.monotonic() - began:5.0f} s: step {step}, {fault}", flush=True)
+            fault = chosen.choice(FAULTS)
+            moments.append((time.time(), run.last(), fault))
             where = cluster.ask("squeue", "--noheader", "--format=%N", f"--jobs={job}")
             if where:  # else it still waits for the last one to be over
                 nodes = cluster.ask("scontrol", "show", "hostnames", where).split()
                 strike(cluster, fault, nodes, job)
         time.sleep(max(began + 60 * minutes - time.monotonic(), 0))
         found = describe(run.run)
-        print(goodput.words(found["time"]), flush=True)
+        for moment in moments:
+            print(after(run.run, *moment), flush=True)
         run.slurm("stop", str(run.run))
         assert_same(run)
         print(
