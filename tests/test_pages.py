@@ -3,6 +3,7 @@
 And they stay readable: a page for each room, no paragraph that goes on for ever.
 """
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -65,6 +66,18 @@ def test_paragraphs_are_short(page):
     blocks = re.split(r"\n\s*\n|\n(?=(?:\* |\d+\. |\|))", without_code(text_of(page)))
     long = [b.strip() for b in blocks if len(b.strip()) > LONGEST_PARAGRAPH]
     assert [b[:60] for b in long if not b.startswith("|")] == []
+
+
+def test_every_file_says_what_it_is_for():
+    """In its first lines; files of tests say there what they prove."""
+    files = [path for top in (*ROOMS, "tests") for path in (ROOT / top).rglob("*.py")]
+    silent = [
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        if path.name != "__init__.py"
+        and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert silent == []
 
 
 def test_the_first_page_is_short():

@@ -1,8 +1,8 @@
-"""Which block to fetch next and which to let go, when the future is known.
+"""Which block to fetch next and which to evict, when future reads are known.
 
 The cache keeps what is needed soonest (Belady's rule), and reads ahead of the run by a few steps.
-Reading further ahead than a fetch takes would cost downloads: room is made early then, by letting
-go of blocks that are still to be used.
+Reading further ahead than fetches take would cost downloads: to make room early, it would evict
+blocks that will still be used.
 """
 
 import heapq
@@ -15,20 +15,20 @@ import numpy as np
 from data_pipeline.cache.future import BlockFuture
 
 KNOWN_USES = 1 << 23
-"""Uses to come that are remembered: 200 MB. An epoch of eight million samples on a node."""
+"""Future uses that are kept in memory: 200 MB. An epoch of eight million samples on a node."""
 
 
 class Store(Protocol):
     """Where blocks are put; `cache_plan.Tally` in a simulation, a folder in a run."""
 
     def has_room(self, block: int) -> bool:
-        """Whether a block can be put in without letting go of another one."""
+        """Whether a block can be put in without evicting another one."""
 
     def fetch(self, block: int) -> None:
         """Put a block in."""
 
     def evict(self, block: int) -> None:
-        """Let go of a block."""
+        """Remove a block."""
 
 
 class CachePlan:
@@ -53,29 +53,31 @@ class CachePlan:
         self.future = future
         self.read_ahead_steps, self.known_uses = read_ahead_steps, known_uses
         self.front = future.now
-        """Whatever is read before this step is in the cache, on its way, or given up."""
+        """First step whose blocks were not all offered: those of earlier steps are in the cache,
+        being fetched, or given up."""
         self._held = np.zeros(blocks, dtype=bool)
-        # Blocks by next use. Never cleaned up: an entry that no longer holds is passed over.
+        # Blocks by the step of their next use. An entry becomes stale when its block is used or
+        # evicted; that is noticed when it is read.
         self._by_step: dict[int, list[np.ndarray]] = {}
         self._steps: list[int] = []  # heap of the keys above, negated
 
     def held(self, blocks: np.ndarray) -> np.ndarray:
-        """(n,) bool: which blocks are in the cache or on their way."""
+        """(n,) bool: which blocks are in the cache or being fetched."""
         return self._held[blocks]
 
     def advance(self, step: int) -> None:
-        """Let all steps before `step` pass."""
+        """Tell the plan that all steps before `step` are done."""
         while self.future.now < step:
             self._know(self.future.now)
             self._by_step.pop(self.future.now, None)
             self._file(*self.future.advance())
         self.front = max(self.front, step)
-        if len(self._steps) > 2 * len(self._by_step) + 1024:  # most of them lie behind
+        if len(self._steps) > 2 * len(self._by_step) + 1024:  # most are of steps that are done
             self._steps = [-key for key in self._by_step]
             heapq.heapify(self._steps)
 
     def look_ahead(self) -> bool:
-        """Look at some more steps; False if `sees_all`."""
+        """Compute the uses of some more future steps; False if `sees_all`."""
         if self.sees_all:
             return False
         self._file(*self.future.look_ahead())
@@ -83,7 +85,7 @@ class CachePlan:
 
     @property
     def sees_all(self) -> bool:
-        """Whether as much of the future is known as is to be known."""
+        """Whether all uses are known, up to the run's end or to `known_uses`."""
         future = self.future
         return future.known_until >= future.stop_step or future.pending >= self.known_uses
 
@@ -97,7 +99,7 @@ class CachePlan:
         self._held[block] = False
 
     def last_needed(self, after: int) -> int | None:
-        """The block in the cache whose next use is the last of all, and after step `after`."""
+        """The cached block that is used last, if its next use comes after step `after`."""
         while self._steps:
             step = -self._steps[0]
             if step <= after:
@@ -115,9 +117,10 @@ class CachePlan:
         return None
 
     def missing(self) -> Iterator[tuple[int, int]]:
-        """(step, block) that the read-ahead lacks, soonest first; add or leave each as it comes.
+        """Yield (step, block) of each block to fetch, in the order in which they are needed.
 
-        Going on with the iteration means that the block was added, or is given up.
+        The caller adds each block, or leaves it, before it asks for the next one: a block that is
+        left is not offered again.
         """
         end = min(self.future.now + self.read_ahead_steps, self.future.stop_step)
         while self.front < end:
@@ -128,9 +131,9 @@ class CachePlan:
             self.front += 1
 
     def fill(self, store: Store, most: int | None = None) -> int:
-        """Fetch what the read-ahead lacks, as far as there is room for it.
+        """Fetch the blocks that the next steps need and the cache lacks, as far as there is room.
 
-        Args: most: leave the rest for the next time after so many blocks.
+        Args: most: blocks to fetch in this call; the rest is left for the next one.
         Returns: how many blocks were fetched.
         """
         fetched = 0
@@ -140,7 +143,7 @@ class CachePlan:
             while not store.has_room(block):
                 victim = self.last_needed(after=step) if self.sees_all else None
                 if victim is None:
-                    return fetched  # all that is here is, or may be, needed before that block
+                    return fetched  # every cached block is, or may be, needed sooner
                 self.drop(victim)
                 store.evict(victim)
             self.add(np.array([block]))
@@ -154,7 +157,7 @@ class CachePlan:
             self._file(*self.future.look_ahead())
 
     def _file(self, blocks: np.ndarray, steps: np.ndarray) -> None:
-        """Note the next uses of those blocks that are in the cache."""
+        """Record the next use, at `steps`, of those of `blocks` that are in the cache."""
         held = self._held[blocks]
         blocks, steps = blocks[held], steps[held]
         order = np.argsort(steps, kind="stable")

@@ -1,4 +1,4 @@
-"""What fills a node's cache: fetches blocks before they are read, and lets go of the last needed.
+"""What fills a node's cache: fetches blocks before they are read, evicts those needed last.
 
 Only this decides what leaves the cache. It may be late, wrong, or dead: readers that miss a block
 fetch it themselves.

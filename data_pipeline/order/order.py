@@ -60,20 +60,20 @@ class RowOrder(ABC):
 
     @abstractmethod
     def can_avoid(self, batch: np.ndarray, position: int) -> bool:
-        """Whether substitutes of `position` can be kept out of its batch, an (n,) array of
-        positions: one that holds more than half of a data set cannot avoid repeating its rows."""
+        """Whether substitutes of `position` can differ from all rows of its batch, an (n,) array
+        of positions. A batch of more than half the data set cannot avoid repetitions."""
 
     @abstractmethod
     def epochs(self, samples: int) -> float:
-        """Epochs that `samples` samples from the start are."""
+        """How many epochs the first `samples` samples are."""
 
     @property
     @abstractmethod
     def selection_fingerprint(self) -> str:
-        """Tells which rows of the data set take part: equal exactly if they are the same."""
+        """A text that two orders share exactly if the same rows of the data set take part."""
 
     def epochs_by_source(self, samples: int) -> dict[str, float]:
-        """Passes over named parts of the data, after so many samples; there may be none."""
+        """Source -> epochs of that source after `samples` samples; empty without named sources."""
         return {}
 
     @property
@@ -86,19 +86,19 @@ class RowOrder(ABC):
         return {"": self}
 
     def with_sources(self, orders: "Mapping[str, RowOrder]") -> "RowOrder":
-        """The same order of the same sources, whose own orders became others."""
+        """The same order, with other orders within its sources."""
         return orders[""]
 
     def taken(self, samples: int) -> dict[str, int]:
-        """Source -> positions of its own order that the first `samples` of the task are."""
+        """Source -> how many of the first `samples` samples of the task come from it."""
         return {"": samples}
 
     def split(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Source -> its own numbers of those of (n,) rows that are its rows."""
+        """Source -> those of (n,) rows that belong to it, as row numbers of that source."""
         return {"": rows}
 
     def first_row(self, source: str) -> int:
-        """Row of all sources that is the first of one of them."""
+        """Number of the first row of `source`, where rows of all sources are counted through."""
         return 0
 
 

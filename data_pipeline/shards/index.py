@@ -90,7 +90,7 @@ class DerivedColumns(NamedTuple):
 
     columns: dict[str, np.ndarray]
     dropped: int
-    """Columns left out because there are more than MAX_COLUMNS of them."""
+    """Columns left out, of more than MAX_COLUMNS."""
     texts: dict[str, TextColumn | None]
     """Columns of texts; None for one of more than MAX_TEXTS different texts, or of long ones."""
 
@@ -110,13 +110,13 @@ class ShardIndex:
     bundled: bool
     """Whether all samples lie in bundles, each behind a line of its own; see bundles.py."""
     digest: str
-    """sha256 over everything above and below, but for what is derived: equal exactly if the samples
-    of two shards are equal."""
+    """sha256 over all fields but the derived columns: two shards with equal samples have equal
+    digests, and others do not."""
     derived: DerivedColumns | None
     """None in indices that were written before there were any."""
     payloads_hashed: bool = True
-    """False for an index of headers alone: `member_crc32` is 0 then, and what payloads hold is not
-    compared with anything."""
+    """False for an index that was built from headers alone: then every `member_crc32` is 0, and
+    payloads are not checked."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -153,7 +153,7 @@ class ShardIndex:
         if self.bundled:
             found = [(*self.header_span(row, m[1]), *m) for m in self.members(row)]
             return [m for m in found if extensions is None or m[2] in extensions]
-        # Written out: readers ask for every sample.
+        # The same as above without a call per member: readers ask for every sample.
         ends, numbers, offsets, sizes, crcs, header_crcs = self._member_views
         found = []
         for at in range(ends[row - 1] if row else 0, ends[row]):
@@ -173,7 +173,7 @@ class ShardIndex:
                 )
         return found
 
-    # One number of a memoryview costs a third of one of an array, and reading asks for many.
+    # Reading one number from a memoryview takes a third of the time that an array takes.
 
     @cached_property
     def _key_views(self) -> list[memoryview]:
@@ -185,12 +185,12 @@ class ShardIndex:
         return [_view(self.arrays[f"member_{name}"]) for name in names]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without those views, which are made again when they are needed."""
+        """Pickle without the views; they are made again on first use."""
         views = "_key_views", "_member_views"
         return {name: value for name, value in self.__dict__.items() if name not in views}
 
     def header_span(self, row: int, offset: int) -> tuple[int, int]:
-        """Return where that lies which member_header_crc32 of the member at `offset` checks."""
+        """Return the range of bytes that the member at `offset` has its header_crc32 of."""
         if not self.bundled:
             return offset - BLOCK, offset
         first = int(self.arrays["member_end"][row - 1]) if row else 0

@@ -1,15 +1,16 @@
-"""How hard one node may press one server: requests at a time and bytes per second of each host.
+"""Limits on what one node asks of one host: requests at a time, and bytes per second.
 
 All processes of a user on a node hold the limits together: trainers, workers and read-aheads, of
 any run. They meet in a file for each host, in a folder of the node (`node_folder`). The file's name
 depends on the boot of the machine, so that nodes which share that folder do not meet there:
 
-    bytes 0 .. 15             of which boot the time is, and until when the bytes so far are paid
-    locks from _PLACES on     place i is taken by whoever has locked its byte
-    locks from _TURNS on      held by the one that waits next for one of so many places
+    bytes 0 .. 15             an account: which boot its clock belongs to, and the time up to which
+                              the bytes received so far use the rate up
+    locks from _PLACES on     one byte per request at a time; who has locked byte i makes request i
+    locks from _TURNS on      the byte that the first in the queue for a place has locked
 
-Locks are those of open files: the kernel frees them when their owner dies, however it dies. Nobody
-has to be asked, nothing has to be cleaned up, and the files stay empty but for the 16 bytes.
+Locks are those of open files: the kernel frees them when their owner dies, however it dies. No
+server is needed, nothing has to be cleaned up, and the files hold nothing but the 16 bytes.
 """
 
 import contextlib
@@ -43,14 +44,15 @@ class _Host(Protocol):
     """The limits of one host."""
 
     def place(self, requests: int) -> contextlib.AbstractContextManager[None]:
-        """Hold one of so many places; waits for a free one."""
+        """Hold one of `requests` places while the context lasts; waits for a free one."""
 
     def owe(self, seconds: float) -> float:
-        """Book what takes so many seconds behind all before it; seconds until that is paid."""
+        """Add a transfer that takes `seconds` at the allowed rate to the queue of all transfers;
+        return the seconds until the queue is through with it."""
 
 
 class HostLimits:
-    """Requests at a time and bytes per second, for each host by itself; for many threads."""
+    """Requests at a time and bytes per second, counted for each host alone. Thread-safe."""
 
     def __init__(
         self, requests: int = 16, bytes_per_s: float | None = None, folder: Path | None = None
@@ -78,7 +80,7 @@ class HostLimits:
             yield
 
     def received(self, host: str, count: int) -> None:
-        """Wait as long as `count` bytes from `host` are worth, behind those before them."""
+        """Wait until `count` bytes from `host`, and all received before, fit the allowed rate."""
         if self.bytes_per_s is None:
             return
         try:
@@ -97,8 +99,8 @@ class HostLimits:
             return self._hosts[name]
 
     def _here(self, name: str, error: OSError) -> _Host:
-        """From now on of this process alone. It is the disk of this node that failed, and must not
-        pass for a fault of the host."""
+        """Limits of this process alone, from now on: the shared file cannot be used. That is a
+        fault of this node's disk, and must not look like one of the host."""
         with self._lock:
             if not isinstance(self._hosts.get(name), _HostHere):
                 self._hosts[name] = _HostHere(self.requests)
@@ -111,7 +113,7 @@ class HostLimits:
 
 
 class _HostHere:
-    """Of this process alone, where the node has no folder for it."""
+    """Limits that this process keeps alone, where the node has no folder to share them."""
 
     def __init__(self, requests: int) -> None:
         self._places = threading.Semaphore(requests)
@@ -131,7 +133,7 @@ class _HostHere:
 
 
 class _HostOnNode:
-    """Of all processes that have the same file."""
+    """Limits that all processes of a node keep together, in one file."""
 
     def __init__(self, folder: Path, host: str) -> None:
         """Raises OSError if the file cannot be used, or locks do not work there."""
@@ -141,7 +143,7 @@ class _HostOnNode:
         self._path = folder / f"{name}-{digest}"
         with self._open() as file:
             _try_lock(file, 0)
-            if not os.fstat(file).st_size:  # now, and not when the disk is full
+            if not os.fstat(file).st_size:  # write it now: later the disk may be full
                 os.pwrite(file, _ACCOUNT.pack(_boot(), 0.0), 0)
 
     @contextlib.contextmanager
@@ -153,14 +155,14 @@ class _HostOnNode:
             try:
                 yield
             finally:
-                # Closing does not: a process that was forked meanwhile has the file open, too.
+                # Closing the file would not unlock it if a process forked meanwhile has it open.
                 _unlock(file, place)
 
     def owe(self, seconds: float) -> float:
         with self._open() as file:
             _lock(file, 0)
             try:
-                # This clock is that of all processes of a node, from its boot on.
+                # All processes of a node share this clock, which counts from the boot on.
                 now = time.monotonic()
                 content = os.pread(file, _ACCOUNT.size, 0)
                 boot, until = _ACCOUNT.unpack(content.ljust(_ACCOUNT.size, b"\0"))
@@ -172,8 +174,8 @@ class _HostOnNode:
                 _unlock(file, 0)
 
     def _wait(self, file: int, requests: int) -> int:
-        """Take the next place that becomes free. Only the one whose turn it is looks for it, so
-        that a thousand threads that wait cost as much as one."""
+        """Take the next place that becomes free. Only the first in the queue looks for it: a
+        thousand waiting threads cost as much as one."""
         started, said, look_s = time.monotonic(), False, _FIRST_LOOK_S
         _lock(file, _TURNS + requests)
         try:
@@ -229,12 +231,13 @@ def node_folder() -> Path | None:
 
 
 def _behind(paid_until: float, now: float) -> float:
-    """A pause is not saved up: what was not used a second ago gives no burst now."""
+    """Where the next transfer begins: now, or behind those in the queue. Time in which nothing was
+    received is not saved up for a burst later."""
     return max(paid_until, now)
 
 
 def _any_place(file: int, requests: int) -> int | None:
-    """Lock a place that is free."""
+    """Lock a free place; return it, or None if all are taken."""
     return next((p for p in range(_PLACES, _PLACES + requests) if _try_lock(file, p)), None)
 
 

@@ -1,3 +1,5 @@
+"""Files are whole or absent, and locks of killed owners are free."""
+
 import errno
 import multiprocessing
 import os

@@ -1,3 +1,6 @@
+"""Samples come back whole by row number; what is damaged, missing, replaced or away is told
+apart."""
+
 import errno
 import multiprocessing
 import os

@@ -15,7 +15,7 @@ import pytest
 
 from data_pipeline.cache.cache import CachedShards, CacheSettings, source_of
 from data_pipeline.reading.reader import BadSample, SampleReader, TransientReadError
-from data_pipeline.reading.remote_lanes import RemoteLanes
+from data_pipeline.reading.remote_ranges import RemoteRanges
 from data_pipeline.shards import remote_index
 from data_pipeline.shards.index_file import headers_digest, load_index, save_index, with_digest
 from data_pipeline.shards.shard_set import ShardSet
@@ -590,7 +590,7 @@ def test_a_server_that_stays_away_ends_the_loader_in_time(tmp_path, workers, cap
 
 
 def test_a_source_forgets_what_it_read_ahead(server):
-    source = RemoteLanes(ShardSet.open(server.url + "/set", QUICK))
+    source = RemoteRanges(ShardSet.open(server.url + "/set", QUICK))
     first = source.pread(0, 0, 512)
     assert source._lanes
     source.close()

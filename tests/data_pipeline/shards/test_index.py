@@ -1,3 +1,5 @@
+"""An index says where every member lies and finds any changed bit, whoever wrote the tar."""
+
 import io
 import json
 import struct

@@ -1,3 +1,6 @@
+"""Packed shards: any tar reader reads them, their bytes depend on samples alone, none looks
+finished early."""
+
 import io
 import json
 import os

@@ -1,3 +1,6 @@
+"""Packing gives the same bytes with any number of processes, interrupted or not, and spoils
+nothing."""
+
 import os
 import signal
 import subprocess

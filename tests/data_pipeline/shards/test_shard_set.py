@@ -1,3 +1,6 @@
+"""A set of shards is rows and columns, however it was named; each index is built once, damage is
+named."""
+
 import json
 import logging
 import multiprocessing

@@ -1,3 +1,6 @@
+"""Headers are read as tarfile reads them; whatever is damaged or unsafe is refused, none
+crashes."""
+
 import bz2
 import gzip
 import io

@@ -1,3 +1,5 @@
+"""Verification lists every damaged sample of a shard, and misses no changed byte."""
+
 import os
 import shutil
 

@@ -1,3 +1,6 @@
+"""Files of any fsspec driver: faults that heal change nothing, those that stay end with their
+reason."""
+
 import errno
 
 import fsspec

@@ -1,3 +1,5 @@
+"""Ranges over HTTP: cut, refused, redirected, slow or changed; what heals changes no byte."""
+
 import email.utils
 import multiprocessing
 import os

@@ -1,3 +1,5 @@
+"""All processes of a node together stay below the limits of a host, and dead ones hold nothing."""
+
 import contextlib
 import errno
 import multiprocessing

@@ -1,3 +1,5 @@
+"""Paths and URLs are taken apart alike, and queries are kept from logs."""
+
 import pytest
 
 from data_pipeline.storage.locations import (

@@ -1,3 +1,5 @@
+"""Waits between attempts, and when they end: by time without a byte, or by refusals in a row."""
+
 import time
 
 import pytest

@@ -1,3 +1,5 @@
+"""Folders, COCO and tables become the samples that were meant; mistakes name file and line."""
+
 import json
 import os
 import subprocess

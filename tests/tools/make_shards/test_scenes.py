@@ -1,3 +1,6 @@
+"""Digit scenes are functions of their seed, captions tell the truth, held-out digits stay held
+out."""
+
 import io
 import json
 

@@ -1,3 +1,5 @@
+"""People can list, release and exclude samples of a run, and take that back."""
+
 from pathlib import Path
 
 import pytest

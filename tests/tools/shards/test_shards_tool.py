@@ -1,3 +1,5 @@
+"""`tools.shards` finds all damage, shows what is there, and says so by its exit code."""
+
 import os
 import signal
 import subprocess

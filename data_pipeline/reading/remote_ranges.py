@@ -1,4 +1,4 @@
-"""Remote shards read by ranges, in blocks ahead of where each lane of the order stands.
+"""Remote shards, read by byte ranges, each chunk of the order a few blocks ahead of its reader.
 
 The order (order.py) walks through thousands of lanes at a time, each over chunks of neighbouring
 rows: the first row of a chunk costs a request, those behind it lie in memory when they are wanted.
@@ -22,8 +22,8 @@ _LEAST_BLOCK_BYTES = 32 * 1024
 _LARGEST_GAP_BYTES = 64 * 1024
 
 
-class _Lane:
-    """A piece of one shard that is read from its begin to its end."""
+class _Stretch:
+    """Bytes of one shard that are read in sequence: the chunk that a lane walks through."""
 
     def __init__(self, number: int, begin: int, limit: int) -> None:
         self.number, self.limit = number, limit
@@ -40,7 +40,7 @@ class _Lane:
         return self.end - self.begin
 
 
-class RemoteLanes:
+class RemoteRanges:
     """A ByteSource for shards by URL, without a cache on disk; local ones among them are read too.
 
     A file that was replaced since it was opened is a ShardError, and so is one that is gone;
@@ -64,30 +64,30 @@ class RemoteLanes:
             data = self._local.pread(number, begin, end)
             self.counters["bytes_read"] += len(data)
             return data
-        lane = self._lane(number, begin, end)
-        is_there = lane.begin <= begin and end <= lane.begin + len(lane.data)
+        stretch = self._stretch(number, begin, end)
+        is_there = stretch.begin <= begin and end <= stretch.begin + len(stretch.data)
         self.counters["cache_hits" if is_there else "cache_misses"] += 1
         try:
-            while lane.begin + len(lane.data) < end:
-                self._receive(lane, begin, end)
+            while stretch.begin + len(stretch.data) < end:
+                self._receive(stretch, begin, end)
         except BaseException:
-            self._drop(lane)
+            self._drop(stretch)
             raise
         finally:
             before, self._retries = self._retries, self._shards.storage.retries
             self.counters["retries"] += self._retries - before
-        data = lane.data[begin - lane.begin : end - lane.begin]
-        lane.used = max(lane.used, end)
-        self._go_on(lane)
+        data = stretch.data[begin - stretch.begin : end - stretch.begin]
+        stretch.used = max(stretch.used, end)
+        self._go_on(stretch)
         return data
 
     def expect(self, number: int, begin: int, end: int) -> None:
         """Begin to fetch the bytes [begin, end) of a shard; never waits, never raises."""
         self._leave_parent()
         if is_url(self._shards.shards[number].path):
-            lane = self._lane(number, begin, end)
-            if lane.coming is None and lane.end < end:
-                self._fetch(lane, end)
+            stretch = self._stretch(number, begin, end)
+            if stretch.coming is None and stretch.end < end:
+                self._fetch(stretch, end)
 
     def renew(self, number: int, begin: int, end: int) -> bool:
         """Forget these bytes, which do not match their checksums, so that they are fetched again.
@@ -97,9 +97,9 @@ class RemoteLanes:
         """
         if not is_url(self._shards.shards[number].path):
             return False
-        for lane in list(self._by_shard.get(number, ())):
-            if lane.begin < end and begin < lane.end:
-                self._drop(lane)
+        for stretch in list(self._by_shard.get(number, ())):
+            if stretch.begin < end and begin < stretch.end:
+                self._drop(stretch)
         return True
 
     def close(self) -> None:
@@ -121,8 +121,8 @@ class RemoteLanes:
     def _start(self) -> None:
         self._process, self._retries = os.getpid(), self._shards.storage.retries
         self._pool = FetchPool(self._shards.storage.settings.requests_per_host)
-        self._lanes: OrderedDict[_Lane, None] = OrderedDict()
-        self._by_shard: dict[int, list[_Lane]] = {}
+        self._stretches: OrderedDict[_Stretch, None] = OrderedDict()
+        self._by_shard: dict[int, list[_Stretch]] = {}
         self._in_memory = 0
         self._origin = Origin(self._shards)
 
@@ -131,74 +131,74 @@ class RemoteLanes:
         if self._process != os.getpid():
             self._start()
 
-    def _lane(self, number: int, begin: int, end: int) -> _Lane:
-        """The lane that has, or will have, these bytes; a new one if none has."""
-        for lane in self._by_shard.get(number, ()):
-            is_next = lane.begin <= begin <= lane.end + _LARGEST_GAP_BYTES
-            if is_next and end <= max(lane.limit, lane.end):
-                self._lanes.move_to_end(lane)
-                return lane
-        lane = _Lane(number, begin, max(self._limit(number, begin), end))
-        self._lanes[lane] = None
-        self._by_shard.setdefault(number, []).append(lane)
-        return lane
+    def _stretch(self, number: int, begin: int, end: int) -> _Stretch:
+        """The stretch that has these bytes, or will; a new one if there is none."""
+        for stretch in self._by_shard.get(number, ()):
+            is_next = stretch.begin <= begin <= stretch.end + _LARGEST_GAP_BYTES
+            if is_next and end <= max(stretch.limit, stretch.end):
+                self._stretches.move_to_end(stretch)
+                return stretch
+        stretch = _Stretch(number, begin, max(self._limit(number, begin), end))
+        self._stretches[stretch] = None
+        self._by_shard.setdefault(number, []).append(stretch)
+        return stretch
 
     def _limit(self, number: int, begin: int) -> int:
-        """Where the chunk that may start at byte `begin` ends: what follows is another lane's."""
+        """Where the chunk that may start at byte `begin` ends: what follows belongs to another lane."""
         index = self._shards.index(number)
         row = int(np.searchsorted(index.arrays["sample_end"], begin, side="right"))
         last = min(row + Order.chunk_rows, len(index)) - 1
         return max(offset + size for _, offset, size, _, _ in index.members(last))
 
-    def _fetch(self, lane: _Lane, end: int) -> None:
-        """Ask for the next block of a lane, at least up to byte `end`."""
-        begin = lane.end
-        lane.end = max(min(begin + self._block_bytes, lane.limit), end)
-        self._in_memory += lane.end - begin
-        number, stop = lane.number, lane.end
-        lane.coming = self._pool.submit(lambda: self._origin.read(number, begin, stop))
-        self._make_room(lane)
+    def _fetch(self, stretch: _Stretch, end: int) -> None:
+        """Ask for the next block of a stretch, at least up to byte `end`."""
+        begin = stretch.end
+        stretch.end = max(min(begin + self._block_bytes, stretch.limit), end)
+        self._in_memory += stretch.end - begin
+        number, stop = stretch.number, stretch.end
+        stretch.coming = self._pool.submit(lambda: self._origin.read(number, begin, stop))
+        self._make_room(stretch)
 
-    def _receive(self, lane: _Lane, begin: int, end: int) -> None:
-        """Wait for the next block of a lane; let go of what lies before `begin`."""
-        if lane.coming is None:
-            self._fetch(lane, end)
-        coming, lane.coming = lane.coming, None
+    def _receive(self, stretch: _Stretch, begin: int, end: int) -> None:
+        """Wait for the next block of a stretch, and drop its bytes before `begin`."""
+        if stretch.coming is None:
+            self._fetch(stretch, end)
+        coming, stretch.coming = stretch.coming, None
         data = coming.result()
         self.counters["bytes_read"] += len(data)
-        passed = min(max(begin - lane.begin, 0), len(lane.data))
-        lane.data = lane.data[passed:] + data
-        lane.begin += passed
+        passed = min(max(begin - stretch.begin, 0), len(stretch.data))
+        stretch.data = stretch.data[passed:] + data
+        stretch.begin += passed
         self._in_memory -= passed
 
-    def _go_on(self, lane: _Lane) -> None:
-        """Ask for the next block when half of this one is used up; end a lane that is through."""
-        if lane.used >= lane.limit:
-            self._drop(lane)
+    def _go_on(self, stretch: _Stretch) -> None:
+        """Ask for the next block when half of this one is used; drop what was read to its end."""
+        if stretch.used >= stretch.limit:
+            self._drop(stretch)
         elif (
-            lane.coming is None
-            and lane.end < lane.limit
-            and lane.end - lane.used < (self._block_bytes // 2)
+            stretch.coming is None
+            and stretch.end < stretch.limit
+            and stretch.end - stretch.used < (self._block_bytes // 2)
         ):
-            self._fetch(lane, lane.end)
+            self._fetch(stretch, stretch.end)
 
-    def _make_room(self, newest: _Lane) -> None:
-        while self._in_memory > self._memory_bytes and len(self._lanes) > 1:
-            oldest = next(iter(self._lanes))
+    def _make_room(self, newest: _Stretch) -> None:
+        while self._in_memory > self._memory_bytes and len(self._stretches) > 1:
+            oldest = next(iter(self._stretches))
             if oldest is newest:
-                self._lanes.move_to_end(newest)
+                self._stretches.move_to_end(newest)
                 continue
             unread = oldest.end - max(oldest.used, oldest.begin)
             if unread > self._block_bytes // 2 and self._block_bytes > _LEAST_BLOCK_BYTES:
-                # More lanes are open than the memory has blocks for: smaller ones are not fetched
-                # twice.
+                # More stretches are open than there is memory for: with smaller blocks, none has to
+                # be dropped unread and fetched twice.
                 self._block_bytes //= 2
             self._drop(oldest)
 
-    def _drop(self, lane: _Lane) -> None:
-        if lane in self._lanes:
-            del self._lanes[lane]
-            self._by_shard[lane.number].remove(lane)
-            self._in_memory -= lane.bytes
-            if lane.coming is not None:
-                lane.coming.cancel()
+    def _drop(self, stretch: _Stretch) -> None:
+        if stretch in self._stretches:
+            del self._stretches[stretch]
+            self._by_shard[stretch.number].remove(stretch)
+            self._in_memory -= stretch.bytes
+            if stretch.coming is not None:
+                stretch.coming.cancel()
