@@ -144,7 +144,7 @@ class RemoteRanges:
         return stretch
 
     def _limit(self, number: int, begin: int) -> int:
-        """Where the chunk that may start at byte `begin` ends: what follows belongs to another lane."""
+        """End of the chunk that may start at `begin`: what follows belongs to another lane."""
         index = self._shards.index(number)
         row = int(np.searchsorted(index.arrays["sample_end"], begin, side="right"))
         last = min(row + Order.chunk_rows, len(index)) - 1

@@ -140,8 +140,8 @@ def test_an_index_of_other_content_is_refused_until_it_is_put_right(server, www,
     if kept:  # as earlier versions did
         opened.index(1)
         (copy,) = (cache / "indices").glob("*train-000001.tar.idx")
-        other.save(copy)
-    other.save(place)
+        save_index(other, copy)
+    save_index(other, place)
     for _ in range(2):
         with pytest.raises(ShardError, match=r"train-000001\.tar: its index does not belong"):
             ShardSet.open(server.url + "/set", QUICK).index(1)
@@ -529,7 +529,7 @@ def test_memory_of_the_read_ahead_is_bounded(tmp_path):
                 row = 64 * lane + step
                 assert reader.read(row).members["bin"][:2] == row.to_bytes(2, "big")
                 source = reader.source
-                held = sum(len(lane.data) for lane in source._lanes)
+                held = sum(len(stretch.data) for stretch in source._stretches)
                 most = max(most, source._in_memory, held)
         assert most <= 1.3 * 2**20
         # Blocks became as small as it takes, so that hardly anything was fetched twice.
@@ -592,9 +592,9 @@ def test_a_server_that_stays_away_ends_the_loader_in_time(tmp_path, workers, cap
 def test_a_source_forgets_what_it_read_ahead(server):
     source = RemoteRanges(ShardSet.open(server.url + "/set", QUICK))
     first = source.pread(0, 0, 512)
-    assert source._lanes
+    assert source._stretches
     source.close()
-    assert not source._lanes and source.pread(0, 0, 512) == first
+    assert not source._stretches and source.pread(0, 0, 512) == first
 
 
 def test_an_index_file_says_whether_it_knows_the_payloads(server, www, tmp_path):
