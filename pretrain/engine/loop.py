@@ -190,25 +190,14 @@ class Loop:
             shares = accumulate_parts(
                 self.engine,
                 [
-                    TaskBatch(
-                        part.task,
-                        self._on_device(part),
-                        totals[part.task],
-                        weights[part.task],
-                        step_batch.step,
-                    )
+                    self._task_batch(part, totals, weights, step_batch.step)
                     for part in step_batch.parts
                 ],
             )
         applied = self.engine.was_step_applied()
         if applied:
             self.after_update(state.step - state.skipped_steps)
-        state.step = step_batch.step + 1
-        state.skipped_steps += not applied
-        state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
-        for part in step_batch.parts:
-            samples = state.samples.get(part.task, 0) + self.global_batches[part.task]
-            state.samples[part.task] = samples
+        self._count(step_batch, state, applied)
         # Here the host waits until the device has stepped: `seconds` are those of the whole step,
         # and ZeRO-3, whose gathering stream waits for no other, finds weights that are written.
         stop, save, profile, lost, writing, *sums = agreed.tolist()
@@ -250,6 +239,19 @@ class Loop:
             )
             for part in step_batch.parts
         ], requests
+
+    def _count(self, step_batch, state: TrainerState, applied: bool) -> None:
+        """Move the state behind a step that was taken or skipped."""
+        state.step = step_batch.step + 1
+        state.skipped_steps += not applied
+        state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
+        for part in step_batch.parts:
+            samples = state.samples.get(part.task, 0) + self.global_batches[part.task]
+            state.samples[part.task] = samples
+
+    def _task_batch(self, part, totals: Mapping, weights: Mapping, step: int) -> TaskBatch:
+        micro_batches = self._on_device(part)
+        return TaskBatch(part.task, micro_batches, totals[part.task], weights[part.task], step)
 
     def _on_device(self, part) -> list[dict]:
         """The micro-batches, with what their objective adds while they are on the CPU."""

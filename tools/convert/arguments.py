@@ -65,6 +65,10 @@ def add_internimage(commands: Any) -> None:
         help="rows of the linear layer to take, one number a line (as in the "
         "official map from ImageNet-22K to 1K)",
     )
+    _add_export_internimage(commands)
+
+
+def _add_export_internimage(commands: Any) -> None:
     text = "a run's InternImage for the official code, its detectors, or transformers"
     give = commands.add_parser("export-internimage", help=text, description=text)
     give.set_defaults(run=_later("tools.convert.internimage", "export_command"))
