@@ -25,10 +25,10 @@ from typing import IO
 import psutil
 
 from data_pipeline.console import parse_in_any_order, write_utf8
+from tools.support.process_memory import KINDS, proportional
 
 GIB = 2**30
 ENDED = 3
-_KINDS = ("Pss_Anon", "Pss_Shmem", "Pss_File")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def report(watch: Watch, out: Path | None) -> None:
 
 def read_tree(pid: int, seconds: float) -> Reading:
     """Memory of a process and its descendants now; those that have just ended count nothing."""
-    totals, processes = dict.fromkeys(_KINDS, 0), 0
+    totals, processes = dict.fromkeys(KINDS, 0), 0
     try:
         root = psutil.Process(pid)
         tree = [root, *root.children(recursive=True)]
@@ -166,17 +166,7 @@ def read_tree(pid: int, seconds: float) -> Reading:
         processes += bool(found)
         for kind, size in found.items():
             totals[kind] += size
-    return Reading(seconds, processes, *(totals[kind] for kind in _KINDS))
-
-
-def proportional(pid: int) -> dict[str, int]:
-    """Proportional set size of a process by kind, in bytes; empty if there is none any more."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    fields = dict(line.split(":", 1) for line in lines[1:])
-    return {kind: int(fields[kind].split()[0]) * 1024 for kind in _KINDS if kind in fields}
+    return Reading(seconds, processes, *(totals[kind] for kind in KINDS))
 
 
 if __name__ == "__main__":

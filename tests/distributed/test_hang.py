@@ -91,7 +91,7 @@ def test_a_rank_that_is_slow_and_then_stopped(data, tmp_path, stopped):
         kill_ranks(ranks)
     status = status_of(run)
     assert status["state"] == "failed" and status["phase"] == "step"
-    assert ("slow_rank" in status) == (stopped == 1)
+    assert stopped == 0 or "slow_rank" in status
     # Rank 0 serves the store in which the ranks report.
     named = "rank 1 does not report any more" if stopped else "rank 0 or its node hangs"
     assert named in status["reason"]

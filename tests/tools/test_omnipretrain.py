@@ -79,6 +79,12 @@ def test_it_starts_at_once():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
+def no_debugging(number, *mode, fdopen=os.fdopen):
+    if number == 9:
+        raise OSError("no descriptor for debugging")
+    return fdopen(number, *mode)
+
+
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
@@ -119,6 +125,8 @@ def test_completion(line, offered, monkeypatch, tmp_path):
         "COMP_POINT": str(len(line)),
     }.items():
         monkeypatch.setitem(os.environ, name, value)
+    # argcomplete takes descriptor 9 for its own and closes it; here it is one of the tests'.
+    monkeypatch.setattr(os, "fdopen", no_debugging)
     with pytest.raises(SystemExit) as end:
         omnipretrain.main()
     assert end.value.code == 0

@@ -32,6 +32,7 @@ from data_pipeline.shards.packer import ShardWriter
 from data_pipeline.shards.shard_set import ShardSet
 from tools.make_shards.scenes import make_scene, scene_members
 from tools.support.measure import in_fresh_process, say, seconds_left, shorten
+from tools.support.process_memory import proportional
 
 EPOCHS, WARM_UPS = 3, 8
 MOST_GROWTH = 0.02
@@ -171,9 +172,8 @@ def _stream(folder: Path, n_rows: int, batch: int) -> TaskStream:
 def _memory_mib() -> float:
     """Anonymous and shared memory of this process and its workers, each page once."""
     process = psutil.Process()
-    kib = 0
+    size = 0
     for one in (process, *process.children(recursive=True)):
-        for line in Path(f"/proc/{one.pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
-                kib += int(line.split()[1])
-    return kib / 1024
+        found = proportional(one.pid)  # nothing of a worker that has just ended
+        size += found.get("Pss_Anon", 0) + found.get("Pss_Shmem", 0)
+    return size / 2**20

@@ -15,7 +15,6 @@ interruption: finished shards are checked and kept.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.console import parse_in_any_order
@@ -58,29 +57,6 @@ from tools.make_shards.tables import table_source
 from tools.support.arguments import positive
 
 
-@dataclass(frozen=True)
-class BuildScene:
-    """Makes the members of digit scene number `item`."""
-
-    split: digit_scenes.Split
-    seed: int
-    size: int
-    two_digit_share: float
-    large: bool
-
-    def __call__(self, item: int) -> dict[str, bytes]:
-        """Draw the scene and encode it."""
-        scene = digit_scenes.make_scene(
-            item,
-            split=self.split,
-            seed=self.seed,
-            size=self.size,
-            two_digit_share=self.two_digit_share,
-            large=self.large,
-        )
-        return digit_scenes.scene_members(scene)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 1 after an error that was printed."""
     options = parse_in_any_order(_parser(), arguments)
@@ -94,7 +70,7 @@ def _scenes_job(options: argparse.Namespace) -> PackJob:
         keys=[f"{number:09d}" for number in range(options.count)],
         items=range(options.count),
         ranges=plan_ranges((0 for _ in range(options.count)), options.max_samples),
-        build=BuildScene(
+        build=digit_scenes.BuildScene(
             options.split, options.seed, options.size, options.two_digit_share, options.large
         ),
         bundle=options.bundle,

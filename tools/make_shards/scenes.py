@@ -170,6 +170,29 @@ def scene_members(scene: Scene) -> dict[str, bytes]:
     return members | ({"cls": str(scene.digits[0]).encode()} if single else {})
 
 
+@dataclass(frozen=True)
+class BuildScene:
+    """Makes the members of digit scene number `item`; processes that pack read it by its name."""
+
+    split: Split
+    seed: int
+    size: int
+    two_digit_share: float
+    large: bool
+
+    def __call__(self, item: int) -> dict[str, bytes]:
+        """Draw the scene and encode it."""
+        scene = make_scene(
+            item,
+            split=self.split,
+            seed=self.seed,
+            size=self.size,
+            two_digit_share=self.two_digit_share,
+            large=self.large,
+        )
+        return scene_members(scene)
+
+
 def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
     """Encode an (H, W) bool mask as uncompressed COCO RLE.
 

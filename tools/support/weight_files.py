@@ -106,10 +106,11 @@ def _load(path: Path, skip_objects: bool) -> Any:
 
 def _is_torchscript(path: Path) -> bool:
     """Whether a zip archive has what torch.jit.save writes beside tensors."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False  # no zip, or a damaged one: the reader that is asked next says so
 
 
 def _unwrap(path: Path, content: Any, wrappings: Sequence[str]) -> dict[str, Tensor]:
