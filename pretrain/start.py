@@ -33,12 +33,14 @@ def train_recipe(
     ownership: Ownership | None,
     from_step: int | None = None,
     notes: StartNotes | None = None,
+    launchers: Launchers | None = None,
 ) -> int:
     """Run a recipe on this process and its peers; returns the exit code (0, 1 or 3).
 
     ownership: rank 0's claim on the run directory; the others learn of it from rank 0.
     from_step: the checkpoint of this step is restored, not the newest one.
     notes: of the start, until the first step; None = nothing is said.
+    launchers: those that were there when this process began; None = those that are there now.
     """
     notes = notes or StartNotes()
     # Where every thread stands, if C++ ends this process: NCCL's watchdog does after a time-out.
@@ -63,7 +65,7 @@ def train_recipe(
         world,
         limits,
         expired=lambda reason: end_failed(run_dir, rank, RunHangs(reason), ownership),
-        alive=partial(look_around, control, Launchers(), signals),
+        alive=partial(look_around, control, launchers or Launchers(), signals),
         store=meeting_place if world > 1 else None,
     )
     ranks = None

@@ -40,7 +40,7 @@ from pretrain.engine.control.ownership import (
     refuse_if_occupied,
 )
 from pretrain.engine.launch.launch_environment import LaunchError, require_world, translate
-from pretrain.engine.launch.launchers import age_of_start
+from pretrain.engine.launch.launchers import Launchers, age_of_start
 from pretrain.engine.report.start_notes import StartNotes
 from pretrain.engine.run_record import (
     RECIPE_FILE,
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
 
     signals: those that were heard since this process began; None = listen from now on.
     """
+    launchers = Launchers()  # before the imports, in which one may go
     try:
         translate(os.environ)
         arguments = parse_arguments(argv)
@@ -89,7 +90,13 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
         from pretrain.start import train_recipe  # imports DeepSpeed, which takes seconds
 
         return train_recipe(
-            recipe, resume, signals or StopSignals(), ownership, arguments.from_step, notes
+            recipe,
+            resume,
+            signals or StopSignals(),
+            ownership,
+            arguments.from_step,
+            notes,
+            launchers,
         )
 
 

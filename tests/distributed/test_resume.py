@@ -6,7 +6,6 @@ Equal means bit for bit: every logged loss and gradient norm, and the final weig
 import contextlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -94,55 +93,6 @@ def kill_when(condition, processes, timeout_s: float = 120) -> bool:
         time.sleep(0.001)
     kill_ranks(processes)
     raise AssertionError("the moment to kill never came")
-
-
-def kill_and_resume(data, folder: Path, stage: int, moments, **changes) -> Path:
-    """Start a run, kill it at each of the moments (resuming in between), then let it finish."""
-    run = folder / "run"
-    recipe = tiny_recipe(data, run, deepspeed=f"zero{stage}", **changes)
-    arguments = [str(write_recipe(folder / "recipe.yaml", recipe))]
-    for number, moment in enumerate(moments):
-        logs = folder / f"start{number}"
-        processes = start_ranks("pretrain.train", arguments, 2, logs)
-        kill_when(lambda moment=moment: moment(run), processes)
-        if (run / "recipe.yaml").exists() and list(run.glob("checkpoints/step_*")):
-            arguments = ["--resume", str(run)]
-    finish(Path(arguments[0]), folder / "last", *arguments[1:])
-    return run
-
-
-def inside_a_save(run: Path) -> bool:
-    return any(run.glob("checkpoints/.writing-*/*"))
-
-
-def after_steps(count: int):
-    return lambda run: steps_logged(run) >= count
-
-
-def test_killed_between_steps_and_inside_a_save(data, straight, tmp_path):
-    """Through a cache and with `deterministic`, neither of which the uninterrupted run has."""
-    moments = [inside_a_save, after_steps(random.randint(5, 11))]
-    cache = {"folder": str(tmp_path / "cache"), "max_gib": 0.001, "block_mib": 0.01}
-    run = kill_and_resume(data, tmp_path, 2, moments, loader__cache=cache, deterministic=True)
-    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
-    assert len(starts) > 1 and all(start["deterministic"] for start in starts)
-    assert_same_run(straight(2), run)
-    kept = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert len(kept) > 3 and not [name for name in kept if name.endswith((".tmp", ".lock"))]
-    assert any(line.get("cache_hits") for line in metrics(run))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("behind", [False, True])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_killed_many_times(data, straight, tmp_path, stage, behind):
-    """behind: checkpoints are written while training goes on, so between snapshot and commit."""
-    moments = [
-        after_steps(random.randint(1, 11)) if random.random() < 0.5 else inside_a_save
-        for _ in range(6)
-    ]
-    run = kill_and_resume(data, tmp_path, stage, moments, checkpoint__asynchronous=behind)
-    assert_same_run(straight(stage), run)
 
 
 def test_stopped_by_a_signal_to_all_processes(data, straight, tmp_path):

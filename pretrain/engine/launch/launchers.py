@@ -7,6 +7,8 @@ from pretrain.engine.launch.processes import process_age
 
 # What starts ranks and was itself started by the person: a request since then is for this run.
 _LAUNCHERS = ("torchrun", "deepspeed", "accelerate", "mpirun", "prterun", "orted", "prted")
+# What torchrun and deepspeed set for their ranks, and nobody sets by hand.
+_MARKS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 _MODULES = ("torch.distributed.", "deepspeed.launcher.", "accelerate.commands.")
 
 
@@ -36,13 +38,30 @@ class Launchers:
 
     def __init__(self) -> None:
         self._found = {pid: (_started(pid), _name(pid)) for pid in launchers()}
+        self._was_gone = not self._found and _has_lost_its_launcher()
 
     def gone(self) -> str | None:
         """One that runs no more, in words; None while all do."""
+        if self._was_gone:
+            return "the launcher that started this process is gone"
         for pid, (started, name) in self._found.items():
             if _started(pid) != started:
                 return f"{name} (process {pid}), which started this run, is gone"
         return None
+
+
+def _has_lost_its_launcher() -> bool:
+    """Whether a launcher has started this process, and somebody else has adopted it since.
+
+    What a launcher starts between itself and a rank (a shell, say) has the same variables, and the
+    same user; those of init are nobody's to read.
+    """
+    marks = [f"{name}={os.environ[name]}".encode() for name in _MARKS if name in os.environ]
+    try:
+        of_parent = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        of_parent = []
+    return bool(marks) and Path("/proc/self").exists() and not set(marks) & set(of_parent)
 
 
 def _started(pid: int) -> str | None:

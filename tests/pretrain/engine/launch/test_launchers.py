@@ -63,3 +63,37 @@ def test_a_rank_notices_that_its_launcher_is_gone(tmp_path):
         assert launcher.stdout.readline() == (
             f"torchrun (process {launcher.pid}), which started this run, is gone\n"
         )
+
+
+ORPHAN = """
+import os, sys, time
+while os.getppid() == int(sys.argv[1]):
+    time.sleep(0.01)
+from pretrain.engine.launch.launchers import Launchers
+print(Launchers().gone(), flush=True)
+"""
+BRIEF_LAUNCHER = """
+import os, subprocess, sys
+marked = {**os.environ, sys.argv[2]: "0"}
+subprocess.Popen([sys.executable, "-c", sys.argv[3], str(os.getpid())], env=marked)
+"""
+
+
+@pytest.mark.parametrize("mark", ["TORCHELASTIC_RUN_ID", "CROSS_RANK", "NOTHING"])
+def test_a_rank_whose_launcher_went_before_it_looked(tmp_path, mark):
+    """In its first moments; whoever adopted it is not the launcher, which alone sets these."""
+    script = tmp_path / "torchrun"
+    script.write_text(BRIEF_LAUNCHER)
+    done = subprocess.run(
+        [sys.executable, str(script), "x", mark, ORPHAN], stdout=subprocess.PIPE, text=True
+    )
+    gone = "the launcher that started this process is gone"
+    assert done.stdout == f"{None if mark == 'NOTHING' else gone}\n"
+
+
+def test_a_shell_between_a_launcher_and_its_rank_is_not_missed(monkeypatch):
+    monkeypatch.setenv("CROSS_RANK", "0")
+    look = "from pretrain.engine.launch.launchers import Launchers as L; print(L().gone())"
+    shell = ["sh", "-c", f"{sys.executable} -c '{look}'; true"]
+    done = subprocess.run(shell, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "None\n"
