@@ -1,47 +1,99 @@
 """Connections to web servers, through the proxies and with the credentials of the environment."""
 
-import base64
 import functools
 import http.client
+import logging
 import netrc
 import os
+import re
 import ssl
+import threading
 import urllib.request
-from typing import Any, NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
-# Left as they are in a path: what may stand in one, and what is escaped already.
-_IN_PATHS = "/%!$&'()*+,;=:@~-._"
+import urllib3
+
+# Left as they are in a path or a query, beside letters and digits; "%" begins what is escaped
+# already, and urllib3 would escape all of them again if one began nothing.
+_AS_THEY_ARE = "/%!$&'()*+,;=:@~-._?"
+_STRAY_PERCENT = re.compile("%(?![0-9a-fA-F]{2})")
+# Hosts whose connections are kept. Redirects may lead to many.
+_MOST_HOSTS = 64
 
 
-class Connection(NamedTuple):
-    """A connection and how to ask it."""
+class Connections:
+    """Connections that stay open. For any number of threads, but not across a fork."""
 
-    client: http.client.HTTPConnection
-    headers: dict[str, str]
-    """For every request."""
-    whole_urls: bool
-    """Whether it leads to a proxy that wants URLs in place of paths."""
+    def __init__(self, at_a_time: int) -> None:
+        """Nothing is opened before it is used; `at_a_time` connections of a host are kept."""
+        self._at_a_time = at_a_time
+        self._lock = threading.Lock()
+        self._by_proxy: dict[str, urllib3.PoolManager] = {}
+        # Its warnings hold whole URLs, and queries of URLs are secrets.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
-    def get(self, url: str, headers: dict[str, str], timeout_s: float) -> http.client.HTTPResponse:
-        """Ask for `url`; the answer's body is not read yet.
+    def get(self, url: str, headers: dict[str, str], timeout_s: float) -> urllib3.BaseHTTPResponse:
+        """One answer to one request for `url`, its body not read yet.
 
-        Raises OSError, http.client.HTTPException.
+        Raises urllib3.exceptions.HTTPError; PermissionError for a proxy of an unknown kind.
         """
-        self.client.timeout = timeout_s
-        if self.client.sock is not None:
-            self.client.sock.settimeout(timeout_s)
         parts = urlsplit(url)
-        path = quote(parts.path or "/", safe=_IN_PATHS)
-        place = (parts.scheme, host_of(parts)) if self.whole_urls else ("", "")
-        self.client.request(
-            "GET", urlunsplit((*place, path, parts.query, "")), headers=headers | self.headers
+        path, query = _escaped(parts.path) or "/", _escaped(parts.query)
+        ask = functools.partial(
+            self._pools(parts).request,
+            "GET",
+            urlunsplit((parts.scheme, host_of(parts), path, query, "")),
+            headers={"User-Agent": "omnipretrain"} | _authorization(parts) | headers,
+            timeout=urllib3.Timeout(connect=timeout_s, read=timeout_s),
+            retries=False,
+            preload_content=False,
+            decode_content=False,
         )
-        return self.client.getresponse()
+        try:
+            return ask()
+        except urllib3.exceptions.ProtocolError as error:
+            # A server may close a connection for its age while the request is on its way.
+            if not isinstance(cause_of(error), ConnectionError | http.client.BadStatusLine):
+                raise
+            return ask()
 
     def close(self) -> None:
-        """Close it."""
-        self.client.close()
+        """Close those that nobody uses."""
+        with self._lock:
+            for pools in self._by_proxy.values():
+                pools.clear()
+
+    def _pools(self, parts: SplitResult) -> urllib3.PoolManager:
+        """Those that go through the proxy of a URL, or through none."""
+        proxy = urllib.request.getproxies().get(parts.scheme, "")
+        if proxy and urllib.request.proxy_bypass(host_of(parts)):
+            proxy = ""
+        with self._lock:
+            if proxy not in self._by_proxy:
+                self._by_proxy[proxy] = self._through(proxy, parts.scheme)
+            return self._by_proxy[proxy]
+
+    def _through(self, proxy: str, kind: str) -> urllib3.PoolManager:
+        options = {"num_pools": _MOST_HOSTS, "maxsize": self._at_a_time, "ssl_context": self._tls}
+        if not proxy:
+            return urllib3.PoolManager(**options)
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        if parts.scheme not in ("http", "https"):
+            raise PermissionError(
+                f"the proxy of the environment, {parts.scheme}://{host_of(parts)}, is none for "
+                f"http: unset {kind}_proxy, or name one that begins with http:// or https://"
+            )
+        return urllib3.ProxyManager(
+            f"{parts.scheme}://{host_of(parts)}",
+            proxy_headers=_basic("proxy-authorization", parts.username, parts.password),
+            proxy_ssl_context=self._tls,
+            **options,
+        )
+
+    @functools.cached_property
+    def _tls(self) -> ssl.SSLContext:
+        # One for all: reading the authorities of the system takes longer than a request.
+        return ssl.create_default_context()
 
 
 def host_of(parts: SplitResult) -> str:
@@ -49,52 +101,39 @@ def host_of(parts: SplitResult) -> str:
     return parts.netloc.rsplit("@", 1)[-1]
 
 
-def open_connection(parts: SplitResult, timeout_s: float) -> Connection:
-    """A connection for URLs of one scheme and host; it connects with the first request.
-
-    Args:
-        parts: of the URL.
-        timeout_s: seconds of silence until it fails with TimeoutError.
-    """
-    secure = parts.scheme == "https"
-    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    options: dict[str, Any] = {"timeout": timeout_s} | ({"context": _tls()} if secure else {})
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    if not proxy or urllib.request.proxy_bypass(host_of(parts)):
-        return Connection(kind(parts.hostname or "", parts.port, **options), {}, False)
-    through = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    client = kind(through.hostname or "", through.port or 80, **options)
-    allowed = _basic(through.username, through.password)
-    headers = {"Proxy-Authorization": allowed} if allowed else {}
-    if not secure:
-        return Connection(client, headers, True)
-    client.set_tunnel(parts.hostname or "", parts.port or 443, headers)
-    return Connection(client, {}, False)
+def cause_of(error: BaseException) -> BaseException:
+    """What the system, TLS or the protocol said, below what urllib3 wraps it in."""
+    while isinstance(error, urllib3.exceptions.HTTPError):
+        below = error.__cause__ or error.__context__
+        if below is None:
+            break
+        error = below
+    return error
 
 
-def authorization(parts: SplitResult) -> dict[str, str]:
-    """The Authorization header for a URL: its own user name, or the entry of ~/.netrc."""
-    own = _basic(parts.username, parts.password) or _from_netrc(parts.hostname or "")
-    return {"Authorization": own} if own else {}
+def _escaped(text: str) -> str:
+    return _STRAY_PERCENT.sub("%25", quote(text, safe=_AS_THEY_ARE))
+
+
+def _authorization(parts: SplitResult) -> dict[str, str]:
+    """The header for a URL: by its own user name, or by the entry of ~/.netrc."""
+    own = _basic("authorization", parts.username, parts.password)
+    return own or _from_netrc(parts.hostname or "")
 
 
 @functools.cache
-def _from_netrc(host: str) -> str:
+def _from_netrc(host: str) -> dict[str, str]:
     path = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
     try:
         found = netrc.netrc(path).authenticators(host)
     except (OSError, netrc.NetrcParseError):
-        return ""
-    return _basic(found[0], found[2]) if found else ""
+        return {}
+    return _basic("authorization", found[0], found[2]) if found else {}
 
 
-def _basic(user: str | None, password: str | None) -> str:
+def _basic(header: str, user: str | None, password: str | None) -> dict[str, str]:
     if not user:
-        return ""
-    text = f"{unquote(user)}:{unquote(password or '')}"
-    return "Basic " + base64.b64encode(text.encode()).decode()
-
-
-@functools.cache
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()
+        return {}
+    # urllib3 writes latin-1, servers of today read UTF-8.
+    text = f"{unquote(user)}:{unquote(password or '')}".encode().decode("latin-1")
+    return {header: urllib3.make_headers(basic_auth=text)["authorization"]}

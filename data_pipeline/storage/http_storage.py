@@ -1,6 +1,5 @@
 """Files of web servers: ranges over connections that stay open."""
 
-import http.client
 import logging
 import socket
 import ssl
@@ -12,13 +11,10 @@ from contextlib import ExitStack, closing
 from email.utils import parsedate_to_datetime
 from urllib.parse import urljoin, urlsplit
 
+import urllib3
+
 from data_pipeline.storage.errors import ShardError
-from data_pipeline.storage.http_connections import (
-    Connection,
-    authorization,
-    host_of,
-    open_connection,
-)
+from data_pipeline.storage.http_connections import Connections, cause_of, host_of
 from data_pipeline.storage.limits import HostLimits
 from data_pipeline.storage.locations import without_secrets
 from data_pipeline.storage.retry import Interrupted, Retrier, RetryPolicy, repeated, resumed
@@ -34,7 +30,6 @@ _ATTEMPTS_IF_REFUSED = 4
 _ATTEMPTS_IF_UNKNOWN = 6
 # What is left of an answer is read up to here, so that the connection can be used again.
 _LARGEST_REST = 64 * 1024
-_NETWORK_FAULTS = (OSError, http.client.HTTPException, ssl.SSLError)
 # How often a file is asked for that has another version than before, until the one before is seen.
 _LOOKS = 6
 _CUT_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
@@ -55,7 +50,7 @@ class HttpStorage:
         self.retries = 0
         self._retry, self._limits = retry, limits
         self._lock = threading.Lock()
-        self._idle: dict[tuple[str, str], list[Connection]] = defaultdict(list)
+        self.connections = Connections(limits.requests)
         self._mirrored: dict[str, set[str]] = defaultdict(set)
         self.answered: set[tuple[str, str]] = set()
         """(scheme, host and port) of those that did."""
@@ -88,11 +83,7 @@ class HttpStorage:
 
     def close(self) -> None:
         """Close idle connections."""
-        with self._lock:
-            connections = [c for idle in self._idle.values() for c in idle]
-            self._idle.clear()
-        for connection in connections:
-            connection.close()
+        self.connections.close()
 
     def _retrier(self, url: str) -> Retrier:
         return Retrier(url, self._retry, self._count_retry)
@@ -182,17 +173,6 @@ class HttpStorage:
         )
         return True
 
-    def take(self, key: tuple[str, str]) -> Connection | None:
-        """An idle connection to a (scheme, host and port), if there is one."""
-        with self._lock:
-            idle = self._idle[key]
-            return idle.pop() if idle else None
-
-    def give(self, key: tuple[str, str], connection: Connection) -> None:
-        """Keep a connection whose last answer was read to its end."""
-        with self._lock:
-            self._idle[key].append(connection)
-
     @property
     def limits(self) -> HostLimits:
         """What this process may ask of a host."""
@@ -207,8 +187,7 @@ class _Exchange:
     ) -> None:
         self._storage, self._timeout_s = storage, timeout_s
         self._place = ExitStack()
-        self._connection: Connection | None = None
-        self.answer: http.client.HTTPResponse
+        self.answer: urllib3.BaseHTTPResponse
         at = url
         try:
             for _ in range(_MOST_REDIRECTS + 1):
@@ -219,42 +198,43 @@ class _Exchange:
                     return
                 self.close()
                 at = _redirected(at, target)
-        except BaseException as error:
-            self._abandon()
-            if isinstance(error, http.client.InvalidURL):  # its text has the query in it
-                raise ShardError(f"{without_secrets(url)}: is no valid URL") from None
-            if isinstance(error, ssl.SSLCertVerificationError):
-                raise PermissionError(
-                    f"{without_secrets(url)}: the certificate of {self._key[1]} is not accepted "
-                    f"({error.verify_message}). If it is to be trusted, name a file with the "
-                    "certificates of its authority: SSL_CERT_FILE=FILE"
-                ) from error
-            if isinstance(error, ssl.SSLError) and not isinstance(error, _CUT_OFF):
-                refused = PermissionError(
-                    f"{without_secrets(url)}: no https with {self._key[1]}: {error}"
-                )
-                raise Interrupted(
-                    f"{type(error).__name__}: {error}",
-                    attempts=_ATTEMPTS_IF_REFUSED,
-                    otherwise=refused,
-                ) from error
-            if isinstance(error, _NETWORK_FAULTS):
-                nameless = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
-                raise Interrupted(
-                    f"{type(error).__name__}: {error}",
-                    attempts=_ATTEMPTS_IF_UNKNOWN
-                    if nameless and self._key not in storage.answered
-                    else None,
-                ) from error
+        except urllib3.exceptions.HTTPError as error:
+            self._place.close()
+            raise self._fault(url, error) from cause_of(error)
+        except BaseException:
+            self._place.close()
             raise
         raise ShardError(f"{without_secrets(url)}: more than {_MOST_REDIRECTS} redirects")
+
+    def _fault(self, url: str, error: urllib3.exceptions.HTTPError) -> Exception:
+        """Sort requests without an answer into what may heal and what will not."""
+        shown, host, cause = without_secrets(url), self._key[1], cause_of(error)
+        if isinstance(error, urllib3.exceptions.LocationValueError):
+            return ShardError(f"{shown}: is no valid URL")  # the error's own text has the query
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return PermissionError(
+                f"{shown}: the certificate of {host} is not accepted ({cause.verify_message}). If "
+                "it is to be trusted, name a file with the certificates of its authority: "
+                "SSL_CERT_FILE=FILE"
+            )
+        text = f"{type(cause).__name__}: {cause}"
+        if isinstance(error, urllib3.exceptions.ProxyError):
+            text = f"no connection to the proxy of the environment: {text}"
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, _CUT_OFF):
+            refused = PermissionError(f"{shown}: no https with {host}: {cause}")
+            return Interrupted(text, attempts=_ATTEMPTS_IF_REFUSED, otherwise=refused)
+        nameless = isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME
+        if nameless and self._key not in self._storage.answered:
+            return Interrupted(text, attempts=_ATTEMPTS_IF_UNKNOWN)
+        return Interrupted(text)
 
     def receive(self, size: int) -> bytes:
         """At least one and at most `size` bytes of the answer."""
         try:
             piece = self.answer.read1(size)
-        except _NETWORK_FAULTS as error:
-            raise Interrupted(f"{type(error).__name__}: {error}") from error
+        except urllib3.exceptions.HTTPError as error:
+            cause = cause_of(error)
+            raise Interrupted(f"{type(cause).__name__}: {cause}") from cause
         if not piece:
             raise Interrupted("the server closed the connection before the end of its answer")
         self._storage.limits.received(self._key[1], len(piece))
@@ -262,50 +242,19 @@ class _Exchange:
 
     def close(self) -> None:
         """Give the connection back if it can be used again, and the place in any case."""
-        connection = self._connection
-        if connection is None:
-            return
-        if not self._read_to_end():
-            self._abandon()
-            return
-        self._connection = None
-        self._storage.give(self._key, connection)
+        rest = self.answer.length_remaining
+        if rest is not None and rest <= _LARGEST_REST:
+            self.answer.drain_conn()
+            self.answer.release_conn()
+        else:
+            self.answer.close()
         self._place.close()
 
     def _request(self, url: str, headers: dict[str, str]) -> None:
         parts = urlsplit(url)
         self._key = parts.scheme, host_of(parts)
         self._place.enter_context(self._storage.limits.request(self._key[1]))
-        headers = {"Accept-Encoding": "identity", "User-Agent": "omnipretrain"} | headers
-        headers |= authorization(parts)
-        self._connection = self._storage.take(self._key)
-        if self._connection is not None:
-            try:
-                self.answer = self._connection.get(url, headers, self._timeout_s)
-                return
-            except (ConnectionError, http.client.BadStatusLine):
-                self._connection.close()  # the server had closed it meanwhile: no fault
-        self._connection = open_connection(parts, self._timeout_s)
-        self.answer = self._connection.get(url, headers, self._timeout_s)
-
-    def _read_to_end(self) -> bool:
-        """Whether the answer was, or could quickly be, read to its end."""
-        answer = self.answer
-        if answer.isclosed():
-            return not answer.will_close
-        if answer.will_close or answer.length is None or answer.length > _LARGEST_REST:
-            return False
-        try:
-            answer.read()
-        except _NETWORK_FAULTS:
-            return False
-        return True
-
-    def _abandon(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        self._place.close()
+        self.answer = self._storage.connections.get(url, headers, self._timeout_s)
 
 
 def _redirected(url: str, target: str) -> str:
@@ -318,7 +267,7 @@ def _redirected(url: str, target: str) -> str:
     return new
 
 
-def _raise_for_status(answer: http.client.HTTPResponse, url: str) -> None:
+def _raise_for_status(answer: urllib3.BaseHTTPResponse, url: str) -> None:
     """Sort answers that hold no data into what may heal and what will not."""
     status, shown = answer.status, without_secrets(url)
     if status in (200, 206):
@@ -336,7 +285,7 @@ def _raise_for_status(answer: http.client.HTTPResponse, url: str) -> None:
     raise Interrupted(text, attempts=_ATTEMPTS_IF_REFUSED, otherwise=refused)
 
 
-def _retry_after(answer: http.client.HTTPResponse) -> float:
+def _retry_after(answer: urllib3.BaseHTTPResponse) -> float:
     """Seconds that the server asks to wait; 0 if it says nothing that can be understood."""
     value = answer.headers.get("Retry-After", "").strip()
     if value.isdigit():
@@ -347,7 +296,7 @@ def _retry_after(answer: http.client.HTTPResponse) -> float:
         return 0.0
 
 
-def _content_range(answer: http.client.HTTPResponse, url: str, begin: int) -> tuple[int, int, int]:
+def _content_range(answer: urllib3.BaseHTTPResponse, url: str, begin: int) -> tuple[int, int, int]:
     """First byte, byte behind the last, and size of the file, as the answer has them."""
     shown = without_secrets(url)
     if _encoded(answer):
@@ -388,11 +337,11 @@ def _too_short(url: str, begin: int, end: int, content_range: str) -> ShardError
     )
 
 
-def _version(answer: http.client.HTTPResponse) -> str:
+def _version(answer: urllib3.BaseHTTPResponse) -> str:
     """ETag or time of change; weak tags are as good here, since bytes have their own sums."""
     tag = answer.headers.get("ETag", "").strip().removeprefix("W/")
     return tag or answer.headers.get("Last-Modified") or ""
 
 
-def _encoded(answer: http.client.HTTPResponse) -> bool:
+def _encoded(answer: urllib3.BaseHTTPResponse) -> bool:
     return answer.headers.get("Content-Encoding", "identity") != "identity"

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from base64 import b64decode
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def test_answers_that_will_not_heal(server, code, error, text):
     with pytest.raises(PermissionError if code == 416 else error, match=f"HTTP {code}"):
         http.state(url)
     with pytest.raises(ShardError, match=r"x\.tar\?\.\.\.: is no valid URL"):
-        http.read(f"{server.url}/x.tar?sig=hu sh", 0, 9)
+        http.read(f"{server.url}x/x.tar?sig=hush", 0, 9)
 
 
 def test_a_server_that_stays_away_is_given_up_in_time(server):
@@ -320,6 +321,48 @@ def test_credentials_and_proxies_of_the_environment(server, tmp_path, monkeypatc
         ("/x.tar", basic, None),
         ("http://data.example/x.tar?a=1", None, "Basic Ym9iOnBhc3M="),
     ]
+
+
+def test_a_password_of_any_letters(server, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login ann password gr\u00fcn\n", "utf-8")
+    seen = []
+
+    def look(request):
+        seen.append(b64decode(request.headers["Authorization"].split()[1]).decode("utf-8"))
+        request.send_file()
+
+    server.always = look
+    assert storage().read(server.url + "/x.tar", 0, 3) == CONTENT[:3]
+    assert storage().read(server.url.replace("//", "//bob:a%40b@") + "/x.tar", 0, 3) == CONTENT[:3]
+    assert seen == ["ann:gr\u00fcn", "bob:a@b"]
+
+
+def test_what_stands_in_a_url_is_sent_as_it_is_escaped_or_not(server):
+    def look(request):
+        seen.append(request.path)
+        request.path = "/x.tar"
+        request.send_file()
+
+    server.always, server.of = look, ""
+    for written, sent in [
+        ("/a b/100%.tar?sig=a%2fb&x=c d", "/a%20b/100%25.tar?sig=a%2Fb&x=c%20d"),
+        ("/a%20b/\u00e4.tar?q=50%&r=%C3", "/a%20b/%C3%A4.tar?q=50%25&r=%C3"),
+        ("?list=1", "/?list=1"),
+    ]:
+        seen = []
+        storage().read(server.url + written, 0, 3)
+        assert seen == [sent]
+
+
+def test_a_proxy_that_is_none_or_away_is_named(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "socks5://ann:hush@127.0.0.1:1080")
+    with pytest.raises(PermissionError, match=r"socks5://127.0.0.1:1080, is none .* http_proxy"):
+        storage().read("http://data.example/x.tar", 0, 3)
+    monkeypatch.setenv("http_proxy", "127.0.0.1:9")
+    with pytest.raises(TransientReadError, match="no connection to the proxy of the environment"):
+        storage().read("http://data.example/x.tar", 0, 3)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert storage().read(server.url + "/x.tar", 0, 3) == CONTENT[:3]
 
 
 def test_at_most_so_many_requests_at_a_time(server):

@@ -1,7 +1,10 @@
 """https: whom a certificate is accepted from, and what an unacceptable one leads to."""
 
+import contextlib
 import socket
+import socketserver
 import ssl
+import threading
 import time
 from pathlib import Path
 
@@ -9,7 +12,6 @@ import pytest
 
 from data_pipeline.reading.reader import SampleReader
 from data_pipeline.shards.shard_set import ShardSet
-from data_pipeline.storage import http_connections
 from data_pipeline.storage.remote import RemoteSettings, UrlStorage
 from data_pipeline.storage.storage import TransientReadError
 from tests.data_pipeline.loader.test_loader import contents, loader
@@ -45,15 +47,12 @@ def surroundings(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
-    http_connections._tls.cache_clear()
     yield
-    http_connections._tls.cache_clear()
 
 
 @pytest.fixture
 def trusted(monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(FILES / "test_authority.pem"))
-    http_connections._tls.cache_clear()
 
 
 def test_shards_over_https_with_an_authority_of_ones_own(tmp_path, trusted):
@@ -72,6 +71,58 @@ def test_batches_of_workers_over_https_equal_the_local_ones(tmp_path, trusted):
     expected = contents(loader(pack(tmp_path / "www", 40), workers=0))
     with TlsServer(tmp_path / "www") as server:
         assert contents(loader(ShardSet.open(server.url, SETTINGS), workers=2)) == expected
+
+
+class Tunnel(socketserver.ThreadingTCPServer):
+    """A proxy that connects to whatever it is asked for, and keeps what it was asked."""
+
+    allow_reuse_address = daemon_threads = True
+
+    class RequestHandlerClass(socketserver.StreamRequestHandler):
+        def handle(self):
+            head = b"".join(iter(self.rfile.readline, b"\r\n")).decode()
+            self.server.asked.append(head)
+            host, _, port = head.split()[1].rpartition(":")
+            with socket.create_connection((host, int(port))) as there:
+                self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                back = threading.Thread(target=self._pass, args=(there, self.connection))
+                back.start()
+                self._pass(self.connection, there)
+                back.join()
+
+        @staticmethod
+        def _pass(source, target):
+            with contextlib.suppress(OSError):  # one side may have gone first
+                while piece := source.recv(1 << 16):
+                    target.sendall(piece)
+                target.shutdown(socket.SHUT_WR)
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), self.RequestHandlerClass)
+        self.asked = []
+
+
+def test_https_goes_through_a_proxy_that_sees_neither_paths_nor_credentials(
+    tmp_path, trusted, monkeypatch
+):
+    write_shards(tmp_path / "www", 4, 2)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login ann password secret\n", "utf-8")
+    with TlsServer(tmp_path / "www") as server, Tunnel() as proxy:
+        threading.Thread(target=proxy.serve_forever).start()
+        for name in ("no_proxy", "NO_PROXY", "HTTPS_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("https_proxy", f"http://bob:pass@127.0.0.1:{proxy.server_address[1]}")
+        storage = UrlStorage(RemoteSettings())
+        expected = (tmp_path / "www" / "train-000000.tar").read_bytes()
+        for begin in (0, 512):
+            found = storage.read(server.url + "/train-000000.tar", begin, 600)
+            assert found == expected[begin:600]
+        storage._storage(server.url).close()
+        proxy.shutdown()
+    (asked,) = proxy.asked  # one connection serves both
+    assert asked.startswith(f"CONNECT {server.url.removeprefix('https://')} HTTP/1.")
+    assert "proxy-authorization: basic ym9iOnBhc3M=".lower() in asked.lower()
+    assert "\nauthorization" not in asked.lower() and "train" not in asked
 
 
 def test_an_unknown_authority_is_refused_at_once(tmp_path):
@@ -98,7 +149,6 @@ def test_a_certificate_that_turns_bad_ends_a_run(tmp_path, trusted, monkeypatch)
     with TlsServer(tmp_path / "www") as server:
         opened = ShardSet.open(server.url, RemoteSettings())
         monkeypatch.delenv("SSL_CERT_FILE")
-        http_connections._tls.cache_clear()
         fresh = ShardSet(opened.shards, storage=UrlStorage(RemoteSettings()))
         with pytest.raises(TransientReadError, match="is not accepted"):
             SampleReader(fresh).read(0)
