@@ -129,13 +129,12 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """
     temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
+        # Around the close too, which tries once more to write what the disk has refused.
+        with naming(path), open(temporary, "wb") as file:
             for chunk in chunks:
-                with naming(path):
-                    file.write(chunk)
-            with naming(path):
-                file.flush()
-                os.fsync(file.fileno())
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -145,3 +145,8 @@ def test_errors_of_the_system_name_the_file(tmp_path, monkeypatch):
             file.flush()
         assert failed.value.errno == errno.ENOSPC
         assert failed.value.filename == str(tmp_path / "y")
+        monkeypatch.setattr(files, "temporary_name", lambda path: full)
+        monkeypatch.setattr(Path, "unlink", lambda path, missing_ok: None)
+        with pytest.raises(OSError) as failed:  # its close fails once more
+            write_atomically(tmp_path / "z", [b"1"])
+        assert failed.value.filename == str(tmp_path / "z")

@@ -1,4 +1,4 @@
-"""Two ranks of a module, and the launcher above them, as forks: what tests of kill -9 start.
+"""Two ranks of a module, and the launcher above them, as forks: what tests of signals start.
 
     start_ranks("tests.distributed.launched_ranks", ["pretrain.train", ...], 1, folder)
 
@@ -26,6 +26,8 @@ def main() -> int:
     """Start the ranks, wait for them; their process numbers are in ranks.json beside the output."""
     call_this("torchrun")
     watchdog.REPORT_S = 0.5  # how often ranks look for their launcher: short runs should notice
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # it waits for its ranks
     port = free_port()
     ranks = [start(rank, port) for rank in range(WORLD)]
     path = Path(os.readlink("/proc/self/fd/1")).with_name("ranks.json")

@@ -6,6 +6,7 @@ Equal means bit for bit: every logged loss and gradient norm, and the final weig
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -144,6 +145,44 @@ def members(group: int) -> list[int]:
             if int(own) == group and state != b"Z":
                 found.append(int(stat.parent.name))
     return found
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kib: int):
+    """A file system of its own at `folder`; gives a function that mounts it anew with options."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system takes root and mount")
+    try:
+        yield lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("behind", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_full_disk_and_one_that_is_read_only(data, straight, tmp_path, behind):
+    """Both end the run, with the file in the reason and the last checkpoint whole; when there is
+    room again the run goes on. behind: the checkpoint is written while training goes on."""
+    run, recipe = tmp_path / "disk/run", tmp_path / "recipe.yaml"
+    settings = tiny_recipe(data, run, checkpoint__asynchronous=behind)
+    write_recipe(recipe, settings)
+    with small_disk(tmp_path / "disk", 1000) as remount:
+        words = [recipe, "--start-or-resume"]
+        assert 1 in run_ranks("pretrain.train", words, 2, tmp_path / "full")
+        said = tails(tmp_path / "full")
+        assert re.search(rf"No space left on device.*{run}|{run}.*\(os error 28\)", said), said
+        remount("ro")
+        ranks = start_ranks("pretrain.train", words, 2, tmp_path / "readonly")
+        try:
+            assert ranks[0].wait(60) == 1  # then the launcher ends the other one
+        finally:
+            kill_ranks(ranks)
+        said = tails(tmp_path / "readonly")
+        assert f"Read-only file system: '{run}" in said, said
+        remount("size=1g,rw")
+        finish(recipe, tmp_path / "last", "--start-or-resume")
+        assert_same_run(straight(2), run)
 
 
 def test_torchrun_starts_a_killed_run_again(data, straight, tmp_path):

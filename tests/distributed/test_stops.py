@@ -2,7 +2,6 @@
 with a signal to process groups, is in test_resume.py."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -100,37 +99,6 @@ def nobody_left(pids: list[int], within_s: float) -> bool:
 
 def status(run: Path) -> dict:
     return json.loads((run / "control/status.json").read_text())
-
-
-@pytest.mark.parametrize("cached", [False, True], ids=["plain", "cache"])
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_signal_to_the_launcher(data, straight, tmp_path, launcher, cached):
-    """It hands SIGTERM on to what it knows of: a checkpoint of that step, nobody left, and the
-    resume is bit for bit the run that nobody stopped."""
-    run = tmp_path / "run"
-    cache = {"folder": str(tmp_path / "cache"), "max_gib": 0.001, "block_mib": 0.01}
-    recipe = tiny_recipe(data, run, evaluation_every_steps=6)
-    recipe["loader"] |= {"cache": cache} if cached else {}
-    agent = launch(launcher, write_recipe(tmp_path / "r.yaml", recipe), tmp_path / "out_0.txt")
-    started = []
-    try:
-        wait_until(lambda: steps_logged(run) >= 2, agent)
-        started = descendants(agent.pid)
-        assert len(started) >= 4 + cached, "no loader workers"
-        agent.send_signal(signal.SIGTERM)
-        agent.wait(timeout=60)
-        assert nobody_left(started, within_s=10)
-    finally:
-        for pid in [agent.pid, *started]:
-            if Path(f"/proc/{pid}").exists():
-                os.kill(pid, signal.SIGKILL)
-        agent.wait()
-    assert status(run)["state"] == "stopped", tails(tmp_path)
-    assert status(run)["reason"] == "SIGTERM" and 2 <= status(run)["step"] < 12
-    assert (run / f"checkpoints/step_{status(run)['step']:09d}/manifest.json").exists()
-    assert not list(run.glob("control/failure_rank_*.json"))
-    finish(Path("--resume"), tmp_path / "again", str(run))
-    assert_same_run(straight, run)
 
 
 def catches_sigterm(pid: int) -> bool:
