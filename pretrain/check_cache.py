@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from data_pipeline.cache.blocks import Blocks
-from data_pipeline.cache.cache_plan import simulate, simulate_lru
+from data_pipeline.cache.cache_plan import simulate
 from data_pipeline.cache.future import NodeReads
 from data_pipeline.cache.read_ahead import plannable_bytes
 from data_pipeline.order.sources import concatenated, open_sources
@@ -37,17 +37,15 @@ def cache_lines(recipe: Recipe, world: int, ranks_per_node: int) -> Iterator[str
     blocks = Blocks(shards, cache.block_bytes)
     sampler = StepSampler(build_schedule(recipe), recipe.tasks, 0, world, 0, steps)
     reads = NodeReads(sampler, rows, blocks, ranks)
-    options = {"read_ahead_steps": cache.read_ahead_steps}
-    outcome = simulate(reads, plannable_bytes(cache.max_bytes), 0, steps, **options)
-    lru = simulate_lru(reads, cache.max_bytes, 0, steps)
+    room = plannable_bytes(cache.max_bytes)
+    outcome = simulate(reads, room, 0, steps, read_ahead_steps=cache.read_ahead_steps)
     yield (
         f"cache: {cache.max_gib:g} GiB of {_gib(blocks.total_bytes)} on each node of "
         f"{len(ranks)} rank(s), in blocks of {blocks.total_bytes / len(blocks) / 2**20:.2f} MiB"
     )
     yield (
         f"cache: in the first {steps} steps {outcome.hit_rate:.1%} hits and "
-        f"{_gib(outcome.fetched_bytes)} downloaded by a node (least recently used: "
-        f"{lru.hit_rate:.1%}, {_gib(lru.fetched_bytes)})"
+        f"{_gib(outcome.fetched_bytes)} downloaded by a node"
     )
     if outcome.passed_by:
         raise ValueError(

@@ -1,6 +1,5 @@
-"""What a node's cache will do, found without reading anything: downloads, and those of LRU."""
+"""What a node's cache will do, found without reading anything."""
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,25 +95,4 @@ def simulate(
         uses += len(used)
         for block in used[~plan.held(used)].tolist():
             tally.pass_by(block)  # there was no room for it
-    return tally.outcome(uses)
-
-
-def simulate_lru(reads: NodeReads, capacity: float, start_step: int, stop_step: int) -> Outcome:
-    """A cache that fetches what is missing and evicts what was used the longest time ago."""
-    tally = Tally(reads.blocks.sizes(), capacity)
-    held: OrderedDict[int, None] = OrderedDict()
-    uses = 0
-    for _, _, blocks in reads.steps(start_step, stop_step):
-        uses += len(blocks)
-        for block in blocks.tolist():
-            if block in held:
-                held.move_to_end(block)
-                continue
-            while held and not tally.has_room(block):
-                tally.evict(held.popitem(last=False)[0])
-            if tally.has_room(block):
-                held[block] = None
-                tally.fetch(block)
-            else:
-                tally.pass_by(block)
     return tally.outcome(uses)

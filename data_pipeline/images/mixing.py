@@ -18,6 +18,9 @@ from data_pipeline.settings import Settings
 if TYPE_CHECKING:
     import torch
 
+# As in timm, and so in every published recipe that mixes both ways.
+_CUTMIX_PROBABILITY = 0.5
+
 
 class MixingSettings(Settings):
     """Mixup and CutMix of pairs of images and of their labels, in training."""
@@ -28,9 +31,7 @@ class MixingSettings(Settings):
     """CutMix: so is the share of the area that stays; the rest is a box cut from the partner.
     0: no CutMix."""
     probability: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Chance that a pair is mixed at all."""
-    cutmix_probability: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Where both are on, the chance that a pair is mixed by CutMix."""
+    """Chance that a pair is mixed at all; where both are on, each is as likely."""
 
     @model_validator(mode="after")
     def _mixes(self) -> MixingSettings:
@@ -64,7 +65,7 @@ def draw_mix(settings: MixingSettings, rng: np.random.Generator) -> Mix:
     if whether >= settings.probability:
         return ALONE
     both = settings.mixup_alpha and settings.cutmix_alpha
-    if not settings.cutmix_alpha or (both and which >= settings.cutmix_probability):
+    if not settings.cutmix_alpha or (both and which >= _CUTMIX_PROBABILITY):
         return Mix(1.0 - shares[0], ALONE.box)
     half = 0.5 * (1.0 - shares[1]) ** 0.5
     box = max(y - half, 0.0), max(x - half, 0.0), min(y + half, 1.0), min(x + half, 1.0)

@@ -6,11 +6,11 @@ pixels for the same generator in any process, with any number of threads.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.images.colours import Colours, ColourSettings, apply_colours, draw_colours
 from data_pipeline.images.crops import (
@@ -38,6 +38,7 @@ from data_pipeline.images.erase import EraseSettings, erase
 from data_pipeline.images.rand_augment import RandAugmentSettings, rand_augment
 from data_pipeline.images.warps import Affine
 from data_pipeline.rng import substream
+from data_pipeline.settings import Settings
 from data_pipeline.timing import StageClock
 
 # Statistics of the CLIP image encoders, in units of the full range (pixel / 255).
@@ -119,6 +120,34 @@ class ImageSettings(ColourSettings):
     def largest_size(self) -> int:
         """The largest output that training may ask for, in pixels."""
         return max([self.size, *(self.sizes or ())])
+
+
+class HeldOutImageSettings(Settings):
+    """What is said of held-out images. All else is as in training, or drawn in training alone."""
+
+    size: int | None = Field(default=None, ge=1)
+    """As in training; null: the same."""
+    mode: Literal["center_crop", "keep_aspect", "large_scale_jitter"] | None = None
+    """As in training; large_scale_jitter keeps the whole image and pads it. null: the same, with a
+    centre crop for the random one."""
+    max_size: int | None = Field(default=None, ge=1)
+    """Bound in pixels on the longer side; mode keep_aspect only. null: the same."""
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _nothing_is_drawn(cls, mode: Any) -> Any:
+        return "center_crop" if mode == "random_resized_crop" else mode
+
+    def beside(self, training: ImageSettings) -> ImageSettings:
+        """The whole of the settings of held-out images, from those of training."""
+        mode = self.mode or training.mode
+        changes = {
+            "size": self.size or training.size,
+            "mode": "center_crop" if mode == "random_resized_crop" else mode,
+            "max_size": self.max_size or (training.max_size if mode == "keep_aspect" else None),
+            "sizes": None,
+        }
+        return training.model_copy(update=changes)
 
 
 class View(NamedTuple):

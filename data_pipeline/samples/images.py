@@ -7,11 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from data_pipeline.images.decode import DecodeError
 from data_pipeline.images.formats import MEMBERS
-from data_pipeline.images.transforms import ImageSettings, ImageTransform, View, make_views
+from data_pipeline.images.transforms import (
+    HeldOutImageSettings,
+    ImageSettings,
+    ImageTransform,
+    View,
+    make_views,
+)
 from data_pipeline.images.views import VIEWS, check_views, collate_views, describe_views
 from data_pipeline.reading.reader import BadSample, Sample
 from data_pipeline.rng import sample_rng
@@ -69,34 +75,32 @@ class ImageDataSettings(DataSettings):
         ]
 
     def evaluation_problems(
-        self, where: str, image: ImageSettings | None, micro_batch: int
+        self, where: str, image: HeldOutImageSettings | None, micro_batch: int
     ) -> list[str]:
-        """As of `DataSettings`: sizes that go together, and the pixels of training."""
-        found, image = [], image or self.image
-        if image.mode == "keep_aspect" and micro_batch > 1:
-            found.append(
+        """As of `DataSettings`: sizes that go together."""
+        held_out = self.held_out_image(image)
+        try:
+            ImageSettings.model_validate(held_out.model_dump())
+        except ValidationError as error:
+            reasons = [detail["ctx"]["error"] for detail in error.errors()]
+            return [f"{where}.evaluation.image: {reason}" for reason in reasons]
+        if held_out.mode == "keep_aspect" and micro_batch > 1:
+            return [
                 f"{where}.evaluation.micro_batch={micro_batch} must be 1 with image mode "
                 "keep_aspect"
-            )
-        if (image.mean, image.std) != (self.image.mean, self.image.std):
-            found.append(
-                f"{where}.evaluation.image.mean and .std differ from those of {where}.data.image, "
-                "which the model is trained with: remove them"
-            )
-        return found
+            ]
+        return []
 
     def held_out(
-        self, shards: Sequence[str], image: ImageSettings | None, changes: Mapping[str, Any]
+        self, shards: Sequence[str], image: HeldOutImageSettings | None, changes: Mapping[str, Any]
     ) -> Self:
         """As of `DataSettings`."""
         changes = {"image": self.held_out_image(image), **changes}
         return super().held_out(shards, image, changes)
 
-    def held_out_image(self, image: ImageSettings | None) -> ImageSettings:
+    def held_out_image(self, image: HeldOutImageSettings | None) -> ImageSettings:
         """Preprocessing of held-out images: what is said, else a centre crop of the same size."""
-        if image is not None or self.image.mode != "random_resized_crop":
-            return image or self.image
-        return self.image.model_copy(update={"mode": "center_crop"})
+        return (image or HeldOutImageSettings()).beside(self.image)
 
     @model_validator(mode="after")
     def _views_fit(self) -> Self:

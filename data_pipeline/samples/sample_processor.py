@@ -18,7 +18,7 @@ from data_pipeline.timing import StageClock
 if TYPE_CHECKING:
     import torch
 
-    from data_pipeline.images.transforms import ImageSettings
+    from data_pipeline.images.transforms import HeldOutImageSettings, ImageSettings
     from data_pipeline.samples.tokenizer import Tokenizer
 
 RngFor = Callable[[str], np.random.Generator]
@@ -74,7 +74,7 @@ class DataSettings(ShardedData):
         return []
 
     def evaluation_problems(
-        self, where: str, image: ImageSettings | None, micro_batch: int
+        self, where: str, image: HeldOutImageSettings | None, micro_batch: int
     ) -> list[str]:
         """The same for held-out samples; where: key path of the task; image: what it says of its
         `evaluation.image`."""
@@ -83,7 +83,7 @@ class DataSettings(ShardedData):
         return [f"{where}.evaluation.image: data of type {self.type} have no images"]
 
     def held_out(
-        self, shards: Sequence[str], image: ImageSettings | None, changes: Mapping[str, Any]
+        self, shards: Sequence[str], image: HeldOutImageSettings | None, changes: Mapping[str, Any]
     ) -> Self:
         """These settings for an evaluation.
 

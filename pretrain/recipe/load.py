@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pretrain.recipe.checks import problems
+from pretrain.recipe.former_keys import without_former
 from pretrain.recipe.overlay import (
     Layer,
     RecipeError,
@@ -74,6 +75,7 @@ def load_resolved(path: str | Path) -> Recipe:
 
 def validate(layer: Layer) -> Recipe:
     """Plain data -> recipe. Types are strict: `true` is no number and `"10"` is text."""
+    layer = without_former(layer)
     try:
         recipe = Recipe.model_validate_json(json.dumps(_with_types(layer.data)), strict=True)
     except ValidationError as error:

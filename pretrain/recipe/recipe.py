@@ -23,7 +23,7 @@ from typing import Annotated, Literal, Self, Union
 from pydantic import Field, model_validator
 
 from data_pipeline.filters.select import Condition
-from data_pipeline.images.transforms import ImageSettings
+from data_pipeline.images.transforms import HeldOutImageSettings, ImageSettings
 from data_pipeline.loader.settings import LoaderSettings
 from data_pipeline.order.repeats import repeats_problem
 from data_pipeline.samples.tokenizer import TokenizerSettings
@@ -68,7 +68,7 @@ class EvaluationSettings(Settings):
     micro_batch: int | None = Field(default=None, ge=1)
     """Samples per rank and forward pass; null = the task's `micro_batch`."""
 
-    image: ImageSettings | None = None
+    image: HeldOutImageSettings | None = None
     """Preprocessing; null = as in training, with a centre crop for the random one."""
 
 
@@ -129,8 +129,8 @@ class TaskSettings(Settings):
     def images(self, where: str) -> dict[str, ImageSettings]:
         """Settings of all images of the task that an encoder sees, by key path; where: its own."""
         images = {f"{where}.data.{n}": image for n, image in self.data.image_settings().items()}
-        if self.evaluation is not None and self.evaluation.image is not None:
-            images[f"{where}.evaluation.image"] = self.evaluation.image
+        if images and self.evaluation is not None and self.evaluation.image is not None:
+            images[f"{where}.evaluation.image"] = self.data.held_out_image(self.evaluation.image)
         return images
 
 

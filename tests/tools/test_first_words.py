@@ -37,6 +37,7 @@ WRONG = {
     "demo": ["--no-such-option"],
     "fetch_checkpoint": [],
     "evaluate": ["export", "--shards", "x", "--device", "abacus"],
+    "finetune": ["classify", "run", "--data", "x"],
     "make_shards": ["coco"],
     "omnipretrain": ["chekc"],
     "probe": ["run", "--train", "x"],
@@ -57,6 +58,7 @@ HELP = [
             "export-weights",
         )
     ),
+    *(("finetune", kind) for kind in ("classify", "caption")),
     *(("make_shards", source) for source in ("scenes", "folder", "coco", "table", "voc", "text")),
     *(("benchmark", name) for name in BENCHMARKS),
     *(("omnipretrain", verb) for verb in MODULES),

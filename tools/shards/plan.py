@@ -1,6 +1,7 @@
 """`python -m tools.shards plan`: what a cache of a given size will save, before it is bought."""
 
 import argparse
+from collections import OrderedDict
 from typing import Any
 
 from rich.console import Console
@@ -8,7 +9,7 @@ from rich.table import Table
 
 from data_pipeline.cache.blocks import WHOLE_SHARD, Blocks
 from data_pipeline.cache.cache import CacheSettings
-from data_pipeline.cache.cache_plan import Outcome, simulate, simulate_lru
+from data_pipeline.cache.cache_plan import Outcome, Tally, simulate
 from data_pipeline.cache.future import NodeReads
 from data_pipeline.cache.read_ahead import plannable_bytes
 from data_pipeline.order.order import Order
@@ -93,6 +94,27 @@ def run(options: argparse.Namespace) -> int:
             table.add_row(f"{gib:g} GiB", policy, *_figures(outcome, needed))
     console.print(table)
     return 0
+
+
+def simulate_lru(reads: NodeReads, capacity: float, start_step: int, stop_step: int) -> Outcome:
+    """A cache that fetches what is missing and evicts what was used the longest time ago."""
+    tally = Tally(reads.blocks.sizes(), capacity)
+    held: OrderedDict[int, None] = OrderedDict()
+    uses = 0
+    for _, _, blocks in reads.steps(start_step, stop_step):
+        uses += len(blocks)
+        for block in blocks.tolist():
+            if block in held:
+                held.move_to_end(block)
+                continue
+            while held and not tally.has_room(block):
+                tally.evict(held.popitem(last=False)[0])
+            if tally.has_room(block):
+                held[block] = None
+                tally.fetch(block)
+            else:
+                tally.pass_by(block)
+    return tally.outcome(uses)
 
 
 def _natural(text: str) -> int:

@@ -47,6 +47,7 @@ _TOP, _REST = "at_a_glance", "detail"
 _TOP_OF_TRAINING = ("loss", "learning_rate", "samples_per_second")
 _TOP_OF_EVALUATION = 2  # so many of its first metrics
 LOG_BYTES, LOG_FILES = 2**25, 4  # of a rank: a warning in each step fills no disk in three months
+_PLAIN_PROGRESS_S = 15.0  # between two lines of progress where no terminal is
 _RESERVED = frozenset({"step", "task", "kind", "time", "non_finite"})
 log = logging.getLogger("omnipretrain.metrics")
 
@@ -70,9 +71,6 @@ class LoggingSettings(Settings):
     """Dense peak TFLOP/s of one device in the precision of the run, for model FLOP utilisation;
     null = that of common GPUs by their name (the log says which), and for others FLOP/s without
     utilisation."""
-
-    plain_progress_seconds: float = Field(default=15.0, gt=0.0)
-    """Where no terminal is, a line of progress is printed at most every so many seconds."""
 
 
 class MetricsLog:
@@ -128,9 +126,7 @@ class MetricsLog:
             self._trackers = Trackers(
                 settings.trackers, self.run_dir, yaml.safe_load(recipe) if recipe else {}
             )
-        self._progress = ProgressReport(
-            self._console, resume_step, total_steps, settings.plain_progress_seconds
-        )
+        self._progress = ProgressReport(self._console, resume_step, total_steps, _PLAIN_PROGRESS_S)
 
     def due(self, step: int, total_steps: int) -> bool:
         """True if the metrics of completed step `step` are to be logged."""

@@ -59,7 +59,7 @@ class CaptioningSettings(ObjectiveSettings):
                 f"{key}={most} is for clips, but {where}.data.frames is not set: set both, or none"
             ]
         image = task.evaluation and task.evaluation.image
-        if frames and image and not image.fixed_size:
+        if frames and image and image.mode == "keep_aspect":
             return [f"{where}.evaluation.image.mode={image.mode!r}: clips need one size"]
         return []
 

@@ -179,12 +179,12 @@ class M3ISettings(ObjectiveSettings):
         ]
 
     def _evaluation(self, where: str, task: Any) -> list[str]:
-        found, image = [], task.evaluation.image
+        found, image = [], task.data.held_out_image(task.evaluation.image)
         if (size := task.evaluation.micro_batch or task.micro_batch) % 2:
             found.append(
                 f"{where}.evaluation.micro_batch={size} must be even: m3i mixes neighbours"
             )
-        if image is not None and (image.size, image.fixed_size) != (task.data.image.size, True):
+        if (image.size, image.fixed_size) != (task.data.image.size, True):
             found.append(
                 f"{where}.evaluation.image must give squares of {where}.data.image.size="
                 f"{task.data.image.size}, on whose grid the second view is predicted"

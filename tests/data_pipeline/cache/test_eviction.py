@@ -1,13 +1,12 @@
 """The known future, and eviction by it, against brute force."""
 
-from collections import OrderedDict
 from functools import cache
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.cache.cache_plan import simulate, simulate_lru
+from data_pipeline.cache.cache_plan import simulate
 from data_pipeline.cache.eviction import CachePlan
 from data_pipeline.cache.future import NEVER, BlockFuture
 
@@ -127,22 +126,6 @@ def test_reading_ahead_keeps_the_cap_and_what_is_needed(script, capacity, batch,
             needed = [b for b in held if next_use(b, now) <= now]
             assert sum(sizes[b] for b in needed) + sizes[block] > capacity
             break
-
-
-@given(scripts, st.integers(1, COUNT), batches)
-def test_lru_is_lru(script, capacity, batch):
-    held: OrderedDict[int, None] = OrderedDict()
-    fetched = 0
-    for step in script:
-        for block in sorted(set(step)):
-            fetched += block not in held
-            held[block] = None
-            held.move_to_end(block)
-            if len(held) > capacity:
-                held.popitem(last=False)
-    outcome = simulate_lru(Script(script, [1.0] * COUNT, batch), capacity, 0, len(script))
-    assert (outcome.fetched, outcome.fetched_bytes) == (fetched, fetched)
-    assert outcome.most_held_bytes <= capacity
 
 
 def test_little_is_remembered_of_what_has_passed():

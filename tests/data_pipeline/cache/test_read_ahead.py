@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.cache.blocks import Blocks
 from data_pipeline.cache.cache import CachedShards, CacheSettings
 from data_pipeline.cache.cache_folder import CacheFolder
-from data_pipeline.cache.cache_plan import simulate, simulate_lru
+from data_pipeline.cache.cache_plan import simulate
 from data_pipeline.cache.future import NodeReads
 from data_pipeline.cache.prefetch import Prefetcher
 from data_pipeline.cache.read_ahead import ReadAhead, plannable_bytes
@@ -170,9 +170,7 @@ def test_the_cache_does_what_the_simulation_says(tmp_path, tasks, blocks_in_cap,
         100,
         read_ahead_steps=4,
     )
-    lru = simulate_lru(node_reads(tasks, 0, 100, world, ranks), settings.max_bytes, 0, 100)
     assert (fetched, missed) == (expected.fetched, 0)
-    assert expected.fetched < 0.9 * lru.fetched or expected.fetched == lru.fetched
     if blocks_in_cap == 200:  # everything fits
         assert fetched == len(
             np.unique(

@@ -48,11 +48,11 @@ def test_cutmix_boxes_lie_inside_and_have_the_area_of_the_draw_unless_cut():
 
 
 def test_probabilities():
-    found = draws(probability=0.75, cutmix_probability=0.2)
+    found = draws(probability=0.75)
     alone = sum(mix == ALONE for mix in found)
     cut = sum(area(mix.box) > 0 for mix in found)
     assert abs(alone / DRAWS - 0.25) < 0.03
-    assert abs(cut / DRAWS - 0.75 * 0.2) < 0.03
+    assert abs(cut / DRAWS - 0.75 * 0.5) < 0.03
 
 
 def test_nothing_to_mix_is_refused():

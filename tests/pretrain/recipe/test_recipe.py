@@ -246,11 +246,6 @@ def test_every_fault_is_reported_at_once():
             "evaluation_every_steps=null",
         ),
         (
-            ["tasks.caption.evaluation.image={size: 64, mean: [0, 0, 0]}"],
-            "tasks.caption.evaluation.image.mean and .std differ from those of "
-            "tasks.caption.data.image, which the model is trained with: remove them",
-        ),
-        (
             ["tasks.caption.evaluation.image={size: 64, mode: keep_aspect}"],
             "tasks.caption.evaluation.micro_batch=32 must be 1 with image mode keep_aspect",
         ),

@@ -1,11 +1,16 @@
 """`tools.shards plan`: the simulation, on the command line."""
 
 import re
+from collections import OrderedDict
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tests.data_pipeline.cache.test_eviction import COUNT, Script, batches, scripts
 from tests.data_pipeline.small_shards import write_shards
 from tools.shards.__main__ import main
+from tools.shards.plan import simulate_lru
 
 
 def figures(text: str) -> dict[tuple[str, str], tuple[float, float]]:
@@ -32,3 +37,19 @@ def test_a_larger_cache_downloads_less(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--max-gib", "-1"])
     assert "-1 is not a positive number" in capsys.readouterr().err
+
+
+@given(scripts, st.integers(1, COUNT), batches)
+def test_lru_is_lru(script, capacity, batch):
+    held: OrderedDict[int, None] = OrderedDict()
+    fetched = 0
+    for step in script:
+        for block in sorted(set(step)):
+            fetched += block not in held
+            held[block] = None
+            held.move_to_end(block)
+            if len(held) > capacity:
+                held.popitem(last=False)
+    outcome = simulate_lru(Script(script, [1.0] * COUNT, batch), capacity, 0, len(script))
+    assert (outcome.fetched, outcome.fetched_bytes) == (fetched, fetched)
+    assert outcome.most_held_bytes <= capacity

@@ -8,7 +8,26 @@ from typing import Any
 
 from pretrain.recipe.overlay import to_yaml
 
+HUB_LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "cc-by-nc-4.0"}
+"""Names of licences that the hub knows, as far as data have them."""
 _LIBRARY = {"timm": "timm", "clip": "open_clip", "transformers": "transformers"}
+
+
+def hub_head(library: str, task: str, tags: list[str], licence: str = "") -> str:
+    """The head in YAML, without the lines around it. licence: as the data's manifest says; what is
+    none of the hub's own names stands beside `other`."""
+    name = licence.lower().replace(" ", "-")
+    known = name if name in HUB_LICENCES else ("other" if licence else "unknown")
+    more = {"license_name": " ".join(licence.split())[:100]} if known == "other" else {}
+    return to_yaml(
+        {
+            "library_name": library,
+            "pipeline_tag": task,
+            "license": known,
+            **more,
+            "tags": tags,
+        }
+    )
 
 
 def card(record: Mapping[str, Any], loading: str, checkpoint: Path) -> str:
@@ -21,14 +40,7 @@ def card(record: Mapping[str, Any], loading: str, checkpoint: Path) -> str:
     task = "zero-shot-image-classification" if contrast else "image-feature-extraction"
     if record["to"] == "timm" and record["task"]:
         task = "image-classification"
-    head = to_yaml(
-        {
-            "library_name": _LIBRARY[record["to"]],
-            "pipeline_tag": task,
-            "license": "unknown",
-            "tags": ["omnipretrain", record["recipe"]],
-        }
-    )
+    head = hub_head(_LIBRARY[record["to"]], task, ["omnipretrain", record["recipe"]])
     shards = "\n".join(f"- {', '.join(one['shards'])}" for one in record["training_shards"])
     notes = [
         *record["notes"],
