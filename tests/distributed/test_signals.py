@@ -198,8 +198,8 @@ LAUNCHERS = {
         "-m",
     ],
 }
-CELLS = [(whom, number) for whom in ("launcher", "all") for number in (KILL, TERM, USR1, INT)]
-OF_NODE = [("launcher of the node", number) for number in (KILL, TERM, USR1, INT)]
+CELLS = [(launcher, whom) for launcher in LAUNCHERS for whom in ("launcher", "all")]
+CELLS += [("deepspeed", "launcher of the node")]
 
 
 def launched(launcher: str, recipe: Path, out: Path) -> subprocess.Popen:
@@ -227,13 +227,13 @@ def send(number: int, whom: str, above: psutil.Process, family: list[psutil.Proc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_signal_to_a_launcher(data, tmp_path, launcher):
+@pytest.mark.parametrize(("launcher", "whom"), CELLS)
+def test_every_signal_to_a_launcher(data, tmp_path, launcher, whom):
     """Whatever becomes of it, its ranks save and leave within half a minute."""
     run, limits = tmp_path / "run", {"step_minutes": 0.5}
     settings = tiny_recipe(data, run, steps=10**6, failure=limits, checkpoint={"every_steps": 50})
     recipe = write_recipe(tmp_path / "recipe.yaml", settings)
-    for whom, number in CELLS + OF_NODE * (launcher == "deepspeed"):
+    for number in (KILL, TERM, USR1, INT):
         cell, before = f"{number.name} to {whom}", steps_logged(run)
         started = launched(launcher, recipe, tmp_path / "out_0.txt")
         family = []
