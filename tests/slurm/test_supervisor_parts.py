@@ -44,6 +44,9 @@ def run(tmp_path, monkeypatch) -> Path:
     (folder / "control").mkdir(parents=True)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    # What lies below this process are the servers of other tests; and no orphans come to it.
+    monkeypatch.setattr("slurm.one_try.end_descendants", lambda *_: [])
+    monkeypatch.setattr(module, "adopt_orphans", lambda: None)
     return folder
 
 
