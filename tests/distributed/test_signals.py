@@ -46,6 +46,15 @@ def command(pid: int) -> bytes:
     return b""
 
 
+def hears_sigterm(pid: int) -> bool:
+    """Whether a process has its own way to take SIGTERM."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path(f"/proc/{pid}/status").read_text("utf-8").splitlines()
+        (caught,) = (line.split()[1] for line in lines if line.startswith("SigCgt:"))
+        return bool(int(caught, 16) >> TERM - 1 & 1)
+    return False
+
+
 def wait_for_all(family: list[psutil.Process], seconds: float, said) -> None:
     """Until they have ended; who has not is ended then, and it is an error."""
     try:
@@ -80,6 +89,8 @@ class Launch:
             else:
                 is_now = steps_logged(self.run) >= begin + wait_steps
             pids = self.pids(victim, rank) if is_now else []
+            if number != KILL and not all(map(hears_sigterm, self.ranks)):
+                pids = []  # it would end by the signal itself
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
