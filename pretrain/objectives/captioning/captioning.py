@@ -11,11 +11,11 @@ from pretrain.models.git.decoder import GitDecoder
 from pretrain.models.git.generation import Way, alone
 from pretrain.models.git.reading import Prompt
 from pretrain.models.sample_draws import SampleDraws
+from pretrain.objectives.captioning.chunked_head import smoothed_cross_entropy_of
 from pretrain.objectives.captioning.evaluation import evaluate_captions
 from pretrain.objectives.captioning.settings import (  # noqa: F401
     CaptioningSettings,
 )
-from pretrain.objectives.captioning.token_loss import smoothed_cross_entropy
 from pretrain.objectives.evaluation_mode import evaluating
 from pretrain.objectives.image_tokens import encode_images
 from pretrain.objectives.objective import (
@@ -123,9 +123,14 @@ class Captioning(Objective):
             # One position without weight keeps every parameter in the graph with a gradient of
             # zero, which is what the other ranks' collectives wait for.
             positions, weights = positions.new_zeros(1), weights.new_zeros(1)
-        logits = self.decoder(image_tokens, tokens[..., :-1], positions)
+        hidden = self.decoder.read(image_tokens, tokens[..., :-1], positions)
         targets = targets.index_select(0, positions)
-        return smoothed_cross_entropy(logits, targets, weights, self.label_smoothing)
+
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            smoothing = self.label_smoothing
+            return smoothed_cross_entropy_of(hidden, weight, bias, targets, weights, smoothing)
+
+        return self.decoder.output(hidden, loss)
 
     def flops(self, batch: Batch) -> int:
         """Model FLOPs, forward and backward, that this micro-batch asks for.
