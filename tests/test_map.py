@@ -206,12 +206,12 @@ def test_who_knows_whom(below, unknown):
 def _asks_for_kinds(file: str, tree: ast.AST, home_of: Mapping[str, str]) -> Iterable[str]:
     """Lines that treat one kind of objective, encoder or data apart, outside its own folder."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute):
-            owner = node.left.value
-            named = isinstance(owner, ast.Attribute) and owner.attr in ("objective", "data")
-            constant = any(isinstance(to, ast.Constant) for to in node.comparators)
-            if node.left.attr == "type" and named and constant:
+        if isinstance(node, ast.Compare):
+            asked = re.search(r"\b(objective|encoder|data)\.type$", ast.unparse(node.left))
+            if asked and not any(isinstance(to, ast.Attribute) for to in node.comparators):
                 yield f"{file}:{node.lineno} compares {ast.unparse(node)}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("signature"):
+            yield f"{file}:{node.lineno} looks at the arguments of {ast.unparse(node)}"
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
             for name in re.findall(r"\w+Settings\b", ast.unparse(node.args[1])):
                 if home_of[name] != _folder(file):
@@ -231,6 +231,8 @@ def test_nobody_asks_for_a_kind_but_who_owns_it():
     assert [line for f, t in trees.items() for line in _asks_for_kinds(f, t, home_of)] == []
     bad = "if task.objective.type == 'm3i' or isinstance(x, M3ISettings | VitSettings): pass"
     assert len(list(_asks_for_kinds("pretrain/trainer.py", ast.parse(bad), home_of))) == 3
+    bad = "if encoder.type in ('vit',) and len(inspect.signature(encoder).parameters) > 2: pass"
+    assert len(list(_asks_for_kinds("pretrain/trainer.py", ast.parse(bad), home_of))) == 2
 
 
 def test_folders_can_be_overlooked():

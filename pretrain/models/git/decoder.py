@@ -173,11 +173,17 @@ class TextEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """tokens: (..., T) int64, of which the first stands at position `start`.
+    def forward(self, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
+        """tokens: (..., T) int64, of which the first stands at position `start`; texts of different
+        lengths are read on with a tensor (...) of it, and padding of theirs may reach beyond the
+        table.
 
         Returns (..., T, width).
         """
+        if isinstance(start, Tensor):
+            positions = start[..., None] + torch.arange(tokens.shape[-1], device=tokens.device)
+            positions = self.positions(positions.clamp(max=self.max_positions - 1))
+            return self.dropout(self.norm(self.words(tokens) + positions))
         end = start + tokens.shape[-1]
         if end > self.max_positions:
             raise ValueError(
