@@ -378,9 +378,10 @@ def test_what_stands_in_a_url_is_sent_as_it_is_escaped_or_not(server):
 
 
 def test_a_proxy_that_is_none_or_away_is_named(server, monkeypatch):
-    monkeypatch.setenv("http_proxy", "socks5://ann:hush@127.0.0.1:1080")
-    with pytest.raises(PermissionError, match=r"socks5://127.0.0.1:1080, is none .* http_proxy"):
-        storage().read("http://data.example/x.tar", 0, 3)
+    for proxy in ("socks5://127.0.0.1:1080", "http://127.0.0.1:80a"):
+        monkeypatch.setenv("http_proxy", proxy.replace("//", "//ann:hush@"))
+        with pytest.raises(PermissionError, match=f"{proxy}, is none .* unset http_proxy"):
+            storage().read("http://data.example/x.tar", 0, 3)
     monkeypatch.setenv("http_proxy", "127.0.0.1:9")
     with pytest.raises(TransientReadError, match="no connection to the proxy of the environment"):
         storage().read("http://data.example/x.tar", 0, 3)
