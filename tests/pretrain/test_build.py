@@ -442,6 +442,25 @@ def test_sub_groups_bound_the_gradients_of_a_step_at_stage_3():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("git_base", 153.18),
+        ("git_large", 370.76),
+        ("git", 688.07),
+        ("git2_scale", 5098.42),
+        ("git_internimage_h", 1141.88),
+    ],
+)
+def test_sizes_of_git_and_work_for_512_ranks(name, millions, capsys):
+    """Nothing is missing but the data, and no rank idles; with the words of the paper."""
+    main(["check", name, "--world", "512"])
+    lines = capsys.readouterr().out.splitlines()
+    faults = [line.split(":")[0] for line in lines if line.startswith(("FAULT", "warn"))]
+    assert faults == ["FAULT tokenizer", "FAULT tasks.caption"]
+    assert any(f"model: {millions} M parameters" in line for line in lines)
+
+
 def test_recipes_lists_all(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
