@@ -155,9 +155,9 @@ def way_to_export(folder: Path) -> str:
     if (folder / "config.json").is_file():
         return (
             f"{folder} has no {RECORD}, which says how its images are to be prepared; transformers "
-            "does not copy it. If this model was made from an export of this project, copy that "
-            f"file: cp EXPORT/{RECORD} {folder}; a model of another kind is judged "
-            "by --metrics knn,linear, top1 or zeroshot"
+            "does not copy it. Models other than captioners are judged by --metrics knn, top1 "
+            "or zeroshot. If this one was made from an export of this project, copy that file: cp "
+            f"EXPORT/{RECORD} {folder}"
         )
     return (
         f"{folder} is no export: it has no {RECORD}; make one with `python -m tools.convert "
