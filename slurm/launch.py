@@ -102,6 +102,22 @@ def command(
     return [*step, "sh", "-c", f"trap '' USR1 USR2; {inner}", "launch", *train]
 
 
+# Where torchrun, and deepspeed, begin to speak of a rank that has failed.
+_REPORT = re.compile(
+    r"^E\d{4} .*\] failed \(exitcode: (-?\d+)\)|^\[.*\[launch\.py:\d+:sigkill_handler\]",
+    re.MULTILINE,
+)
+
+
+def end_of_ranks(text: str) -> tuple[str, int | None]:
+    """From what a launcher and its ranks have said: the last words of a rank, and its exit code,
+    which torchrun keeps for itself (it ends with 1); None if nothing tells it."""
+    report = _REPORT.search(text)
+    lines = text[: report.start() if report else None].strip().splitlines()
+    code = int(report[1]) if report and report[1] else None
+    return (lines[-1].strip() if lines else ""), code
+
+
 def environment_of(port: int, nodes: Sequence[str]) -> dict[str, str]:
     """What the ranks find in their environment, unless the site says otherwise."""
     usual = {

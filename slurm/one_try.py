@@ -39,6 +39,8 @@ class OneTry:
     """Exit code of the launcher, or BAD_NODE."""
     reason: str = ""
     """Why it was ended from here; "" if it ended by itself."""
+    last_words: str = ""
+    """Of the first ranks, before the launcher's report."""
     unfit: list[str] = field(default_factory=list)
     """Nodes that failed the check."""
     started: float = field(default_factory=time.time)
@@ -64,15 +66,15 @@ class OneTry:
         end_descendants(self.options.leave_s)  # the guard itself may have been killed
         cluster.end_steps(self.job)
         self.code = -signal.SIGKILL if child.returncode is None else child.returncode
+        self.last_words, of_rank = launch.end_of_ranks(self._said())
+        self.code = of_rank if self.code == 1 and of_rank is not None else self.code
 
-    def last_words(self) -> str:
-        """The last line of what the first task of the launcher has said."""
-        found = ""
+    def _said(self) -> str:
+        """The end of what the first task of the launcher, and its ranks, have written."""
         for path in self.run.glob(f"logs/launch-*-{self.number}-0.log"):
             with contextlib.suppress(OSError):
-                lines = path.read_text("utf-8", "replace")[-4000:].split("\n")
-                found = next((line for line in reversed(lines) if line.strip()), found)
-        return found.strip()
+                return path.read_text("utf-8", "replace")[-8000:]
+        return ""
 
     def _command(self, train: Sequence[str], log: str, check: bool = False) -> list[str]:
         if self.options.launcher is None:

@@ -141,7 +141,7 @@ class Supervisor:
             this.code = LOST  # srun says 143 for it
         said = status(self.run)
         if stamp(control(self.run, "status.json")) == said_before:
-            said = {"reason": this.last_words() or "it wrote no status: see the log"}
+            said = {"reason": this.last_words or "it wrote no status: see the log"}
         outcome = Outcome(
             state=said.get("state", ""),
             reason=this.reason or said.get("reason", ""),

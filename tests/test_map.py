@@ -6,6 +6,7 @@ its class where they do (`build`), while the class reads the settings; both lie 
 """
 
 import ast
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -200,6 +201,38 @@ def test_who_knows_whom(below, unknown):
         if f"{arrow.source}/".startswith(f"{below}/")
         and f"{arrow.target}/".startswith(f"{unknown}/")
     ] == []
+
+
+def _asks_for_kinds(file: str, tree: ast.AST, home_of: Mapping[str, str]) -> Iterable[str]:
+    """Lines that treat one kind of objective, encoder or data apart, outside its own folder."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            asked = re.search(r"\b(objective|encoder|data)\.type$", ast.unparse(node.left))
+            if asked and not any(isinstance(to, ast.Attribute) for to in node.comparators):
+                yield f"{file}:{node.lineno} compares {ast.unparse(node)}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("signature"):
+            yield f"{file}:{node.lineno} looks at the arguments of {ast.unparse(node)}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+            for name in re.findall(r"\w+Settings\b", ast.unparse(node.args[1])):
+                if home_of[name] != _folder(file):
+                    yield f"{file}:{node.lineno} asks for {name} of {home_of[name]}"
+
+
+def test_nobody_asks_for_a_kind_but_who_owns_it():
+    """A kind says by methods of its base class what it is; whoever wants to know calls them."""
+    paths = [path.relative_to(ROOT).as_posix() for path in (ROOT / "pretrain").rglob("*.py")]
+    trees = {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in paths}
+    home_of = {
+        node.name: _folder(path)
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    assert [line for f, t in trees.items() for line in _asks_for_kinds(f, t, home_of)] == []
+    bad = "if task.objective.type == 'm3i' or isinstance(x, M3ISettings | VitSettings): pass"
+    assert len(list(_asks_for_kinds("pretrain/trainer.py", ast.parse(bad), home_of))) == 3
+    bad = "if encoder.type in ('vit',) and len(inspect.signature(encoder).parameters) > 2: pass"
+    assert len(list(_asks_for_kinds("pretrain/trainer.py", ast.parse(bad), home_of))) == 2
 
 
 def test_folders_can_be_overlooked():

@@ -21,9 +21,7 @@ from data_pipeline.cache.prefetch import Prefetcher
 from data_pipeline.loader.evaluation import EvaluationLoader
 from data_pipeline.loader.faults import FaultCount, FaultFile, FaultPolicy
 from data_pipeline.loader.sequential_stream import SequentialStream
-from data_pipeline.loader.settings import (
-    LoaderSettings,
-)
+from data_pipeline.loader.settings import LoaderSettings
 from data_pipeline.loader.stall import StallWatch, describe_stall
 from data_pipeline.loader.stream import DataError, Fault, TaskStream
 from data_pipeline.loader.workers import Requests, load_batches
@@ -49,8 +47,8 @@ class TaskMicroBatches(NamedTuple):
 
     task: str
     micro_batches: list[dict[str, Any]]
-    """Batches of the task's fields, with position, row and key; equal shapes on all ranks, but for
-    the length of texts and the number of boxes."""
+    """What the task's SampleProcessor collates, with position, row and key; equal shapes on all
+    ranks, but for the length of texts and the number of boxes."""
 
 
 @dataclass

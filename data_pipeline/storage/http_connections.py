@@ -78,17 +78,19 @@ class Connections:
         if not proxy:
             return urllib3.PoolManager(**options)
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        if parts.scheme not in ("http", "https"):
-            raise PermissionError(
-                f"the proxy of the environment, {parts.scheme}://{host_of(parts)}, is none for "
-                f"http: unset {kind}_proxy, or name one that begins with http:// or https://"
+        bare = f"{parts.scheme}://{host_of(parts)}"
+        try:
+            return urllib3.ProxyManager(
+                bare,
+                proxy_headers=_basic("proxy-authorization", parts.username, parts.password),
+                proxy_ssl_context=self._tls,
+                **options,
             )
-        return urllib3.ProxyManager(
-            f"{parts.scheme}://{host_of(parts)}",
-            proxy_headers=_basic("proxy-authorization", parts.username, parts.password),
-            proxy_ssl_context=self._tls,
-            **options,
-        )
+        except urllib3.exceptions.LocationValueError:
+            raise PermissionError(
+                f"the proxy of the environment, {bare}, is none for http: unset {kind}_proxy, or "
+                "set it to http://HOST:PORT or https://HOST:PORT"
+            ) from None
 
     @functools.cached_property
     def _tls(self) -> ssl.SSLContext:

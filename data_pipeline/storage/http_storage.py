@@ -1,14 +1,16 @@
 """Files of web servers: ranges over connections that stay open."""
 
 import logging
+import random
 import socket
 import ssl
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from email.utils import parsedate_to_datetime
+from types import MappingProxyType
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
@@ -30,9 +32,13 @@ _ATTEMPTS_IF_REFUSED = 4
 _ATTEMPTS_IF_UNKNOWN = 6
 # What is left of an answer is read up to here, so that the connection can be used again.
 _LARGEST_REST = 64 * 1024
-# How often a file is asked for that has another version than before, until the one before is seen.
-_LOOKS = 6
+# How often a file is asked for that has another version than before, until the one before is seen:
+# of three mirrors that answer at random, so many looks miss one less than once in 100,000 times.
+_LOOKS = 30
+_BETWEEN_LOOKS_S = 0.02  # at most; at random, or mirrors in turn could be met in step with others
 _CUT_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 _log = logging.getLogger(__name__)
 
@@ -92,9 +98,11 @@ class HttpStorage:
         with self._lock:
             self.retries += 1
 
-    def _state(self, url: str, timeout_s: float, patient: bool) -> FileState:
+    def _state(
+        self, url: str, timeout_s: float, patient: bool, headers: Mapping[str, str] = _NONE
+    ) -> FileState:
         # By GET: an address that is signed for GET refuses HEAD.
-        headers = {"Range": "bytes=0-0"}
+        headers = {"Range": "bytes=0-0", **headers}
         with closing(_Exchange(self, url, headers, timeout_s)) as exchange:
             answer = exchange.answer
             if answer.status == 416 and answer.headers.get("Content-Range") == "bytes */0":
@@ -160,7 +168,7 @@ class HttpStorage:
 
     def _is_mirrored(self, url: str, known: FileState, found: FileState) -> bool:
         """Whether the server tells both versions in turn."""
-        if not any(self.state(url) == known for _ in range(_LOOKS)):
+        if not any(self._look(url) == known for _ in range(_LOOKS)):
             return False
         with self._lock:
             self._mirrored[url] |= {known.version, found.version}
@@ -172,6 +180,12 @@ class HttpStorage:
             found.version,
         )
         return True
+
+    def _look(self, url: str) -> FileState:
+        """`state` by another connection than the next one: an open one may lead to one mirror."""
+        time.sleep(random.uniform(0.0, _BETWEEN_LOOKS_S))
+        headers = {"Connection": "close"}
+        return repeated(lambda s: self._state(url, s, True, headers), self._retrier(url))
 
     @property
     def limits(self) -> HostLimits:

@@ -25,7 +25,7 @@ class Storage(Protocol):
 
     Implementations wait and retry on transient faults, going on at the byte where they were cut
     off, and give up with TransientReadError after their deadline. What will never be readable is
-    a FileNotFoundError (absent), PermissionError (forbidden) or `tar_headers.ShardError` (changed
+    a FileNotFoundError (absent), PermissionError (forbidden) or `errors.ShardError` (changed
     since `expected`, shorter than asked for) that names the URL. An `expected` without a version
     is compared by its size.
     """

@@ -8,7 +8,7 @@ strings.
 Merge rules: mappings merge key by key; everything else, lists included, is replaced. A mapping
 whose `type` differs from the one below replaces it whole, since its old fields belong to another
 class. `null` sets None; in a mapping with free names (`tasks`, say) it removes the entry, which is
-done in recipe.py, where the schema is known.
+done in load.py, where the schema is known.
 """
 
 import os

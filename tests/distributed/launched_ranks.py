@@ -26,10 +26,10 @@ def main() -> int:
     """Start the ranks, wait for them; their process numbers are in ranks.json beside the output."""
     call_this("torchrun")
     watchdog.REPORT_S = 0.5  # how often ranks look for their launcher: short runs should notice
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # it waits for its ranks
     port = free_port()
     ranks = [start(rank, port) for rank in range(WORLD)]
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # it waits for its ranks
     path = Path(os.readlink("/proc/self/fd/1")).with_name("ranks.json")
     path.with_suffix(".new").write_text(json.dumps(ranks), encoding="utf-8")
     path.with_suffix(".new").rename(path)

@@ -1,5 +1,5 @@
-"""Stops as people and launchers ask for them, from real processes; the fast form of the first test,
-with a signal to process groups, is in test_resume.py."""
+"""Stops in the start of a run and in an evaluation, by file and by signal. (All signals, to ranks
+and launchers: test_signals.py.)"""
 
 import json
 import signal
@@ -12,7 +12,6 @@ import pytest
 
 from tests.distributed.launch import (
     ROOT,
-    free_port,
     kill_ranks,
     start_ranks,
     tails,
@@ -21,27 +20,13 @@ from tests.distributed.launch import (
 from tests.distributed.test_resume import (
     assert_same_run,
     finish,
-    members,
     metrics,
     steps_logged,
 )
+from tests.distributed.test_signals import hears_sigterm, launched
 from tests.tiny_run import pack_scenes, tiny_recipe, write_recipe
 
 pytestmark = pytest.mark.slow
-LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
-    "deepspeed": [
-        "-m",
-        "deepspeed.launcher.launch",
-        "--world_info",
-        "eyJsb2NhbGhvc3QiOiBbMCwgMV19",
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        "PORT",
-        "--module",
-    ],  # what deepspeed's runner starts on each node
-}
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +45,6 @@ def straight(data, tmp_path_factory):
     return folder / "run"
 
 
-def launch(launcher: str, recipe: Path, out: Path) -> subprocess.Popen:
-    """The launcher in a session of its own."""
-    words = [str(free_port()) if word == "PORT" else word for word in LAUNCHERS[launcher]]
-    with open(out, "w", encoding="utf-8") as file:
-        return subprocess.Popen(
-            [sys.executable, *words, "pretrain.train", str(recipe)],
-            cwd=ROOT,
-            env=without_ranks(),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
 def wait_until(condition, process, timeout_s: float = 120) -> None:
     until = time.monotonic() + timeout_s
     while not condition():
@@ -81,30 +52,8 @@ def wait_until(condition, process, timeout_s: float = 120) -> None:
         time.sleep(0.005)
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes that a process has started, and they."""
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    own = [int(word) for word in path.read_text("utf-8").split()] if path.exists() else []
-    return own + [deeper for child in own for deeper in descendants(child)]
-
-
-def nobody_left(pids: list[int], within_s: float) -> bool:
-    until = time.monotonic() + within_s
-    while any(members(pid) or Path(f"/proc/{pid}").exists() for pid in pids):
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 def status(run: Path) -> dict:
     return json.loads((run / "control/status.json").read_text())
-
-
-def catches_sigterm(pid: int) -> bool:
-    lines = Path(f"/proc/{pid}/status").read_text("utf-8").splitlines()
-    (caught,) = (line.split()[1] for line in lines if line.startswith("SigCgt:"))
-    return bool(int(caught, 16) >> signal.SIGTERM - 1 & 1)
 
 
 @pytest.mark.parametrize("asked", ["stop file", "signal"])
@@ -114,7 +63,7 @@ def test_a_stop_while_the_run_starts(data, straight, tmp_path, asked):
     run = tmp_path / "run"
     recipe = write_recipe(tmp_path / "r.yaml", tiny_recipe(data, run, evaluation_every_steps=6))
     if asked == "stop file":
-        process = launch("torchrun", recipe, tmp_path / "out_0.txt")
+        process = launched("torchrun", recipe, tmp_path / "out_0.txt")
     else:
         process = subprocess.Popen(
             [sys.executable, "-m", "pretrain.train", str(recipe)],
@@ -128,7 +77,7 @@ def test_a_stop_while_the_run_starts(data, straight, tmp_path, asked):
             (run / "control").mkdir(parents=True, exist_ok=True)
             (run / "control/stop").touch()
         else:
-            wait_until(lambda: catches_sigterm(process.pid), process)
+            wait_until(lambda: hears_sigterm(process.pid), process)
             assert not (run / "starts.jsonl").exists()
             process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 0, tails(tmp_path)

@@ -1,12 +1,9 @@
 """An encoder, a module that reads it, an objective, a kind of data and a format from files of their
 own, a line in the list of kinds at most: they are checked, trained, evaluated, resumed and exported
 like those of the project.
-
-Also: nobody outside of its own file asks what type an encoder, an objective or data are of.
 """
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +24,6 @@ from tests.pretrain.plugins.toy_encoder import ToyEncoderSettings, ToyRefinerSet
 from tests.pretrain.plugins.toy_format import TOY_FORMAT, TheirModel
 from tests.tiny_run import pack_scenes
 
-PRETRAIN = ROOT / "pretrain"
 ENCODERS = {
     "image": {"type": "toy_encoder", "width": 16},
     "refiner": {"type": "toy_refiner", "of": "image"},
@@ -220,17 +216,3 @@ def recipe_like(encoders: dict, size: int) -> SimpleNamespace:
         objective=objective, data=data, images=lambda where: {f"{where}.data.image": data.image}
     )
     return SimpleNamespace(model=SimpleNamespace(encoders=encoders), tasks={"t": task})
-
-
-def test_types_are_asked_for_by_their_owners_alone():
-    asked = re.compile(
-        r"(objective|encoder|data)\.type (==|in)|isinstance\(.*(Data|Encoder)Settings"
-        r"|inspect\.signature|import signature"
-    )
-    found = [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-        for path in sorted(PRETRAIN.rglob("*.py"))
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if asked.search(line)
-    ]
-    assert not found

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slurm.launch import LAUNCHERS, command, hosts, job_id, port_of
+from slurm.launch import LAUNCHERS, command, end_of_ranks, hosts, job_id, port_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,6 +56,37 @@ def test_commands(launcher, tmp_path):
     if launcher == "deepspeed":
         hostfile = (tmp_path / "control/hostfile").read_text()
         assert hostfile == "n1 slots=8\nn2 slots=8\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_refusal_is_heard_through_a_launcher(tmp_path, launcher):
+    """The reason is the rank's, not the launcher's report of it; torchrun itself ends with 1."""
+    rank = tmp_path / "rank.py"
+    rank.write_text("import sys; print('no such key', flush=True); sys.exit(2)")
+    words = {
+        "torchrun": ["torch.distributed.run", "--nproc-per-node=1", "--master-port=0"],
+        "deepspeed": ["deepspeed.launcher.launch", "--world_info=eyJsb2NhbGhvc3QiOiBbMF19"],
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *words[launcher], str(rank)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    code = {"torchrun": (1, 2), "deepspeed": (2, None)}[launcher]
+    assert (done.returncode, end_of_ranks(done.stdout)) == (code[0], ("no such key", code[1]))
+
+
+def test_words_of_ranks():
+    """As the launchers of torch 2.13 and DeepSpeed 0.19 report them."""
+    torchrun = "E1201 11:52:05.7 26 /x/api.py:1002] failed (exitcode: 2) local_rank: 0 (pid: 7) of"
+    deepspeed = "[2026-12-01 11:50:41,233] [INFO] [launch.py:253:sigkill_handler] Killing 7"
+    for report, code in ((torchrun, 2), (deepspeed, None)):
+        assert end_of_ranks(f"a\nno such key\n{report}\nTraceback\n") == ("no such key", code)
+    assert end_of_ranks("") == ("", None)
+    assert end_of_ranks("a\nsrun: error: x\n") == ("srun: error: x", None)
 
 
 def test_the_room_stands_alone():

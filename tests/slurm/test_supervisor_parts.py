@@ -44,6 +44,9 @@ def run(tmp_path, monkeypatch) -> Path:
     (folder / "control").mkdir(parents=True)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    # What lies below this process are the servers of other tests; and no orphans come to it.
+    monkeypatch.setattr("slurm.one_try.end_descendants", lambda *_: [])
+    monkeypatch.setattr(module, "adopt_orphans", lambda: None)
     return folder
 
 
@@ -201,3 +204,35 @@ def test_logs_of_a_job_and_of_a_rank(tmp_path, monkeypatch, capsys):
     ]
     assert logs.main([str(tmp_path), "--rank", "4"]) == 1
     assert "there are rank_00000.log to rank_00003.log" in capsys.readouterr().err
+
+
+def test_logs_are_followed_from_job_to_job(tmp_path, monkeypatch, capsys):
+    """Of a chain; nothing is lost where one ends, and an old log that is touched is not read."""
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    (folder / "job-6.log").write_text("old\n")
+    os.utime(folder / "job-6.log", (1, 1))
+    (folder / "job-7.log").write_text("a\nb\nc\n")
+
+    def act(number: int) -> None:
+        if number == 3:
+            raise KeyboardInterrupt
+        with open(
+            folder / ("job-7.log", "job-12.log", "job-12.log")[number], "a", encoding="utf-8"
+        ) as log:
+            log.write(f"line {number}\n")
+        if number == 1:
+            with open(folder / "job-7.log", "a", encoding="utf-8") as log:
+                log.write("its last words\n")
+            os.utime(folder / "job-12.log", (4e9, 4e9))
+        os.utime(folder / "job-6.log", (3e9, 3e9))
+
+    moments = iter(range(4))
+    monkeypatch.setattr(logs.time, "sleep", lambda seconds: act(next(moments)))
+    assert logs.main([str(tmp_path), "-f", "-n", "2"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "b\nc\nline 0\nits last words\nline 1\nline 2\n"
+    assert [line.split("/")[-1] for line in said.err.splitlines()] == [
+        "job-7.log <==",
+        "job-12.log <==",
+    ]

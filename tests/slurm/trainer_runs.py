@@ -87,14 +87,15 @@ class TrainerRun:
         return f"step {self.last()}; {attempts(self.run)}\n{logs}"
 
 
-def uninterrupted(of: TrainerRun, world: int = 2) -> list[dict]:
+def uninterrupted(of: TrainerRun, patience_s: float) -> list[dict]:
     """The logged steps of the same recipe in one go, without SLURM, as far as that run came."""
-    last, logs = of.last(), of.folder / f"logs{world}"
-    straight = of.folder / f"straight{world}"
+    last, logs, straight, world = of.last(), of.folder / "logs", of.folder / "straight", 2
     words = [of.recipe, f"run_dir={straight}", "checkpoint.every_steps=100000"]
     ranks = start_ranks("pretrain.train", words, world, logs)
     try:
-        wait_for(lambda: len(lines_of(straight)) >= last or any(r.poll() for r in ranks), 1800)
+        wait_for(
+            lambda: len(lines_of(straight)) >= last or any(r.poll() for r in ranks), patience_s
+        )
         (straight / "control/stop").touch()
         assert [rank.wait(120) for rank in ranks] == [0] * world, tails(logs)
     finally:
@@ -112,12 +113,12 @@ def lines_of(run: Path) -> list[dict]:
     return [line for line in map(json.loads, whole) if line["kind"] == "train"]
 
 
-def assert_same(run: TrainerRun, alone_from: int | None = None) -> None:
+def assert_same(run: TrainerRun, alone_from: int | None = None, patience_s: float = 1800) -> None:
     """Every step once, and its facts those of the uninterrupted run: bit for bit on two ranks, to
     rounding behind the step from which the run went on with one."""
     lines = run.lines()
     assert [line["step"] for line in lines] == list(range(1, run.last() + 1))
-    straight = uninterrupted(run)
+    straight = uninterrupted(run, patience_s)
     for line, other in zip(lines, straight, strict=True):
         rounded = alone_from is not None and line["step"] > alone_from
         for name in FACTS:

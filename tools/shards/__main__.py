@@ -68,7 +68,7 @@ _MODULES = {
     "quarantine": "list the samples that a run leaves out, take some back, or leave out more",
     "serve": "serve a folder of shards over HTTP, to try things out; not for production",
 }
-"""Sub-commands in files of their own, tools/shards_NAME.py."""
+"""Sub-commands in files of their own, NAME.py beside this one."""
 
 _REQUESTS = 16
 _TEXT_EXTENSIONS = ("json", "txt", "cls")

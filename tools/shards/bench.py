@@ -176,7 +176,7 @@ def _result(
     faults: list[BadSample],
     bench: ShardBench,
 ) -> dict[str, Any]:
-    """What `tools.benchmark.show` prints."""
+    """What `show` of `tools.benchmark` prints."""
     mean = sum(sizes) / len(sizes)
     rows = [
         {

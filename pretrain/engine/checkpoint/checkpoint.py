@@ -2,7 +2,7 @@
 
 Every rank writes its fp32 partitions and optimizer states beside a map of fragments; rank 0 seals a
 manifest of sizes and hashes and renames the folder into place. Because the map names every
-fragment, any number of ranks and any ZeRO stage can read it (checkpoint_files.FragmentReader).
+fragment, any number of ranks and any ZeRO stage can read it (`files.FragmentReader`).
 Why not DeepSpeed's own files: they are pickles, not crash-safe, unchecked, and tied to one world.
 """
 
@@ -126,7 +126,7 @@ class Checkpoints:
             engine: the DeepSpeed engine (ZeRO 1, 2 or 3).
             step: optimizer steps taken.
             trainer: JSON-serialisable state of the loop (ledger, counters).
-            averages: moving average of each partition (engine.ema.Ema.tensors).
+            averages: moving average of each partition (`engine.zero.ema.Ema.tensors`).
             targets: momentum targets, if objectives have some.
 
         Raises:
@@ -172,6 +172,8 @@ class Checkpoints:
         return rank_contents(engine, self._rank, module, averages, targets, self._attachments)
 
     def _commit(self, saving: Saving, entries: list[dict[str, dict]]) -> None:
+        """Make a checkpoint visible, on rank 0: before the rename there is none of this name,
+        after it there is a whole one, and `latest` moves last."""
         temporary, final, manifest = saving.temporary, saving.final, saving.manifest
         files = {name: entry for rank in entries for name, entry in rank.items()}
         with naming(temporary / MANIFEST):

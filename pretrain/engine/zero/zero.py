@@ -39,7 +39,7 @@ def start_engine(
         build: makes the model; under ZeRO-3 it runs inside `deepspeed.zero.Init`, so that no rank
             ever holds the whole of it.
         optimizer: settings of the optimizer and its parameter groups.
-        config: a complete DeepSpeed configuration (engine.ds_config.engine_config).
+        config: a complete DeepSpeed configuration (`pretrain.ds_config.engine_config`).
         seed: seed of the initial weights, which depend on it and their names alone.
         device: where the model trains.
         initial_weights: safetensors file whose tensors replace the drawn ones.

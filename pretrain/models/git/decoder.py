@@ -6,6 +6,9 @@ once per image and serves all captions of that image: their texts lie side by si
 kept apart by one small mask that all rows of the batch share.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,7 +54,7 @@ class GitDecoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(width, heads, mlp_width, dropout) for _ in range(layers)
         )
-        self.output = nn.Linear(width, vocab_size)
+        self.output = WordScores(width, vocab_size)
         self.tied_output = tied_output
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -76,6 +79,10 @@ class GitDecoder(nn.Module):
         positions: (P,) int64, indices into the flattened (B * K * T) text positions.
         Returns logits (P, vocab_size) in the dtype of the weights.
         """
+        return self.output(self.read(image_tokens, tokens, positions))
+
+    def read(self, image_tokens: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the scores are computed from: (P, width); arguments as of `forward`."""
         batch, captions, length = tokens.shape
         text = self.embedding(tokens).flatten(1, 2)
         image = self.projection(image_tokens)
@@ -83,7 +90,7 @@ class GitDecoder(nn.Module):
         mask = caption_mask(captions, length, image_length, tokens.device)
         hidden = self.run_layers(torch.cat([image, text], dim=1), image_length, mask)
         hidden = hidden.reshape(batch * captions * length, self.width)
-        return self.output(hidden.index_select(0, positions))
+        return hidden.index_select(0, positions)
 
     def run_layers(
         self,
@@ -125,6 +132,17 @@ class GitDecoder(nn.Module):
         total -= image * (per_token - 4 * width * width) + 4 * width * image * image
         total += 2 * image * visual_width * width
         return round(total + 2 * scored * width * self.vocab_size)
+
+
+class WordScores(nn.Linear):
+    """Scores over the vocabulary, or what is made of them without holding them all."""
+
+    def forward(self, hidden: Tensor, then: Callable[..., Any] | None = None) -> Any:
+        """hidden: (..., width). Returns (..., vocab_size), or what `then(hidden, weight, bias)`
+        does: it runs in here, where ZeRO-3 has gathered both."""
+        if then is None:
+            return super().forward(hidden)
+        return then(hidden, self.weight, self.bias)
 
 
 class TemporalEmbedding(nn.Module):
@@ -173,11 +191,17 @@ class TextEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """tokens: (..., T) int64, of which the first stands at position `start`.
+    def forward(self, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
+        """tokens: (..., T) int64, of which the first stands at position `start`; texts of different
+        lengths are read on with a tensor (...) of it, and padding of theirs may reach beyond the
+        table.
 
         Returns (..., T, width).
         """
+        if isinstance(start, Tensor):
+            positions = start[..., None] + torch.arange(tokens.shape[-1], device=tokens.device)
+            positions = self.positions(positions.clamp(max=self.max_positions - 1))
+            return self.dropout(self.norm(self.words(tokens) + positions))
         end = start + tokens.shape[-1]
         if end > self.max_positions:
             raise ValueError(

@@ -1,19 +1,69 @@
-"""Greedy decoding of many captions at once, with a key/value cache."""
+"""How captions and answers are written: the likeliest word each time, drawn words, or beams."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pretrain.models.git.decoder import GitDecoder, LayerCache
+from pretrain.models.git.beams import Normalisation, generate_beams
+from pretrain.models.git.decoder import GitDecoder
+from pretrain.models.git.reading import Agree, Prompt, alone
+from pretrain.models.git.sampling import Draws, generate_words
+from pretrain.models.git.trie import Trie
 
 
-def alone(done: bool) -> bool:
-    """The agreement of a single process with itself."""
-    return done
+@dataclass(frozen=True)
+class Way:
+    """How texts are written; the fields are those of `GenerationSettings`."""
+
+    kind: str = "greedy"
+    beams: int = 4
+    length_penalty: float = 1.0
+    normalisation: Normalisation = "transformers"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def write(
+        self,
+        decoder: GitDecoder,
+        image_tokens: Tensor,
+        prompt: Prompt,
+        *,
+        eos_id: int,
+        pad_id: int,
+        max_new_tokens: int,
+        rows: Sequence[int] | None = None,
+        trie: Trie | None = None,
+        agree: Agree = alone,
+    ) -> tuple[Tensor, Tensor]:
+        """New words (B, n) int64 behind each prompt, EOS and padding behind them, and scores (B,).
+
+        rows: numbers of the images in their data set, by which words are drawn.
+        """
+        common = {
+            "eos_id": eos_id,
+            "pad_id": pad_id,
+            "max_new_tokens": max_new_tokens,
+            "trie": trie,
+            "agree": agree,
+        }
+        if self.kind == "beam":
+            how = {
+                "beams": self.beams,
+                "length_penalty": self.length_penalty,
+                "normalisation": self.normalisation,
+            }
+            return generate_beams(decoder, image_tokens, prompt, **how, **common)
+        if self.kind == "greedy":
+            return generate_words(decoder, image_tokens, prompt, **common)
+        draws = Draws(self.seed, list(range(len(image_tokens)) if rows is None else rows))
+        how = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return generate_words(decoder, image_tokens, prompt, draws=draws, **how, **common)
 
 
-@torch.no_grad()
 def generate_greedy(
     decoder: GitDecoder,
     image_tokens: Tensor,
@@ -22,7 +72,7 @@ def generate_greedy(
     eos_id: int,
     pad_id: int,
     max_new_tokens: int,
-    agree: Callable[[bool], bool] = alone,
+    agree: Agree = alone,
 ) -> Tensor:
     """Extend BOS by the most likely word until every caption of the batch has ended.
 
@@ -33,27 +83,14 @@ def generate_greedy(
 
     Returns ids (B, 1 + n) int64, n <= max_new_tokens: BOS, words, EOS, then padding.
     """
-    if max_new_tokens < 1 or max_new_tokens > decoder.max_positions:
-        raise ValueError(
-            f"max_new_tokens must be 1 to {decoder.max_positions} (max_positions of the decoder), "
-            f"not {max_new_tokens}"
-        )
-    image = decoder.projection(image_tokens)
-    batch, image_length = image.shape[:2]
-    caches = [LayerCache(image_length + max_new_tokens) for _ in decoder.layers]
-    ids = torch.full((batch, 1 + max_new_tokens), pad_id, device=image.device)
-    ids[:, 0] = bos_id
-    ended = torch.zeros(batch, dtype=torch.bool, device=image.device)
-    for step in range(max_new_tokens):
-        hidden = decoder.embedding(ids[:, step : step + 1], start=step)
-        if step == 0:
-            # The first pass also fills the caches with the image; later ones carry one token.
-            hidden = decoder.run_layers(torch.cat([image, hidden], 1), image_length, None, caches)
-        else:
-            hidden = decoder.run_layers(hidden, 0, None, caches)
-        best = decoder.output(hidden[:, -1]).argmax(dim=-1)
-        ids[:, step + 1] = torch.where(ended, pad_id, best)
-        ended |= best == eos_id
-        if agree(bool(ended.all())):
-            break
-    return ids[:, : step + 2]
+    prompt = Prompt.of_bos(len(image_tokens), bos_id, image_tokens.device)
+    ids, _ = generate_words(
+        decoder,
+        image_tokens,
+        prompt,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        max_new_tokens=max_new_tokens,
+        agree=agree,
+    )
+    return torch.cat([prompt.ids, ids], dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from data_pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from pretrain.models.git.decoder import GitDecoder
+    from pretrain.models.git.generation import Way
 
 
 class GitDecoderSettings(Settings):
@@ -51,3 +52,43 @@ class GitDecoderSettings(Settings):
         from pretrain.models.git.decoder import GitDecoder
 
         return GitDecoder(vocab_size, visual_width, **self.model_dump())
+
+
+class GenerationSettings(Settings):
+    """How texts are written when a run is evaluated."""
+
+    kind: Literal["greedy", "beam", "sample"] = "greedy"
+    """The likeliest word each time, a search with several texts at once, or drawn words."""
+    beams: int = Field(4, gt=1)
+    """Texts that a search goes on with."""
+    length_penalty: float = Field(1.0, ge=0)
+    """Power of a text's length that its log-probability is divided by; 0.6 in GIT's own code."""
+    normalisation: Literal["transformers", "original"] = "transformers"
+    """Rules of a search: those of transformers, or those of GIT's own code."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the scores that words are drawn by."""
+    top_k: int = Field(0, ge=0)
+    """Draw from so many likeliest words; 0: from all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the likeliest words that have this share of the probability together."""
+    seed: int = 0
+    """Of the drawn words, with the image's row in its data set."""
+
+    _OF: ClassVar[dict[str, tuple[str, ...]]] = {
+        "beam": ("beams", "length_penalty", "normalisation"),
+        "sample": ("temperature", "top_k", "top_p", "seed"),
+    }
+
+    @model_validator(mode="after")
+    def _belongs(self) -> GenerationSettings:
+        for kind, names in self._OF.items():
+            idle = [n for n in names if n in self.model_fields_set and kind != self.kind]
+            if any(getattr(self, n) != type(self).model_fields[n].default for n in idle):
+                raise ValueError(f"{', '.join(idle)}: only where kind is {kind}, not {self.kind}")
+        return self
+
+    def build(self) -> Way:
+        """The way of writing that these settings describe."""
+        from pretrain.models.git.generation import Way
+
+        return Way(**self.model_dump())

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from pretrain.models.git.decoder import GitDecoder
-from pretrain.models.git.generation import alone, generate_greedy
+from pretrain.models.git.generation import Way, alone
+from pretrain.models.git.reading import Prompt
 from pretrain.models.sample_draws import SampleDraws
+from pretrain.objectives.captioning.chunked_head import smoothed_cross_entropy_of
 from pretrain.objectives.captioning.evaluation import evaluate_captions
 from pretrain.objectives.captioning.settings import (  # noqa: F401
     CaptioningSettings,
 )
-from pretrain.objectives.captioning.token_loss import smoothed_cross_entropy
 from pretrain.objectives.evaluation_mode import evaluating
 from pretrain.objectives.image_tokens import encode_images
 from pretrain.objectives.objective import (
@@ -57,6 +58,7 @@ class Captioning(Objective):
         image_std: Sequence[float],
         label_smoothing: float = 0.1,
         max_new_tokens: int = 40,
+        way: Way | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -68,6 +70,7 @@ class Captioning(Objective):
         self.image_std = tuple(image_std)
         self.label_smoothing = label_smoothing
         self.max_new_tokens = max_new_tokens
+        self.way = way or Way()
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Images and supervised tokens of a micro-batch; their global sums are `totals`."""
@@ -120,9 +123,14 @@ class Captioning(Objective):
             # One position without weight keeps every parameter in the graph with a gradient of
             # zero, which is what the other ranks' collectives wait for.
             positions, weights = positions.new_zeros(1), weights.new_zeros(1)
-        logits = self.decoder(image_tokens, tokens[..., :-1], positions)
+        hidden = self.decoder.read(image_tokens, tokens[..., :-1], positions)
         targets = targets.index_select(0, positions)
-        return smoothed_cross_entropy(logits, targets, weights, self.label_smoothing)
+
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            smoothing = self.label_smoothing
+            return smoothed_cross_entropy_of(hidden, weight, bias, targets, weights, smoothing)
+
+        return self.decoder.output(hidden, loss)
 
     def flops(self, batch: Batch) -> int:
         """Model FLOPs, forward and backward, that this micro-batch asks for.
@@ -147,14 +155,16 @@ class Captioning(Objective):
         images: Tensor,
         max_new_tokens: int | None = None,
         agree: Callable[[bool], bool] = alone,
+        rows: Sequence[int] | None = None,
     ) -> Tensor:
-        """Greedy captions of images (B, 3, H, W) uint8, or of clips (B, F, 3, H, W): ids (B, 1 + n)
+        """Captions of images (B, 3, H, W) uint8, or of clips (B, F, 3, H, W): ids (B, 1 + n)
         int64, from BOS on.
 
-        `agree` is explained at `generate_greedy`.
+        `agree` is explained at `generate_greedy`; `rows` are numbers of the images in their data
+        set, by which words are drawn where the way of writing is to draw them.
         """
         with torch.no_grad(), evaluating(self, modules[self.encoder]):
-            return self._generate(self._encode(modules, images), max_new_tokens, agree)
+            return self._generate(self._encode(modules, images), max_new_tokens, agree, rows)
 
     def evaluate(
         self, modules: Modules, loader: Iterable[Batch], context: EvaluationContext
@@ -170,7 +180,7 @@ class Captioning(Objective):
             inputs = {k: batch[k].to(context.device) for k in ("images", "tokens", "loss_mask")}
             image_tokens = self._encode(modules, inputs["images"])
             sums = torch.stack(self.token_sums(image_tokens, inputs)).tolist()
-            ids = self._generate(image_tokens, None, context.agree)
+            ids = self._generate(image_tokens, None, context.agree, batch["row"].tolist())
             loss, cross_entropy, right = sums
             found = {"token_accuracy": right, "loss": loss, "cross_entropy": cross_entropy}
             return found, ids.tolist()
@@ -194,15 +204,25 @@ class Captioning(Objective):
         return self.decoder.temporal(tokens.unflatten(0, (batch, frames)))
 
     def _generate(
-        self, image_tokens: Tensor, max_new_tokens: int | None, agree: Callable[[bool], bool]
+        self,
+        image_tokens: Tensor,
+        max_new_tokens: int | None,
+        agree: Callable[[bool], bool],
+        rows: Sequence[int] | None,
     ) -> Tensor:
-        return generate_greedy(
+        bos_id, eos_id, pad_id = (self.special_ids[f"{name}_id"] for name in ("bos", "eos", "pad"))
+        prompt = Prompt.of_bos(len(image_tokens), bos_id, image_tokens.device)
+        words, _ = self.way.write(
             self.decoder,
             image_tokens,
-            **self.special_ids,
+            prompt,
+            eos_id=eos_id,
+            pad_id=pad_id,
             max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            rows=rows,
             agree=agree,
         )
+        return torch.cat([prompt.ids, words], dim=1)
 
 
 def _supervised(batch: Batch) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pretrain.models.git.settings import GitDecoderSettings
+from pretrain.models.git.settings import GenerationSettings, GitDecoderSettings
 from pretrain.objectives.objective_settings import ObjectiveSettings
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class CaptioningSettings(ObjectiveSettings):
     """Share of the target spread over the words that are not the label."""
     max_new_tokens: int = Field(40, gt=0)
     """Longest caption that generation writes, in tokens, EOS counted."""
+    generation: GenerationSettings = GenerationSettings()
+    """How an evaluation writes captions."""
 
     def problems(self, where: str, task: Any, recipe: Any) -> list[str]:
         """Captions fit the decoder, and clips meet one that tells their frames apart."""
@@ -95,4 +97,5 @@ class CaptioningSettings(ObjectiveSettings):
             image_std=context.image_std,
             label_smoothing=self.label_smoothing,
             max_new_tokens=self.max_new_tokens,
+            way=self.generation.build(),
         )

@@ -47,7 +47,7 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
         # sum_w q_w (log_sum - score_w) with q = other everywhere and the rest on the label.
         cross_entropy = log_sums - label
         smoothed = log_sums - (1 - smoothing - other) * label - other * total
-        loss = ((smoothed - _entropy(smoothing, words)) * weights).sum()
+        loss = ((smoothed - smoothed_target_entropy(smoothing, words)) * weights).sum()
         ctx.save_for_backward(logits, targets, weights, log_sums)
         ctx.smoothing = smoothing
         outputs = loss, (cross_entropy * weights).sum(), (hits * weights).sum()
@@ -74,7 +74,7 @@ def _slices(rows: int, words: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _entropy(smoothing: float, words: int) -> float:
+def smoothed_target_entropy(smoothing: float, words: int) -> float:
     """Sum of q log q, negated: the entropy of the smoothed target, in nats."""
     if smoothing == 0:
         return 0.0

@@ -113,6 +113,10 @@ def m3i_losses(
 def _dense_losses(
     features: Mapping[str, Tensor], moments: Moments, images: Tensor, decorrelation: float
 ) -> dict[str, Tensor]:
+    """The losses of features: mean squares over the counted tokens of each kind's rows.
+
+    images: (2,) float32, how many images of each kind the global batch has.
+    """
     counted = features["counted"] & features["valid"][:, None]
     # Not from the rows at hand, which may all be padding: kinds differ, images of a kind do not.
     tokens = features["counted"].unflatten(0, (-1, 2)).sum(dim=2).amax(dim=0)

@@ -162,7 +162,7 @@ class M3I(CoupledObjective):
     ) -> Shares:
         """This rank's share of the global batch's loss and metrics. A collective.
 
-        features, targets, shared: together what `m3i_loss.m3i_losses` reads; totals: global sums of
+        features, targets, shared: together what `loss.m3i_losses` reads; totals: global sums of
         `counts`.
 
         Returns 0-dim float32 tensors whose sums over ranks are: loss; intra, inter, text, category,
@@ -331,7 +331,7 @@ class M3I(CoupledObjective):
         self, modules: Modules, loader: Iterable[Batch], context: EvaluationContext
     ) -> Evaluation:
         """Held-out losses of mixed images, and what whole images are good for; see
-        `m3i_evaluation.evaluate_m3i`. No examples."""
+        `evaluation.evaluate_m3i`. No examples."""
         return Evaluation(evaluate_m3i(self, modules, loader, context.device, context.reduce), [])
 
 

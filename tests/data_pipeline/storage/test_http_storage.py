@@ -244,6 +244,29 @@ def test_mirrors_with_tags_of_their_own_are_one_file(server, tags, begin, caplog
     assert warned == (tags[0].get("ETag") != '"abc"')
 
 
+def test_mirrors_that_answer_in_step_or_each_on_its_connection_are_one_file(server, caplog):
+    url = server.url + "/x.tar"
+    http = storage(requests=1)
+    tags = {"ETag": '"a"'}, {"ETag": '"b"'}
+    server.faults += [tagged(**tags[n]) for n in [0, *[1] * 20, *[0, 1] * 9]]
+    state = http.state(url)
+    assert http.read(url, 0, 9, state) == CONTENT[:9] and "two versions in turn" in caplog.text
+    caplog.clear()
+    server.faults.clear()
+    mirrors = {}
+
+    def pinned(request):
+        mirror = mirrors.setdefault(request.client_address, len(mirrors) % 2)
+        tagged(**tags[mirror])(request)
+
+    server.always = pinned
+    http, other = storage(), storage()
+    state = other.state(url)
+    for at in range(0, 90, 9):
+        assert http.read(url, at, at + 9, state) == CONTENT[at : at + 9]
+    assert "two versions in turn" in caplog.text
+
+
 def test_a_file_that_changes_is_named_and_never_mixed(server, tmp_path):
     http = storage()
     url = server.url + "/x.tar"
@@ -355,9 +378,10 @@ def test_what_stands_in_a_url_is_sent_as_it_is_escaped_or_not(server):
 
 
 def test_a_proxy_that_is_none_or_away_is_named(server, monkeypatch):
-    monkeypatch.setenv("http_proxy", "socks5://ann:hush@127.0.0.1:1080")
-    with pytest.raises(PermissionError, match=r"socks5://127.0.0.1:1080, is none .* http_proxy"):
-        storage().read("http://data.example/x.tar", 0, 3)
+    for proxy in ("socks5://127.0.0.1:1080", "http://127.0.0.1:80a"):
+        monkeypatch.setenv("http_proxy", proxy.replace("//", "//ann:hush@"))
+        with pytest.raises(PermissionError, match=f"{proxy}, is none .* unset http_proxy"):
+            storage().read("http://data.example/x.tar", 0, 3)
     monkeypatch.setenv("http_proxy", "127.0.0.1:9")
     with pytest.raises(TransientReadError, match="no connection to the proxy of the environment"):
         storage().read("http://data.example/x.tar", 0, 3)

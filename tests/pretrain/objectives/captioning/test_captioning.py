@@ -352,3 +352,35 @@ def test_evaluation_without_references_gives_no_caption_scores() -> None:
     batches[0]["captions"] = [[] for _ in range(4)]
     metrics, examples = evaluate(talking_model(), batches)
     assert "cider_d" not in metrics and metrics["images"] == 4 and len(examples) == 4
+
+
+def test_an_evaluation_writes_as_the_recipe_says() -> None:
+    """Beams find likelier captions than the likeliest word each time; settings of another kind of
+    writing are refused."""
+    from pydantic import ValidationError
+
+    from pretrain.models.git.settings import GenerationSettings
+
+    model, batch = small_model(2, initial_std=0.3), small_batch(images=4, captions=1)
+    objective, modules = model.objectives["caption"], model.encoders
+
+    def likelihood(ids) -> float:
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for row, text in zip(mask, ids.tolist(), strict=True):
+            row[1 : text.index(2) + 1 if 2 in text else len(text)] = True
+        text = {"tokens": ids[:, None], "loss_mask": mask[:, None]}
+        image_tokens = objective._encode(modules, batch["images"])
+        return -float(objective.token_sums(image_tokens, text)[1].detach())
+
+    greedy = objective.generate(modules, batch["images"])
+    found = {}
+    for kind in ("beam", "sample"):
+        objective.way = GenerationSettings(
+            kind=kind, **({"length_penalty": 0.0} if kind == "beam" else {})
+        ).build()
+        found[kind] = objective.generate(modules, batch["images"], rows=[3, 1, 4, 5])
+        again = objective.generate(modules, batch["images"], rows=[3, 1, 4, 5])
+        assert torch.equal(found[kind], again)
+    assert likelihood(found["beam"]) > likelihood(greedy) > likelihood(found["sample"])
+    with pytest.raises(ValidationError, match="only where kind is sample, not beam"):
+        GenerationSettings(kind="beam", top_k=5)

@@ -1,4 +1,4 @@
-"""What tests of the engine share."""
+"""What tests of the trainer share."""
 
 import pytest
 import torch.distributed as dist
