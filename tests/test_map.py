@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["tools", "tools/compare"],
     ["tools/shards"],
-    ["tools/benchmark", "tools/finetune", "tools/selfcheck"],
+    ["tools/benchmark", "tools/finetune", "tools/judge", "tools/selfcheck"],
     ["tools/convert", "tools/make_shards"],
     ["tools/support"],
     ["slurm"],

@@ -1,10 +1,16 @@
-r"""Caption held-out images with transformers' own GIT, and compare with references.
+r"""Judge what was trained on images with captions or classes: runs, exports, transformers' folders.
 
     python -m tools.evaluate exports/git_base --shards data/coco/val --sheet captions.png \
         --json metrics.json
+    python -m tools.evaluate runs/m3i --metrics knn,linear --train data/train --shards data/val
+    python -m tools.evaluate flower_model --metrics top1,invariance --shards data/val --plot p.png
+    python -m tools.evaluate exports/clip --metrics zeroshot,retrieval --prompts flowers.yaml \
+        --shards data/val
 
-EXPORT is a folder that `tools.convert export-git` wrote. Model, tokenizer and generation are those
-of transformers; only the held-out images are prepared as in training, and the metrics are ours.
+Without --metrics it is `captions`: SOURCE is then a folder that `tools.convert export-git` or
+`tools.finetune caption` wrote. Model, tokenizer and generation are those of transformers; only the
+held-out images are prepared as in training, and the metrics are ours. A metric that does not fit
+SOURCE is refused with those that do.
 """
 
 import argparse
@@ -20,13 +26,24 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.console import parse_in_any_order, write_utf8
-from tools.support.arguments import add_device, device_of, positive
+from tools.support.arguments import add_device, add_weights, device_of, positive
 
 if TYPE_CHECKING:  # --help and wrong arguments do without torch
     from tools.convert.captioner import Evaluated
     from tools.convert.record import ExportRecord
     from tools.support.training_images import Seen
 
+METRICS = (
+    "captions",
+    "knn",
+    "linear",
+    "top1",
+    "top5",
+    "zeroshot",
+    "retrieval",
+    "resolutions",
+    "invariance",
+)
 _COLUMNS = 4
 _SHOWN = {
     "cider_d": "CIDEr-D (0 to 10)",
@@ -140,11 +157,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from tools.support.training_images import seen_in_training
 
     try:
-        if not (options.export / RECORD).is_file():
-            raise ValueError(way_to_export(options.export))
-        record = ExportRecord.read(options.export)
+        if options.metrics != ["captions"]:
+            from tools.judge.command import judge
+
+            return judge(options, console)
+        if not (options.source / RECORD).is_file():
+            raise ValueError(way_to_export(options.source))
+        record = ExportRecord.read(options.source)
         found = evaluate(
-            options.export,
+            options.source,
             record.data(options.shards, options.caption_source, options.where),
             batch=options.batch,
             max_samples=options.max_samples,
@@ -181,13 +202,56 @@ def _complain(text: str) -> None:
     )
 
 
+def _metric_names(text: str) -> list[str]:
+    names = [one for one in text.split(",") if one]
+    unknown = [one for one in names if one not in METRICS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(unknown) or 'nothing'}: no such metric; there are {', '.join(METRICS)}"
+        )
+    if "captions" in names and len(names) > 1:
+        raise argparse.ArgumentTypeError("captions is computed alone: ask for the others by itself")
+    return names
+
+
+def _add_judging(parser: argparse.ArgumentParser) -> None:
+    """What metrics other than captions ask for."""
+    group = parser.add_argument_group("metrics other than captions")
+    group.add_argument("--train", nargs="+", metavar="SHARDS", help="knn, linear: to learn from")
+    group.add_argument("--label-source", default="cls", help="of classes, as in recipes")
+    group.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="zeroshot: class names and templates"
+    )
+    group.add_argument("--sizes", type=positive, nargs="+", metavar="N", help="resolutions: pixels")
+    group.add_argument("--encoder", metavar="NAME", help="of a run that has several")
+    group.add_argument("--task", metavar="NAME", help="whose head or texts, of a run with several")
+    group.add_argument(
+        "--pool",
+        choices=("mean", "class_token", "head"),
+        default="mean",
+        help="knn, linear: what an image is (default %(default)s)",
+    )
+    add_weights(group)
+    group.add_argument("--plot", type=Path, metavar="FILE.png", help="curves and confusion matrix")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("export", type=Path, metavar="EXPORT", help="folder of an exported model")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="run, export, or folder of transformers"
+    )
+    parser.add_argument(
+        "--metrics",
+        type=_metric_names,
+        default=["captions"],
+        metavar="NAMES",
+        help=f"with commas between them, of {', '.join(METRICS)} (default: captions, alone)",
+    )
+    _add_judging(parser)
     parser.add_argument(
         "--shards",
         nargs="+",

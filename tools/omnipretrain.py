@@ -29,7 +29,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "what was trained": {
         "convert": ("tools.convert", "weights to and from the formats of others"),
         "finetune": ("tools.finetune", "to labels or captions, for from_pretrained"),
-        "evaluate": ("tools.evaluate", "captions of an export, scored"),
+        "evaluate": ("tools.evaluate", "what a model knows: captions, classes, retrieval"),
         "probe": ("tools.probe", "nearest neighbours and a linear probe of an encoder"),
         "fetch-checkpoint": ("tools.fetch_checkpoint", "bring a copied checkpoint back"),
     },

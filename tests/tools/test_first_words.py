@@ -36,7 +36,7 @@ WRONG = {
     "convert": ["export-graph", "--out", "x.onnx"],
     "demo": ["--no-such-option"],
     "fetch_checkpoint": [],
-    "evaluate": ["export", "--shards", "x", "--device", "abacus"],
+    "evaluate": ["export", "--shards", "x", "--metrics", "beauty"],
     "finetune": ["classify", "run", "--data", "x"],
     "make_shards": ["coco"],
     "omnipretrain": ["chekc"],

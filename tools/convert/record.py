@@ -147,15 +147,17 @@ def way_to_export(folder: Path) -> str:
             )
         kinds = ", ".join(f"{name} ({task.objective.type})" for name, task in tasks.items())
         return (
-            f"{folder} is a run without a captioning task (it has {kinds}), and captions are what "
-            "this tool judges: the run evaluates its tasks itself, every `evaluation_every_steps` "
-            'and at its end; see the lines with "kind": "evaluation" of its metrics.jsonl'
+            f"{folder} is a run without a captioning task (it has {kinds}): judge it by `--metrics "
+            "knn,linear --train SHARDS`, top1, zeroshot or what else fits; the run also evaluates "
+            "its tasks itself, every `evaluation_every_steps` and at its end: see the lines with "
+            '"kind": "evaluation" of its metrics.jsonl'
         )
     if (folder / "config.json").is_file():
         return (
             f"{folder} has no {RECORD}, which says how its images are to be prepared; transformers "
-            "does not copy it. If this model was made from an export of this project, copy that "
-            f"file: cp EXPORT/{RECORD} {folder}"
+            "does not copy it. Models other than captioners are judged by --metrics knn, top1 "
+            "or zeroshot. If this one was made from an export of this project, copy that file: cp "
+            f"EXPORT/{RECORD} {folder}"
         )
     return (
         f"{folder} is no export: it has no {RECORD}; make one with `python -m tools.convert "

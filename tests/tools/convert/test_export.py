@@ -1,10 +1,12 @@
 """One verb out: what a run is for timm, open_clip, transformers' CLIP and UniFormerV2."""
 
 import importlib.util
+import io
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -324,3 +326,68 @@ def test_open_clip_loads_the_folder(exported, model, three) -> None:
     assert (image - objective.image_features(model.encoders, images)).abs().max() < 1e-5
     assert (text - objective.text_features(model.encoders, tokens)).abs().max() < 1e-5
     assert twin.logit_scale.exp().item() == pytest.approx(objective.temperature().item(), rel=1e-5)
+
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+WORDS = ("--metrics", "zeroshot,retrieval", "--caption-source", "json:captions", "--workers", "0")
+
+
+def judged(source: Path, scenes: Path, folder: Path) -> dict:
+    """Zero-shot accuracy and retrieval on the training scenes."""
+    from tools.evaluate import main as evaluate
+
+    prompts = folder / "prompts.yaml"
+    prompts.write_text(
+        f"classes: {DIGITS}\ntemplates: ['a {{}}.', 'a red {{}}']\n", encoding="utf-8"
+    )
+    out = folder / f"{source.name}.json"
+    words = [source, *WORDS, "--prompts", prompts, "--shards", scenes / "train", "--json", out]
+    words += ["--task", "contrast", "--max-samples", 40]
+    assert evaluate([str(word) for word in words]) == 0
+    return json.loads(out.read_text(encoding="utf-8"))["metrics"]
+
+
+def test_an_export_is_judged_like_its_run(exported, three, scenes, tmp_path) -> None:
+    of_run = judged(three, scenes, tmp_path)
+    of_folder = judged(exported("transformers", "--task", "contrast"), scenes, tmp_path)
+    assert of_run["images"] == 40 < of_run["texts"] and 0 < of_run["text_to_image_r10"] < 1
+    assert of_run == of_folder
+
+
+@needs_timm
+@torch.no_grad()
+def test_zero_shot_and_retrieval_are_those_of_open_clip(exported, scenes, tmp_path) -> None:
+    """Its own model, transforms and tokenizer; to one image in 1,000."""
+    import open_clip
+
+    from data_pipeline.reading.reader import SampleReader
+    from data_pipeline.shards.shard_set import ShardSet
+
+    ours = judged(exported("transformers", "--task", "contrast"), scenes, tmp_path)
+    folder = f"local-dir:{exported('clip')}"
+    net, _, prepare = open_clip.create_model_and_transforms(folder)
+    net.eval()
+    tokenizer = open_clip.get_tokenizer(folder)
+    reader = SampleReader(ShardSet.open(str(scenes / "train")))
+    rows = [n * 60 // 40 for n in range(40)]
+    members = [reader.read(row).members for row in rows]
+    pixels = torch.stack([prepare(Image.open(io.BytesIO(one["jpg"]))) for one in members])
+    images = net.encode_image(pixels, normalize=True)
+    classes = [
+        net.encode_text(tokenizer([f"a {name}.", f"a red {name}"]), normalize=True).mean(0)
+        for name in DIGITS
+    ]
+    said = (images @ torch.nn.functional.normalize(torch.stack(classes), dim=1).T).argmax(1)
+    known = [n for n, one in enumerate(members) if "cls" in one]
+    right = sum(int(said[n]) == int(members[n]["cls"]) for n in known)
+    assert ours["zeroshot_top1"] == pytest.approx(right / len(known), abs=1e-3)
+    texts = [(n, c) for n, one in enumerate(members) for c in json.loads(one["json"])["captions"]]
+    vectors = net.encode_text(tokenizer([text for _, text in texts]), normalize=True)
+    owners: dict[str, set[int]] = {}
+    for n, text in texts:
+        owners.setdefault(text, set()).add(n)
+    hits = [
+        owners[text] & set((vectors[m] @ images.T).topk(10).indices.tolist()) != set()
+        for m, (_, text) in enumerate(texts)
+    ]
+    assert ours["text_to_image_r10"] == pytest.approx(np.mean(hits), abs=1e-3)
