@@ -59,7 +59,7 @@ class Evaluator:
     def evaluate_if_due(self, step: int) -> bool:
         """Evaluate after `step` steps if the recipe says so; False if a stop that was asked for has
         cut it off, on every rank. A collective."""
-        return self._evaluate(step, self._tasks() if self.is_due(step) else [])
+        return self._evaluate(step, self._due(step))
 
     def catch_up(self, step: int) -> bool:
         """Evaluate what an earlier start has not come to after this step, as `evaluate_if_due`.
@@ -69,15 +69,27 @@ class Evaluator:
         left: list = [[]]
         if self.ranks.leads and step and self.is_due(step):
             done = evaluated_tasks(self.metrics.run_dir / METRICS_FILE, step)
-            left = [[task for task in self._tasks() if task not in done]]
+            left = [[task for task in self._due(step) if task not in done]]
         dist.broadcast_object_list(left, src=0)
         return self._evaluate(step, left[0])
 
-    def _tasks(self) -> list[str]:
-        return [name for name, task in self.recipe.tasks.items() if task.evaluation is not None]
+    def _due(self, step: int) -> list[str]:
+        """Tasks to evaluate after `step` steps: all that have held-out data, or only the losses of
+        those that write texts."""
+        tested = [name for name, task in self.recipe.tasks.items() if task.evaluation is not None]
+        if self._is_whole(step):
+            return tested
+        every = self.recipe.perplexity_every_steps
+        if not every or step % every:
+            return []
+        return [name for name in tested if self.recipe.tasks[name].objective.writes_texts]
 
     def is_due(self, step: int) -> bool:
-        """Whether tasks are evaluated after `step` steps, if they have held-out data."""
+        """Whether tasks are evaluated after `step` steps."""
+        return bool(self._due(step))
+
+    def _is_whole(self, step: int) -> bool:
+        """Whether texts are written, too, where an evaluation is due."""
         every = self.recipe.evaluation_every_steps
         return bool(every and step % every == 0) or step == self.recipe.steps
 
@@ -117,6 +129,7 @@ class Evaluator:
                     self._share,
                     self.recipe.logging.images,
                     self._all_agree,
+                    self._is_whole(step),
                 ),
             )
             values["read_retries"] = sum(self._share(loader.counters()["retries"]))

@@ -43,6 +43,7 @@ FREE = (
     "deepspeed",
     "ema.evaluate",
     "evaluation_every_steps",
+    "perplexity_every_steps",
     "tasks.*.evaluation.**",
     "tasks.*.micro_batch",
     # Where data lie; the ledger and the checkpoint know by digests whether they are the same.

@@ -66,6 +66,9 @@ class EvaluationContext:
     """So many examples of this rank keep their picture."""
     agree: Callable[[bool], bool] = bool
     """Whether all ranks say so; a collective."""
+    write_texts: bool = True
+    """Whether texts are written and compared; without, only the losses of held-out data are said,
+    in a fraction of the time."""
 
 
 class Objective(nn.Module, ABC):

@@ -29,6 +29,8 @@ class EnginePlan(NamedTuple):
 class ObjectiveSettings(Settings):
     """Base of the settings of every objective; subclasses name their `type`."""
 
+    writes_texts: ClassVar[bool] = False
+    """Whether an evaluation writes texts, which takes most of its time and can be left out."""
     data_type: ClassVar[str]
     """The kind of data that it reads."""
     encoder_fields: ClassVar[dict[str, str]]

@@ -224,6 +224,13 @@ def _check_evaluation(recipe: "Recipe") -> list[str]:
             f"evaluation_every_steps={recipe.evaluation_every_steps}, but no task has an "
             "`evaluation` block: add one, or set evaluation_every_steps=null"
         )
+    writing = [name for name in tested if recipe.tasks[name].objective.writes_texts]
+    if recipe.perplexity_every_steps is not None and not writing:
+        found.append(
+            f"perplexity_every_steps={recipe.perplexity_every_steps}, but no task with an "
+            "`evaluation` block writes texts: use evaluation_every_steps, and set "
+            "perplexity_every_steps=null"
+        )
     for name in tested:
         task = recipe.tasks[name]
         size = task.evaluation.micro_batch or task.micro_batch

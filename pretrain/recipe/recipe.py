@@ -223,6 +223,10 @@ class Recipe(Settings):
     """Evaluate each task that has `evaluation` after every so many steps and at the end; null =
     only at the end."""
 
+    perplexity_every_steps: int | None = Field(default=None, ge=1)
+    """Between these, after every so many steps: the losses of tasks that write texts on their
+    held-out data, without writing any; null = never."""
+
     logging: LoggingSettings = LoggingSettings()
     """Metrics and progress."""
 

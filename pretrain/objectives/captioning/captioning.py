@@ -176,14 +176,15 @@ class Captioning(Objective):
         and images.
         """
 
-        def judge(batch: Batch) -> tuple[dict[str, float], list[list[int]]]:
+        def judge(batch: Batch) -> tuple[dict[str, float], list[list[int]] | None]:
             inputs = {k: batch[k].to(context.device) for k in ("images", "tokens", "loss_mask")}
             image_tokens = self._encode(modules, inputs["images"])
             sums = torch.stack(self.token_sums(image_tokens, inputs)).tolist()
-            ids = self._generate(image_tokens, None, context.agree, batch["row"].tolist())
+            if context.write_texts:
+                ids = self._generate(image_tokens, None, context.agree, batch["row"].tolist())
             loss, cross_entropy, right = sums
             found = {"token_accuracy": right, "loss": loss, "cross_entropy": cross_entropy}
-            return found, ids.tolist()
+            return found, ids.tolist() if context.write_texts else None
 
         with torch.no_grad(), evaluating(self, modules[self.encoder]):
             return evaluate_captions(

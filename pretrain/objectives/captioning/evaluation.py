@@ -1,5 +1,6 @@
 """Caption a whole data set, on all ranks, and compare with its references."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -46,7 +47,7 @@ class CaptionExample:
 
 
 def evaluate_captions(
-    judge: Callable[[Mapping[str, Any]], tuple[Mapping[str, float], list[list[int]]]],
+    judge: Callable[[Mapping[str, Any]], tuple[Mapping[str, float], list[list[int]] | None]],
     loader: Iterable[Mapping[str, Any]],
     vocabulary: Vocabulary,
     reduce: Gather = lambda value: [value],
@@ -54,18 +55,19 @@ def evaluate_captions(
 ) -> Evaluation:
     """Run `judge` over all batches and put the ranks' results together.
 
-    judge: batch -> (sums over its supervised tokens, generated ids from BOS on for each row).
+    judge: batch -> (sums over its supervised tokens, generated ids from BOS on for each row; None
+        where none are written: then there are no scores and no examples).
     loader: evaluation batches on the CPU, with the same number of batches on every rank; read here
         are images, loss_mask, valid, row, key, and captions (a list of references per image).
     reduce: one JSON-like value per rank -> the values of all ranks in rank order, on every rank.
 
     Returns the metrics of the whole set (where there are references, the scores of
     `caption_scores`; the sums divided by the number of supervised tokens, None without any; and
-    `images`), in the order that matters, and one example per image in row order. Both are the same
-    on every rank, but for the images kept.
+    `images`; perplexity is that of a token), in the order that matters, and one example per image
+    in row order. Both are the same on every rank, but for the images kept.
     """
     sums: dict[str, float] = {}
-    tokens = 0
+    tokens = images = 0
     records: list[dict[str, Any]] = []
     kept: dict[int, Tensor] = {}
     for batch in loader:
@@ -73,13 +75,14 @@ def evaluate_captions(
         batch_sums, ids = judge(batch)
         for name, value in batch_sums.items():
             sums[name] = sums.get(name, 0.0) + value
-        for i in batch["valid"].nonzero()[:, 0].tolist():
+        images += int(batch["valid"].sum())
+        for i in batch["valid"].nonzero()[:, 0].tolist() if ids is not None else ():
             row = int(batch["row"][i])
             record = {"row": row, "key": batch["key"][i], "references": list(batch["captions"][i])}
             records.append(record | {"caption": vocabulary.decode(ids[i])})
             if len(kept) < keep_images:
                 kept[row] = _picture(batch["images"][i])
-    parts = reduce({"sums": sums, "tokens": tokens, "records": records})
+    parts = reduce({"sums": sums, "tokens": tokens, "images": images, "records": records})
     total = sum(part["tokens"] for part in parts)
     merged = sorted((r for part in parts for r in part["records"]), key=lambda r: r["row"])
     metrics: dict[str, float | None] = {}
@@ -90,7 +93,9 @@ def evaluate_captions(
         name: mean(sum(part["sums"].get(name, 0.0) for part in parts), total)
         for name in dict.fromkeys(name for part in parts for name in part["sums"])
     }
-    metrics["images"] = float(len(merged))
+    if (cross_entropy := metrics.get("cross_entropy")) is not None:
+        metrics["perplexity"] = math.exp(min(cross_entropy, 700.0))
+    metrics["images"] = float(sum(part["images"] for part in parts))
     return Evaluation(metrics, [CaptionExample(**r, image=kept.get(r["row"])) for r in merged])
 
 

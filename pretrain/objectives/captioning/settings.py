@@ -18,6 +18,7 @@ class CaptioningSettings(ObjectiveSettings):
     """Captioning with a GIT decoder on the tokens of one of the run's encoders."""
 
     data_type: ClassVar[str] = "captions"
+    writes_texts: ClassVar[bool] = True
     encoder_fields: ClassVar[dict[str, str]] = {"encoder": "images"}
     type: Literal["captioning"] = "captioning"
     """Selects this objective among the kinds that a recipe may name."""

@@ -150,13 +150,14 @@ class UnifiedCaption(WordObjective):
         with torch.no_grad(), evaluating(self, *self.parts.all_of(modules)):
             shared = self.shared(modules, None)
 
-            def judge(batch: Batch) -> tuple[dict[str, float], list[list[int]]]:
+            def judge(batch: Batch) -> tuple[dict[str, float], list[list[int]] | None]:
                 inputs = {k: batch[k].to(context.device) for k in ("images", "tokens", "loss_mask")}
                 sums = torch.stack(self.token_sums(modules, inputs, shared)).tolist()
-                ids = self.generate(modules, inputs["images"], shared, context.agree)
+                if context.write_texts:
+                    ids = self.generate(modules, inputs["images"], shared, context.agree)
                 loss, cross_entropy, right = sums
                 found = {"token_accuracy": right, "loss": loss, "cross_entropy": cross_entropy}
-                return found, ids.tolist()
+                return found, ids.tolist() if context.write_texts else None
 
             return evaluate_captions(
                 judge, loader, context.vocabulary, context.reduce, context.keep_images

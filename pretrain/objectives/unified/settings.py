@@ -131,6 +131,7 @@ class UnifiedCaptionSettings(UnifiedSettings):
     """Captioning: each word is sought among all words of the vocabulary."""
 
     data_type: ClassVar[str] = "captions"
+    writes_texts: ClassVar[bool] = True
     encoder_fields: ClassVar[dict[str, str]] = UnifiedClassificationSettings.encoder_fields
     type: Literal["unified_caption"] = "unified_caption"
     """Selects this objective among the kinds that a recipe may name."""

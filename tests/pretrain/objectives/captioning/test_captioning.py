@@ -384,3 +384,32 @@ def test_an_evaluation_writes_as_the_recipe_says() -> None:
     assert likelihood(found["beam"]) > likelihood(greedy) > likelihood(found["sample"])
     with pytest.raises(ValidationError, match="only where kind is sample, not beam"):
         GenerationSettings(kind="beam", top_k=5)
+
+
+def test_losses_of_held_out_data_without_writing_texts(monkeypatch) -> None:
+    """On a clock of its own; the numbers are those of the whole evaluation."""
+    from pretrain.recipe.load import RecipeError, load_recipe
+
+    model, batches = small_model(2), evaluation_batches(5, 2)
+    whole = evaluate(model, batches)
+    monkeypatch.setattr(type(model.objectives["caption"]), "_generate", None)
+    quick = evaluate(model, batches, write_texts=False)
+    names = ["token_accuracy", "loss", "cross_entropy", "perplexity", "images"]
+    assert list(quick.metrics) == names and quick.examples == []
+    assert quick.metrics == {name: whole.metrics[name] for name in names}
+    assert quick.metrics["images"] == 5
+    assert quick.metrics["perplexity"] == pytest.approx(
+        2.718281828 ** whole.metrics["cross_entropy"]
+    )
+
+    clocks = ["steps=55", "evaluation_every_steps=10", "perplexity_every_steps=4"]
+    recipe = load_recipe("digits_multitask", clocks)
+    evaluator = Evaluator(recipe, *[None] * 7)
+    both = [name for name, task in recipe.tasks.items() if task.evaluation]
+    writing = [name for name in both if recipe.tasks[name].objective.type == "captioning"]
+    assert len(both) > len(writing) > 0
+    due = [evaluator._due(step) for step in (3, 4, 10, 20, 28, 55)]
+    assert due == [[], writing, both, both, writing, both]
+    assert [evaluator._is_whole(step) for step in (4, 20, 55)] == [False, True, True]
+    with pytest.raises(RecipeError, match="no task with an `evaluation` block writes texts"):
+        load_recipe("internimage_t_in1k", ["perplexity_every_steps=4"])
