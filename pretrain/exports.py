@@ -26,7 +26,7 @@ _SUFFIXES = {
 
 
 def export_finished(recipe: Recipe) -> None:
-    """Write `RUN/exports/step_N/FORMAT` of each format in `recipe.export`, from the last checkpoint.
+    """Write RUN/exports/step_N/FORMAT, for each in `recipe.export`, from the last checkpoint.
 
     On rank 0, after the run has ended; nothing is written of a run that was stopped. Each is the
     command that a person would type, in a process of its own. What it says goes to
