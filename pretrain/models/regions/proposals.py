@@ -8,8 +8,9 @@ instead of once a layer.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pretrain.models.encoder import Encoder, Output
 from pretrain.models.regions.decoder import KnownBoxes, RegionDecoder, Regions
 from pretrain.models.regions.encoder import PixelDecoder
 from pretrain.models.regions.settings import (
@@ -18,11 +19,13 @@ from pretrain.models.regions.settings import (
 from pretrain.models.regions.tokens import ImageTokens, RegionTokens
 
 
-class RegionProposals(nn.Module):
+class RegionProposals(Encoder):
     """Finds what may be an object, of whatever class, with its box and mask.
 
+    It reads the maps of a backbone, and tasks share it like one.
+
     Args:
-        channels: of the backbone's maps, the finest (stride 4) first.
+        channels: of the backbone's maps, of strides 4, 8, 16 and so on, the finest first.
         others: fields of `RegionSettings`.
     """
 
@@ -41,11 +44,12 @@ class RegionProposals(nn.Module):
         queries: int = 300,
         kept: int = 200,
         token_width: int = 768,
-        pools: int = 4,
+        attention_pools: int = 4,
         pool_heads: int = 16,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.width, self.maps = token_width, len(channels)
         self.pixel_decoder = PixelDecoder(
             channels,
             levels,
@@ -67,7 +71,9 @@ class RegionProposals(nn.Module):
             queries,
             gradient_checkpointing,
         )
-        self.tokens = RegionTokens(width, channels[-1], token_width, kept, pools, pool_heads)
+        self.tokens = RegionTokens(
+            width, channels[-1], token_width, kept, attention_pools, pool_heads
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,12 +108,11 @@ class RegionProposals(nn.Module):
         """Tokens of the image for the general decoder; arguments as in `forward`."""
         return self.tokens(regions, maps[-1], canvas, image_sizes)
 
-    def flops(self, sizes: Sequence[tuple[int, int]], known: int = 0) -> int:
-        """Multiplications and additions of a forward pass over one image, tokens included.
-
-        sizes: (height, width) of the backbone's maps; known: boxes that are put right. What
-        deformable attention does at its points is left out; it is little.
-        """
+    def flops(self, height: int, width: int, want: Output = "tokens", known: int = 0) -> int:
+        """As `Encoder.flops`, the backbone left out; known: boxes that are put right. What
+        deformable attention does at its points is left out too; it is little."""
+        strides = [4 * 2**number for number in range(self.maps)]
+        sizes = [(-(-height // stride), -(-width // stride)) for stride in strides]
         encoder = self.pixel_decoder
         places = encoder.places(sizes)
         # The masks of the selected places, which give the first boxes.
@@ -118,3 +123,7 @@ class RegionProposals(nn.Module):
             + masks
             + self.tokens.flops(sizes[0], sizes[-1])
         )
+
+    def layer_names(self) -> list[tuple[str, ...]]:
+        """One layer: it is trained from nothing, so nothing in it lies deeper than the rest."""
+        return [("pixel_decoder", "predictor", "tokens")]

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from data_pipeline.settings import Settings
+from pretrain.models.encoder_settings import EncoderSettings
 
 if TYPE_CHECKING:
+    from pretrain.models.build_context import BuildContext
     from pretrain.models.regions.proposals import RegionProposals
 
 
-class RegionSettings(Settings):
+class RegionSettings(EncoderSettings):
     """Shape of the proposal network. The paper says that it is similar to Mask DINO, whose values
     are the defaults unless the field says otherwise."""
 
+    reads: ClassVar[str] = "regions"
+    encoder_fields: ClassVar[dict[str, str]] = {"of": "images"}
     type: Literal["region_proposals"] = "region_proposals"
     """Selects this module among the kinds that a recipe may name."""
+    of: str = "image"
+    """Backbone whose maps it reads, by its name among the encoders above this one."""
     width: int = Field(256, gt=0, multiple_of=4)
     """Channels of encoder, queries and mask features."""
     levels: int = Field(4, ge=3, le=5)
@@ -44,7 +49,7 @@ class RegionSettings(Settings):
     """Regions that become tokens, the most likely objects; from a digest of the paper."""
     token_width: int = Field(768, gt=0)
     """Channels of the tokens: the width of the general decoder."""
-    pools: int = Field(4, ge=0)
+    attention_pools: int = Field(4, ge=0)
     """Attention pools over the backbone's last map. The paper's number is not known: ours."""
     pool_heads: int = Field(16, gt=0)
     """Heads of each; must divide the channels of the backbone's last map. Ours."""
@@ -62,7 +67,21 @@ class RegionSettings(Settings):
             )
         return self
 
-    def build(self, channels: Sequence[int]) -> RegionProposals:
+    def build(self, context: BuildContext) -> RegionProposals:
+        """The module these settings describe, over the backbone `of`; on torch's default device.
+
+        Raises ValueError: its maps are not of strides 4, 8 and so on, or as `over`.
+        """
+        grids = context.encoders[self.of].map_grids()
+        strides = [grid.stride for grid in grids]
+        if strides != [4 * 2**number for number in range(len(grids))]:
+            raise ValueError(
+                f"of: {self.of} gives maps of strides {strides}, but region proposals need 4, 8 "
+                "and so on: name a backbone of type internimage, swin or resnet"
+            )
+        return self.over([grid.width for grid in grids])
+
+    def over(self, channels: Sequence[int]) -> RegionProposals:
         """The module these settings describe, for backbone maps of so many channels, the finest
         (stride 4) first; on torch's default device.
 
@@ -72,9 +91,9 @@ class RegionSettings(Settings):
 
         if len(channels) < 2:
             raise ValueError(f"region proposals need two maps or more, not channels {channels}")
-        if self.pools and channels[-1] % self.pool_heads:
+        if self.attention_pools and channels[-1] % self.pool_heads:
             raise ValueError(
                 f"pool_heads ({self.pool_heads}) must divide the {channels[-1]} channels of the "
                 "backbone's last map"
             )
-        return RegionProposals(channels, **self.model_dump(exclude={"type"}))
+        return RegionProposals(channels, **self.model_dump(exclude={"type", "of"}))

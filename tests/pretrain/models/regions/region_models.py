@@ -20,13 +20,13 @@ SMALL = {
     "queries": 12,
     "kept": 8,
     "token_width": 40,
-    "pools": 2,
+    "attention_pools": 2,
     "pool_heads": 2,
 }
 
 
 def small_regions(seed: int = 0, **changes) -> RegionProposals:
-    model = RegionSettings(**(SMALL | changes)).build(CHANNELS)
+    model = RegionSettings(**(SMALL | changes)).over(CHANNELS)
     initialise(model, seed)
     shake(model)
     return model

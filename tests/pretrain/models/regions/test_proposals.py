@@ -6,11 +6,15 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain.models.build_context import BuildContext
+from pretrain.models.encoder import Encoder
 from pretrain.models.init import initialise
 from pretrain.models.regions.boxes import anchors, boxes_of_masks, inverse_sigmoid
 from pretrain.models.regions.decoder import KnownBoxes
 from pretrain.models.regions.encoder import averaging, bilinear, resized
 from pretrain.models.regions.settings import RegionSettings
+from pretrain.models.vit import VisionTransformer
+from tests.pretrain.models.internimage.internimage_models import small_encoder
 from tests.pretrain.models.regions.region_models import (
     CANVAS,
     CHANNELS,
@@ -223,7 +227,7 @@ def test_flops_are_those_of_a_pass():
         known = KnownBoxes(torch.full((1, 5, 4), 0.4), torch.zeros(1, 5, dtype=torch.int64))
         regions = model(maps, CANVAS, None, known)
         model.image_tokens(maps, regions, CANVAS)
-    flops = model.flops([(16, 24), (8, 12), (4, 6), (2, 3)], known=5)
+    flops = model.flops(*CANVAS, known=5)
     # The counter leaves out fused attention on CPUs; the masks of known boxes are no part of it.
     assert counter.get_total_flops() == pytest.approx(flops, rel=0.01)
 
@@ -258,10 +262,10 @@ def test_names_are_those_of_mask_dino():
 
 def test_a_model_without_storage_gets_every_value():
     with torch.device("meta"):
-        model = RegionSettings(**SMALL).build(CHANNELS)
+        model = RegionSettings(**SMALL).over(CHANNELS)
     model.to_empty(device="cpu")
     initialise(model, 3)
-    expected = RegionSettings(**SMALL).build(CHANNELS)
+    expected = RegionSettings(**SMALL).over(CHANNELS)
     initialise(expected, 3)
     for (name, one), other in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other), name
@@ -276,6 +280,31 @@ def test_settings_say_what_does_not_fit():
     with pytest.raises(ValidationError, match=r"kept .200. must not be above queries .100."):
         RegionSettings(queries=100)
     with pytest.raises(ValueError, match=r"pool_heads .16. must divide the 40 channels"):
-        RegionSettings().build((16, 24, 32, 40))
+        RegionSettings().over((16, 24, 32, 40))
     with pytest.raises(ValueError, match="two maps or more"):
-        RegionSettings().build((768,))
+        RegionSettings().over((768,))
+
+
+def test_a_backbone_above_it_gives_the_maps():
+    backbone = small_encoder()
+    context = BuildContext({"eye": backbone})
+    model = RegionSettings(**SMALL, of="eye").build(context)
+    initialise(model, 0)
+    images = torch.randn(2, 3, *CANVAS, generator=torch.Generator().manual_seed(0))
+    maps = backbone.encode(images, ["maps"]).maps
+    regions = model(maps, CANVAS)
+    tokens = model.image_tokens(maps, regions, CANVAS).tokens
+    # 2 pools, the 2 x 3 places of the last map, 8 regions.
+    assert tokens.shape == (2, 2 + 6 + 8, model.width) and isinstance(model, Encoder)
+    tokens.square().sum().backward()
+    assert all(one.grad is not None for one in backbone.parameters())
+    # Every parameter belongs to one layer, by which the optimizer's rates go.
+    for name, _ in model.named_parameters():
+        owners = [part for layer in model.layer_names() for part in layer]
+        assert sum(name.startswith(f"{part}.") for part in owners) == 1, name
+
+
+def test_a_backbone_without_fine_maps_is_refused():
+    context = BuildContext({"image": VisionTransformer(32, 8, 24, 2, 2)})
+    with pytest.raises(ValueError, match=r"of: image gives maps of strides \[8\].*internimage"):
+        RegionSettings(**SMALL).build(context)
