@@ -38,6 +38,7 @@ FREE = (
     "logging.**",
     "checkpoint.**",
     "failure.**",
+    "export",
     "threads_per_rank",
     "deterministic",
     "deepspeed",

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
     with StartNotes(recipe.name, speaks=ownership is not None) as notes:
         from pretrain.start import train_recipe  # imports DeepSpeed, which takes seconds
 
-        return train_recipe(
+        code = train_recipe(
             recipe,
             resume,
             signals or StopSignals(),
@@ -98,6 +98,11 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
             notes,
             launchers,
         )
+    if code == 0 and ownership is not None:
+        from pretrain.exports import export_finished
+
+        export_finished(recipe)
+    return code
 
 
 def enter(run_dir: Path, take_over: bool) -> Ownership | None:

@@ -48,6 +48,23 @@ DATA_TYPES = {settings.model_fields["type"].default: settings.data_type for sett
 """Type of objective -> the type of data that it reads."""
 
 
+Exported = Literal[
+    "safetensors",
+    "dcp",
+    "transformers",
+    "timm",
+    "clip",
+    "uniformerv2",
+    "internimage",
+    "mmdet",
+    "bevformer",
+    "m3i-raw",
+    "onnx",
+    "torch",
+]
+"""Formats that a run can be exported to; those of tools/convert/arguments.py."""
+
+
 class ModelSettings(Settings):
     encoders: dict[str, Encoder] = Field(min_length=1)
     """Name -> encoder, or module that reads what others make and stands below them. Objectives name
@@ -226,6 +243,10 @@ class Recipe(Settings):
     perplexity_every_steps: int | None = Field(default=None, ge=1)
     """Between these, after every so many steps: the losses of tasks that write texts on their
     held-out data, without writing any; null = never."""
+
+    export: tuple[Exported, ...] = ()
+    """Formats of `python -m tools.convert export --to` that a finished run writes by itself, to
+    RUN/exports/step_N. One that fails is said, and the run is finished all the same."""
 
     logging: LoggingSettings = LoggingSettings()
     """Metrics and progress."""

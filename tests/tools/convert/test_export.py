@@ -391,3 +391,31 @@ def test_zero_shot_and_retrieval_are_those_of_open_clip(exported, scenes, tmp_pa
         for m, (_, text) in enumerate(texts)
     ]
     assert ours["text_to_image_r10"] == pytest.approx(np.mean(hits), abs=1e-3)
+
+
+def test_a_finished_run_exports_itself(run_dir, caplog):
+    """By the formats of its recipe; one that cannot be is said, and the run is whole."""
+    from typing import get_args
+
+    from pretrain.exports import export_finished
+    from pretrain.recipe.load import load_resolved
+    from pretrain.recipe.recipe import Exported
+
+    assert get_args(Exported) == EXPORTS
+    recipe = load_resolved(run_dir / "recipe.yaml")
+    recipe = recipe.model_copy(update={"export": ("safetensors", "mmdet"), "run_dir": str(run_dir)})
+    with caplog.at_level("INFO"):
+        export_finished(recipe)
+        export_finished(recipe)
+    out = run_dir / "exports" / "step_000000024" / "safetensors.safetensors"
+    assert any(name.startswith("encoders.image.") for name in load_file(out))
+    assert "model.encoders.image.type is vit" in caplog.text
+    assert caplog.text.count("exported:") == 1 and list(out.parent.iterdir()) == [out]
+    caplog.clear()
+    (run_dir / "control" / "status.json").rename(run_dir / "status.kept")
+    try:  # a run that was stopped hands nothing on
+        out.unlink()
+        export_finished(recipe)
+        assert caplog.text == "" and not out.exists()
+    finally:
+        (run_dir / "status.kept").rename(run_dir / "control" / "status.json")
