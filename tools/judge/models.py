@@ -171,6 +171,11 @@ def _of_folder(
             f"{place} is a captioner: `--metrics captions` judges it; its encoder is judged in "
             "the run that it came from"
         )
+    if options.pool == "head":
+        raise ValueError(
+            f"--pool head is a module of our own encoders, which {place} has none of: take --pool "
+            "mean or class_token, or give the run in its place"
+        )
     kind = AutoModelForImageClassification if classifies else AutoModel
     with without_bars():
         net = kind.from_pretrained(place, dtype=torch.float32, local_files_only=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pretrain.models.general.decoder import Family
 from pretrain.models.step_draws import StepDraws
-from pretrain.objectives.captioning.token_loss import smoothed_cross_entropy
+from pretrain.objectives.captioning.chunked_head import smoothed_cross_entropy_of
 from pretrain.objectives.objective import Modules, Objective, Shares, Totals
 from pretrain.objectives.unified.parts import UnifiedParts, word_rows
 
@@ -44,8 +44,8 @@ class WordObjective(Objective):
 
         vectors: (n, width) of unit length; labels: (n,) int64; weights: (n,) float32.
         """
-        logits = shared["scale"] * vectors @ shared["targets"].T
-        return smoothed_cross_entropy(logits, labels, weights, self.label_smoothing)
+        scaled, words = shared["scale"] * vectors, shared["targets"]
+        return smoothed_cross_entropy_of(scaled, words, None, labels, weights, self.label_smoothing)
 
     def word_shares(self, sums: tuple[Tensor, Tensor, Tensor], totals: Totals) -> Shares:
         """Means over the "tokens" of the global batch."""

@@ -69,6 +69,9 @@ def test_a_classifier_of_transformers(classifier, scenes, tmp_path, capsys):
         assert metrics[move]["top1"][alone] == pytest.approx(metrics["top1"])
         assert min(metrics[move]["cross_entropy"]) == metrics[move]["cross_entropy"][alone]
     assert min(metrics["rotation"]["agreement"]) < 1.0
+    words = [classifier, "--metrics", "knn", "--shards", scenes / "heldout", "--pool", "head"]
+    assert main([str(word) for word in words]) == 1
+    assert "take --pool mean or class_token" in capsys.readouterr().err.replace("\n", " ")
     assert content["images_are"] == "unknown"
     assert Image.open(picture).format == "PNG"
 
