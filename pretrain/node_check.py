@@ -151,7 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     timer = threading.Timer(3 * options.limit_s, end)
     timer.daemon = True
     timer.start()
-    say(rank, check(rank, world, local_rank, options.limit_s), node)
+    try:
+        say(rank, check(rank, world, local_rank, options.limit_s), node)
+    finally:
+        timer.cancel()  # who called this goes on
     return 0
 
 

@@ -33,8 +33,11 @@ def test_a_process_alone(monkeypatch, capfd):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     monkeypatch.setattr(node_check.os, "environ", dict(node_check.os.environ))
+    before = set(threading.enumerate())
     assert node_check.main([]) == 0
     assert lines_of(capfd) == [{"rank": 0, "node": "n1", "faults": []}]
+    # What would have ended this process after a while has been called off.
+    assert not [one for one in set(threading.enumerate()) - before if not one.finished.is_set()]
 
 
 def test_ranks_that_are_missing_or_unfit_are_named(capfd):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.recipe.former_keys import FORMER_KEYS
 from pretrain.recipe.recipe import Recipe
 from pretrain.recipe.schema import reference
 from slurm.drill import FAULTS
@@ -46,6 +47,7 @@ FOREIGN_OPTIONS = {
     "--help",
     "--local",
     "--nnodes",
+    "--cpu",
     "--max-restarts",
     "--standalone",
     "--multi",
@@ -115,7 +117,8 @@ def test_modules_and_commands():
 
 
 def test_options():
-    cluster = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "slurm").glob("*.py"))
+    files = [*(ROOT / "slurm").glob("*.py"), *(ROOT / "tests" / "slurm").glob("*.py")]
+    cluster = "\n".join(path.read_text(encoding="utf-8") for path in files)
     named = re.findall(r'"(--[a-z][a-z0-9_-]*)"', SOURCE + cluster)
     own = {option.replace("_", "-") for option in named} | {f"--{fault}" for fault in FAULTS}
     assert not missing(
@@ -141,7 +144,12 @@ def test_keys_of_recipes():
     names = rf"(?<![\w.}}/-])((?:{tops})(?:\.{part})+)(?![\w.(*])"
     assert not missing(
         names,
-        lambda key: exists(key) or key.endswith((".h", ".md", ".py")) or key in FOREIGN_KEYS,
+        lambda key: (
+            exists(key)
+            or key.endswith((".h", ".md", ".py"))
+            or key in FOREIGN_KEYS
+            or key in {former.path for former in FORMER_KEYS}
+        ),
     )
 
 

@@ -22,7 +22,7 @@ from tools.finetune.log import Log
 from tools.finetune.settings import FinetuneSettings
 from tools.finetune.task import Task
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "last.pt"
 
 
 class Loop:

@@ -100,7 +100,7 @@ def test_two_processes_of_torchrun_have_the_losses_of_one(whole, encoder, colour
 def test_killed_and_started_again_it_has_the_same_later_losses(whole, encoder, colours, tmp_path):
     out = tmp_path / "killed"
     process = start(["tools.finetune", *words(encoder, colours, out)])
-    checkpoint = out / "finetune" / "checkpoint.pt"
+    checkpoint = out / "finetune" / "last.pt"
     while not checkpoint.is_file():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
@@ -128,7 +128,7 @@ def test_the_folder_loads_without_us_and_its_page_is_right(whole, monkeypatch, t
 
 
 def test_what_is_written_is_the_average(whole):
-    state = torch.load(whole / "finetune" / "checkpoint.pt", weights_only=True)
+    state = torch.load(whole / "finetune" / "last.pt", weights_only=True)
     model = AutoModelForImageClassification.from_pretrained(whole)
     written = dict(model.named_parameters())
     assert len(state["average"]) > 40
