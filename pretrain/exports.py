@@ -46,6 +46,7 @@ def export_finished(recipe: Recipe) -> None:
         out = folder / f"{name}{_SUFFIXES.get(name, '')}"
         if out.exists():  # of an earlier start of the finished run
             continue
+        log.info("exporting to %s", out)
         words = ["export", "--run", str(run_dir), "--to", name, "--out", str(out)]
         said = run_dir / "logs" / f"export_{name}.txt"
         try:

@@ -71,6 +71,10 @@ def _classify(options, settings, accelerator, source, shards, test, image, held_
     labels = labels_of(train_set, options.label_source)
     rows = split_rows(labels, 0.0 if test else settings.holdout, options.per_class, settings.seed)
     test_rows = labels_of(test_set, options.label_source) >= 0 if test else rows.test
+    without = int((labels < 0).sum())
+    if without and accelerator.is_main_process:
+        where = options.label_source
+        print(f"{without} of {len(labels)} samples have no class at {where}: left out", flush=True)
     names = class_names(shards) or [str(n) for n in range(int(labels.max()) + 1)]
     if test and (other := class_names(test)) and other != names:
         raise ValueError(f"--test has the classes {other}, --data {names}: pack them with one list")

@@ -44,8 +44,17 @@ def judge(options: argparse.Namespace, console: Console) -> int:
         if isinstance(value, int | float):
             table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     console.print(table)
+    for shards, counts in metrics.left_out.items():
+        for why, count in counts.items():
+            if count:
+                console.print(f"[yellow]{count} images of {shards} are left out: {why}[/]")
     if options.json:
-        content = {"source": str(options.source), "images_are": seen, "metrics": found}
+        content = {
+            "source": str(options.source),
+            "images_are": seen,
+            "metrics": found,
+            "left_out": metrics.left_out,
+        }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content | judged.facts, indent=1, ensure_ascii=False)
         options.json.write_text(text + "\n", encoding="utf-8")

@@ -32,6 +32,8 @@ class Metrics:
 
     def __init__(self, judged: Judged, options: argparse.Namespace, device: torch.device) -> None:
         self.judged, self.options, self.device = judged, options, device
+        self.left_out: dict[str, dict[str, int]] = {}
+        """Shards -> why images of them took no part, and how many did not."""
 
     # ---- images --------------------------------------------------------------------------------
 
@@ -53,22 +55,27 @@ class Metrics:
         stream = TaskStream(
             "judged", SampleReader(source.shards), None, fields, 0, size, size, source.selection
         )
-        yield from EvaluationLoader(
+        loader = EvaluationLoader(
             stream, 0, 1, workers=options.workers, max_samples=options.max_samples
         )
+        yield from loader
+        bad = sum(count.replaced for count in loader.faults().values())
+        self.left_out.setdefault(", ".join(shards), {})["bad"] = bad
 
     def _labelled(
         self, shards: Sequence[str], image: ImageSettings | None = None
     ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
         """Pixels on the device, labels and rows of the images that have a class. Raises ValueError:
         none has."""
-        found = 0
+        found = without = 0
         for batch in self._batches(shards, image):
             known = batch["valid"] & (batch["labels"] != NO_LABEL)
             found += int(known.sum())
+            without += int((batch["valid"] & ~known).sum())
             if known.any():
                 pixels = normalised(batch["images"][known], self.judged.image, self.device)
                 yield pixels, batch["labels"][known], batch["row"][known].tolist()
+        self.left_out[", ".join(shards)]["without a class"] = without
         if not found:
             raise ValueError(
                 f"{', '.join(shards)}: no sample has a class at {self.options.label_source}; "
@@ -142,7 +149,8 @@ class Metrics:
             self.judged.text_features(unique[at : at + size]).cpu()
             for at in range(0, len(unique), size)
         ]
-        kind = torch.tensor([unique.index(text) for text in words])
+        number = {text: n for n, text in enumerate(unique)}
+        kind = torch.tensor([number[text] for text in words])
         vectors = torch.cat(parts)[kind]
         recalls = retrieval_recalls(torch.cat(images), vectors, torch.tensor(image_of), kind)
         return recalls | {"images": len(images), "texts": len(words)}

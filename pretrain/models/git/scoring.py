@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pretrain.models.git.decoder import GitDecoder
-from pretrain.models.git.reading import Prompt, TextReader, after_prompt
+from pretrain.models.git.reading import Prompt, TextReader, after_prompt, check_lengths
 
 
 @torch.no_grad()
@@ -27,9 +27,12 @@ def score_texts(
     image_tokens: (B, N, visual_width); the decoder should be in eval mode.
     texts: ids without BOS; EOS is added where it is missing.
 
+    Raises ValueError: a prompt and its longest text do not fit the position table.
+
     Returns sums over the tokens of each text, EOS counted, and their means: (B, texts) float32.
     """
     names = [[*t] if t and t[-1] == eos_id else [*t, eos_id] for t in texts]
+    check_lengths(decoder, prompt, max(map(len, names)))
     order = sorted(range(len(names)), key=lambda n: len(names[n]))
     batch, device = len(image_tokens), image_tokens.device
     sums = torch.empty(batch, len(names), device=device)

@@ -23,10 +23,12 @@ from transformers import (
     GitForCausalLM,
 )
 
+from data_pipeline.shards.packer import ShardWriter
 from tests.distributed.launch import ROOT, without_ranks
 from tools.finetune.__main__ import main
 from tools.finetune.classify import layer_of
 from tools.finetune.place import split_rows
+from tools.make_shards.scenes import make_scene, scene_members
 
 COLOURS = {"blue": (30, 30, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
 
@@ -240,3 +242,17 @@ def test_what_cannot_be_is_told(changes, says, encoder, colours, tmp_path, capsy
     asked = ["classify", source, "--data", data, "--out", str(tmp_path / "out")]
     assert main([*asked, *changes.get("more", [])]) == 1
     assert says in capsys.readouterr().err
+
+
+def test_samples_without_a_class_are_counted(encoder, tmp_path, capsys):
+    with ShardWriter(tmp_path / "set") as writer:
+        for number in range(12):
+            members = {"jpg": scene_members(make_scene(number, split="train", seed=0))["jpg"]}
+            members |= {"cls": b"%d" % (number % 2)} if number > 2 else {}
+            writer.write(f"{number:03d}", members)
+    settings = ("epochs=1", "batch=4", "workers=0", "holdout=0.2")
+    command = ("classify", encoder, "--data", tmp_path / "set", "--out", tmp_path / "out")
+    assert main([str(word) for word in (*command, *settings)]) == 0
+    said = capsys.readouterr().out
+    assert "3 of 12 samples have no class at cls: left out" in said
+    assert "7 samples to learn from, 2 held out" in said

@@ -13,11 +13,13 @@ from transformers import CLIPConfig, CLIPForImageClassification
 
 from data_pipeline.images.transforms import ImageSettings, ImageTransform
 from data_pipeline.reading.reader import SampleReader
+from data_pipeline.shards.packer import ShardWriter
 from data_pipeline.shards.shard_set import ShardSet
 from tools.convert.export_git import image_processor
 from tools.evaluate import main
 from tools.judge.moves import DIRECTIONS, MOVES, amounts, directions, moved, still
 from tools.judge.prompts import read_prompts
+from tools.make_shards.scenes import make_scene, scene_members
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,29 @@ def test_what_does_not_fit_is_told(source, metrics, says, run_dir, export, scene
     words = [places[source], "--metrics", metrics, "--shards", scenes / "heldout"]
     assert main([str(word) for word in words]) == 1
     assert says in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_images_that_take_no_part_are_counted(classifier, tmp_path, capsys):
+    """One without a class, one that is no image; by shards, on the screen and in the JSON."""
+    rows = []
+    for number in range(120):
+        scene = scene_members(make_scene(number, split="heldout", seed=0, size=32))
+        members = {"jpg": scene["jpg"], "cls": b"%d" % (number % 10)}
+        if number == 3:
+            del members["cls"]
+        if number == 7:
+            members["jpg"] = scene["jpg"][:100]
+        rows.append(members)
+    with ShardWriter(tmp_path / "set") as writer:
+        for number, members in enumerate(rows):
+            writer.write(f"{number:03d}", members)
+    words = [classifier, "--metrics", "top1", "--shards", tmp_path / "set", "--workers", 0]
+    assert main([str(word) for word in [*words, "--json", tmp_path / "m.json"]]) == 0
+    content = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
+    assert content["metrics"]["images"] == 118
+    assert content["left_out"] == {str(tmp_path / "set"): {"bad": 1, "without a class": 1}}
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "are left out: bad" in said and "are left out: without a class" in said
 
 
 def test_all_eight_directions_are_drawn_alike():

@@ -164,3 +164,5 @@ def test_what_is_no_trie_and_no_length(decoder, image_tokens):
         generate_words(
             decoder, image_tokens, Prompt.of(PROMPTS, 0, "cpu"), max_new_tokens=18, **SPECIAL
         )
+    with pytest.raises(ValueError, match="at most 21"):
+        score_texts(decoder, image_tokens, Prompt.of(PROMPTS, 0, "cpu"), [[5] * 17], eos_id=2)
