@@ -182,9 +182,8 @@ class Loop:
         torch.manual_seed(keyed_u64(self.seed, "dropout", step_batch.step, self.ranks.rank) >> 1)
         rate = self.rate_factor(step_batch.step)
         set_learning_rate(self.engine, self.base_rate, rate)
-        if (
-            len(step_batch.parts) == 1
-        ):  # MT-AdamW weighs an update by its task, of which there is one
+        # MT-AdamW weighs an update by its task; a step of several parts has no one task.
+        if len(step_batch.parts) == 1:
             self.before_step(step_batch.step, step_batch.parts[0].task)
         weights = self._weights(step_batch)
         clocked = self.own_time if wants_report(step_batch.step, False) else None

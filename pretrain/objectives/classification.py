@@ -195,7 +195,7 @@ class Classification(Objective):
         with torch.no_grad(), evaluating(self, modules[self.encoder]):
             for batch in loader:
                 pixels = self._pixels(modules, batch["images"].to(context.device))
-                logits = self._logits(modules, pixels, None)
+                logits = self.logits(modules, pixels, None)
                 answers = [batch["labels"], batch.get("targets")]
                 answers = [None if a is None else a.to(context.device) for a in answers]
                 found = torch.stack(self.label_sums(logits, *answers))
@@ -234,7 +234,7 @@ class Classification(Objective):
         dtype = modules[self.encoder].dtype
         return normalise_pixels(images, self.image_mean, self.image_std, dtype)
 
-    def _logits(self, modules: Modules, pixels: Tensor, draws: SampleDraws | None) -> Tensor:
+    def logits(self, modules: Modules, pixels: Tensor, draws: SampleDraws | None) -> Tensor:
         """(B, classes) float32."""
         vectors = image_vectors(modules[self.encoder], pixels, self.pool, draws)
         return self.head(vectors).float()

@@ -34,6 +34,7 @@ from pretrain.engine.spikes import SpikeSettings
 from pretrain.optim.ema import EmaSettings
 from pretrain.optim.groups import OptimizerSettings
 from pretrain.optim.schedule import ScheduleSettings
+from pretrain.recipe.exported import Exported
 from pretrain.recipe.kinds import DATA, ENCODERS, OBJECTIVES
 from pretrain.recipe.overlay import (
     to_yaml,
@@ -46,23 +47,6 @@ Data = Annotated[Union[DATA], Field(discriminator="type")]  # noqa: UP007
 
 DATA_TYPES = {settings.model_fields["type"].default: settings.data_type for settings in OBJECTIVES}
 """Type of objective -> the type of data that it reads."""
-
-
-Exported = Literal[
-    "safetensors",
-    "dcp",
-    "transformers",
-    "timm",
-    "clip",
-    "uniformerv2",
-    "internimage",
-    "mmdet",
-    "bevformer",
-    "m3i-raw",
-    "onnx",
-    "torch",
-]
-"""Formats that a run can be exported to; those of tools/convert/arguments.py."""
 
 
 class ModelSettings(Settings):

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pretrain.recipe.exported import EXPORTS
 from tools.support.arguments import add_run, add_weights, positive
 
 Command = Callable[[argparse.Namespace, Console], int]
@@ -196,23 +197,6 @@ def add_export(commands: Any) -> None:
         help="side of the images (default: as the recipe evaluates)",
     )
     add_weights(give)
-
-
-EXPORTS = (
-    "safetensors",
-    "dcp",
-    "transformers",
-    "timm",
-    "clip",
-    "uniformerv2",
-    "internimage",
-    "mmdet",
-    "bevformer",
-    "m3i-raw",
-    "onnx",
-    "torch",
-)
-"""As in tools/convert/formats/listing.py, which needs torch."""
 
 
 def add_encoder(commands: Any) -> None:

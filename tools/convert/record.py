@@ -19,8 +19,9 @@ from data_pipeline.samples.caption_texts import CaptionSources, CleaningSettings
 from data_pipeline.samples.captions import CaptionDataSettings, CaptionProcessor
 from data_pipeline.samples.tokenizer import Tokenizer
 from data_pipeline.settings import Settings
-from pretrain.engine.checkpoint.files import MANIFEST, newest_whole
+from pretrain.engine.checkpoint.files import newest_whole
 from pretrain.recipe.load import load_resolved
+from tools.support.model_places import is_run
 from tools.support.training_images import TrainingShards
 
 RECORD = "omnipretrain.json"
@@ -137,7 +138,7 @@ def _first(error: ValidationError) -> str:
 
 def way_to_export(folder: Path) -> str:
     """What to do about a folder without a record, by what it is."""
-    if (folder / "checkpoints").is_dir() or (folder / MANIFEST).is_file():
+    if is_run(folder):
         path = newest_whole(folder / "checkpoints") if (folder / "checkpoints").is_dir() else folder
         tasks = load_resolved(path / "recipe.yaml").tasks
         if any(task.objective.type == "captioning" for task in tasks.values()):

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from data_pipeline.files import sync_file, temporary_name
 from data_pipeline.loader.loader import LoaderSettings, StepLoader
 from data_pipeline.rng import keyed_u64
+from pretrain.optim.schedule import ScheduleSettings, lr_factor
 from tools.finetune.log import Log
 from tools.finetune.settings import FinetuneSettings
 from tools.finetune.task import Task
@@ -124,11 +125,8 @@ class Loop:
 
     def _factor(self, step: int) -> float:
         """Share of the peak learning rate: a line up, then half a cosine down."""
-        warm = round(self.settings.warmup * self.steps)
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        part = (step - warm) / max(1, self.steps - warm)
-        return 0.5 * (1 + float(torch.cos(torch.tensor(part * torch.pi, dtype=torch.float64))))
+        warm = min(round(self.settings.warmup * self.steps), self.steps - 1)
+        return lr_factor(step, ScheduleSettings(warmup_steps=warm), self.steps)
 
     def _decay(self) -> float:
         """Of the average; smaller at first, so that it forgets where it began."""

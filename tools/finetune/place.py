@@ -1,7 +1,6 @@
 """PLACE: shards, a folder per class, or a COCO JSON beside images; and which rows are learned."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from data_pipeline.order.order import Order
 from data_pipeline.reading.reader import SampleReader
 from data_pipeline.rng import keyed_u64
 from data_pipeline.samples.sample_processor import SampleProcessor
-from data_pipeline.shards.manifest import FILE_NAME, Manifest
 from data_pipeline.shards.shard_set import ShardSet
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -56,22 +54,6 @@ def _coco(path: Path) -> list[dict[str, Any]]:
         return json.loads(path.read_text(encoding="utf-8"))["annotations"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a COCO JSON: {type(error).__name__}: {error}") from None
-
-
-def class_names(shards: Sequence[str]) -> list[str]:
-    """Names of classes in the order of their numbers, as the manifests say; perhaps none."""
-    for one in shards:
-        folder = Path(one) if Path(one).is_dir() else Path(one).parent
-        if (folder / FILE_NAME).is_file() and (names := Manifest.load(folder).classes):
-            return list(names)
-    return []
-
-
-def licence(shards: Sequence[str]) -> str:
-    """What the first manifest says of rights; perhaps nothing."""
-    folders = (Path(one) if Path(one).is_dir() else Path(one).parent for one in shards)
-    found = [Manifest.load(f).licence for f in folders if (f / FILE_NAME).is_file()]
-    return found[0] if found else ""
 
 
 def labels_of(shards: ShardSet, source: str) -> np.ndarray:

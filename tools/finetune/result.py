@@ -13,9 +13,9 @@ from tools.convert.export_git import image_processor
 from tools.convert.formats.card import hub_head
 from tools.convert.record import RECORD, ExportRecord
 from tools.convert.transformers_git import without_bars
-from tools.finetune.place import licence
 from tools.finetune.settings import FinetuneSettings
 from tools.finetune.setup import Job
+from tools.support.shard_facts import licence
 from tools.support.training_images import TrainingShards
 
 _CLASSES = """\

@@ -17,7 +17,6 @@ from tools.finetune.caption import Caption, build_captioner
 from tools.finetune.classify import Classify, build_classifier
 from tools.finetune.place import (
     as_shards,
-    class_names,
     labels_of,
     split_rows,
     test_stream,
@@ -25,6 +24,7 @@ from tools.finetune.place import (
 )
 from tools.finetune.settings import FinetuneSettings
 from tools.finetune.source import Source, read_source
+from tools.support.shard_facts import class_names
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """SOURCE: whatever it is, it becomes a folder that transformers loads."""
 
 import argparse
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.engine.checkpoint.files import MANIFEST
 from tools.convert.record import RECORD
+from tools.support.model_places import image_size, is_run, json_of, names_in
 from tools.support.trained import recipe_of
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -29,11 +28,6 @@ class Source:
     """omnipretrain.json, where the folder has one."""
 
 
-def is_run(place: Path) -> bool:
-    """Whether a place is a run directory or a checkpoint."""
-    return (place / "checkpoints").is_dir() or (place / MANIFEST).is_file()
-
-
 def read_source(options: argparse.Namespace, kept: Path, leads: bool, wait: Any) -> Source:
     """The folder that is meant; a run is exported to `kept` first, by the process that leads.
 
@@ -51,10 +45,10 @@ def read_source(options: argparse.Namespace, kept: Path, leads: bool, wait: Any)
             _export(place, kept, options)
         wait()
         place = kept
-    config = _json(place / "config.json")
+    config = json_of(place / "config.json")
     if not config.get("model_type"):
         raise ValueError(_what_is(place, options.kind))
-    return Source(place, config, scratch, **_images(place, config), record=_json(place / RECORD))
+    return Source(place, config, scratch, **_images(place, config), record=json_of(place / RECORD))
 
 
 def _export(run: Path, out: Path, options: argparse.Namespace) -> None:
@@ -88,12 +82,8 @@ def _export(run: Path, out: Path, options: argparse.Namespace) -> None:
 
 def _images(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Size and statistics of the images, from the folder's image processor."""
-    found = _json(folder / "preprocessor_config.json")
-    size = found.get("crop_size") or found.get("size")
-    if isinstance(size, dict):
-        size = size.get("height") or size.get("shortest_edge")
-    size = size or config.get("image_size") or config.get("vision_config", {}).get("image_size")
-    images = {"size": size or 224}
+    found = json_of(folder / "preprocessor_config.json")
+    images: dict[str, Any] = {"size": image_size(found, config)}
     if "image_mean" in found:
         images |= {"mean": tuple(found["image_mean"]), "std": tuple(found["image_std"])}
     return images
@@ -106,27 +96,16 @@ def _what_is(place: Path, kind: str) -> str:
             f"{place}: there is no such folder; SOURCE is a run, an export, a folder of "
             "transformers, or the word scratch"
         )
-    record = _json(place / RECORD) if place.is_dir() else {}
+    record = json_of(place / RECORD) if place.is_dir() else {}
     if record:
         return (
             f"{place} is an export for {record.get('to', 'another tool')}, which transformers "
             "cannot train: give the run itself, or `python -m tools.convert export --run RUN --to "
             "transformers --out FOLDER`"
         )
-    found = ", ".join(sorted(p.name for p in place.iterdir())[:5]) if place.is_dir() else "a file"
+    found = names_in(place) if place.is_dir() else "a file"
     return (
         f"{place}: no run (checkpoints/) and no folder of transformers (config.json with a "
         f"model_type); it is: {found or 'empty'}. Weights in a file become a folder by training: "
         f"`python -m pretrain.train` with initial_weights, then {kind} from its run"
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Contents of a JSON file; nothing if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-    return found if isinstance(found, dict) else {}

@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.order.sources import open_source
-from tools.judge.metrics import Metrics, names_of_classes
+from tools.judge.metrics import Metrics
 from tools.judge.models import open_judged
 from tools.judge.moves import MOVES
 from tools.support.arguments import device_of
 from tools.support.line_chart import Line, Panel, line_chart
+from tools.support.shard_facts import class_names
 from tools.support.training_images import NAMED, seen_in_training
 
 
@@ -60,7 +61,7 @@ def judge(options: argparse.Namespace, console: Console) -> int:
         options.json.write_text(text + "\n", encoding="utf-8")
         console.print(f"metrics: {options.json}", highlight=False)
     if options.plot:
-        picture = draw(found, names_of_classes(options.shards), f"{judged.name}, {NAMED[seen]}")
+        picture = draw(found, class_names(options.shards), f"{judged.name}, {NAMED[seen]}")
         options.plot.parent.mkdir(parents=True, exist_ok=True)
         picture.save(options.plot)
         console.print(f"picture: {options.plot}", highlight=False)

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from data_pipeline.reading.reader import SampleReader
 from data_pipeline.samples.caption_texts import CaptionTexts, CleaningSettings
 from data_pipeline.samples.captions import CaptionDataSettings
 from data_pipeline.samples.labels import NO_LABEL, LabelDataSettings, LabelProcessor
-from data_pipeline.shards.manifest import FILE_NAME, Manifest
 from pretrain.objectives.probing import knn_top1, linear_top1
 from pretrain.objectives.retrieval import retrieval_recalls
 from tools.judge.models import Judged, normalised
@@ -217,11 +215,3 @@ def _sources(options: argparse.Namespace) -> Any:
     """Where captions are, as settings."""
     words = options.caption_source or ["json:captions"]
     return CaptionDataSettings(shards=list(options.shards), caption_source=words).caption_source
-
-
-def names_of_classes(shards: Sequence[str]) -> list[str]:
-    """As the first manifest says; perhaps none."""
-    for one in shards:
-        if (Path(one) / FILE_NAME).is_file():
-            return list(Manifest.load(one).classes or [])
-    return []

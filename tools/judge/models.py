@@ -1,7 +1,6 @@
 """A trained model as what metrics ask of it: vectors, class scores, and vectors of texts."""
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from data_pipeline.images.transforms import ImageSettings
 from pretrain.build import evaluation_image
-from pretrain.engine.checkpoint.files import MANIFEST
 from pretrain.models.pixels import normalise_pixels
 from pretrain.objectives.image_tokens import image_vectors
 from tools.convert.record import RECORD
+from tools.support.model_places import image_size, is_run, json_of, names_in
 from tools.support.trained import TrainedRun, open_run
 from tools.support.training_images import TrainingShards, training_shards
 
@@ -56,12 +55,12 @@ def open_judged(place: Path, options: argparse.Namespace, device: torch.device) 
 
     Raises ValueError: something else; the text says what was found and what makes the right thing.
     """
-    if (place / "checkpoints").is_dir() or (place / MANIFEST).is_file():
+    if is_run(place):
         return _of_run(open_run(place, options.weights), options, device)
-    config = _json(place / "config.json")
+    config = json_of(place / "config.json")
     if config.get("model_type"):
         return _of_folder(place, config, options, device)
-    record = _json(place / RECORD)
+    record = json_of(place / RECORD)
     if record:
         raise ValueError(
             f"{place} is an export for {record.get('to')}; evaluate the run itself, or `python -m "
@@ -72,7 +71,7 @@ def open_judged(place: Path, options: argparse.Namespace, device: torch.device) 
     elif not place.is_dir():
         what = "a file; SOURCE is a folder"
     else:
-        what = f"it has {', '.join(sorted(p.name for p in place.iterdir())[:5]) or 'nothing'}"
+        what = f"it has {names_in(place) or 'nothing'}"
     raise ValueError(
         f"{place}: {what}. SOURCE is a run (`python -m pretrain.train RECIPE`), an export (`python "
         "-m tools.convert export --run RUN --to transformers --out FOLDER`) or a folder of "
@@ -114,7 +113,7 @@ def _of_run(run: TrainedRun, options: argparse.Namespace, device: torch.device) 
     parts: dict[str, Any] = {}
     if classify:
         parts["scores"] = lambda pixels: (
-            model.objectives[classify]._logits(model.encoders, pixels, None).float()
+            model.objectives[classify].logits(model.encoders, pixels, None).float()
         )
     if contrast:
         parts |= _contrast(run, contrast, net, device)
@@ -208,7 +207,7 @@ def _of_folder(
         hidden = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
         return (hidden[:, 0] if options.pool == "class_token" else hidden.mean(1)).float()
 
-    record = _json(place / RECORD)
+    record = json_of(place / RECORD)
     seen = record.get("training_shards")
     return Judged(
         place.name,
@@ -224,28 +223,19 @@ def _image(place: Path, config: dict[str, Any], record: dict[str, Any]) -> Image
     """How images are prepared: as the record says, or as the folder's image processor does."""
     if "image" in record:
         return ImageSettings(**record["image"])
-    found = _json(place / "preprocessor_config.json")
+    found = json_of(place / "preprocessor_config.json")
     if not found:
         raise ValueError(
             f"{place} has no preprocessor_config.json, which says how images are prepared"
         )
-    size = found.get("crop_size") or found.get("size") or config.get("image_size") or 224
-    if isinstance(size, dict):
-        size = size.get("height") or size["shortest_edge"]
     return ImageSettings(
-        size=size, mode="center_crop", mean=found["image_mean"], std=found["image_std"]
+        size=image_size(found, config),
+        mode="center_crop",
+        mean=found["image_mean"],
+        std=found["image_std"],
     )
 
 
 def normalised(images: Tensor, image: ImageSettings, device: torch.device) -> Tensor:
     """Pixels of uint8 images, (B, 3, H, W) float32."""
     return normalise_pixels(images.to(device), image.mean, image.std, torch.float32)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None

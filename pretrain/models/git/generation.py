@@ -1,67 +1,54 @@
 """How captions and answers are written: the likeliest word each time, drawn words, or beams."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain.models.git.beams import Normalisation, generate_beams
+from pretrain.models.git.beams import generate_beams
 from pretrain.models.git.decoder import GitDecoder
 from pretrain.models.git.reading import Agree, Prompt, alone
 from pretrain.models.git.sampling import Draws, generate_words
-from pretrain.models.git.trie import Trie
+from pretrain.models.git.settings import GenerationSettings
 
 
-@dataclass(frozen=True)
-class Way:
-    """How texts are written; the fields are those of `GenerationSettings`."""
+def write_texts(
+    settings: GenerationSettings,
+    decoder: GitDecoder,
+    image_tokens: Tensor,
+    prompt: Prompt,
+    *,
+    rows: Sequence[int] | None = None,
+    **limits: Any,
+) -> tuple[Tensor, Tensor]:
+    """New words (B, n) int64 behind each prompt, EOS and padding behind them, and scores (B,).
 
-    kind: str = "greedy"
-    beams: int = 4
-    length_penalty: float = 1.0
-    normalisation: Normalisation = "transformers"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def write(
-        self,
-        decoder: GitDecoder,
-        image_tokens: Tensor,
-        prompt: Prompt,
-        *,
-        eos_id: int,
-        pad_id: int,
-        max_new_tokens: int,
-        rows: Sequence[int] | None = None,
-        trie: Trie | None = None,
-        agree: Agree = alone,
-    ) -> tuple[Tensor, Tensor]:
-        """New words (B, n) int64 behind each prompt, EOS and padding behind them, and scores (B,).
-
-        rows: numbers of the images in their data set, by which words are drawn.
-        """
-        common = {
-            "eos_id": eos_id,
-            "pad_id": pad_id,
-            "max_new_tokens": max_new_tokens,
-            "trie": trie,
-            "agree": agree,
-        }
-        if self.kind == "beam":
-            how = {
-                "beams": self.beams,
-                "length_penalty": self.length_penalty,
-                "normalisation": self.normalisation,
-            }
-            return generate_beams(decoder, image_tokens, prompt, **how, **common)
-        if self.kind == "greedy":
-            return generate_words(decoder, image_tokens, prompt, **common)
-        draws = Draws(self.seed, list(range(len(image_tokens)) if rows is None else rows))
-        how = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return generate_words(decoder, image_tokens, prompt, draws=draws, **how, **common)
+    rows: numbers of the images in their data set, by which words are drawn.
+    limits: eos_id, pad_id, max_new_tokens and perhaps trie and agree, as of `generate_words`.
+    """
+    if settings.kind == "beam":
+        return generate_beams(
+            decoder,
+            image_tokens,
+            prompt,
+            beams=settings.beams,
+            length_penalty=settings.length_penalty,
+            normalisation=settings.normalisation,
+            **limits,
+        )
+    if settings.kind == "greedy":
+        return generate_words(decoder, image_tokens, prompt, **limits)
+    return generate_words(
+        decoder,
+        image_tokens,
+        prompt,
+        draws=Draws(settings.seed, list(range(len(image_tokens)) if rows is None else rows)),
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        **limits,
+    )
 
 
 def generate_greedy(

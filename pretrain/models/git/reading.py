@@ -13,6 +13,7 @@ from torch import Tensor
 from pretrain.models.git.decoder import DecoderLayer, GitDecoder, LayerCache
 
 Pair = tuple[Tensor, Tensor]
+Agree = Callable[[bool], bool]
 
 
 def alone(done: bool) -> bool:
@@ -160,6 +161,3 @@ def check_lengths(decoder: GitDecoder, prompt: Prompt, max_new_tokens: int) -> N
             f"{decoder.max_positions + 1} (max_positions of the decoder and EOS), and at least one "
             "new token"
         )
-
-
-Agree = Callable[[bool], bool]

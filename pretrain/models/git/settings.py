@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -9,8 +11,9 @@ from pydantic import Field, model_validator
 from data_pipeline.settings import Settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pretrain.models.git.decoder import GitDecoder
-    from pretrain.models.git.generation import Way
 
 
 class GitDecoderSettings(Settings):
@@ -55,7 +58,7 @@ class GitDecoderSettings(Settings):
 
 
 class GenerationSettings(Settings):
-    """How texts are written when a run is evaluated."""
+    """How the evaluations of a run write texts; an export writes greedily, whatever this says."""
 
     kind: Literal["greedy", "beam", "sample"] = "greedy"
     """The likeliest word each time, a search with several texts at once, or drawn words."""
@@ -87,8 +90,8 @@ class GenerationSettings(Settings):
                 raise ValueError(f"{', '.join(idle)}: only where kind is {kind}, not {self.kind}")
         return self
 
-    def build(self) -> Way:
-        """The way of writing that these settings describe."""
-        from pretrain.models.git.generation import Way
+    def build(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """`write_texts` in the way that these settings describe."""
+        from pretrain.models.git.generation import write_texts
 
-        return Way(**self.model_dump())
+        return partial(write_texts, self)

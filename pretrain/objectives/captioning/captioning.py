@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pretrain.models.git.decoder import GitDecoder
-from pretrain.models.git.generation import Way, alone
-from pretrain.models.git.reading import Prompt
+from pretrain.models.git.reading import Prompt, alone
+from pretrain.models.git.settings import GenerationSettings
 from pretrain.models.sample_draws import SampleDraws
 from pretrain.objectives.captioning.chunked_head import smoothed_cross_entropy_of
 from pretrain.objectives.captioning.evaluation import evaluate_captions
@@ -58,7 +58,7 @@ class Captioning(Objective):
         image_std: Sequence[float],
         label_smoothing: float = 0.1,
         max_new_tokens: int = 40,
-        way: Way | None = None,
+        way: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -70,7 +70,7 @@ class Captioning(Objective):
         self.image_std = tuple(image_std)
         self.label_smoothing = label_smoothing
         self.max_new_tokens = max_new_tokens
-        self.way = way or Way()
+        self.way = way or GenerationSettings().build()
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Images and supervised tokens of a micro-batch; their global sums are `totals`."""
@@ -213,7 +213,7 @@ class Captioning(Objective):
     ) -> Tensor:
         bos_id, eos_id, pad_id = (self.special_ids[f"{name}_id"] for name in ("bos", "eos", "pad"))
         prompt = Prompt.of_bos(len(image_tokens), bos_id, image_tokens.device)
-        words, _ = self.way.write(
+        words, _ = self.way(
             self.decoder,
             image_tokens,
             prompt,
