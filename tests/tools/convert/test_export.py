@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -404,8 +405,15 @@ def test_a_finished_run_exports_itself(run_dir, caplog):
     assert get_args(Exported) == EXPORTS
     recipe = load_resolved(run_dir / "recipe.yaml")
     recipe = recipe.model_copy(update={"export": ("safetensors", "mmdet"), "run_dir": str(run_dir)})
+    heartbeat = run_dir / "control" / "heartbeat"
+    os.utime(heartbeat, (1, 1))
+    (run_dir / "exports").write_text("in the way", encoding="utf-8")
     with caplog.at_level("INFO"):
+        export_finished(recipe)  # an error of the disk is said, and is none of the run
+        assert "no export to safetensors" in caplog.text and "exports" in caplog.text
+        (run_dir / "exports").unlink()
         export_finished(recipe)
+        assert heartbeat.stat().st_mtime > 1  # a supervisor sees that it works
         export_finished(recipe)
     out = run_dir / "exports" / "step_000000024" / "safetensors.safetensors"
     assert any(name.startswith("encoders.image.") for name in load_file(out))
